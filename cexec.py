@@ -1036,15 +1036,17 @@ class FrameReader:
 
 SIGNALS = ("INT", "TERM", "HUP", "QUIT", "USR1", "USR2", "TSTP", "CONT")    # position = number on the wire
 
-IN, OUT, BOTH, ALIAS = b"r", b"w", b"b", b"="     # the job reads, writes, does both, or shares another descriptor
+# What a job does with a descriptor: reads, writes, both; it is the terminal; it shares another one.
+IN, OUT, BOTH, TTY, ALIAS = b"r", b"w", b"b", b"t", b"="
+UPWARD, DOWNWARD = (IN, BOTH, TTY), (OUT, BOTH, TTY)
 
 
 class Job(collections.namedtuple("Job", "id descriptors names timeout terminal")):
     """What the submitter asks for.
 
-    id: 16 hexadecimal digits.  descriptors: {number: IN, OUT, BOTH, or the lower number it shares}.
+    id: 16 hexadecimal digits.  descriptors: {number: IN, OUT, BOTH, TTY, or the lower number it shares}.
     names: [(name, value)] of octets.  timeout: seconds of silence that mean loss.
-    terminal: None, or (descriptors that are the terminal, rows, columns, terminal type, modes).
+    terminal: None, or what the TTY is: (rows, columns, type, {mode: number}), type and modes as octets.
     """
     __slots__ = ()
 
@@ -1054,8 +1056,8 @@ def encode_job(job):
                    for fd, kind in sorted(job.descriptors.items())]
     terminal = []
     if job.terminal:
-        fds, rows, columns, name, modes = job.terminal
-        terminal = [b",".join(b"%d" % fd for fd in sorted(fds)), b"%d" % rows, b"%d" % columns, name, modes]
+        rows, columns, name, modes = job.terminal
+        terminal = [b"%d" % rows, b"%d" % columns, name, b" ".join(b"%s=%d" % mode for mode in sorted(modes.items()))]
     return pack_texts([job.id.encode(), " ".join(descriptors).encode(), b"%d" % (job.timeout * 1000),
                        pack_texts(terminal), pack_texts([name + b"=" + value for name, value in job.names])])
 
@@ -1073,7 +1075,7 @@ def parse_job(octets):
         if not is_name(name) or b"\0" in value:
             raise ProtocolError("a job with an improper NAME=VALUE")
     terminal = _parse_terminal(unpack_texts(terminal))
-    return Job(identity.decode(), _parse_descriptors(descriptors, terminal[0] if terminal else ()), pairs,
+    return Job(identity.decode(), _parse_descriptors(descriptors, terminal), pairs,
                _whole(timeout, 1, 86400000) / 1000, terminal)
 
 
@@ -1092,14 +1094,14 @@ def _parse_descriptors(text, terminal):
     result = {}
     for entry in text.split():
         number, kind = entry[:-1], entry[-1:]
-        if kind in (IN, OUT, BOTH):
+        if kind in (IN, OUT, BOTH) or (kind == TTY and terminal and TTY not in result.values()):
             fd = _whole(number, 0, DESCRIPTOR_MAX)
         else:
             number, _, shared = entry.partition(ALIAS)
             fd, kind = _whole(number, 0, DESCRIPTOR_MAX), _whole(shared, 0, DESCRIPTOR_MAX)
             if not isinstance(result.get(kind), bytes):
                 raise ProtocolError("descriptor %d shares one that is not there" % fd)
-        if fd in result or fd in terminal:
+        if fd in result:
             raise ProtocolError("descriptor %d twice" % fd)
         result[fd] = kind
     return result
@@ -1108,11 +1110,43 @@ def _parse_descriptors(text, terminal):
 def _parse_terminal(texts):
     if not texts:
         return None
-    if len(texts) != 5:
+    if len(texts) != 4:
         raise ProtocolError("a terminal cut short")
-    fds, rows, columns, name, modes = texts
-    fds = [_whole(fd, 0, 2) for fd in fds.split(b",")]
-    return fds, _whole(rows, 0, 65535), _whole(columns, 0, 65535), name[:64], modes
+    rows, columns, name, modes = texts
+    if b"\0" in name or len(name) > 64:
+        raise ProtocolError("a terminal of an improper type")
+    pairs = [mode.partition(b"=")[::2] for mode in modes.split()]
+    return (_whole(rows, 0, 65535), _whole(columns, 0, 65535), name,
+            {mode: _whole(value, 0, 255) for mode, value in pairs})
+
+
+class Escapes:
+    """What a user types, on its way to the job: commands to cexec stand behind the escape character, which counts
+    only at the beginning of a line."""
+    COMMANDS = {b".": "end", b"\x1a": "suspend"}
+
+    def __init__(self, character):
+        self.character, self.fresh, self.held = character, True, False
+
+    def filter(self, octets):
+        """(octets for the job, commands)."""
+        if not self.character:
+            return octets, []
+        result, commands = bytearray(), []
+        for octet in (octets[i:i + 1] for i in range(len(octets))):
+            if self.held:
+                self.held = False
+                if octet in self.COMMANDS:
+                    commands.append(self.COMMANDS[octet])
+                    continue
+                if octet != self.character:
+                    result += self.character
+            elif self.fresh and octet == self.character:
+                self.held = True
+                continue
+            result += octet
+            self.fresh = octet in (b"\r", b"\n")
+        return bytes(result), commands
 
 
 EXIT_BODY = struct.Struct(">BHIII")     # 1 if a signal ended it; status or signal; milliseconds; CPU ms; peak KiB
@@ -1307,9 +1341,9 @@ class Session:
         upward, downward = ((self.sending, self.receiving) if self.role is SUBMITTER else
                             (self.receiving, self.sending))
         for fd, kind in descriptors.items():
-            if kind in (IN, BOTH):
+            if kind in UPWARD:
                 upward[fd] = Stream()
-            if kind in (OUT, BOTH):
+            if kind in DOWNWARD:
                 downward[fd] = Stream()
 
     def hello(self, address):
@@ -2075,13 +2109,14 @@ class GroupSocket:
     Outside Linux and macOS a broadcast leaves by the interface that the system chooses.
 
     source   local address to send from, as parse_address gives it, for a host that stands in several networks
+    home     the interface that was named, or that has the source address; None if there is none
     tried    names of the interfaces that the last send used, "" for the system's own choice
     dropped  datagrams that the kernel threw away because nobody fetched them
     """
 
     def __init__(self, group, listen, source=None):
         self.group, self.listen, self.source = group, listen, source
-        self.tried, self.dropped, self.joined, self.targets = [], 0, set(), []
+        self.tried, self.dropped, self.joined, self.targets, self.home = [], 0, set(), [], None
         self.index, self.loopback_indexes, self.refreshed = 0, set(), 0.0
         self.socket = socket.socket(group.family, socket.SOCK_DGRAM)
         try:
@@ -2173,12 +2208,13 @@ class GroupSocket:
         self.targets = self._choose(found)
 
     def _choose(self, found):
-        """The interfaces to use: the one that was named; that of the source; else all, loopback last."""
+        """The interfaces to use: the one that was named; that of the source; else all, loopback last.  None in the
+        list stands for the system's own choice."""
         group = self.group
-        if group.only:
-            return [interface for interface in found if interface.index == self.index]
-        if self.source:
-            return [i for i in found if self.source[0] in (i.addresses or ())][:1] or [None]
+        if group.only or self.source:
+            self.home = next((interface for interface in found if (
+                interface.index == self.index if group.only else self.source[0] in (interface.addresses or ()))), None)
+            return [self.home] if group.only or group.kind != "unicast" else [None]
         usable = [interface for interface in found if interface.usable]
         outer = [] if group.loopback else [interface for interface in usable if not interface.loopback]
         if not LINUX and not MACOS and group.kind != "multicast":
@@ -3059,10 +3095,10 @@ def _become(path, command, environment, ends, terminal, report):
     try:
         os.setsid()
         _default_signals()
-        report = _place(ends, report)
         if terminal is not None:
             import termios
             fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+        report = _place(ends, report)
         os.execve(path, command, environment)
     except OSError as error:
         os.write(report, b"%d" % (error.errno or errno.EINVAL))
@@ -3108,35 +3144,197 @@ def signal_group(group, number):
     return True
 
 
-def set_window(fd, rows, columns):
-    """Tells a terminal its size."""
-    import termios
-    fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+def session_groups(leader):
+    """The process groups of a session.  Where /proc does not tell (Linux), only the leader's own."""
+    groups = {leader}
+    try:
+        pids = [name for name in os.listdir("/proc") if name.isdigit()] if LINUX else []
+    except OSError:
+        pids = []
+    for pid in pids:
+        try:
+            with open("/proc/%s/stat" % pid, "rb") as file:
+                fields = file.read().rpartition(b")")[2].split()
+            if int(fields[3]) == leader and fields[0] != b"Z":
+                groups.add(int(fields[2]))
+        except (OSError, ValueError, IndexError):
+            pass        # it has ended meanwhile
+    return groups
 
 
 class GroupEnd:
-    """Ends a process group: TERM (and CONT, for stopped ones), then KILL after a grace; then calls done()."""
+    """Ends a job's session, all its process groups: TERM (and CONT, for the stopped), then KILL after a grace; then
+    calls done(), once."""
     LOOK = 0.02
 
-    def __init__(self, loop, group, done, reap=lambda: None):
-        self.loop, self.group, self.done, self.reap = loop, group, done, reap
+    def __init__(self, loop, leader, done, reap=lambda: None):
+        self.loop, self.leader, self.done, self.reap = loop, leader, done, reap
         self.deadline, self.killed = time.monotonic() + KILL_GRACE, False
-        signal_group(group, signal.SIGTERM)
-        signal_group(group, signal.SIGCONT)
+        self.send(signal.SIGTERM, signal.SIGHUP, signal.SIGCONT)
         loop.soon(self._look)
+
+    def send(self, *numbers):
+        """Sends the signals to every group; returns whether there was any process."""
+        found = False
+        for group in session_groups(self.leader):
+            for number in numbers:
+                found = signal_group(group, number) or found
+        return found
 
     def _look(self):
         self.reap()
-        if not signal_group(self.group, 0) or (self.killed and time.monotonic() > self.deadline + KILL_GRACE):
+        late = time.monotonic() - self.deadline
+        if not self.send(0) or (self.killed and late > KILL_GRACE):
             self.done()
             return
-        if not self.killed and time.monotonic() >= self.deadline:
+        if late >= 0 and not self.killed:
             self.kill()
         self.loop.later(self.LOOK, self._look)
 
     def kill(self):
         self.killed = True
-        signal_group(self.group, signal.SIGKILL)
+        self.send(signal.SIGKILL)
+
+
+# ---------------------------------------------------------------- terminals
+
+CONTROL_CHARACTERS = "INTR QUIT ERASE KILL EOF EOL EOL2 START STOP SUSP REPRINT WERASE LNEXT DISCARD".split()
+MODE_FLAGS = {0: "IXON IXOFF IXANY ICRNL INLCR IGNCR ISTRIP IUTF8 IMAXBEL".split(),
+              1: "OPOST ONLCR OCRNL ONLRET".split(),
+              3: "ISIG ICANON ECHO ECHOE ECHOK ECHONL ECHOCTL ECHOKE IEXTEN NOFLSH TOSTOP".split()}
+
+
+def terminal_modes(fd):
+    """{name: number} of a terminal's control characters and flags: names, because every system numbers them its way."""
+    import termios
+    attributes, modes = termios.tcgetattr(fd), {}
+    for name in CONTROL_CHARACTERS:
+        place = getattr(termios, "V" + name, None)
+        if place is not None:
+            modes[b"V" + name.encode()] = ord(attributes[6][place])
+    for field, names in MODE_FLAGS.items():
+        for name in names:
+            if hasattr(termios, name):
+                modes[name.encode()] = int(bool(attributes[field] & getattr(termios, name)))
+    return modes
+
+
+def set_terminal(fd, rows, columns, modes):
+    """Makes a terminal like the one that terminal_modes described; names that this system does not know are left."""
+    import termios
+    attributes = termios.tcgetattr(fd)
+    for name in CONTROL_CHARACTERS:
+        place = getattr(termios, "V" + name, None)
+        if place is not None and b"V" + name.encode() in modes:
+            attributes[6][place] = bytes([modes[b"V" + name.encode()]])
+    for field, names in MODE_FLAGS.items():
+        for name in names:
+            bit, wanted = getattr(termios, name, 0), modes.get(name.encode())
+            if wanted is not None:
+                attributes[field] = attributes[field] | bit if wanted else attributes[field] & ~bit
+    termios.tcsetattr(fd, termios.TCSANOW, attributes)
+    set_window(fd, rows, columns)
+
+
+def set_window(fd, rows, columns):
+    """Tells a terminal its size; its foreground processes get WINCH."""
+    import termios
+    fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+
+class LocalTerminal:
+    """The user's terminal while a job uses it.
+
+    tty      a descriptor of it, or None (-tt from a script)
+    number   the lowest of the standard descriptors that are the terminal in the job
+    reading, writing    the local descriptors behind it; reading is None when standard input is something else
+    """
+
+    def __init__(self, settings, descriptors):
+        self.saved = None
+        numbers = [fd for fd in (0, 1, 2) if fd in descriptors and os.isatty(fd)]
+        if not numbers and settings.terminal < 2:
+            raise Failure("-t", "none of standard input, output and error is a terminal",
+                          "-tt gives the job a terminal all the same", EXIT_USAGE)
+        self.tty = numbers[0] if numbers else None
+        numbers = numbers or [fd for fd in (0, 1, 2) if fd in descriptors] or [0]
+        self.number, self.reading = numbers[0], 0 if 0 in numbers and 0 in descriptors else None
+        outputs = [fd for fd in numbers if fd in descriptors and access_of(fd) is not IN]
+        self.writing = next((fd for fd in (1, 2, 0) if fd in outputs), None)
+        for fd in numbers:
+            descriptors[fd] = TTY if fd == self.number else self.number
+
+    def describe(self):
+        rows, columns = self.size()
+        modes = terminal_modes(self.tty) if self.tty is not None else {}
+        return rows, columns, os.environb.get(b"TERM", b"dumb")[:64], modes
+
+    def size(self):
+        try:
+            columns, rows = os.get_terminal_size(self.tty)
+        except (OSError, TypeError):
+            return 24, 80
+        return rows, columns
+
+    def raw(self):
+        """From here on every key goes to the job."""
+        import termios
+        import tty
+        if self.tty is None or self.reading is None:
+            return
+        try:
+            self.saved = self.saved or termios.tcgetattr(self.tty)
+            tty.setraw(self.tty, termios.TCSADRAIN)
+        except termios.error:
+            pass        # it has been hung up; reading will tell
+
+    def restore(self):
+        """As it was, unless it is somebody else's by now."""
+        import termios
+        if self.saved is None:
+            return
+        try:
+            if os.tcgetpgrp(self.tty) == os.getpgrp():
+                termios.tcsetattr(self.tty, termios.TCSADRAIN, self.saved)
+        except (OSError, termios.error):
+            pass
+
+
+class Keyboard:
+    """A source: what the user types, less the commands to cexec, which go to on_command(name)."""
+
+    def __init__(self, loop, fd, ready, character, on_command):
+        self.live, self.escapes, self.on_command = open_source(loop, fd, ready), Escapes(character), on_command
+        self.buffer, self.touched = b"", False
+
+    def read_into(self, view):
+        while not self.buffer:
+            part = bytearray(min(len(view), 4096))
+            size = self.live.read_into(memoryview(part))
+            if not size:
+                return size
+            self.touched = True
+            self.buffer, commands = self.escapes.filter(bytes(part[:size]))
+            for command in commands:
+                self.live.loop.soon(lambda command=command: self.on_command(command))
+        size = min(len(view), len(self.buffer))
+        view[:size], self.buffer = self.buffer[:size], self.buffer[size:]
+        return size
+
+    def can_rewind(self):
+        return not self.touched
+
+    def rewind(self):
+        """Nothing has been typed yet."""
+
+    def forget(self):
+        """Nothing is remembered."""
+
+    def close(self):
+        """The carrier lets go of it; the next one may take it up."""
+
+    def end(self):
+        self.live.close()
 
 
 # ---------------------------------------------------------------- cexec
@@ -3498,14 +3696,34 @@ class Submission:
                 self.locals[kind].append(fd)
                 continue
             self.locals[fd] = [fd]
+            if kind == TTY:
+                self._open_terminal(fd)
             if kind in (IN, BOTH):
                 cap = self.settings.spill << 20 if self.settings.retries else 0
                 self.tapes[fd] = Tape(self.loop, fd, lambda fd=fd: self._source_ready(fd), cap)
             if kind in (OUT, BOTH):
                 own = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, DESCRIPTOR_FLOOR) if kind is BOTH else fd
-                self.sinks[fd] = open_sink(self.loop, own, lambda size, fd=fd: self._consumed(fd, size),
-                                           lambda error, fd=fd: self._sink_failed(fd, error),
-                                           lambda fd=fd: self._sink_finished(fd))
+                self._open_sink(fd, own)
+
+    def _open_sink(self, fd, own):
+        self.sinks[fd] = open_sink(self.loop, own, lambda size: self._consumed(fd, size),
+                                   lambda error: self._sink_failed(fd, error), lambda: self._sink_finished(fd))
+
+    def _open_terminal(self, fd):
+        terminal = self.terminal
+        if terminal.reading is not None:
+            self.tapes[fd] = Keyboard(self.loop, terminal.reading, lambda: self._source_ready(fd),
+                                      self.settings.escape if terminal.tty is not None else b"", self._command)
+        if terminal.writing is None:
+            terminal.writing = os.open("/dev/tty" if terminal.tty is not None else os.devnull, os.O_WRONLY)
+        self._open_sink(fd, terminal.writing)
+
+    def _command(self, name):
+        """What the user told cexec itself, behind the escape character."""
+        if name == "end":
+            self._fail(Failure("ended", "by the escape sequence"))
+        else:
+            os.kill(os.getpid(), signal.SIGTSTP)
 
     def _source_ready(self, fd):
         if self.carrier:
@@ -3534,7 +3752,7 @@ class Submission:
 
     def _let_go(self, fd):
         """One direction of a local descriptor is over: whoever is at its other end must see that."""
-        if stream_kind(fd) not in (PIPE, SOCKET):
+        if self.descriptors[fd] == TTY or stream_kind(fd) not in (PIPE, SOCKET):
             return
         writing = fd in self.sinks and fd not in self.finished_sinks
         reading = fd in self.tapes and fd not in self.finished_tapes
@@ -3566,8 +3784,8 @@ class Submission:
         local = connection.getsockname()[0]
         self.submitter = local.partition("%")[0]
         session = caller.session
-        session.offer(Job(self.id, self.descriptors, self.names, self.settings.timeout_pingpong, self._terminal()),
-                      self.submitter)
+        terminal = self.terminal.describe() if self.terminal else None
+        session.offer(Job(self.id, self.descriptors, self.names, self.settings.timeout_pingpong, terminal), self.submitter)
         self.carrier = Carrier(self.loop, connection, session, self._event, self._lost)
         self.carrier.deliver = self._deliver
         self.carrier.on_read_error = self._read_error
@@ -3576,11 +3794,17 @@ class Submission:
             self._alert(RATTED_OUT, 0, "test")
         self._start_timer = self.loop.later(self.START_PATIENCE * 2 ** self.attempts, self._not_started)
         for fd, tape in self.tapes.items():
-            self.carrier.add_source(fd, tape)
+            if self.descriptors[fd] != TTY:
+                self.carrier.add_source(fd, tape)
         self.carrier.flush()
 
-    def _terminal(self):
-        return self.terminal.describe() if self.terminal else None
+    def _started(self):
+        self._start_timer.cancel()
+        if self.terminal:
+            self.terminal.raw()
+            if self.terminal.number in self.tapes:
+                self.carrier.add_source(self.terminal.number, self.tapes[self.terminal.number])
+                self.carrier.flush()
 
     def _not_started(self):
         if self.carrier and not self.carrier.closed and self.carrier.session.phase is OFFERED:
@@ -3589,7 +3813,7 @@ class Submission:
     # -- while the job runs
     def _event(self, kind, number, body):
         if kind == ACCEPTED:
-            self._start_timer.cancel()
+            self._started()
         elif kind == REFUSED:
             self._refused(printable(body))
         elif kind == END:
@@ -3696,7 +3920,7 @@ class Submission:
     def signal(self, name):
         """The user's signal goes to the job; a second INT or TERM, or a job that ignores it, ends all the same."""
         carrier, ends = self.carrier, name in ("INT", "TERM")
-        if not carrier or carrier.closed or carrier.session.phase not in (OFFERED, RUNNING) or (ends and self.signalled):
+        if not self.is_running() or (ends and self.signalled):
             if ends or name in ("HUP", "QUIT"):
                 self._finish(128 + getattr(signal, "SIG" + name), None)
             return
@@ -3706,8 +3930,17 @@ class Submission:
         carrier.session.signal(name)
         carrier.flush()
 
+    def is_running(self):
+        return bool(self.carrier and not self.carrier.closed and self.carrier.session.phase in (OFFERED, RUNNING))
+
+    def hang_up(self):
+        """The user's terminal has gone.  A job that lives on it ends; another one decides for itself."""
+        self.signal("HUP")
+        if self.terminal:
+            self._finish(128 + signal.SIGHUP, None)
+
     def resize(self, rows, columns):
-        if self.carrier and not self.carrier.closed and self.carrier.session.phase in (OFFERED, RUNNING):
+        if self.is_running():
             self.carrier.session.window(rows, columns)
             self.carrier.flush()
 
@@ -3758,21 +3991,47 @@ def cexec(arguments, settings):
     key, warning = load_key(arguments[0], "public")
     if warning:
         say(CEXEC, warning, error_descriptor(settings))
-    loop = Loop()
-    submission = Submission(loop, key, settings, inherited, names, lambda *outcome: loop.stop(outcome))
-    for name in SIGNALS:
-        loop.on_signal(getattr(signal, "SIG" + name), lambda number, name=name: pass_signal(submission, name))
-    status, failure = loop.run()
+    terminal = LocalTerminal(settings, inherited) if settings.terminal else None
+    try:
+        status, failure = run_submission(key, settings, inherited, names, terminal)
+    finally:
+        if terminal:
+            terminal.restore()
     if failure:
         raise failure
     return status
 
 
-def pass_signal(submission, name):
-    """A suspended cexec suspends its job; the terminal's stop then happens as if nothing had caught it."""
-    submission.signal(name)
-    if name == "TSTP":
-        os.kill(os.getpid(), signal.SIGSTOP)
+def run_submission(key, settings, descriptors, names, terminal):
+    """Runs one job in a loop of its own, with the process's signals; returns (status, failure or None)."""
+    loop = Loop()
+    submission = Submission(loop, key, settings, descriptors, names, lambda *outcome: loop.stop(outcome), terminal)
+    for name in ("INT", "TERM", "QUIT", "USR1", "USR2"):
+        loop.on_signal(getattr(signal, "SIG" + name), lambda number, name=name: submission.signal(name))
+    loop.on_signal(signal.SIGHUP, lambda number: submission.hang_up())
+    for number in (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU):
+        loop.on_signal(number, lambda number: suspend(loop, submission, terminal, number))
+    loop.on_signal(signal.SIGCONT, lambda number: resume(submission, terminal))
+    if terminal and terminal.tty is not None:
+        loop.on_signal(signal.SIGWINCH, lambda number: submission.resize(*terminal.size()))
+    return loop.run()
+
+
+def suspend(loop, submission, terminal, number):
+    """Stops this process as if nothing had caught the signal; without a terminal of its own the job stops too."""
+    submission.signal("TSTP")
+    if terminal:
+        terminal.restore()
+    handler = signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+    signal.signal(number, handler)      # here it has been continued
+
+
+def resume(submission, terminal):
+    submission.signal("CONT")
+    if terminal and submission.is_running():
+        terminal.raw()
+        submission.resize(*terminal.size())
 
 
 def check_errors_fd(settings):
@@ -4190,7 +4449,7 @@ class Handler:
         self.service, self.settings, self.key, self.log = service, service.settings, service.key, service.log
         self.link, self.raw = link, connection
         self.loop = Loop()
-        self.pid = self.job = self.ended = self.ending = self.master = None
+        self.pid = self.job = self.ended = self.ending = self.remains = self.master = self.slave = None
         self.ends, self.closing, self.began = {}, [], time.monotonic()
         self.result = 0
 
@@ -4253,12 +4512,16 @@ class Handler:
             self.close_end(number, reading=True)
             self.maybe_over()
         elif kind == SIGNAL:
-            if self.pid and not self.ended:
-                signal_group(self.pid, getattr(signal, "SIG" + body))
+            self.signal(body)
         elif kind == WINDOW and self.master is not None:
             set_window(self.master, *body)
         elif kind == BYE:
             self.finish(0)
+
+    def signal(self, name):
+        """A terminal's job is not stopped when only its user's cexec is suspended."""
+        if self.pid and not self.ended and not (self.job.terminal and name in ("TSTP", "CONT")):
+            signal_group(self.pid, getattr(signal, "SIG" + name))
 
     def start(self, job):
         """Runs the command with the submitter's descriptors, or refuses."""
@@ -4268,6 +4531,8 @@ class Handler:
         try:
             theirs = self.open_ends(job)
             if self.settings.user:
+                if self.slave is not None:
+                    os.fchown(self.slave, self.settings.user.pw_uid, -1)
                 become_user(self.settings.user)
             self.pid = spawn(self.service.path, self.service.command, self.environment(job), theirs, self.slave)
         except (OSError, ValueError) as error:
@@ -4302,23 +4567,29 @@ class Handler:
             b"CEXEC_JOB": job.id.encode()})
         environment.update({b"PEER_" + name: value for name, value in job.names})
         if job.terminal:
-            environment[b"TERM"] = job.terminal[3]
+            environment[b"TERM"] = job.terminal[2]
         return environment
 
     # -- descriptors of the job
     def open_ends(self, job):
         """Makes the pipes and socket pairs; returns {descriptor in the job: descriptor here}."""
-        theirs, self.slave = {}, None
+        theirs = {}
         for fd, kind in job.descriptors.items():
             if isinstance(kind, int):
                 theirs[fd] = theirs[kind]
                 continue
-            ours, other = self.make_end(kind)
+            ours, other = self.make_terminal(job.terminal) if kind == TTY else self.make_end(kind)
             self.closing.append(other)
             self.ends[fd], theirs[fd] = ours, other
-        if job.terminal:
-            self.open_terminal(job.terminal, theirs)
         return theirs
+
+    def make_terminal(self, terminal):
+        import pty
+        self.master, self.slave = pty.openpty()
+        os.set_blocking(self.master, False)
+        rows, columns, _, modes = terminal
+        set_terminal(self.slave, rows, columns, modes)
+        return self.master, self.slave
 
     def make_end(self, kind):
         if kind == BOTH:
@@ -4337,13 +4608,13 @@ class Handler:
     def attach(self):
         for fd, ours in list(self.ends.items()):
             kind = self.job.descriptors[fd]
-            source, sink = (SocketSource, SocketSink) if kind == BOTH else (Source, Sink)
-            if kind in (IN, BOTH):
+            source, sink = {BOTH: (SocketSource, SocketSink), TTY: (Source, TerminalSink)}.get(kind, (Source, Sink))
+            if kind in UPWARD:
                 self.carrier.sinks[fd] = sink(self.loop, ours, lambda size, fd=fd: self.carrier.consumed(fd, size),
                                               lambda error, fd=fd: self.sink_failed(fd),
                                               lambda fd=fd: self.close_end(fd, writing=True))
                 self.carrier.sinks[fd].watch_other_side()
-            if kind in (OUT, BOTH):
+            if kind in DOWNWARD:
                 self.carrier.add_source(fd, source(self.loop, ours, lambda fd=fd: self.carrier.source_ready(fd)))
 
     def sink_failed(self, fd):
@@ -4355,8 +4626,8 @@ class Handler:
 
     def source_ended(self, number):
         """The job has closed its end, or shut down its half of a socket pair."""
-        carrier, both = self.carrier, self.job.descriptors[number] == BOTH
-        if both and is_hung_up(self.ends[number]):
+        carrier, both = self.carrier, self.job.descriptors[number] in (BOTH, TTY)
+        if both and number in self.ends and is_hung_up(self.ends[number]):
             carrier.session.stop(number)
             carrier.sinks[number].close()
         carrier.drop_source(number)
@@ -4370,6 +4641,8 @@ class Handler:
         ours = self.ends.get(fd)
         if ours is None:
             return
+        if self.job.descriptors[fd] == TTY:
+            return          # it stays until the job ends: closing it hangs up
         if self.job.descriptors[fd] == BOTH:
             with socket.socket(fileno=os.dup(ours)) as half:
                 try:
@@ -4397,15 +4670,24 @@ class Handler:
         self.maybe_over()
 
     def maybe_over(self):
-        """The job is over when its process has ended and every output is at its end and sent."""
+        """The job is over when its process has ended and every output is at its end and sent.
+
+        A terminal's output ends when nobody has it open, so there the rest of the session ends first."""
         session = self.carrier.session
-        if self.ending or not self.ended or session.phase is not RUNNING or self.carrier.closed:
+        if self.carrier.closed or not self.ended or session.phase is not RUNNING:
             return
-        if any(stream.state == "open" for stream in session.sending.values()):
-            return
-        self.ending = GroupEnd(self.loop, self.pid, self.report) if signal_group(self.pid, 0) else True
-        if self.ending is True:
-            self.report()
+        if self.slave is not None and self.remains is None:
+            self.remains = GroupEnd(self.loop, self.pid, self.cleared)
+        elif all(stream.state == "ended" for stream in session.sending.values()):
+            if self.remains is None and signal_group(self.pid, 0):
+                self.remains = GroupEnd(self.loop, self.pid, self.cleared)
+            elif self.remains in (None, True):
+                self.report()
+
+    def cleared(self):
+        """Nothing of the job is left."""
+        self.remains = True
+        self.maybe_over()
 
     def report(self):
         """The last message.  The slot is free from here on."""
@@ -4423,7 +4705,7 @@ class Handler:
     # -- when something breaks
     def lost(self, words):
         """The submitter has gone or cannot be understood: its job ends."""
-        if self.ending is True or self.carrier.session.phase is ENDED:
+        if self.carrier.session.phase is ENDED:
             return self.finish(0)
         if self.job and self.pid:
             self.log("job %s: submitter lost: %s; the job ends" % (self.job.id, words))
@@ -4442,7 +4724,7 @@ class Handler:
     def end_job(self):
         if self.pid is None:
             return self.finish(1)
-        if isinstance(self.ending, GroupEnd):
+        if self.ending:
             return self.ending.kill()
         self.ending = GroupEnd(self.loop, self.pid, lambda: self.finish(1), self.reap)
         self.carrier.close()
@@ -4454,6 +4736,28 @@ class Handler:
         self.tell("ended")
         self.carrier.close()
         self.loop.stop(status)
+
+
+class TerminalSink(Sink):
+    """The keyboard's side of a job's terminal.  The end of what is typed is the terminal's own end character."""
+
+    def __init__(self, loop, fd, *calls):
+        super().__init__(loop, os.dup(fd), *calls)
+
+    def finish(self):
+        import termios
+        modes = termios.tcgetattr(self.fd)
+        if modes[3] & termios.ICANON:
+            self.feed(modes[6][termios.VEOF])
+        super().finish()
+
+    def watch_other_side(self):
+        self.loop.watch(self.fd)
+
+    def close(self):
+        if not self.done:
+            super().close()
+            os.close(self.fd)
 
 
 F_SETPIPE_SZ = 1031         # Linux; Python has the name from 3.10 on
@@ -4889,6 +5193,7 @@ class Pump:
                                   flags=os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK)
             self.ended = not self.held
             return
+        # By hand, through a buffer that all relays share.
         size = self.source.recv_into(self.scratch)
         self.ended = not size
         if size:
@@ -5004,15 +5309,27 @@ class ProxyRelay:
         try:
             pump.pump()
         except OSError as error:
-            return self.end(reason_of(error))
+            return self._broken(pump, error)
         self.deadline = time.monotonic() + self.proxy.idle
         up, down = self.pumps
         if up.over and down.over:
             return self.end()
+        if down.ended:
+            # The submitter has done with this one: a worker that does not notice must not keep others waiting.
+            self.proxy.released(self)
         watch = self.loop.watch
         watch(self.worker.fileno(), None if up.over or up.full else self._pump_up, self._pump_down if down.full else None)
         watch(self.submitter.fileno(), None if down.over or down.full else self._pump_down,
               self._pump_up if up.full else None)
+
+    def _broken(self, pump, error):
+        """One direction is broken.  What the other has in hand came before that, and is still delivered if it can be."""
+        other = self.pumps[self.pumps[0] is pump]
+        try:
+            other.pump()
+        except OSError:
+            pass
+        self.end(reason_of(error))
 
     def end(self, why=None):
         """Ends it: after both ends of data quietly, else with a reset to both sides and the reason in the log."""
@@ -5138,11 +5455,10 @@ class Cproxy:
 
     def _far_link(self):
         """The number of the link that TARGET covers; 0 where it is not one link that can be told from the near side."""
-        interface = self.outside.targets[0] if self.outside.targets else None
-        if interface is None or interface.loopback:
+        far = self.outside.home
+        if far is None or far.loopback:
             return 0
-        whole = self.target.kind != "unicast" or self.target.address == interface.broadcast
-        return interface.index if whole else 0
+        return far.index if self.target.kind != "unicast" or self.target.address == far.broadcast else 0
 
     def _allowed(self, source, now):
         rate = self.rates.pop(source, None) or Allowance(SOURCE_RATE, SOURCE_BURST)
@@ -5154,8 +5470,7 @@ class Cproxy:
     # -- doors
     def _door(self, datagram, source, now):
         """The door for this announcement, opened if need be; None when none can be had."""
-        name = (source, datagram.key_id, datagram.nonce, datagram.port)
-        name = (source[0], source[3:], *name[1:])
+        name = (source[0], source[3:], datagram.key_id, datagram.nonce, datagram.port)
         door = self.doors.pop(name, None) or self._open_door(name, datagram, source)
         if door:
             self.doors[name], door.heard = door, now
@@ -5243,12 +5558,16 @@ class Cproxy:
                 door.active.add(relay)
                 relay.connect()
 
+    def released(self, relay):
+        """The submitter has its hand free for another worker."""
+        relay.door.active.discard(relay)
+        self._next(relay.door)
+
     def over(self, relay):
         """Called once by every relay at its end."""
         self.relays.discard(relay)
         relay.door.callers.discard(relay)
-        relay.door.active.discard(relay)
-        self._next(relay.door)
+        self.released(relay)
         self._set_full(len(self.relays) >= self.most)
         if self.draining and not self.relays:
             self.loop.stop()
@@ -5501,7 +5820,7 @@ def put_new(temporary, path):
 
 
 def put_reserved(temporary, path):
-    """As os.link (an existing PATH is an OSError): take the name with an empty file, then move the finished one onto it."""
+    """As os.link (OSError if PATH exists): take the name with an empty file, then move the finished one onto it."""
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     try:
         os.replace(temporary, path)
