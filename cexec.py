@@ -58,14 +58,13 @@ import select
 import selectors
 import signal
 import socket
-import ssl
 import stat
 import struct
 import sys
-import threading
 import time
 
 VERSION = "1.0"
+ssl = None      # tls_context() imports it: it takes as long as all the others, and cexec has announced its job by then
 
 # ---------------------------------------------------------------- numbers
 
@@ -316,7 +315,7 @@ def numeric_address(word):
     for family in (socket.AF_INET, socket.AF_INET6):
         try:
             return socket.inet_ntop(family, socket.inet_pton(family, address)) + ("%" + scope if scope else "")
-        except OSError:
+        except (OSError, ValueError):
             pass
     raise ValueError("numeric addresses, separated by spaces")
 
@@ -1070,9 +1069,10 @@ def parse_job(octets):
     identity, descriptors, timeout, terminal, names = texts[:5]
     if len(identity) != 16 or identity.strip(b"0123456789abcdef"):
         raise ProtocolError("a job without a proper id")
-    pairs = [text.partition(b"=")[::2] for text in unpack_texts(names)]
-    for name, value in pairs:
-        if not is_name(name) or b"\0" in value:
+    names = unpack_texts(names)
+    pairs = [text.partition(b"=")[::2] for text in names]
+    for text, (name, value) in zip(names, pairs):
+        if b"=" not in text or not is_name(name) or b"\0" in value:
             raise ProtocolError("a job with an improper NAME=VALUE")
     terminal = _parse_terminal(unpack_texts(terminal))
     return Job(identity.decode(), _parse_descriptors(descriptors, terminal), pairs,
@@ -1176,7 +1176,7 @@ def parse_exit(octets):
         raise ProtocolError("an exit message cut short")
     fields = EXIT_BODY.unpack_from(octets)
     name = octets[EXIT_BODY.size:].decode("ascii", "replace")
-    if fields[0] > 1 or fields[1] > (127 if fields[0] else 255):
+    if fields[0] > 1 or not fields[0] <= fields[1] <= (127 if fields[0] else 255):
         raise ProtocolError("an exit message of a status that does not exist")
     return Ended(*fields, name)
 
@@ -1323,7 +1323,8 @@ class Session:
         return WINDOW, number, struct.unpack(">HH", body)
 
     def _ping(self, kind, number, body, size, now):
-        self.outbox += frame(PONG, 0, body[:8])
+        if len(self.outbox) < CONTROL_MAX // 2:     # who pings without reading gets no more answers
+            self.outbox += frame(PONG, 0, body[:8])
 
     def _pong(self, kind, number, body, size, now):
         if len(body) == 8:
@@ -1346,9 +1347,9 @@ class Session:
             if kind in DOWNWARD:
                 downward[fd] = Stream()
 
-    def hello(self, address):
-        """The worker's first words: who it is on the network it called from."""
-        self.outbox += frame(HELLO, 0, pack_texts([b"%d" % WIRE_VERSION, address.encode()]))
+    def hello(self, address, instance):
+        """The worker's first words: its address on the network it called from, and which run of cservice it is."""
+        self.outbox += frame(HELLO, 0, pack_texts([b"%d" % WIRE_VERSION, address.encode(), instance.encode()]))
 
     def offer(self, job, address):
         """The submitter's choice falls on this worker."""
@@ -1427,7 +1428,7 @@ class Session:
     def _growth(self, stream, now):
         """A quarter consumed in less than half a long round trip: the window, not the consumer, is what limits."""
         trip = self.round_trip or 0
-        if trip < 0.002 or now - stream.stamp > trip / 2 or stream.window >= WINDOW_MAX:
+        if trip < 0.005 or now - stream.stamp > trip / 2 or stream.window >= WINDOW_MAX:
             return 0
         total = sum(other.window for other in self.receiving.values())
         return stream.window if total + stream.window <= WINDOWS_MAX else 0
@@ -1840,6 +1841,8 @@ class Chooser:
 
 def tls_context(key, server_side):
     """TLS 1.3 (RFC 8446) only, both sides with a certificate, trusting nobody but the key's other half."""
+    global ssl
+    import ssl
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False      # names mean nothing here: the certificate itself is pinned
     context.verify_mode = ssl.CERT_REQUIRED
@@ -1859,6 +1862,15 @@ def check_peer(connection, key):
     """ssl.SSLError unless the finished handshake is TLS 1.3 with exactly the pinned certificate."""
     if connection.version() != "TLSv1.3" or connection.getpeercert(True) != key.peer_der:
         raise ssl.SSLError("the peer shows another certificate")
+
+
+def tune(connection):
+    """Small messages go at once; a peer whose machine has gone is noticed in two minutes even while it may be silent."""
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
+        if hasattr(socket, name):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 # ---------------------------------------------------------------- event loop
@@ -2014,6 +2026,7 @@ IFF_UP, IFF_LOOPBACK = 0x1, 0x8
 IP_PKTINFO = 8 if LINUX else 26
 IP_BOUND_IF, IPV6_BOUND_IF = 25, 125                # macOS
 IP_MULTICAST_ALL, IPV6_MULTICAST_ALL = 49, 29       # Linux
+IPV6_RECVPKTINFO, IPV6_PKTINFO = getattr(socket, "IPV6_RECVPKTINFO", 61), getattr(socket, "IPV6_PKTINFO", 46)   # macOS
 SO_RXQ_OVFL = 40                                    # Linux
 TENTATIVE, DUPLICATE = 0x40, 0x08                   # flags of an IPv6 address that cannot be used
 
@@ -2164,7 +2177,7 @@ class GroupSocket:
         self.socket.setsockopt(ip, socket.IPV6_V6ONLY, 1)       # a listener for IPv4 may share the port
         self.socket.setsockopt(ip, socket.IPV6_MULTICAST_HOPS, HOPS)
         self.socket.setsockopt(ip, socket.IPV6_MULTICAST_LOOP, 1)
-        self.socket.setsockopt(ip, socket.IPV6_RECVPKTINFO, 1)
+        self.socket.setsockopt(ip, IPV6_RECVPKTINFO, 1)
         if LINUX:
             try:
                 self.socket.setsockopt(ip, IPV6_MULTICAST_ALL, 0)
@@ -2270,7 +2283,7 @@ class GroupSocket:
         group, index = self.group, interface.index if interface else 0
         if group.family == socket.AF_INET6:
             place = (group.address, group.port, 0, index)
-            note = (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, PKTINFO6.pack(bytes(16), index))
+            note = (socket.IPPROTO_IPV6, IPV6_PKTINFO, PKTINFO6.pack(bytes(16), index))
         else:
             place = (group.address, group.port)
             source = bytes(4) if self.source or not interface or not interface.addresses else \
@@ -2315,7 +2328,7 @@ class GroupSocket:
         for level, kind, value in notes:
             if level == socket.IPPROTO_IP and kind == IP_PKTINFO:
                 index = PKTINFO.unpack_from(value)[0]
-            elif level == socket.IPPROTO_IPV6 and kind == socket.IPV6_PKTINFO:
+            elif level == socket.IPPROTO_IPV6 and kind == IPV6_PKTINFO:
                 index = PKTINFO6.unpack_from(value)[1]
             elif level == socket.SOL_SOCKET and kind == SO_RXQ_OVFL:
                 self.dropped = struct.unpack("@I", value)[0]
@@ -2381,6 +2394,7 @@ def ports_text(ports):
 REGULAR, PIPE, SOCKET, TERMINAL, DEVICE = "regular", "pipe", "socket", "terminal", "device"
 RWF_NOWAIT = getattr(os, "RWF_NOWAIT", None) if LINUX else None
 O_PATH = getattr(os, "O_PATH", 0)
+UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS, errno.ESPIPE)
 F_DUPFD_QUERY = 1027        # Linux 6.10: are these two the same open file?
 
 
@@ -2488,6 +2502,11 @@ def park(fd):
     os.close(null)
 
 
+def is_memory(fd):
+    """Whether a device is /dev/null or one of its kin, which never block (Linux gives them the major number 1)."""
+    return LINUX and os.major(os.fstat(fd).st_rdev) == 1
+
+
 class Source:
     """Something to read.  read_into(view) returns octets read, 0 at the end, or None when there is nothing now and
     `ready` will be called once there is."""
@@ -2544,6 +2563,7 @@ class ThreadSource(Source):
 
     def read_into(self, view):
         if self.wanted is None:
+            import threading
             self.wanted = threading.Semaphore(0)
             threading.Thread(target=self._run, daemon=True).start()
             self.wanted.release()
@@ -2602,7 +2622,7 @@ class PipeSource(Source):
             try:
                 return super().read_into(view)
             except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
+                if error.errno not in UNSUPPORTED:
                     raise
                 self.thread = ThreadSource(self.loop, self.fd, self.ready)
         return self.thread.read_into(view)
@@ -2618,7 +2638,7 @@ class PipeSource(Source):
 
 def open_source(loop, fd, ready):
     kind = stream_kind(fd)
-    if kind is REGULAR:
+    if kind is REGULAR or (kind is DEVICE and is_memory(fd)):
         return Source(loop, fd, ready)
     if kind is SOCKET:
         return SocketSource(loop, fd, ready)
@@ -2756,18 +2776,23 @@ class SocketSink(Sink):
 
 class ThreadSink(Sink):
     """A pipe or terminal that others may share: a helper thread writes and may block as long as it likes."""
-    CHUNK = 1 << 18
+    CHUNK, SMALL = 1 << 18, 1 << 15
 
     def __init__(self, loop, fd, *calls):
         super().__init__(loop, fd, *calls)
         self.work = None
         self.watch_other_side()
 
-    def feed(self, view):
-        if self.done:
-            self.consumed(len(view))
-            return False
-        return self._enqueue(view)
+    def _write(self, view):
+        """A little data is not worth a thread where the system can be asked not to wait."""
+        if RWF_NOWAIT is None or self.work or len(view) > self.SMALL:
+            return 0
+        try:
+            return os.pwritev(self.fd, [view], -1, RWF_NOWAIT)
+        except OSError as error:
+            if error.errno in UNSUPPORTED:
+                return 0
+            raise
 
     def _enqueue(self, rest):
         kept = len(rest) >= self.KEEP
@@ -2779,6 +2804,7 @@ class ThreadSink(Sink):
 
     def _hand_over(self):
         if self.work is None:
+            import threading
             self.work = collections.deque(), threading.Semaphore(0)
             threading.Thread(target=self._run, args=self.work, daemon=True).start()
         self.work[0].append(self.queue[0])
@@ -2826,7 +2852,7 @@ class ThreadSink(Sink):
 
 def open_sink(loop, fd, *calls):
     kind = stream_kind(fd)
-    if kind is REGULAR or (kind is DEVICE and os.fstat(fd).st_rdev >> 8 == 1 and LINUX):    # /dev/null and its kin
+    if kind is REGULAR or (kind is DEVICE and is_memory(fd)):
         return FileSink(loop, fd, *calls)
     if kind is SOCKET:
         return SocketSink(loop, fd, *calls)
@@ -3056,8 +3082,8 @@ class Carrier:
 
 
 def connection_words(error):
-    if isinstance(error, ssl.SSLError):
-        return "the channel broke: %s" % (getattr(error, "reason", None) or reason_of(error)).lower().replace("_", " ")
+    if hasattr(error, "library"):       # an ssl.SSLError
+        return "the channel broke: %s" % (error.reason or reason_of(error)).lower().replace("_", " ")
     return "the connection broke: %s" % reason_of(error)
 
 
@@ -3387,9 +3413,8 @@ class Caller:
         """It is this one's turn: tells it to go ahead, as the TLS server."""
         self.loop.watch(self.connection.fileno())
         try:
-            self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            self.connection.send(GO)
+            tune(self.connection)
+            self.connection.send(GO)        # while the worker makes ready, so does this side
             self.connection = self.search.context().wrap_socket(
                 self.connection, server_side=True, do_handshake_on_connect=False)
         except (OSError, ValueError) as error:
@@ -3429,15 +3454,18 @@ class Caller:
 
     def _authenticated(self, body):
         texts = unpack_texts(body)
-        if len(texts) < 2:
+        if len(texts) < 3:
             raise ProtocolError("a hello cut short")
         try:
-            self.name = numeric_address(texts[1].decode("ascii", "replace"))
+            self.name, self.instance = numeric_address(texts[1].decode("ascii", "replace")), texts[2]
         except ValueError:
             raise ProtocolError("a hello without an address") from None
         if not self.search.wanted(self.address, self.name):
-            return self.close("excluded by CEXEC_ACCEPT_SERVER or CEXEC_REJECT_SERVERS")
-        self.search.authenticated(self)
+            self.close("excluded by CEXEC_ACCEPT_SERVER or CEXEC_REJECT_SERVERS")
+        elif self.instance in self.search.avoid:
+            self.close("it has failed this job already")
+        else:
+            self.search.authenticated(self)
 
     def take(self):
         """Hands the connection over to the caller of this."""
@@ -3462,6 +3490,7 @@ CALLERS_MAX = 256           # connections at once at a submitter's port; a stran
 
 class Search:
     """One round of looking for a worker: announcement, candidates, choice.  on_found(caller) is called once."""
+    IDLE = 0.01             # seconds: when nobody has come by then, there is time to prepare the channel
 
     def __init__(self, loop, key, settings, avoid, on_found):
         self.loop, self.key, self.settings, self.avoid, self.on_found = loop, key, settings, avoid, on_found
@@ -3477,8 +3506,8 @@ class Search:
         self.port = self.listener.getsockname()[1]
         self.timer = None
         loop.watch(self.listener.fileno(), read=self._accept)
+        loop.later(self.IDLE, self.context)
         self._act()
-        self.context()          # while the announcement travels
 
     def context(self):
         self.tls = self.tls or tls_context(self.key, server_side=True)
@@ -3494,7 +3523,7 @@ class Search:
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                     self._pause_accepting()
                 break
-            if len(self.callers) >= CALLERS_MAX or address[0] in self.avoid or not self.wanted(address[0]):
+            if len(self.callers) >= CALLERS_MAX or not self.wanted(address[0]):
                 connection.close()
                 continue
             self.callers.add(Caller(self, connection, address))
@@ -3508,7 +3537,7 @@ class Search:
     def wanted(self, address, name=None):
         """Whether a worker may be used.  name: its own address, which differs from the connection's behind a proxy."""
         accept, reject = self.settings.accept_server, self.settings.reject_servers
-        if address in reject or name in reject or name in self.avoid:
+        if address in reject or name in reject:
             return False
         return not (accept and name) or address in accept or name in accept
 
@@ -3678,11 +3707,14 @@ class Submission:
     """
     START_PATIENCE = 1.0    # seconds from the offer to the job's start; doubled with each attempt
     SIGNAL_GRACE = 10.0     # seconds a job has after INT or TERM
+    AVOID = 5.0             # seconds that a worker which failed the job is passed over
 
     def __init__(self, loop, key, settings, descriptors, names, on_done, terminal=None):
         self.loop, self.key, self.settings, self.names, self.on_done = loop, key, settings, names, on_done
         self.descriptors, self.terminal, self.id = descriptors, terminal, os.urandom(8).hex()
-        self.attempts, self.avoid, self.committed, self.done = 0, set(), False, False
+        self.attempts, self.avoid, self.refusals, self.committed, self.done = 0, set(), {}, False, False
+        self.alert_again = lambda: None
+        self.patience_from = time.monotonic()
         self.search = self.carrier = self.caller = self.exit = self.giving_up = None
         self.tapes, self.sinks, self.locals = {}, {}, {}
         self.deadline, self.began, self.signalled, self.timers = None, time.monotonic(), None, []
@@ -3770,11 +3802,11 @@ class Submission:
     def _look_for_worker(self):
         self.finished_sinks, self.finished_tapes = set(), set()
         limit = self.settings.timeout_accept
-        self.deadline = self.loop.later(limit, self._nobody) if limit else None
+        self.deadline = self.loop.at(self.patience_from + limit, self._nobody) if limit else None
         self.search = Search(self.loop, self.key, self.settings, self.avoid, self._found)
 
     def _nobody(self):
-        self._fail(nobody_answered(self.search, self.settings))
+        self._fail(nobody_answered(self.search, self.settings, self.refusals))
 
     def _found(self, caller):
         if self.deadline:
@@ -3800,6 +3832,7 @@ class Submission:
 
     def _started(self):
         self._start_timer.cancel()
+        self.carrier.session.ping(time.monotonic())
         if self.terminal:
             self.terminal.raw()
             if self.terminal.number in self.tapes:
@@ -3867,10 +3900,9 @@ class Submission:
 
     # -- when a worker is lost
     def _refused(self, words):
-        """The job has not started: looking again costs nothing."""
+        """The job has not started: looking again, as long as there is time, costs nothing."""
         self.carrier.close()
-        self.search.reasons[self.caller.name] = "refused: " + words
-        self.last_words = words
+        self.refusals[self.caller.name] = "refused: " + words
         self._again("refused the job: %s" % words)
 
     def _lost(self, words):
@@ -3884,6 +3916,7 @@ class Submission:
                 or not all(tape.can_rewind() for tape in self.tapes.values())):
             self._fail(Failure("worker %s" % self.caller.name, words, self._advice()))
         else:
+            self.patience_from = time.monotonic()
             self._again(words)
 
     def _advice(self):
@@ -3893,9 +3926,9 @@ class Submission:
 
     def _again(self, words):
         """Another worker gets the same job, with the same input."""
-        self.avoid.add(self.caller.name)
+        self.avoid.add(self.caller.instance)
         self._start_timer.cancel()
-        self.loop.later(5.0, lambda name=self.caller.name: self.avoid.discard(name))
+        self.loop.later(self.AVOID, lambda instance=self.caller.instance: self.avoid.discard(instance))
         self.search.stop()
         try:
             for tape in self.tapes.values():
@@ -3910,11 +3943,12 @@ class Submission:
         took = int((time.monotonic() - self.offered) * 1000)
         alert = Alert(verdict, status, min(took, 0xffffffff), int(time.time() * 1000), self.id, self.submitter,
                       self.caller.name, words)
-        self.alerts = encode_alert(alert)
-        sequence = self.search.sequence[ALERT] + 1
-        for _ in range(2):      # the same datagram again, so that a lost one loses no line
-            self.search.sequence[ALERT] = sequence - 1
-            self.search.send(ALERT, self.alerts)
+        search = self.search
+        search.sequence[ALERT] += 1
+        octets = encode_datagram(self.key.udp, ALERT, self.key.id, search.nonce, search.sequence[ALERT], encode_alert(alert))
+        self.alert_again = lambda: search.group and search.group.send(octets)
+        self.alert_again()      # the same datagram several times, so that a lost one loses no line
+        self.alert_again()
 
     # -- signals and the end
     def signal(self, name):
@@ -3951,8 +3985,7 @@ class Submission:
         if self.done:
             return
         self.done = True
-        if self.exit or (self.caller and self.carrier):
-            self.search.send(ALERT, self.alerts) if self.exit else None
+        self.alert_again()
         if self.deadline:
             self.deadline.cancel()
         if self.carrier:
@@ -3962,14 +3995,14 @@ class Submission:
         self.on_done(status, failure)
 
 
-def nobody_answered(search, settings):
+def nobody_answered(search, settings, refusals):
     """The one line for a search that found nobody: what was tried, what came of it, what to check."""
     why = "nobody answered within %g s; announced on %s by %s, to connect back to TCP port %d" % (
         settings.timeout_accept, settings.group, " ".join(filter(None, search.group.tried)) or "the system's choice",
         search.port)
     if search.problems:
         why += "; could not send: " + ", ".join(search.problems)
-    for name, reason in list(search.reasons.items())[-3:]:
+    for name, reason in list(dict(search.reasons, **refusals).items())[-3:]:
         why += "; %s: %s" % (name, reason)
     return Failure("no worker", why, "is cservice running with this key (%s) in this network, with a free slot?  "
                    "do firewalls pass UDP port %d to it and TCP back?" % (search.key.fingerprint, settings.group.port))
@@ -4088,8 +4121,7 @@ class Dial:
         self.timer = self.loop.later(self.CONNECT, lambda: self.end(False))
         try:
             self.socket.setblocking(False)
-            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            tune(self.socket)
             problem = self.socket.connect_ex(place)
         except OSError as error:
             problem = error.errno
@@ -4160,7 +4192,7 @@ class Service:
         self.bidder = Bidder(settings.concurrency, usable_cpus(), measured_speed(), uniform, settings.boost)
         self.places, self.recent = collections.OrderedDict(), collections.OrderedDict()
         self.calls, self.workers, self.ends, self.timer = set(), {}, set(), None
-        self.draining = self.killing = False
+        self.instance, self.draining = os.urandom(8).hex(), False
         self.versions_heard = 0
         loop.watch(self.group.fileno(), read=self._heard)
         loop.on_signal(signal.SIGCHLD, lambda number: self._reap())
@@ -4458,14 +4490,15 @@ class Handler:
         try:
             connection = self._shake()
         except (OSError, ValueError) as error:
-            self.log("from %s: %s" % (self.peer_text(), connection_words(error)))
-            return 1
+            if isinstance(error, ssl.SSLError) and not isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):
+                self.log("from %s: %s" % (self.peer_text(), connection_words(error)))
+            return 1        # a connection that just ends was not needed any more
         for number in (signal.SIGTERM, signal.SIGINT):
             self.loop.on_signal(number, lambda number: self.give_up("the worker was told to stop"))
         self.loop.on_signal(signal.SIGHUP, lambda number: None)
         self.loop.on_signal(signal.SIGCHLD, lambda number: self.reap())
         session = Session(WORKER, 60.0, time.monotonic())
-        session.hello(self.local.partition("%")[0])
+        session.hello(self.local.partition("%")[0], self.service.instance)
         self.carrier = Carrier(self.loop, connection, session, self.event, self.lost)
         self.carrier._source_ended = self.source_ended
         self.carrier.flush()
@@ -4573,7 +4606,10 @@ class Handler:
     # -- descriptors of the job
     def open_ends(self, job):
         """Makes the pipes and socket pairs; returns {descriptor in the job: descriptor here}."""
-        theirs = {}
+        theirs, limit = {}, os.sysconf("SC_OPEN_MAX")
+        if 0 < limit <= 2 * max(job.descriptors, default=0) + 64:
+            raise OSError(errno.EMFILE, "descriptor %d is too high for this machine's limit of %d" % (
+                max(job.descriptors), limit))
         for fd, kind in job.descriptors.items():
             if isinstance(kind, int):
                 theirs[fd] = theirs[kind]
@@ -4709,7 +4745,7 @@ class Handler:
             return self.finish(0)
         if self.job and self.pid:
             self.log("job %s: submitter lost: %s; the job ends" % (self.job.id, words))
-        elif words != "the connection was closed":
+        elif words.startswith("protocol"):
             self.log("from %s: %s" % (self.peer[0], words))
         self.end_job()
 
@@ -4980,6 +5016,7 @@ class LineWriter:
     """
 
     def __init__(self, descriptor, on_error):
+        import threading
         self.descriptor, self.on_error = descriptor, on_error
         self.lines, self.changed, self.busy, self.failed = collections.deque(), threading.Condition(), False, False
         threading.Thread(target=self._work, daemon=True).start()
@@ -5106,7 +5143,7 @@ DOOR_SECONDS = 30.0         # a door stays so long after the last announcement: 
 ACTIVE_PER_DOOR = 4         # relayed at once for one announcement, as many as cexec shakes hands with; others wait
 CALLERS_PER_DOOR = 64       # connections kept for one announcement, waiting ones included
 RELAYS_MAX = 2000           # connections in all, as far as descriptors suffice
-DESCRIPTORS_PER_RELAY = 6   # two sockets, two pipes
+DESCRIPTORS_PER_RELAY = 2
 KNOCK_SECONDS = 10.0        # to say the opening octets
 CONNECT_SECONDS = 5.0       # to reach the submitter
 ECHO_SECONDS = 60.0         # a datagram heard again within this time is the same one, come back around a loop
@@ -5115,11 +5152,11 @@ COPIES = {ALERT: 3}         # times that one datagram passes; others once.  cexe
 SEND_RATE, SEND_BURST = 2000, 2000          # datagrams a second in all: about 200 jobs a second
 SOURCE_RATE, SOURCE_BURST = 1000, 1000      # from one address
 SOURCES_MAX = 1024          # addresses whose rate is remembered
-PIPE_SIZE = 1 << 18         # octets in flight in the kernel for one direction
+PIECE = 1 << 18             # octets read at once; smaller ones cost speed
+HELD_MAX = 1 << 26          # octets held for slow readers in all, from which on only small pieces are read:
+SMALL_PIECE = 1 << 14       # then RELAYS_MAX relays hold as much again at most
 PUMP_ROUNDS = 8             # moves in a row before others get their turn
 SWEEP_SECONDS = 1.0
-SPLICE = hasattr(os, "splice")      # Linux, from Python 3.10 on
-F_SETPIPE_SZ = 1031
 
 
 class Echoes:
@@ -5143,86 +5180,72 @@ class Echoes:
         return next(iter(self.passed.values()))[1]
 
 
+class Buffer:
+    """Room for one read, shared by all relays, and the count of the octets that they hold for slow readers."""
+
+    def __init__(self):
+        self.room, self.held = memoryview(bytearray(PIECE)), 0
+
+    def place(self):
+        return self.room if self.held < HELD_MAX else self.room[:SMALL_PIECE]
+
+
 class Pump:
-    """One direction of a relay: octets that came from `source` go to `sink`, at most a pipe's worth in between.
+    """One direction of a relay: octets that came from `source` go to `sink`, at most PIECE of them held in between.
 
-    Raises OSError when either side is broken.
+    They are copied: splicing them through a pipe is no faster here, and needs three times the descriptors.
+    Raises OSError when a side is broken.
     """
-    __slots__ = ("source", "sink", "scratch", "pending", "pipe", "held", "moved", "ended", "over")
+    __slots__ = ("source", "sink", "buffer", "pending", "moved", "ended", "over")
 
-    def __init__(self, source, sink, scratch, pending=b""):
-        self.source, self.sink, self.scratch, self.pending = source, sink, scratch, pending
-        self.pipe, self.held, self.moved, self.ended, self.over = make_pipe(), 0, 0, False, False
+    def __init__(self, source, sink, buffer, pending=b""):
+        self.source, self.sink, self.buffer, self.pending = source, sink, buffer, memoryview(pending)
+        self.moved, self.ended, self.over = 0, False, False
+        buffer.held += len(pending)
 
     @property
     def full(self):
         """Whether it waits for the sink; else it waits for the source."""
-        return bool(self.pending or self.held)
+        return bool(self.pending)
 
     def pump(self):
         """Moves what can be moved now."""
-        for _ in range(PUMP_ROUNDS):
+        for _ in range(0 if self.over else PUMP_ROUNDS):
             try:
                 self._drain()
                 if self.ended:
-                    return self._finish()
+                    self.over = True
+                    return self.sink.shutdown(socket.SHUT_WR)
                 self._fill()
             except BlockingIOError:
                 return None
         return None
 
-    def _finish(self):
-        if not self.over:
-            self.over = True
-            self.sink.shutdown(socket.SHUT_WR)
-            self.close()
-
     def _drain(self):
         """All that is held to the sink; BlockingIOError when it takes no more."""
         while self.pending:
-            sent = self.sink.send(self.pending)
-            self.pending, self.moved = self.pending[sent:], self.moved + sent
-        while self.held:
-            sent = os.splice(self.pipe[0], self.sink.fileno(), self.held, flags=os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK)
-            self.held, self.moved = self.held - sent, self.moved + sent
+            self._sent(self.sink.send(self.pending))
+
+    def _sent(self, count):
+        self.pending, self.moved, self.buffer.held = self.pending[count:], self.moved + count, self.buffer.held - count
 
     def _fill(self):
-        """Some octets from the source; BlockingIOError when there are none yet."""
-        if self.pipe:
-            self.held = os.splice(self.source.fileno(), self.pipe[1], PIPE_SIZE,
-                                  flags=os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK)
-            self.ended = not self.held
-            return
-        # By hand, through a buffer that all relays share.
-        size = self.source.recv_into(self.scratch)
+        """Octets from the source, on to the sink as far as it takes them; BlockingIOError when there are none yet."""
+        place = self.buffer.place()
+        size = self.source.recv_into(place)
         self.ended = not size
-        if size:
-            try:
-                sent = self.sink.send(self.scratch[:size])
-            except BlockingIOError:
-                sent = 0
-            self.moved += sent
-            self.pending = bytes(self.scratch[sent:size])
+        try:
+            sent = self.sink.send(place[:size]) if size else 0
+        except BlockingIOError:
+            sent = 0
+        self.moved += sent
+        self.pending = memoryview(bytes(place[sent:size]))
+        self.buffer.held += size - sent
 
     def close(self):
-        for descriptor in self.pipe or ():
-            os.close(descriptor)
-        self.pipe = None
-
-
-def make_pipe():
-    """A pipe to splice through; None where that cannot be had: then octets are copied."""
-    if not SPLICE:
-        return None
-    try:
-        pipe = os.pipe()
-    except OSError:
-        return None
-    try:
-        fcntl.fcntl(pipe[1], F_SETPIPE_SZ, PIPE_SIZE)
-    except OSError:
-        pass        # this user has many large pipes already; a small one is only slower
-    return pipe
+        """Gives up what is held.  May be called again."""
+        self.buffer.held -= len(self.pending)
+        self.pending = memoryview(b"")
 
 
 class Door:
@@ -5294,8 +5317,8 @@ class ProxyRelay:
         if error:
             return self.end("the submitter: " + os.strerror(error))
         self.state, self.deadline = "running", time.monotonic() + self.proxy.idle
-        self.pumps = (Pump(self.worker, self.submitter, self.proxy.scratch, self.opening),
-                      Pump(self.submitter, self.worker, self.proxy.scratch))
+        self.pumps = (Pump(self.worker, self.submitter, self.proxy.buffer, self.opening),
+                      Pump(self.submitter, self.worker, self.proxy.buffer))
         self.proxy.log("relay %d: %s to %s" % (self.number, self.name, place_text(self.door.target)))
         self._pump_up()
 
@@ -5378,7 +5401,7 @@ class Cproxy:
         self.echoes, self.rate, self.rates = Echoes(), Allowance(SEND_RATE, SEND_BURST), collections.OrderedDict()
         self.doors, self.relays, self.count, self.draining = collections.OrderedDict(), set(), 0, False
         self.most, self.full, self.dropped = raise_descriptor_limit(), False, 0
-        self.scratch, self.spare = memoryview(bytearray(PIPE_SIZE)), os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self.buffer, self.spare = Buffer(), os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self.loop = Loop()
 
     def run(self, group):
@@ -5871,6 +5894,8 @@ class Demo:
     def __init__(self, command):
         import subprocess
         import tempfile
+        import threading
+        self.threading = threading
         self.subprocess, self.command, self.running, self.readers = subprocess, command, [], []
         self.folder = tempfile.mkdtemp(prefix="cexec-demo-")
         self.environment = {name: value for name, value in os.environ.items()
@@ -5917,9 +5942,9 @@ class Demo:
         process = self.subprocess.Popen(
             self.arguments(tool, *arguments), env=self.environment, stdin=self.subprocess.DEVNULL, cwd=self.place(tool),
             stdout=self.subprocess.PIPE, stderr=self.subprocess.STDOUT)
-        ready = threading.Event()
+        ready = self.threading.Event()
         self.running.append(process)
-        reader = threading.Thread(target=self.show, args=(name, process.stdout, ready), daemon=True)
+        reader = self.threading.Thread(target=self.show, args=(name, process.stdout, ready), daemon=True)
         self.readers.append(reader)
         reader.start()
         if not ready.wait(self.PATIENCE) or process.poll() is not None:
