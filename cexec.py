@@ -1466,7 +1466,7 @@ HOLD_TIME = 20.0             # longer than a handshake on a busy machine, short 
 HOLD_MOST = 1000.0
 SPEAK_GAP = 0.3         # holds and takens closer together than this tell nothing new
 LOAD_LAG = 5000.0       # the outside load is smoothed over this time
-PENALTY = 3.0           # added to the cost of a worker that was ratted out: any other goes first, a lone one still serves
+PENALTY = 3.0           # added to the cost of a ratted-out worker: any other goes first, a lone one still serves
 PER_SOURCE = 128        # announcements remembered for one submitting host, the oldest jobs first
 CALLS_MOST = 1024       # and in all; each event looks through them, which takes a tenth of a millisecond at worst
 SPENT_MOST = 1024       # nonces that get no second connection
@@ -1485,7 +1485,7 @@ CANDIDATES = 64         # connections that are kept at once
 PREFER_GAP = 0.1        # a connected worker that is cheaper by this is worth waiting for
 PREFER_WAIT = 1.5
 TAKEN_AGAIN = (4.0, 8.0)    # before the hold runs out
-CROWDED = 2.0           # more than two connections are too many: the offset rises by this times the logarithm of the ratio
+CROWDED = 2.0           # more than two connections are too many: the offset rises by this, times the log of the ratio
 
 SERVED, LEARNT = 1 << 40, 1 << 41   # beyond any attempt: the announcement is over; and its offset has been used
 
@@ -1535,7 +1535,7 @@ class Bidder:
         self.penalty_until = now + ms
 
     def announced(self, now, nonce, source, attempt, waited, interval):
-        """Heard an announcement: attempt counts from 0; its submitter has waited and will wait interval until the next."""
+        """Heard an announcement: attempt counts from 0; its submitter has waited so long, repeats after interval."""
         if nonce in self.bids or attempt <= self.spent.get(nonce, -1):
             return
         call = self.calls.get(nonce)
@@ -1699,7 +1699,8 @@ class Chooser:
 
     def connected(self, now, who, cost, offset, waited, queued):
         """A worker has connected and said in its preamble what its Bid was."""
-        candidate = Candidate(who, clamp(cost, -20.0, 20.0), clamp(offset, *OFFSET_RANGE), clamp(waited, 0.0, 1e3), queued)
+        candidate = Candidate(who, clamp(cost, -20.0, 20.0), clamp(offset, *OFFSET_RANGE), clamp(waited, 0.0, 1e3),
+                              queued)
         self.connections += 1
         if self.winner or len(self.candidates) >= CANDIDATES:
             self.actions.append(("evict", who))
@@ -1720,8 +1721,8 @@ class Chooser:
         self.candidates.pop(who, None)
 
     def poll(self, now):
-        """What to do now, in this order: ("announce", attempt, waited, interval), ("hold", ms), ("taken", offset or None),
-        ("handshake", who), ("evict", who), ("win", who)."""
+        """What to do now, in this order; each is one of ("announce", attempt, waited, interval), ("hold", ms),
+        ("taken", offset or None), ("handshake", who), ("evict", who), ("win", who)."""
         if not self.winner:
             self._choose(now)
         if not self.winner:
@@ -1754,7 +1755,8 @@ class Chooser:
         if not good:
             return
         best = min(good, key=lambda candidate: candidate.cost)
-        hoped = any(other.began is not None and other.cost < best.cost - PREFER_GAP for other in self.candidates.values())
+        hoped = any(other.began is not None and other.cost < best.cost - PREFER_GAP
+                    for other in self.candidates.values())
         if hoped and now < self.choose_by:
             return
         self.winner = best
@@ -3356,6 +3358,9 @@ class Keyboard:
         view[:size], self.buffer = self.buffer[:size], self.buffer[size:]
         return size
 
+    def accepted(self, cap):
+        """What was typed is not remembered."""
+
     def can_rewind(self):
         return not self.touched
 
@@ -3646,11 +3651,14 @@ def uniform():
 
 
 class Tape:
-    """A source that can start again: a file by seeking, anything else by remembering what was read, up to a cap."""
+    """A source that can start again: a file by seeking, anything else by remembering what was read, up to a cap.
+
+    Until a worker has accepted the job all is remembered, which the first window bounds: a refusal loses nothing.
+    """
     IN_MEMORY = 1 << 20
 
-    def __init__(self, loop, fd, ready, cap, recording):
-        self.fd, self.cap, self.recording, self.ended = fd, cap, recording, False
+    def __init__(self, loop, fd, ready):
+        self.fd, self.cap, self.recording, self.ended = fd, WINDOW_START, True, False
         self.live, self.start = open_source(loop, fd, ready), self._offset()
         self.store, self.length, self.position = None, 0, 0
 
@@ -3705,6 +3713,12 @@ class Tape:
         self.store.seek(self.length)
         return self.store
 
+    def accepted(self, cap):
+        """From now on up to cap octets are remembered; None for nothing."""
+        self.cap = cap or 0
+        if cap is None or self.length > self.cap:
+            self.forget()
+
     def can_rewind(self):
         return self.recording
 
@@ -3751,6 +3765,7 @@ class Submission:
         self.patience_from = time.monotonic()
         self.search = self.carrier = self.caller = self.exit = self.giving_up = None
         self.tapes, self.sinks, self.locals, self.owned = {}, {}, {}, {}
+        self.finished_tapes, self.finished_sinks = set(), set()
         self.deadline, self.began, self.signalled, self.timers = None, time.monotonic(), None, []
         self._open_local()
         self._look_for_worker()
@@ -3765,8 +3780,7 @@ class Submission:
             if kind == TTY:
                 self._open_terminal(fd)
             if kind in (IN, BOTH):
-                self.tapes[fd] = Tape(self.loop, fd, lambda fd=fd: self._source_ready(fd), self.settings.spill << 20,
-                                      self.settings.retries > 0)
+                self.tapes[fd] = Tape(self.loop, fd, lambda fd=fd: self._source_ready(fd))
             if kind in (OUT, BOTH):
                 self._open_sink(fd, self._own(fd) if kind == BOTH else fd)
 
@@ -3804,6 +3818,8 @@ class Submission:
             self.carrier.consumed(fd, size)
 
     def _sink_failed(self, fd, error):
+        if self.descriptors[fd] == TTY and error.errno == errno.EIO:
+            return self.hang_up()
         if error.errno not in (errno.EPIPE, errno.ECONNRESET):
             self._fail(Failure("the terminal" if self.descriptors[fd] == TTY else name_of(fd), reason_of(error),
                                "what the job wrote there is incomplete"))
@@ -3842,7 +3858,6 @@ class Submission:
 
     # -- finding a worker
     def _look_for_worker(self):
-        self.finished_sinks, self.finished_tapes = set(), set()
         limit = self.settings.timeout_accept
         self.deadline = self.loop.at(self.patience_from + limit, self._nobody) if limit else None
         self.search = Search(self.loop, self.key, self.settings, self.avoid, self._found)
@@ -3866,7 +3881,10 @@ class Submission:
         self.carrier.sinks = self.sinks
         if self.settings.ratout_test:
             self._alert(RATTED_OUT, 0, "test")
-        self._start_timer = self.loop.later(self.START_PATIENCE * 2 ** self.attempts, self._not_started)
+        for fd in self.finished_sinks:
+            session.stop(fd)        # its reader went while another worker had the job
+        patience = self.START_PATIENCE * 2 ** self.attempts if self.settings.retries else self.settings.timeout_pingpong
+        self._start_timer = self.loop.later(patience, self._not_started)
         for fd, tape in self.tapes.items():
             if self.descriptors[fd] != TTY:
                 self.carrier.add_source(fd, tape)
@@ -3875,6 +3893,8 @@ class Submission:
     def _started(self):
         self._start_timer.cancel()
         self.carrier.session.ping(time.monotonic())
+        for tape in self.tapes.values():
+            tape.accepted(self.settings.spill << 20 if self.settings.retries else None)
         if self.terminal:
             self.terminal.raw()
             if self.terminal.number in self.tapes:
@@ -3918,6 +3938,9 @@ class Submission:
                 tape.forget()
 
     def _read_error(self, number, error):
+        if self.descriptors[number] == TTY and error.errno == errno.EIO:
+            self.loop.soon(self.hang_up)
+            return None
         if error.errno != errno.EIO or stream_kind(number) is not TERMINAL:
             self._commit()
             self._fail(Failure(name_of(number), reason_of(error)))
@@ -4681,9 +4704,10 @@ class Handler:
             self.finish(0)
 
     def signal(self, name):
-        """A terminal's job is not stopped when only its user's cexec is suspended."""
-        if self.pid and not self.ended and not (self.job.terminal and name in ("TSTP", "CONT")):
-            signal_group(self.pid, getattr(signal, "SIG" + name))
+        """A terminal's job is not stopped when only its user's cexec is suspended.  Another one is stopped for good:
+        its group has no parent in its session, and for such an orphan TSTP has no effect."""
+        if self.pid and not (self.job.terminal and name in ("TSTP", "CONT")):
+            signal_group(self.pid, signal.SIGSTOP if name == "TSTP" else getattr(signal, "SIG" + name))
 
     def start(self, job):
         """Runs the command with the submitter's descriptors, or refuses."""
@@ -4984,6 +5008,7 @@ def cservice(arguments, settings):
     for fd in set((0, 1, 2)) - set(open_descriptors(2)):
         park(fd)
     close_strays()
+    load_all()
     loop = Loop()
     log = Log(CSERVICE)
     if warning:
@@ -4991,6 +5016,13 @@ def cservice(arguments, settings):
     service = Service(loop, key, settings, arguments[1:], log)
     service.ready()
     return loop.run()
+
+
+def load_all():
+    """What handlers would import by themselves: after --user they may not be allowed to read it any more."""
+    import pty
+    import resource
+    return pty, resource
 
 
 def close_strays():

@@ -1,0 +1,9267 @@
+#!/usr/bin/env python3
+"""The tests of cexec.py, and its benchmark.
+
+    python3 test_cexec.py                   all tests
+    python3 test_cexec.py -k relay -x       arguments go on to pytest
+    python3 test_cexec.py bench --help      the benchmark, against ssh and others
+    pytest                                  works as well, where pytest is installed
+
+Where this Python has no pytest, a virtual environment is made once in the user's cache directory and
+pytest is installed there.  Nothing is written to the directory that this file lies in.
+
+Tests that need network namespaces want Linux, iproute2 and util-linux, and root or a kernel that lets
+users have namespaces; elsewhere they are skipped with the reason.  Environment variables:
+
+    CEXEC_TEST_NO_SKIP=1      a test that cannot run fails instead of being skipped
+    CEXEC_TEST_PYTHONS        other interpreters, separated like PATH, in place of python3.8 ... on PATH
+
+The map: helpers (processes, rooms, namespaces, the faulty relay) first, then the tests in the order of
+cexec.py itself, from the codecs to the tools, then end to end, faults, the documents, and the benchmark.
+"""
+
+import ast
+import collections
+import contextlib
+import errno
+import fcntl
+import functools
+import glob
+import hashlib
+import heapq
+import itertools
+import json
+import math
+import os
+import pty
+import random
+import re
+import resource
+import select
+import shlex
+import shutil
+import signal
+import socket
+import ssl
+import stat
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import termios
+import threading
+import time
+import tty
+import importlib.util
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+CEXEC = os.path.join(HERE, "cexec.py")
+TOOL = [sys.executable, CEXEC]
+
+sys.dont_write_bytecode = True
+os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+
+
+# ---------------------------------------------------------------- run as a script
+
+def private_directory(path):
+    """Whether path is, or can be made, a directory that only this user can write to."""
+    try:
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        found = os.lstat(path)
+    except OSError:
+        return False
+    return found.st_uid == os.geteuid() and not found.st_mode & 0o022 and os.access(path, os.W_OK)
+
+
+def cache_directory():
+    """A directory for what outlives one run: the user's cache, else one below the temporary directory."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    shared = os.path.join(tempfile.gettempdir(), "cexec-tests-%d" % os.geteuid())
+    for path in (os.path.join(home, "cexec-tests"), shared):
+        if private_directory(path):
+            return path
+    return tempfile.mkdtemp(prefix="cexec-tests-")
+
+
+def has_pytest(python):
+    command = [python, "-Ic", "import pytest"]
+    return os.path.exists(python) and not subprocess.run(command, stderr=subprocess.DEVNULL).returncode
+
+
+def environment_with_pytest():
+    """The interpreter of a virtual environment that has pytest, made at the first call."""
+    this = os.path.realpath(sys.executable)
+    name = "python%d.%d.%d-%s" % (*sys.version_info[:3], hashlib.sha256(os.fsencode(this)).hexdigest()[:8])
+    place = os.path.join(cache_directory(), name)
+    python = os.path.join(place, "bin", "python")
+    if not has_pytest(python):
+        say("no pytest here: making a virtual environment with it in %s" % place)
+        make_environment(place)
+    return python
+
+
+def make_environment(place):
+    """Builds beside its final name, so that a run that was interrupted, or a second one, does no harm."""
+    if importlib.util.find_spec("ensurepip") is None:
+        sys.exit("test_cexec.py: this Python cannot make virtual environments\n"
+                 "install its package for that (Debian: apt-get install python3-venv), or pytest itself")
+    building = "%s.%d" % (place, os.getpid())
+    try:
+        python = os.path.join(building, "bin", "python")
+        for command in ([sys.executable, "-Im", "venv", building],
+                        [python, "-Im", "pip", "install", "-qq", "--disable-pip-version-check", "pytest"]):
+            done = subprocess.run(command, stdin=subprocess.DEVNULL)
+            if done.returncode:
+                sys.exit("test_cexec.py: failed: %s" % " ".join(command))
+        shutil.rmtree(place, ignore_errors=True)
+        try:
+            os.rename(building, place)
+        except OSError:
+            if not os.path.isdir(place):
+                raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def say(text):
+    print("test_cexec.py: " + text, file=sys.stderr, flush=True)
+
+
+def run_tests(arguments):
+    """Runs pytest over this file, here if it is installed, else in an environment of its own."""
+    if importlib.util.find_spec("pytest") is None:
+        if os.environ.get("CEXEC_TEST_INSIDE"):
+            sys.exit("test_cexec.py: the virtual environment has no pytest: remove %s" % sys.prefix)
+        os.environ["CEXEC_TEST_INSIDE"] = "1"
+        python = environment_with_pytest()
+        os.execv(python, [python, os.path.abspath(__file__), *arguments])
+    os.environ.pop("CEXEC_TEST_INSIDE", None)
+    # Plugins that happen to be installed slow the start and some write to the directory; "" lets them in.
+    os.environ.setdefault("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    import pytest
+    this = os.path.abspath(__file__)
+    named = any(os.path.abspath(argument.split("::")[0]) == this for argument in arguments)
+    return pytest.main(["-p", "no:cacheprovider", *([] if named else [this]), *arguments])
+
+
+if __name__ == "__main__" and sys.argv[1:2] != ["bench"]:
+    sys.exit(run_tests(sys.argv[1:]))
+
+
+class NoPytest:
+    """Stands in for pytest in the benchmark, which must run without it: every decorator is this object."""
+
+    def __getattr__(self, name):
+        return self
+
+    def __call__(self, *arguments, **options):
+        return self
+
+
+sys.path.insert(0, HERE)
+import cexec  # noqa: E402
+try:
+    import pytest  # noqa: E402
+except ImportError:
+    if __name__ != "__main__":
+        raise
+    pytest = NoPytest()
+
+
+# ---------------------------------------------------------------- helpers: waiting, skipping, interpreters
+
+def wait_until(holds, seconds=10):
+    """Calls holds() until it raises no AssertionError; returns its value, re-raises its last failure."""
+    deadline, pause = time.monotonic() + seconds, 0.001
+    while True:
+        try:
+            return holds()
+        except AssertionError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
+
+
+def skip(reason):
+    """Skips the test; where skipping is forbidden, fails it."""
+    (pytest.fail if os.environ.get("CEXEC_TEST_NO_SKIP") else pytest.skip)(reason)
+
+
+def need(*programs):
+    """Skips the test unless all these programs are installed."""
+    for program in programs:
+        if not shutil.which(program, path=search_path()):
+            skip("%s is not installed" % program)
+
+
+def search_path():
+    """PATH with the system's directories, which users' PATHs often lack."""
+    return os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin", "/usr/bin", "/bin"])
+
+
+def installed_pythons():
+    """Paths that look like a Python 3.8 to 3.14, on PATH and where pyenv keeps them; some may not run."""
+    root = os.environ.get("PYENV_ROOT") or os.path.join(os.path.expanduser("~"), ".pyenv")
+    for minor in range(8, 15):
+        yield from filter(None, [shutil.which("python3.%d" % minor)])
+        yield from sorted(glob.glob(os.path.join(root, "versions", "3.%d.*" % minor, "bin", "python")))
+
+
+@functools.lru_cache(maxsize=None)
+def interpreters():
+    """{"3.8": path, ...}: every Python from 3.8 on that was found and really runs, this one under its version."""
+    given = os.environ.get("CEXEC_TEST_PYTHONS")
+    found = given.split(os.pathsep) if given else installed_pythons()
+    tell = "import ssl, sys, os; print('%d.%d' % sys.version_info[:2], os.path.realpath(sys.executable))"
+    known = {}
+    for path in found:
+        done = subprocess.run([path, "-c", tell], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL, timeout=60)
+        if done.returncode == 0:
+            version, real = done.stdout.decode().strip().split(" ", 1)
+            known.setdefault(version, real)
+    known["%d.%d" % sys.version_info[:2]] = sys.executable
+    return known
+
+
+# ---------------------------------------------------------------- helpers: processes
+
+def clean_environment(changes=None, **more):
+    """What a tool needs and nothing else: no setting of the caller's shell leaks in.  None removes."""
+    kept = {name: os.environ[name] for name in ("HOME", "TMPDIR", "TZ") if name in os.environ}
+    kept.update(PATH=search_path(), LC_ALL="C.UTF-8", PYTHONDONTWRITEBYTECODE="1")
+    kept.update(changes or {}, **more)
+    return {name: str(value) for name, value in kept.items() if value is not None}
+
+
+def run(*argv, input=b"", env=None, cwd=None, timeout=30, python=None, **popen):
+    """Runs cexec.py with these arguments to its end; a CompletedProcess with bytes."""
+    return run_command(python or sys.executable, CEXEC, *argv, input=input, env=env, cwd=cwd, timeout=timeout, **popen)
+
+
+def run_command(*argv, input=b"", env=None, timeout=30, **popen):
+    """Runs any command in the clean environment; input None leaves standard input to the caller."""
+    for stream in ("stdout", "stderr"):
+        popen.setdefault(stream, subprocess.PIPE)
+    if "stdin" not in popen:
+        popen["input"] = input
+    return subprocess.run([str(word) for word in argv], env=clean_environment(env), timeout=timeout, **popen)
+
+
+class Lines:
+    """The lines of a stream as they come, read by a thread."""
+
+    def __init__(self, stream):
+        self.lines, self.more, self.ended = [], threading.Condition(), False
+        self.thread = threading.Thread(target=self._read, args=(stream,), daemon=True)
+        self.thread.start()
+
+    def _read(self, stream):
+        with stream:
+            for line in stream:
+                with self.more:
+                    self.lines.append(line.decode("utf-8", "backslashreplace").rstrip("\n"))
+                    self.more.notify_all()
+        with self.more:
+            self.ended = True
+            self.more.notify_all()
+
+    def __str__(self):
+        return "\n".join(self.lines)
+
+    def having(self, text):
+        return [line for line in list(self.lines) if text in line]
+
+    def wait(self, text, seconds=10, count=1):
+        """The count-th line that contains text, as soon as it is there."""
+        with self.more:
+            self.more.wait_for(lambda: self.ended or len(self.having(text)) >= count, seconds)
+        found = self.having(text)
+        assert len(found) >= count, "no line with %r came%s:\n%s" % (text, " before the end" * self.ended, self)
+        return found[count - 1]
+
+
+LINES = object()    # for stdout of Process: collect it as Lines in .out
+
+
+class Process:
+    """A process that runs beside the test.  Its standard error is collected in .log, unless given away."""
+
+    def __init__(self, argv, env=None, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=LINES, **popen):
+        pipe = {LINES: subprocess.PIPE}
+        self.argv = [str(word) for word in argv]
+        self.popen = subprocess.Popen(self.argv, env=clean_environment(env), stdin=stdin,
+                                      stdout=pipe.get(stdout, stdout), stderr=pipe.get(stderr, stderr), **popen)
+        self.pid, self.stdin, self.stdout = self.popen.pid, self.popen.stdin, self.popen.stdout
+        self.out = Lines(self.popen.stdout) if stdout is LINES else None
+        self.log = Lines(self.popen.stderr) if stderr is LINES else None
+
+    def ready(self, seconds=10):
+        self.log.wait("ready", seconds)
+        return self
+
+    def signal(self, number):
+        self.popen.send_signal(number)
+
+    def wait(self, seconds=10):
+        """The exit status, after both logs are complete; -n for death by signal n."""
+        try:
+            status = self.popen.wait(seconds)
+        except subprocess.TimeoutExpired:
+            words = " ".join(self.argv)
+            raise AssertionError("still running after %s s: %s\n%s" % (seconds, words, self.log)) from None
+        return status
+
+    def complete(self, seconds=10):
+        """The exit status, once every line has arrived too."""
+        status = self.wait(seconds)
+        for lines in filter(None, (self.out, self.log)):
+            lines.thread.join(seconds)
+        return status
+
+    def stop(self, seconds=10):
+        """Asks it to end; the exit status."""
+        self.signal(signal.SIGTERM)
+        return self.complete(seconds)
+
+    def kill(self):
+        self.signal(signal.SIGKILL)
+        return self.wait()
+
+    def alive(self):
+        return self.popen.poll() is None
+
+    def end(self, seconds=5):
+        """Ends it whatever state it is in: asked first, then killed.  May be called twice."""
+        if self.alive():
+            for number in (signal.SIGCONT, signal.SIGTERM):
+                self.signal(number)
+            try:
+                self.popen.wait(seconds)
+            except subprocess.TimeoutExpired:
+                self.kill()
+        for stream in (self.stdin, self.stdout if self.out is None else None):
+            if stream:
+                try:
+                    stream.close()
+                except OSError:
+                    pass
+
+
+MARK = "CEXEC_TEST_MARK"
+
+
+@functools.lru_cache(maxsize=None)
+def sweep():
+    """Kills what test runs that were killed themselves have left running; once in a run."""
+    for pid in all_pids():
+        for entry in proc(pid, "environ").split("\0"):
+            name, _, value = entry.partition("=")
+            if name == MARK and stat_fields(int(value.partition(".")[0]))[:1] in ([], ["Z"]):
+                os.kill(pid, signal.SIGKILL)
+
+
+class Crew:
+    """Keeps every process that a test starts, and at the test's end sees that nothing at all is left of them.
+
+    Each gets a mark in its environment, which whatever it starts inherits: so jobs are found as well."""
+    numbers = itertools.count()
+
+    def __init__(self):
+        sweep()
+        self.mark = "%d.%d" % (os.getpid(), next(self.numbers))
+        self.processes, self.undo = [], []
+
+    def start(self, *argv, env=None, **popen):
+        process = Process(argv, dict(env or {}, **{MARK: self.mark}), **popen)
+        self.processes.append(process)
+        return process
+
+    def left(self):
+        return {pid: command_line(pid) for pid in marked(MARK + "=" + self.mark)}
+
+    def end(self):
+        for process in reversed(self.processes):
+            process.end()
+        try:
+            wait_until(self._nothing_left)
+        finally:
+            for pid in self.left():
+                os.kill(pid, signal.SIGKILL)
+            for step in reversed(self.undo):
+                step()
+        for process in self.processes:
+            assert "Traceback (most" not in str(process.log), "%s\n%s" % (process.argv, process.log)
+
+    def _nothing_left(self):
+        assert not self.left(), "processes left behind: %s" % self.left()
+
+
+# ---------------------------------------------------------------- helpers: what the kernel knows of a process
+
+def proc(pid, name):
+    """The text of /proc/PID/NAME; empty when the process is gone or another user's."""
+    try:
+        with open("/proc/%d/%s" % (pid, name), "rb") as file:
+            return file.read().decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def all_pids():
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()] if os.path.isdir("/proc/self") else []
+
+
+def command_line(pid):
+    return proc(pid, "cmdline").replace("\0", " ").strip()
+
+
+def marked(entry):
+    """The processes that have this entry in their environment, the dead and unreaped left out."""
+    return [pid for pid in all_pids() if entry in proc(pid, "environ").split("\0")]
+
+
+def stat_fields(pid):
+    """The fields of /proc/PID/stat from the third on: state, parent, group, session ...; [] when gone."""
+    return proc(pid, "stat").rpartition(") ")[2].split()
+
+
+def children(pid):
+    """The pids of its living children, zombies left out."""
+    return [other for other in all_pids() if stat_fields(other)[1:2] == [str(pid)] and stat_fields(other)[0] != "Z"]
+
+
+def zombies(pid):
+    return [other for other in all_pids() if stat_fields(other)[:2] == ["Z", str(pid)]]
+
+
+def open_fds(pid):
+    """{descriptor: what it leads to} of a process."""
+    place, found = "/proc/%d/fd" % pid, {}
+    for name in os.listdir(place):
+        try:
+            found[int(name)] = os.readlink(os.path.join(place, name))
+        except OSError:
+            pass        # closed in between
+    return found
+
+
+def memory(pid, *fields):
+    """The sum of these fields of smaps_rollup, in octets."""
+    rows = dict(line.split(":", 1) for line in proc(pid, "smaps_rollup").splitlines() if ":" in line[:20])
+    return sum(int(rows[field].split()[0]) for field in fields) * 1024 if rows else 0
+
+
+def rss(pid):
+    return memory(pid, "Rss")
+
+
+def pss(pid):
+    return memory(pid, "Pss")
+
+
+def private(pid):
+    """Memory that no other process shares: what this one costs."""
+    return memory(pid, "Private_Clean", "Private_Dirty")
+
+
+# ---------------------------------------------------------------- helpers: a key, a loopback group, the tools in it
+
+udp_ports = itertools.count(10000 + os.getpid() * 37 % 20000)
+
+
+def free_port(kind=socket.SOCK_DGRAM):
+    """A port that nobody uses, below those the system hands out by itself."""
+    while True:
+        port = 10000 + next(udp_ports) % 20000
+        with socket.socket(socket.AF_INET, kind) as probe:
+            try:
+                probe.bind(("", port))
+                return port
+            except OSError:
+                continue
+
+
+@pytest.fixture(scope="session")
+def tools(tmp_path_factory):
+    """A directory with a copy of cexec.py and every tool as a link to it, as a user would install them."""
+    place = tmp_path_factory.mktemp("tools")
+    os.chmod(shutil.copy(CEXEC, str(place)), 0o755)
+    for name in "ckeygen", "cexec", "cservice", "crat", "cproxy":
+        (place / name).symlink_to("cexec.py")
+    return place
+
+
+@pytest.fixture(scope="session")
+def key(tmp_path_factory):
+    """The path of a private key; its public half is beside it, with .pub."""
+    path = str(tmp_path_factory.mktemp("key") / "app")
+    made = run("ckeygen", path)
+    assert made.returncode == 0, made.stderr
+    return path
+
+
+class Room(Crew):
+    """A loopback network of its own: one key, one group address, and whatever the test starts in it."""
+
+    def __init__(self, key):
+        super().__init__()
+        self.key, self.pub, self.port = key, key + ".pub", free_port()
+        self.group = "127.255.255.255:%d" % self.port
+
+    def settings(self, env, group=None):
+        return dict({"GROUP": group or self.group, "CEXEC_TIMEOUT_ACCEPT": 20, MARK: self.mark}, **(env or {}))
+
+    def tool(self, *argv, python=None, env=None, group=None, **popen):
+        """Starts cexec.py with these arguments beside the test."""
+        return self.start(python or sys.executable, CEXEC, *argv, env=self.settings(env, group), **popen)
+
+    def serve(self, *command, key=None, python=None, group=None, ready=True, **env):
+        """Starts a worker, with these settings, and waits until it is ready."""
+        process = self.tool("cservice", key or self.key, *command, python=python, group=group, env=env)
+        return process.ready() if ready else process
+
+    def cexec(self, *pairs, key=None, python=None, group=None, env=None, **options):
+        """Runs one job to its end; options as for run: input, stdin, stdout, pass_fds, timeout ..."""
+        return run("cexec", key or self.pub, *pairs, python=python, env=self.settings(env, group), **options)
+
+    def submit(self, *pairs, key=None, python=None, group=None, env=None, **popen):
+        """Starts one job beside the test; stdin, stdout, stderr and pass_fds as for Popen."""
+        return self.tool("cexec", key or self.pub, *pairs, python=python, group=group, env=env, **popen)
+
+    def crat(self, *keys, group=None, **env):
+        """Starts a crat whose lines are collected in .out."""
+        return self.tool("crat", *keys, group=group, env=env, stdout=LINES)
+
+    def relay(self, **options):
+        """A Relay before this room's workers; give its .group to cexec."""
+        relay = Relay(free_port(), self.port, **options)
+        self.undo.append(relay.close)
+        return relay
+
+
+@pytest.fixture
+def room(key):
+    """A Room, empty again at the end of the test."""
+    room = Room(key)
+    yield room
+    room.end()
+
+
+# ---------------------------------------------------------------- helpers: networks out of namespaces
+
+@functools.lru_cache(maxsize=None)
+def namespace_trouble():
+    """Why no network can be built here; None where it can."""
+    for program in "unshare", "nsenter", "ip":
+        if not shutil.which(program, path=search_path()):
+            return "%s is not installed" % program
+    done = run_command("unshare", *user_namespace(), "-n",
+                       *"ip link add x type veth peer name y".split())
+    return "no network namespaces: %s" % done.stderr.decode(errors="replace").strip() if done.returncode else None
+
+
+def user_namespace():
+    """An ordinary user gets the right to build networks from a user namespace."""
+    return [] if os.geteuid() == 0 else ["-U", "-r"]
+
+
+def skip_without_namespaces():
+    if namespace_trouble():
+        skip(namespace_trouble())
+
+
+class Net(Crew):
+    """Hosts and switches out of network namespaces, apart from the machine's own network.
+
+    A namespace lives as long as the process that holds it, and that one ends when its standard input
+    closes: nothing has a name, so nothing can stay behind, not even after a kill of the test itself.
+    All switches (bridges) are in one namespace; nothing routes between them."""
+    READY = "echo 0 >/proc/sys/net/ipv6/conf/default/dad_transmits; echo 0 >/proc/sys/net/ipv4/ip_forward;" \
+            "ip link set lo up; echo ready; exec cat"
+
+    def __init__(self):
+        super().__init__()
+        self.outer = None
+        self.base = self._hold("unshare", *user_namespace(), "-n")
+        if user_namespace():
+            self.outer = self.base.pid
+        self.hosts, self.ports, self.switches = {}, {}, set()
+
+    def _hold(self, *unshare):
+        holder = Process([*self._enter(self.outer, net=False), *unshare, "sh", "-c", self.READY],
+                         stdin=subprocess.PIPE, stdout=LINES)
+        self.undo.append(holder.end)
+        holder.out.wait("ready")
+        return holder
+
+    def _enter(self, pid, net=True):
+        if pid is None:
+            return []
+        user = ["-U", "--preserve-credentials"] if self.outer else []
+        return ["nsenter", *user, *(["-n"] if net else []), "-t", str(pid), "--"]
+
+    def _inside(self, pid, *argv, **options):
+        done = run_command(*self._enter(pid), *argv, **options)
+        assert done.returncode == 0, "%s: %s" % (argv, done.stderr.decode(errors="replace"))
+        return done
+
+    def _ip(self, pid, *lines):
+        self._inside(pid, "ip", "-batch", "-", input="\n".join(lines).encode())
+
+    def host(self, name, *addresses, switch="sw1", gateway=False):
+        """A host with these addresses ("10.99.0.1/24", "fd00::1/64") on a switch.  Called again for the
+        same name, the host gets one more interface: eth0, eth1 ...  With gateway it has a default route."""
+        if name not in self.hosts:
+            self.hosts[name] = self._hold("unshare", "-n").pid
+        pid, port = self.hosts[name], "p%d" % len(self.ports)
+        device = "eth%d" % sum(owner == name for owner, _ in self.ports)
+        new = [] if switch in self.switches else \
+            ["link add %s type bridge mcast_snooping 0" % switch, "link set %s up" % switch]
+        self.switches.add(switch)
+        self._ip(self.base.pid, *new, "link add %s type veth peer name %s netns %d" % (port, device, pid),
+                 "link set %s master %s up" % (port, switch))
+        self._ip(pid, *("addr add %s %s dev %s" % (address, "nodad" if ":" in address else "brd +", device)
+                        for address in addresses),
+                 "link set %s up" % device, *(["route add default dev %s" % device] if gateway else []))
+        self.ports[name, device] = port
+        return name
+
+    def inside(self, host):
+        """The words to put before a command to run it on this host."""
+        return self._enter(self.hosts[host])
+
+    def run(self, host, *argv, env=None, **options):
+        """Runs a command on a host to its end; as run_command."""
+        return run_command(*self.inside(host), *argv, env=dict(env or {}, **{MARK: self.mark}), **options)
+
+    def start(self, host, *argv, env=None, **popen):
+        """Starts a command on a host, a Process; ended with the test."""
+        return super().start(*self.inside(host), *argv, env=env, **popen)
+
+    def tool(self, host, *argv, python=None, **popen):
+        """Starts cexec.py with these arguments on a host."""
+        return self.start(host, python or sys.executable, CEXEC, *argv, **popen)
+
+    def run_tool(self, host, *argv, python=None, **options):
+        """Runs cexec.py with these arguments on a host to its end."""
+        return self.run(host, python or sys.executable, CEXEC, *argv, **options)
+
+    def python(self, host, code, *argv, **options):
+        """Runs Python code on a host: probes, senders, captures."""
+        return self.run(host, sys.executable, "-c", code, *argv, **options)
+
+    def unplug(self, host, device="eth0"):
+        """Pulls the cable at the switch."""
+        self._ip(self.base.pid, "link set %s down" % self.ports[host, device])
+
+    def plug(self, host, device="eth0"):
+        self._ip(self.base.pid, "link set %s up" % self.ports[host, device])
+
+    def loss(self, host, percent, what="meta l4proto udp", device="eth0"):
+        """Drops this share of the host's datagrams, in both directions and unseen by the sender; what="" drops
+        of everything.  nftables, where a packet enters the switch and where it enters the host."""
+        if not shutil.which("nft", path=search_path()):
+            skip("nft is not installed")
+        for pid, port in (self.hosts[host], device), (self.base.pid, self.ports[host, device]):
+            table = "loss_%s" % port
+            self._inside(pid, "nft", "-f", "-", input=(
+                "table netdev %s\ndelete table netdev %s\ntable netdev %s {\nchain lossy {\n"
+                "type filter hook ingress device \"%s\" priority 0; policy accept;\n"
+                "%s numgen random mod 100 < %d drop\n}\n}\n" % (table, table, table, port, what, percent)).encode())
+
+
+@pytest.fixture
+def net():
+    """A Net, torn down at the end of the test."""
+    skip_without_namespaces()
+    net = Net()
+    yield net
+    net.end()
+
+
+# ---------------------------------------------------------------- helpers: a relay that harms what it carries
+
+class Relay:
+    """Sits between submitters and workers on loopback, as a bad network would.
+
+    It hears one group port, re-sends each datagram to the workers' port with its own TCP port as the one
+    to connect back to, and carries the connections that come.  One fault, at octet `at` of the stream
+    towards "submitter" or "worker", in the first `connections` connections:
+
+        flip     one bit of octet `at`, chosen by `bit`
+        cut      that side and the other see a clean end
+        reset    both see a reset
+        stall    nothing more is carried in this direction
+        dribble  octet by octet, `pause` seconds apart, up to octet `at` (None: always)
+
+    A fault may be set anew between jobs.  carried[towards] has the octets of each connection so far."""
+
+    def __init__(self, hear, tell, fault=None, at=None, towards="submitter", bit=0, connections=None, pause=0.0005):
+        self.fault, self.at, self.towards, self.bit = fault, at, towards, bit
+        self.connections, self.pause = connections, pause
+        self.carried = {"submitter": [], "worker": []}
+        self.datagrams, self.group = [], "127.255.255.255:%d" % hear
+        self.tell, self.closed, self.sockets, self.doors = ("127.255.255.255", tell), False, [], {}
+        self.udp = self._socket(socket.SOCK_DGRAM)
+        self.udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.udp.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        self.udp.bind(("", hear))
+        self._thread(self._datagrams)
+
+    def _socket(self, kind):
+        made = socket.socket(socket.AF_INET, kind)
+        self.sockets.append(made)
+        return made
+
+    def _thread(self, work, *arguments):
+        threading.Thread(target=self._quietly, args=(work, *arguments), daemon=True).start()
+
+    def _quietly(self, work, *arguments):
+        try:
+            work(*arguments)
+        except OSError:
+            pass        # a socket that close() or a fault has closed under the thread
+
+    def _datagrams(self):
+        while not self.closed:
+            octets, source = self.udp.recvfrom(65536)
+            self.datagrams.append(octets)
+            port = struct.unpack(">H", octets[6:8])[0] if len(octets) >= 8 else 0
+            if port:
+                octets = octets[:6] + struct.pack(">H", self._door(source[0], port)) + octets[8:]
+            self.udp.sendto(octets, self.tell)
+
+    def _door(self, host, port):
+        """The own port that stands for a submitter's."""
+        if (host, port) not in self.doors:
+            door = self._socket(socket.SOCK_STREAM)
+            door.bind(("127.0.0.1", 0))
+            door.listen(64)
+            self.doors[host, port] = door.getsockname()[1]
+            self._thread(self._accept, door, (host, port))
+        return self.doors[host, port]
+
+    def _accept(self, door, target):
+        while True:
+            worker, _ = door.accept()
+            submitter = self._socket(socket.SOCK_STREAM)
+            self.sockets.append(worker)
+            try:
+                submitter.connect(target)
+            except OSError:
+                worker.close()
+                continue
+            number = len(self.carried["worker"])
+            for towards in self.carried:
+                self.carried[towards].append(0)
+            self._thread(self._carry, number, worker, submitter)
+
+    def _carry(self, number, worker, submitter):
+        """Carries one connection to its end: one thread for both directions, so that a fault cuts between them."""
+        lanes = [Lane(worker, submitter, "submitter"), Lane(submitter, worker, "worker")]
+        while not self.closed and any(lane.open for lane in lanes):
+            wanted = [lane.source for lane in lanes if lane.open and not lane.stalled and not lane.waiting]
+            full = [lane.sink for lane in lanes if lane.waiting]
+            readable, writable, _ = select.select(wanted, full, [], 0.5)
+            try:
+                for lane in lanes:
+                    if lane.source in readable:
+                        self._take(lane, number)
+                    if lane.sink in writable:
+                        self._give(lane, number)
+            except (ConnectionError, socket.timeout):
+                return reset(worker, submitter)
+            if any(lane.cut for lane in lanes):
+                return cut(worker, submitter)
+        worker.close()
+        submitter.close()
+
+    def _faulty(self, lane, number):
+        return self.fault and lane.towards == self.towards and (self.connections is None or number < self.connections)
+
+    def _take(self, lane, number):
+        """Reads what came, and lets the fault have its way with it; ConnectionError for a reset."""
+        octets = lane.source.recv(65536)
+        if not octets:
+            lane.open = False
+            lane.sink.shutdown(socket.SHUT_WR)
+        here = (self.at or 0) - lane.taken
+        lane.taken += len(octets)
+        lane.waiting = octets
+        if not self._faulty(lane, number) or not 0 <= here < len(octets) or self.fault == "dribble":
+            return
+        if self.fault == "flip":
+            lane.waiting = octets[:here] + bytes([octets[here] ^ 1 << self.bit]) + octets[here + 1:]
+            return
+        lane.sink.sendall(octets[:here])
+        self.carried[lane.towards][number] += here
+        lane.waiting = b""
+        if self.fault == "reset":
+            raise ConnectionResetError
+        lane.cut, lane.stalled = self.fault == "cut", self.fault == "stall"
+
+    def _give(self, lane, number):
+        """Sends on what waits, or one octet of it."""
+        done, slow = self.carried[lane.towards][number], self.fault == "dribble" and self._faulty(lane, number)
+        slow = slow and (self.at is None or done < self.at)
+        sent = lane.sink.send(lane.waiting[:1] if slow else lane.waiting)
+        lane.waiting = lane.waiting[sent:]
+        self.carried[lane.towards][number] += sent
+        if slow:
+            time.sleep(self.pause)
+
+    def close(self):
+        self.closed = True
+        for each in self.sockets:
+            try:
+                each.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+            each.close()
+
+
+class Lane:
+    """One direction of a connection that a Relay carries."""
+
+    def __init__(self, source, sink, towards):
+        self.source, self.sink, self.towards = source, sink, towards
+        self.open, self.stalled, self.cut, self.waiting, self.taken = True, False, False, b"", 0
+        sink.settimeout(10)
+        sink.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def reset(*sides):
+    """Closes so that the peers see a reset."""
+    for side in sides:
+        side.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        side.close()
+
+
+def cut(*sides, seconds=5):
+    """Closes so that the peers see a clean end: what they still send must be read, or the system resets."""
+    for side in sides:
+        try:
+            side.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
+    for side in sides:
+        side.settimeout(seconds)
+        try:
+            while side.recv(65536):
+                pass
+        except OSError:
+            pass
+        side.close()
+
+
+# ---------------------------------------------------------------- keys
+
+MASTER = bytes(range(32))
+PRIVATE, PUBLIC = cexec.make_keypair(MASTER)
+OTHER_PRIVATE, OTHER_PUBLIC = cexec.make_keypair(b"another" * 4 + b"key.")
+PHRASE = b"a phrase that only this test knows\n"
+
+
+@pytest.mark.parametrize("secret, salt, info, length, expected", [          # RFC 5869, A.1 to A.3
+    ("0b" * 22, bytes(range(13)).hex(), bytes(range(0xf0, 0xfa)).hex(), 42,
+     "3cb25f25faacd57a90434f64d0362f2a2d2d0a90cf1a5a4c5db02d56ecc4c5bf34007208d5b887185865"),
+    (bytes(range(0x50)).hex(), bytes(range(0x60, 0xb0)).hex(), bytes(range(0xb0, 0x100)).hex(), 82,
+     "b11e398dc80327a1c8e7f78c596a49344f012eda2d4efad8a050cc4c19afa97c59045a99cac7827271cb41c65e590e09"
+     "da3275600c2f09b8367793a9aca3db71cc30c58179ec3e87c14c01d5c1f3434f1d87"),
+    ("0b" * 22, "", "", 42,
+     "8da4e775a563c18f715f802a063c5a31b8a11f5c5ee1879ec3454e5f3c738d2d9d201395faa4b61a96c8"),
+])
+def test_hkdf_vectors(secret, salt, info, length, expected):
+    made = cexec.hkdf(bytes.fromhex(secret), bytes.fromhex(info), length, bytes.fromhex(salt))
+    assert made.hex() == expected
+
+
+RFC6979_SCALAR = 0xc9afa9d845ba75166b5c215767b1d6934e50c3db36e89b127b8a622b120f6721
+
+
+def test_public_point_vector():
+    point = cexec.public_point(RFC6979_SCALAR)
+    assert point.hex() == ("0460fed4ba255a9d31c961eb74c6356d68c049b8923b61fa6ce669622e60f29fb6"
+                           "7903fe1008b8bc99a41ae9e95628bc64f2f1b20c2d7e9f5177a3c294d4462299")
+    assert cexec.on_curve(point)
+
+
+@pytest.mark.parametrize("message, nonce, r, s", [                          # RFC 6979, A.2.5, SHA-256
+    (b"sample", 0xa6e3c57dd01abe90086538398355dd4c3b17aa873382b0f24d6129493d8aad60,
+     0xefd48b2aacb6a8fd1140dd9cd45e81d69d2c877b56aaf991c34d0ea84eaf3716,
+     0xf7cb1c942d657c41d436c7a1b6e29f65f3e900dbb9aff4064dc4ab2f843acda8),
+    (b"test", 0xd16b6ae827f17175e040871a1c7ec3500192c4c92677336ec2537acaee0008e0,
+     0xf1abb023518351cd71d881567b1ea663ed3efcf6c5132b354f28d3b0b7d38367,
+     0x019f4113742a2b14bd25926b49c649155f267e60d3814b4c0cc84250e46f0083),
+])
+def test_signature_vectors(message, nonce, r, s):
+    assert next(cexec.ecdsa_nonces(RFC6979_SCALAR, hashlib.sha256(message).digest())) == nonce
+    assert cexec.ecdsa_sign(RFC6979_SCALAR, message) == (r, s)
+    assert cexec.ecdsa_agrees(RFC6979_SCALAR, message, r, s)
+    for wrong in [(RFC6979_SCALAR + 1, message, r, s), (RFC6979_SCALAR, message + b".", r, s),
+                  (RFC6979_SCALAR, message, r ^ 1, s), (RFC6979_SCALAR, message, r, s ^ 1)]:
+        assert not cexec.ecdsa_agrees(*wrong)
+
+
+def test_nonces_take_the_digest_modulo_n():
+    high = 2 ** 256 - 1
+    low = (high % cexec.P256_N).to_bytes(32, "big")
+    assert next(cexec.ecdsa_nonces(1, high.to_bytes(32, "big"))) == next(cexec.ecdsa_nonces(1, low))
+
+
+def affine(point):
+    inverse = pow(point[2], -1, cexec.P256_P)
+    return point[0] * inverse % cexec.P256_P, point[1] * inverse % cexec.P256_P
+
+
+def test_points_add_up_at_the_edges():
+    base, neutral = cexec.P256_G + (1,), (0, 1, 0)
+    opposite = (base[0], cexec.P256_P - base[1], 1)
+    assert cexec.base_times(1) == base[:2] and cexec.base_times(cexec.P256_N - 1) == opposite[:2]
+    assert cexec.point_add(base, opposite)[2] == 0 and cexec.point_add(neutral, neutral)[2] == 0
+    total = neutral
+    for scalar in range(1, 40):
+        total = cexec.point_add(total, base)
+        assert cexec.base_times(scalar) == affine(total)
+    for wrong in b"\x04" + bytes(64), cexec.public_point(5)[:-1], b"\x05" + cexec.public_point(5)[1:], b"":
+        assert not cexec.on_curve(wrong)
+    y = pow(5 ** 3 - 3 * 5 + cexec.P256_B, (cexec.P256_P + 1) // 4, cexec.P256_P)       # 5 is an x of the curve
+    assert cexec.on_curve(b"\x04" + (5).to_bytes(32, "big") + y.to_bytes(32, "big"))
+    assert not cexec.on_curve(b"\x04" + (5 + cexec.P256_P).to_bytes(32, "big") + y.to_bytes(32, "big"))
+
+
+DER_CASES = [
+    (b"", []),
+    (b"\x30\x00", [(0x30, b"")]),
+    (b"\x02\x01\x00\x04\x02ab", [(2, b"\x00"), (4, b"ab")]),
+    (b"\x04\x7f" + b"x" * 127, [(4, b"x" * 127)]),
+    (b"\x04\x81\x80" + b"x" * 128, [(4, b"x" * 128)]),
+    (b"\x04\x81\xff" + b"x" * 255, [(4, b"x" * 255)]),
+    (b"\x04\x82\x01\x00" + b"x" * 256, [(4, b"x" * 256)]),
+]
+
+
+@pytest.mark.parametrize("octets, values", DER_CASES)
+def test_der_both_ways(octets, values):
+    assert cexec.der_values(octets) == values
+    assert b"".join(cexec.der(tag, content) for tag, content in values) == octets
+
+
+@pytest.mark.parametrize("octets", [
+    b"\x30", b"\x30\x01", b"\x04\x02a", b"\x04\x80", b"\x04\x80ab\x00\x00", b"\x04\x81", b"\x04\x81\x01a",
+    b"\x04\x81\x7f" + b"x" * 127, b"\x04\x82\x00\xff" + b"x" * 255, b"\x04\x82\x01", b"\x04\x83\x00\x00\x01a",
+    b"\x04\xff", b"\x04\x84\xff\xff\xff\xff", b"\x02\x01\x00\x05"])
+def test_der_refuses_what_it_would_not_write(octets):
+    with pytest.raises(cexec.ProtocolError):
+        cexec.der_values(octets)
+
+
+@pytest.mark.parametrize("octets, index, tag", [(b"", 0, 4), (b"\x04\x00", 1, 4), (b"\x04\x00", 0, 5)])
+def test_der_values_are_where_and_what_they_should_be(octets, index, tag):
+    with pytest.raises(cexec.ProtocolError):
+        cexec.der_child(octets, index, tag)
+
+
+@pytest.mark.parametrize("number, octets", [(0, "020100"), (127, "02017f"), (128, "02020080"), (256, "02020100")])
+def test_der_integers_are_positive_and_short(number, octets):
+    assert cexec.der_integer(number).hex() == octets
+
+
+def test_the_same_secret_gives_the_same_files_everywhere():
+    assert hashlib.sha256(PRIVATE + PUBLIC).hexdigest() == \
+        "cd794b8d11c50b42951c9102542c83ee298bbf5ad417d2a08a4d71027a27002e"
+    assert cexec.public_half(PRIVATE) == PUBLIC
+    with pytest.raises(cexec.ProtocolError):
+        cexec.public_half(PUBLIC)
+    assert OTHER_PRIVATE != PRIVATE and OTHER_PUBLIC != PUBLIC
+
+
+def test_both_halves_describe_one_key():
+    private, public = cexec.parse_key(PRIVATE, "a"), cexec.parse_key(PUBLIC, "b")
+    assert (private.private, public.private) == (True, False)
+    assert (private.path, private.name, public.path, public.name) == ("a", "a", "b", "b")
+    assert (private.id, private.fingerprint, private.udp) == (public.id, public.fingerprint, public.udp)
+    assert private.fingerprint.startswith("SHA256:" + private.id.hex()) and len(private.fingerprint) == 39
+    assert (private.own_der, private.peer_der) == (public.peer_der, public.own_der)
+    assert ssl.PEM_cert_to_DER_cert(private.peer_pem) == private.peer_der
+    other = cexec.parse_key(OTHER_PUBLIC, "c")
+    assert other.id != public.id and other.udp != public.udp
+    assert len(private.id) == 4 and len(private.udp) == 32
+
+
+def test_a_public_half_is_read_without_multiplying(monkeypatch):
+    monkeypatch.setattr(cexec, "base_times", None)          # cexec reads one at each start
+    assert not cexec.parse_key(PUBLIC, "k").private
+
+
+def blocks_of(text):
+    return cexec.pem_blocks(text)[1]
+
+
+def foreign_keys():
+    """Well-framed files that are no keys, by name."""
+    a, b = blocks_of(PRIVATE), blocks_of(OTHER_PRIVATE)
+    pub, other = blocks_of(PUBLIC), blocks_of(OTHER_PUBLIC)
+    private = lambda *blocks: cexec.pem_text(cexec.PRIVATE_LABELS, blocks)
+    public = lambda *blocks: cexec.pem_text(cexec.PUBLIC_LABELS, blocks)
+    point, signature = cexec.certificate_parts(cexec.CLIENT_ROLE, pub[1])
+    scalar = cexec.private_scalar(pub[0])
+    yield "certificate of another key", private(a[0], b[1], a[2], a[3])
+    yield "roles exchanged", private(a[2], a[3], a[0], a[1])
+    yield "client is the worker", private(a[0], a[1], a[0], a[1])
+    yield "public: certificate of another key", public(pub[0], other[1], pub[2])
+    yield "public: private key of another key", public(other[0], pub[1], pub[2])
+    yield "public: worker in the client's place", public(a[0], a[1], pub[2])
+    yield "public: client in the worker's place", public(pub[0], pub[1], pub[1])
+    yield "public: point of another", public(cexec.private_block(scalar, cexec.public_point(7)), pub[1], pub[2])
+    yield "public: another number", public(cexec.private_block(scalar + 1, point), pub[1], pub[2])
+    for name, number in ("zero", 0), ("n", cexec.P256_N), ("all ones", 2 ** 256 - 1):
+        yield "private: client's number is " + name, private(a[0], a[1], cexec.private_block(number, point), a[3])
+        yield "private: worker's number is " + name, private(cexec.private_block(number, point), *a[1:])
+        yield "public: number is " + name, public(cexec.private_block(number, point), pub[1], pub[2])
+    for name, wrong in ("r", (signature[0] ^ 1, signature[1])), ("s", (signature[0], signature[1] ^ 1)):
+        yield "public: signature's " + name, public(pub[0], cexec.certificate(cexec.CLIENT_ROLE, point, wrong), pub[2])
+    for name, wrong in ("zero", (0, 1)), ("n", (1, cexec.P256_N)):
+        yield "signature with " + name, public(pub[0], pub[1], cexec.certificate(cexec.WORKER_ROLE, point, wrong))
+    worker, signature = cexec.certificate_parts(cexec.WORKER_ROLE, pub[2])
+    off = worker[:-1] + bytes([worker[-1] ^ 1])
+    yield "point off the curve", public(pub[0], pub[1], cexec.certificate(cexec.WORKER_ROLE, off, signature))
+    yield "trailing DER", public(pub[0] + b"\x05\x00", pub[1], pub[2])
+    yield "trailing DER in a certificate", public(pub[0], pub[1], pub[2] + b"\x05\x00")
+    yield "a certificate only", cexec.pem_text([b"CERTIFICATE"], pub[1:2])
+    yield "labels of the other half", cexec.pem_text(cexec.PUBLIC_LABELS, a)
+    yield "a block too many", PUBLIC + cexec.pem_text([b"CERTIFICATE"], pub[1:2])
+    yield "twice", PUBLIC + PUBLIC
+    yield "nothing", b""
+    yield "text", b"hello\n"
+    yield "a letter before", b"x" + PUBLIC
+    yield "a line after", PUBLIC + b"\n"
+    yield "other line ends", PUBLIC.replace(b"\n", b"\r\n")
+    yield "no line end", PUBLIC[:-1]
+    yield "long lines", PUBLIC.replace(b"\n", b"").replace(b"-----", b"-----\n")
+    yield "too large", PUBLIC + b"\n" * cexec.KEY_FILE_LIMIT
+
+
+@pytest.mark.parametrize("text", [pytest.param(text, id=name) for name, text in foreign_keys()])
+def test_what_ckeygen_did_not_write_is_no_key(text):
+    with pytest.raises(cexec.Failure) as caught:
+        cexec.parse_key(text, "some/file")
+    assert caught.value.what == "some/file is not a key" and caught.value.why and caught.value.hint
+    assert caught.value.status == cexec.EXIT_USAGE
+
+
+def accepted(text):
+    """The Key, or None when it is refused in the declared way."""
+    try:
+        return cexec.parse_key(text, "k")
+    except cexec.Failure:
+        return None
+
+
+def test_every_changed_octet_of_a_public_half_is_noticed():
+    """Except in the worker's signature, which shows itself when a worker presents the true certificate."""
+    whole = cexec.parse_key(PUBLIC, "k")
+    point, _ = cexec.certificate_parts(cexec.WORKER_ROLE, whole.peer_der)
+    for at in range(len(PUBLIC)):
+        for octet in {PUBLIC[at] ^ 1, ord("A"), ord("\n")} - {PUBLIC[at]}:
+            key = accepted(PUBLIC[:at] + bytes([octet]) + PUBLIC[at + 1:])
+            if key:
+                assert key.peer_der != whole.peer_der
+                assert cexec.certificate_parts(cexec.WORKER_ROLE, key.peer_der)[0] == point
+                assert (key.own_der, key.udp, key.id) == (whole.own_der, whole.udp, whole.id)
+
+
+def test_every_changed_octet_of_a_private_half_is_noticed():
+    for at in range(0, len(PRIVATE), 3):
+        assert accepted(PRIVATE[:at] + bytes([PRIVATE[at] ^ 1]) + PRIVATE[at + 1:]) is None, at
+
+
+def test_a_key_cut_short_is_refused():
+    for text in PRIVATE, PUBLIC:
+        for end in range(len(text)):
+            assert accepted(text[:end]) is None, end
+
+
+def test_no_bytes_bring_a_key_parser_down():
+    """Damaged DER in whole PEM, and damaged PEM: a Failure each time (or a harmless change, see above)."""
+    chance = random.Random(5869)
+    for turn in range(4000):
+        blocks = [bytearray(block) for block in blocks_of(PUBLIC)]
+        for _ in range(chance.choice((1, 1, 2, 8))):
+            block = chance.choice(blocks)
+            at = chance.randrange(len(block) + 1)
+            size = chance.choice((0, 1, 1, 2, 40))
+            block[at:at + size] = bytes(chance.choice((0, 1, 0x30, 0x7f, 0x80, 0x82, 0xff, chance.randrange(256)))
+                                        for _ in range(chance.choice((size, size, 0, 3))))
+        text = bytearray(cexec.pem_text(cexec.PUBLIC_LABELS, [bytes(block) for block in blocks]))
+        if turn % 4 == 0:
+            at = chance.randrange(len(text))
+            text[at:at + chance.randrange(9)] = bytes(chance.randrange(256) for _ in range(chance.randrange(9)))
+        try:
+            accepted(bytes(text))
+        except Exception:
+            print("the input was", bytes(text).hex())
+            raise
+
+
+def context_of(path, key, server):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.verify_flags |= ssl.VERIFY_X509_STRICT
+    context.load_cert_chain(str(path))
+    context.load_verify_locations(cadata=key.peer_pem)
+    return context
+
+
+def handshake(server, client):
+    """Both ends in memory; the (server, client) objects once each has read the other's greeting, or SSLError."""
+    up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = [server.wrap_bio(up, down, server_side=True), client.wrap_bio(down, up)]
+    steps = {end: [end.do_handshake, lambda end=end: end.write(b"x"), lambda end=end: end.read(1)] for end in ends}
+    for _ in range(20):
+        for end in ends:
+            try:
+                while steps[end]:
+                    steps[end][0]()
+                    del steps[end][0]
+            except ssl.SSLWantReadError:
+                pass
+    assert not any(steps.values())
+    return ends
+
+
+def key_files(directory, private=PRIVATE, public=PUBLIC):
+    for name, text in ("k", private), ("k.pub", public):
+        (directory / name).write_bytes(text)
+        (directory / name).chmod(0o600)
+    return directory / "k", directory / "k.pub"
+
+
+def test_both_files_serve_openssl_as_they_are(tmp_path):
+    private, public = key_files(tmp_path)
+    worker, client = cexec.parse_key(PRIVATE, "k"), cexec.parse_key(PUBLIC, "k.pub")
+    server, peer = handshake(context_of(public, client, True), context_of(private, worker, False))
+    assert server.getpeercert(True) == client.peer_der and peer.getpeercert(True) == worker.peer_der
+    assert server.version() == "TLSv1.3"
+
+
+@pytest.mark.parametrize("stranger", ["server", "client"])
+def test_another_key_does_not_shake_hands(tmp_path, stranger):
+    private, public = key_files(tmp_path)
+    texts = (PRIVATE, OTHER_PUBLIC) if stranger == "server" else (OTHER_PRIVATE, PUBLIC)
+    key_files(tmp_path, *texts)
+    server = context_of(public, cexec.parse_key(texts[1], "k"), True)
+    with pytest.raises(ssl.SSLError):
+        handshake(server, context_of(private, cexec.parse_key(texts[0], "k"), False))
+
+
+def test_a_public_half_cannot_pose_as_a_worker(tmp_path):
+    _, public = key_files(tmp_path)
+    client = cexec.parse_key(PUBLIC, "k")
+    with pytest.raises(ssl.SSLError):
+        handshake(context_of(public, client, True), context_of(public, client, False))
+
+
+def test_openssl_finds_nothing_wrong(tmp_path):
+    need("openssl")
+    for path, role in zip(key_files(tmp_path), ("worker", "client")):
+        shown = subprocess.run(["openssl", "x509", "-in", str(path), "-noout", "-text"], stdout=subprocess.PIPE,
+                               check=True).stdout.decode()
+        assert "ckey v1 " + role in shown and "CA:FALSE" in shown and "Digital Signature" in shown
+        subprocess.run(["openssl", "pkey", "-in", str(path), "-check", "-noout"], stdout=subprocess.DEVNULL, check=True)
+        alone = tmp_path / "alone.pem"
+        alone.write_text(ssl.DER_cert_to_PEM_cert(cexec.parse_key(path.read_bytes(), "k").own_der))
+        subprocess.run(["openssl", "verify", "-x509_strict", "-check_ss_sig", "-CAfile", str(alone), str(alone)],
+                       stdout=subprocess.DEVNULL, check=True)
+
+
+def need_scrypt():
+    if not hasattr(hashlib, "scrypt"):
+        skip("this Python has no scrypt")
+
+
+def test_a_text_becomes_a_secret_by_scrypt():
+    need_scrypt()
+    expected = hashlib.scrypt(hashlib.sha512(PHRASE).digest(), salt=b"ckey v1", n=1 << 17, r=8, p=1, maxmem=1 << 28,
+                              dklen=32)
+    assert cexec.master_from_text(PHRASE) == expected
+    assert cexec.master_from_pieces(bytes([octet]) for octet in PHRASE) == expected
+
+
+@pytest.mark.parametrize("text, guessable", [
+    (b"", True), (b"secret\n", True), (b"a" * 1000, True), (b"1234567" * 9, True), (b"abcdefgh       \n", True),
+    (b"abcdefghabcdefg\n", True), (b" " * 99 + b"abcdefg", True), (bytes(1 << 17) + PHRASE, True),
+    (b"abcdefghabcdefgh", False), (PHRASE, False), (b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x03>", False)])
+def test_texts_that_are_easily_guessed_are_refused(monkeypatch, text, guessable):
+    monkeypatch.setattr(cexec, "stretch", lambda digest: digest)
+    if not guessable:
+        assert cexec.master_from_text(text) == hashlib.sha512(text).digest()
+        return
+    with pytest.raises(cexec.Failure) as caught:
+        cexec.master_from_text(text)
+    assert caught.value.status == cexec.EXIT_USAGE and "guess" in caught.value.what
+
+
+def test_a_long_text_takes_little_memory(monkeypatch):
+    import tracemalloc
+    monkeypatch.setattr(cexec, "stretch", lambda digest: digest)
+    tracemalloc.start()
+    try:
+        cexec.master_from_pieces(bytes(range(256)) * 256 for _ in range(300))
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_without_scrypt_the_reason_is_told(monkeypatch):
+    monkeypatch.delattr(hashlib, "scrypt", raising=False)
+    with pytest.raises(cexec.Failure, match="without scrypt"):
+        cexec.master_from_text(PHRASE)
+
+
+def test_a_failing_scrypt_is_told(monkeypatch):
+    def scrypt(*arguments, **settings):
+        raise MemoryError()
+    monkeypatch.setattr(hashlib, "scrypt", scrypt, raising=False)
+    with pytest.raises(cexec.Failure, match="out of memory") as caught:
+        cexec.master_from_text(PHRASE)
+    assert caught.value.status == cexec.EXIT_TEMPORARY
+
+
+# ---------------------------------------------------------------- key files
+
+def test_loading_finds_the_half_that_is_wanted(tmp_path):
+    private, public = map(str, key_files(tmp_path))
+    for want, path in ("private", private), ("public", public), (None, private):
+        key, warning = cexec.load_key(private, want)
+        assert (key.path, key.name, warning) == (path, private, None)
+    key, _ = cexec.load_key(public, "public")
+    assert key.path == key.name == public
+    os.unlink(private)
+    assert cexec.load_key(private)[0].path == public
+
+
+@pytest.mark.parametrize("half, want, what", [
+    ("k.pub", "private", "k.pub is a public half: serving needs the private key"),
+    ("k", "public", "k is a private half: submitting needs the public one"),
+    ("none", "private", "no key none: there is no such file"),
+    ("none", None, "no key none: there is no such file"),
+    ("k/below", "public", "no key k/below: there is no such file"),
+    (".", "private", "cannot read the key .: not a regular file"),
+    ("fifo", None, "cannot read the key fifo: not a regular file"),
+    ("junk", None, "junk is not a key: it holds no key at all"),
+    ("huge", None, "huge is not a key: it is too large"),
+])
+def test_what_cannot_be_loaded_says_why(tmp_path, monkeypatch, half, want, what):
+    private, public = key_files(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    if half == "k":
+        public.unlink()
+    os.mkfifo("fifo")
+    (tmp_path / "junk").write_bytes(b"\x00\xff" * 50)
+    with open("huge", "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(cexec.Failure) as caught:
+        cexec.load_key(half, want)
+    assert str(caught.value) == what and caught.value.status == cexec.EXIT_USAGE
+
+
+def test_a_key_open_to_others_is_warned_about(tmp_path):
+    private, _ = key_files(tmp_path)
+    for mode in 0o640, 0o604, 0o620:
+        private.chmod(mode)
+        warning = cexec.load_key(str(private), "private")[1]
+        assert "mode %04o" % mode in warning and "chmod 600 %s" % private in warning
+
+
+# ---------------------------------------------------------------- ckeygen
+
+def files_below(directory):
+    return sorted(os.listdir(str(directory)))
+
+
+def mode_of(path):
+    return stat.S_IMODE(os.stat(str(path)).st_mode)
+
+
+def test_ckeygen_makes_both_halves_and_tells(tmp_path):
+    done = run("ckeygen", "app", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, b"")
+    private, public = (tmp_path / "app").read_bytes(), (tmp_path / "app.pub").read_bytes()
+    key = cexec.parse_key(private, "app")
+    assert done.stderr.decode() == (
+        "ckeygen: made app and app.pub, key %s\n"
+        "ckeygen: both are secret: copy app to the machines that serve (it can submit as well), "
+        "app.pub to those that only submit\n" % key.fingerprint)
+    assert cexec.public_half(private) == public
+    assert mode_of(tmp_path / "app") == mode_of(tmp_path / "app.pub") == 0o600
+    assert files_below(tmp_path) == ["app", "app.pub"]
+
+
+def test_two_keys_differ(tmp_path):
+    assert run("ckeygen", "a", cwd=tmp_path).returncode == run("ckeygen", "b", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "a").read_bytes() != (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize("before", [None, b"", OTHER_PUBLIC, PUBLIC])
+def test_ckeygen_makes_the_public_half_again(tmp_path, before):
+    private, public = key_files(tmp_path)
+    private.chmod(0o644)
+    public.unlink()
+    if before is not None:
+        public.write_bytes(before)
+    done = run("ckeygen", "k", cwd=tmp_path)
+    assert done.returncode == 0 and b"others can use the key k (mode 0644)" in done.stderr
+    assert (private.read_bytes(), public.read_bytes()) == (PRIVATE, PUBLIC)
+    assert mode_of(public) == 0o600 and files_below(tmp_path) == ["k", "k.pub"]
+
+
+def test_ckeygen_writes_through_a_symbolic_link(tmp_path):
+    key_files(tmp_path)
+    (tmp_path / "link").symlink_to("real")
+    assert run("ckeygen", "k", "link", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_bytes() == PUBLIC
+
+
+def test_ckeygen_makes_the_same_key_of_the_same_text(tmp_path):
+    need_scrypt()
+    for arguments in ["-stdin", "a"], ["--stdin", "b", "b.pub"], ["-stdin", "--", "a"]:
+        assert run("ckeygen", *arguments, input=PHRASE, cwd=tmp_path).returncode == 0
+    made, _ = cexec.make_keypair(cexec.master_from_text(PHRASE))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == made
+    done = run("ckeygen", "-stdin", "a", input=PHRASE[:-1], cwd=tmp_path)
+    assert done.returncode == 104 and (tmp_path / "a").read_bytes() == made
+    assert b"a exists and is another key" in done.stderr
+
+
+@pytest.mark.parametrize("arguments, status, words", [
+    (["junk"], 101, b"junk exists and is not a private key"),
+    (["k.pub"], 101, b"it is a public half"),
+    (["directory"], 101, b"not a regular file"),
+    (["fifo"], 101, b"not a regular file"),
+    (["damaged"], 101, b"damaged exists and is not a private key"),
+    (["k", "none/k.pub"], 102, b"cannot write none/k.pub: No such file"),
+    (["new", "none/k.pub"], 102, b"cannot write none/k.pub: No such file"),
+    (["k", "junk"], 102, b"cannot write junk: it exists and is not a public half"),
+    (["new", "junk"], 102, b"cannot write junk: it exists and is not a public half"),
+    (["new", "k"], 102, b"it is a private key"),
+    (["k", "directory"], 102, b"not a regular file"),
+    (["k", "/dev/null"], 102, b"not a regular file"),
+    (["k", "n" * 300], 102, b"File name too long"),
+    (["none/new"], 103, b"cannot write none/new: No such file"),
+    (["k/new"], 103, b"cannot write k/new: Not a directory"),
+    (["n" * 300, "new.pub"], 103, b"File name too long"),
+    (["dangling"], 103, b"cannot write dangling: File exists"),
+    (["-stdin", "new"], 2, b"too easy to guess"),
+    ([], 2, b"usage: ckeygen"),
+    (["a", "b", "c"], 2, b"usage: ckeygen"),
+    ([""], 2, b"usage: ckeygen"),
+    (["-x", "new"], 2, b"unknown option -x"),
+    (["new", "./new"], 2, b"the same file"),
+])
+def test_ckeygen_refuses_and_leaves_everything_as_it_was(tmp_path, arguments, status, words):
+    key_files(tmp_path)
+    (tmp_path / "junk").write_bytes(b"dear diary\n")
+    (tmp_path / "damaged").write_bytes(PRIVATE[:-40])
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "dangling").symlink_to("nowhere")
+    os.mkfifo(str(tmp_path / "fifo"))
+    content = lambda: {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    names, before = files_below(tmp_path), content()
+    done = run("ckeygen", *arguments, input=b"short\n", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (status, b"")
+    assert words in done.stderr and done.stderr.startswith(b"ckeygen: ") and b"Traceback" not in done.stderr
+    assert (files_below(tmp_path), content()) == (names, before)
+
+
+def test_ckeygen_says_that_standard_input_is_closed(tmp_path):
+    done = subprocess.run(["sh", "-c", 'exec "$0" "$@" <&-', sys.executable, os.path.abspath(cexec.__file__),
+                           "ckeygen", "-stdin", "k"], cwd=str(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert done.returncode == 111 and b"standard input is closed" in done.stderr
+    assert files_below(tmp_path) == []
+
+
+def test_a_key_is_made_once_however_many_try(tmp_path):
+    command = [sys.executable, os.path.abspath(cexec.__file__), "ckeygen", "app"]
+    tries = [subprocess.Popen(command, cwd=str(tmp_path), stderr=subprocess.PIPE) for _ in range(8)]
+    told = [one.communicate(timeout=60)[1] for one in tries]
+    assert set(one.returncode for one in tries) <= {0, 103}, told
+    assert sum(b"made app and app.pub" in text for text in told) == 1
+    assert cexec.public_half((tmp_path / "app").read_bytes()) == (tmp_path / "app.pub").read_bytes()
+    assert files_below(tmp_path) == ["app", "app.pub"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_name_taken_in_the_meantime_is_kept(tmp_path, monkeypatch, links):
+    def link(source, target):
+        raise PermissionError(1, "no links here")
+    if not links:
+        monkeypatch.setattr(os, "link", link)
+    private, public = str(tmp_path / "k"), str(tmp_path / "k.pub")
+    cexec.write_halves(private, public, PRIVATE, True)
+    assert files_below(tmp_path) == ["k", "k.pub"] and mode_of(private) == 0o600
+    with pytest.raises(cexec.Failure) as caught:
+        cexec.write_halves(private, public, OTHER_PRIVATE, True)
+    assert caught.value.status == 103
+    assert (tmp_path / "k").read_bytes() == PRIVATE and (tmp_path / "k.pub").read_bytes() == PUBLIC
+    assert files_below(tmp_path) == ["k", "k.pub"]
+
+
+@pytest.mark.parametrize("number, status", [(28, 103), (24, 111)])       # no space left; too many open files
+@pytest.mark.parametrize("call", ["fsync", "open", "link"])
+def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch, call, number, status):
+    def fail(*arguments):
+        raise OSError(number, "made to fail")
+    monkeypatch.setattr(os, call, fail)
+    if call == "link":
+        monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(cexec.Failure) as caught:
+        cexec.write_halves(str(tmp_path / "k"), str(tmp_path / "k.pub"), PRIVATE, True)
+    assert (caught.value.status, files_below(tmp_path)) == (status, [])
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt()
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        cexec.write_halves(str(tmp_path / "k"), str(tmp_path / "k.pub"), PRIVATE, True)
+    assert files_below(tmp_path) == []
+
+
+# ---------------------------------------------------------------- groups: the texts
+
+def group_of(text):
+    """The fields of a group with the family as a number, for tables."""
+    group = cexec.parse_group(text)
+    return group.device, group.address, 6 if group.family == socket.AF_INET6 else 4, group.port, group.kind, group.scope
+
+
+@pytest.mark.parametrize("text, fields", [
+    ("255.255.255.255", ("", "255.255.255.255", 4, 3010, "broadcast", "")),
+    ("10.1.255.255:4000", ("", "10.1.255.255", 4, 4000, "unicast", "")),
+    ("224.0.1.9", ("", "224.0.1.9", 4, 3010, "multicast", "")),
+    ("239.255.255.255:1", ("", "239.255.255.255", 4, 1, "multicast", "")),
+    ("240.0.0.1", ("", "240.0.0.1", 4, 3010, "unicast", "")),
+    ("ff02::1", ("", "ff02::1", 6, 3010, "multicast", "")),
+    ("ff02::1%eth0", ("", "ff02::1", 6, 3010, "multicast", "eth0")),
+    ("[ff02::1%eth0]:4000", ("", "ff02::1", 6, 4000, "multicast", "eth0")),
+    ("FF02:0:0::1", ("", "ff02::1", 6, 3010, "multicast", "")),
+    ("[fe80::1%eth0]", ("", "fe80::1", 6, 3010, "unicast", "eth0")),
+    ("fd00::7", ("", "fd00::7", 6, 3010, "unicast", "")),
+    ("[fd00::7]:65535", ("", "fd00::7", 6, 65535, "unicast", "")),
+    ("eth0:255.255.255.255", ("eth0", "255.255.255.255", 4, 3010, "broadcast", "")),
+    ("eth0:10.0.0.1:4000", ("eth0", "10.0.0.1", 4, 4000, "unicast", "")),
+    ("eth0:[ff02::1]:4000", ("eth0", "ff02::1", 6, 4000, "multicast", "")),
+    ("eth0:[ff02::1%eth0]", ("eth0", "ff02::1", 6, 3010, "multicast", "eth0")),
+    ("eth0:ff02::1", ("eth0", "ff02::1", 6, 3010, "multicast", "")),
+    ("eth0:fe80::1", ("eth0", "fe80::1", 6, 3010, "unicast", "")),
+    ("eth0:", ("eth0", "255.255.255.255", 4, 3010, "broadcast", "")),
+    ("br-lan.7:224.0.1.9", ("br-lan.7", "224.0.1.9", 4, 3010, "multicast", "")),
+    ("fe80:[ff02::1]", ("fe80", "ff02::1", 6, 3010, "multicast", "")),
+    (" 10.0.0.7 ", ("", "10.0.0.7", 4, 3010, "unicast", "")),
+])
+def test_a_group_text_is_read(text, fields):
+    assert group_of(text) == fields
+
+
+@pytest.mark.parametrize("text", ["255.255.255.255", "eth0:[ff02::1%eth0]:4000", "[fe80::1%eth0]",
+                                  "10.0.0.1:99", "eth0:"])
+def test_a_group_prints_as_a_text_that_gives_the_same_group(text):
+    group = cexec.parse_group(text)
+    assert cexec.parse_group(str(group)) == group
+
+
+@pytest.mark.parametrize("text", [
+    "", " ", "localhost", "worker.example.org", "example.org:3010", "10.0.0", "10.0.0.256", "010.0.0.1", "1",
+    "0x7f000001",     "0.0.0.0", "::", "::ffff:10.0.0.1", "10.0.0.1:0", "10.0.0.1:65536", "10.0.0.1:x", "10.0.0.1:", "10.0.0.1:+5",
+    "10.0.0.1:\u0665", "10.0.0.1%eth0", "[10.0.0.1]", "[ff02::1", "ff02::1]", "[ff02::1]x", "[ff02::1]:", "[ff02::1%]",
+    "ff02::1%", "ff02::1%eth0%eth1", "ff02::1%a b", "fe80::1", "[fe80::1]:4000",
+    "eth0:[ff02::1%eth1]", "eth0:eth1:10.0.0.1",
+    "eth0:name", "eth0::", ":10.0.0.1", "a/b:10.0.0.1", "a\0b:10.0.0.1", "10.0.0.1\0", "name-longer-than-16:10.0.0.1",
+    "10.0.0.1 10.0.0.2", "10.0.0.1,10.0.0.2", "eth0", "\u0661\u0660.0.0.1", "ff02::1%eth0:4000",
+])
+def test_what_is_not_a_group_is_a_value_error_with_words(text):
+    with pytest.raises(ValueError) as caught:
+        cexec.parse_group(text)
+    assert str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_no_text_makes_the_group_parser_raise_anything_else():
+    """Seeded: pieces of groups in any order."""
+    chance = random.Random(7)
+    pieces = ["eth0", ":", "[", "]", "%", "10.0.0.1", "ff02::1", "fe80::1", "3010", "4000", "0", ".", "\0", "\udc80",
+              "x" * 20]
+    for _ in range(20000):
+        text = "".join(chance.choice(pieces) for _ in range(chance.randrange(6)))
+        try:
+            group = cexec.parse_group(text)
+        except ValueError:
+            continue
+        assert cexec.parse_group(str(group)) == group, text
+
+
+@pytest.mark.parametrize("text, loopback", [
+    ("127.255.255.255", True), ("127.0.0.1:99", True), ("::1", True), ("lo:224.0.1.9", True), ("ff02::1%lo", True),
+    ("ff01::1", True), ("255.255.255.255", False), ("eth0:224.0.1.9", False), ("ff02::1", False), ("10.0.0.1", False)])
+def test_a_group_knows_whether_it_stays_on_this_host(text, loopback):
+    assert cexec.parse_group(text).loopback is loopback
+
+
+@pytest.mark.parametrize("text, ranges", [
+    ("4000", [(4000, 4000)]), ("4000,4001,65535", [(4000, 4000), (4001, 4001), (65535, 65535)]),
+    ("4000-4010", [(4000, 4010)]), ("1024:1024", [(1024, 1024)]), ("5000, 4000:4002", [(5000, 5000), (4000, 4002)])])
+def test_ports_are_read(text, ranges):
+    assert cexec.parse_ports(text) == ranges
+
+
+@pytest.mark.parametrize("text", ["", ",", "1023", "0", "65536", "4000-", "-4000", "4010-4000", "a", "4000-4001-4002",
+                                  "4000:4001:4002", "80-4000", "+4000", "4e3", "\u0664000", "4" * 5000])
+def test_what_is_no_port_list_is_a_value_error(text):
+    with pytest.raises(ValueError):
+        cexec.parse_ports(text)
+
+
+# ---------------------------------------------------------------- groups: the sockets, on loopback
+
+def hear(sock, seconds=5):
+    """The next datagram of a GroupSocket; fails when none comes."""
+    def one():
+        got = sock.receive()
+        assert got, "no datagram came"
+        return got
+    return wait_until(one, seconds)
+
+
+@pytest.mark.parametrize("text", ["127.255.255.255:%d", "127.0.0.1:%d", "lo:224.0.1.9:%d", "lo:255.255.255.255:%d",
+                                  "[::1]:%d"])
+def test_loopback_groups_are_heard_and_answered(text):
+    if sys.platform != "linux":
+        skip("the name of the loopback device")
+    group = cexec.parse_group(text % free_port())
+    with contextlib.closing(cexec.GroupSocket(group, True)) as ear, \
+            contextlib.closing(cexec.GroupSocket(group, False)) as mouth, cexec.open_listener(group) as door:
+        assert mouth.send(b"hello") == []
+        octets, source, _ = hear(ear)
+        assert octets == b"hello"
+        with socket.socket(group.family, socket.SOCK_STREAM) as back:
+            back.settimeout(5)
+            back.connect((source[0], door.getsockname()[1], *source[2:]))
+        assert door.getsockname()[0] in ("127.0.0.1", "::1")
+        assert ear.receive() is None, "it came twice"
+
+
+@pytest.mark.parametrize("text", ["127.255.255.255:%d", "lo:224.0.1.9:%d"])
+def test_every_listener_of_a_host_hears_every_datagram(text):
+    if sys.platform != "linux":
+        skip("the name of the loopback device")
+    group = cexec.parse_group(text % free_port())
+    ears = [cexec.GroupSocket(group, True) for _ in range(4)]
+    mouth = cexec.GroupSocket(group, False)
+    for number in range(20):
+        mouth.send(b"%d" % number)
+    for ear in ears:
+        assert [hear(ear)[0] for _ in range(20)] == [b"%d" % number for number in range(20)]
+    for each in [*ears, mouth]:
+        each.close()
+
+
+def test_what_is_too_long_is_passed_over():
+    group = cexec.parse_group("127.0.0.1:%d" % free_port())
+    with contextlib.closing(cexec.GroupSocket(group, True)) as ear, socket.socket(type=socket.SOCK_DGRAM) as mouth:
+        for size in 0, 1, cexec.DATAGRAM_MAX, cexec.DATAGRAM_MAX + 1, 60000, 7:
+            mouth.sendto(bytes(size), ("127.0.0.1", group.port))
+        assert [len(hear(ear)[0]) for _ in range(4)] == [0, 1, cexec.DATAGRAM_MAX, 7]
+
+
+def test_a_flood_of_unwanted_datagrams_does_not_hold_the_caller():
+    group = cexec.parse_group("127.0.0.1:%d" % free_port())
+    with contextlib.closing(cexec.GroupSocket(group, True)) as ear, socket.socket(type=socket.SOCK_DGRAM) as mouth:
+        for _ in range(cexec.REJECTS_MAX + 1):
+            mouth.sendto(bytes(cexec.DATAGRAM_MAX + 1), ("127.0.0.1", group.port))
+        mouth.sendto(b"wanted", ("127.0.0.1", group.port))
+        assert ear.receive() is None
+        assert hear(ear)[0] == b"wanted"
+
+
+def test_what_the_kernel_dropped_is_counted():
+    if sys.platform != "linux":
+        skip("only Linux tells")
+    group = cexec.parse_group("127.0.0.1:%d" % free_port())
+    with contextlib.closing(cexec.GroupSocket(group, True)) as ear, socket.socket(type=socket.SOCK_DGRAM) as mouth:
+        ear.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        for _ in range(50):
+            mouth.sendto(bytes(1000), ("127.0.0.1", group.port))
+        while ear.receive():
+            pass
+        mouth.sendto(b"after", ("127.0.0.1", group.port))
+        hear(ear)
+        assert 0 < ear.dropped <= 50
+
+
+@pytest.mark.parametrize("listen", [True, False])
+@pytest.mark.parametrize("text", ["nodev7:255.255.255.255", "nodev7:10.0.0.1", "ff02::1%nodev7", "nodev7:224.0.1.9"])
+def test_an_unknown_device_is_one_clear_failure(text, listen):
+    with pytest.raises(cexec.Failure) as caught:
+        cexec.GroupSocket(cexec.parse_group(text), listen)
+    assert str(caught.value).startswith("nodev7: no such device, this machine has: ")
+    assert "lo" in str(caught.value)
+
+
+def test_a_port_that_another_program_keeps_is_one_clear_failure():
+    with socket.socket(type=socket.SOCK_DGRAM) as other:
+        other.bind(("127.0.0.1", 0))
+        port = other.getsockname()[1]
+        with pytest.raises(cexec.Failure) as caught:
+            cexec.GroupSocket(cexec.parse_group("127.0.0.1:%d" % port), True)
+    assert str(caught.value) == "cannot listen on UDP port %d: Address already in use" % port
+
+
+def test_a_source_that_is_not_ours_is_one_clear_failure():
+    with pytest.raises(cexec.Failure) as caught:
+        cexec.GroupSocket(cexec.parse_group("255.255.255.255"), False, cexec.parse_address("192.0.2.77"))
+    assert str(caught.value) == "cannot send from 192.0.2.77: Cannot assign requested address"
+
+
+def test_the_first_free_port_is_taken():
+    group, first = cexec.parse_group("127.0.0.1"), free_port(socket.SOCK_STREAM)
+    doors = [cexec.open_listener(group, [(first, first + 1), (first + 3, first + 3)]) for _ in range(3)]
+    assert [door.getsockname()[1] for door in doors] == [first, first + 1, first + 3]
+    with pytest.raises(cexec.Failure) as caught:
+        cexec.open_listener(group, [(first, first + 1), (first + 3, first + 3)])
+    assert str(caught.value) == (
+        "cannot listen on TCP port %d-%d,%d: Address already in use" % (first, first + 1, first + 3))
+    for door in doors:
+        door.close()
+
+
+# ---------------------------------------------------------------- groups: the sockets, between hosts
+
+LISTEN = """
+import contextlib, select, socket, sys
+sys.path.insert(0, %r)
+import cexec
+group = cexec.parse_group(sys.argv[1])
+ear = cexec.GroupSocket(group, True)
+cexec.say("", "ready")
+while True:
+    select.select([ear], [], [], 0.2)[0] or ear.refresh()
+    got = ear.receive()
+    while got:
+        octets, source, index = got
+        print(octets.decode(), source[0], socket.if_indextoname(index), flush=True)
+        if octets.split()[1:]:
+            with socket.socket(ear.socket.family, socket.SOCK_STREAM) as back, contextlib.suppress(OSError):
+                back.settimeout(3)
+                back.connect((source[0], int(octets.split()[1]), *source[2:]))
+        got = ear.receive()
+""" % HERE
+
+TALK = """
+import sys, socket
+sys.path.insert(0, %r)
+import cexec
+group = cexec.parse_group(sys.argv[1])
+source = cexec.parse_address(sys.argv[3]) if sys.argv[3:] else None
+mouth, door = cexec.GroupSocket(group, False, source), cexec.open_listener(group)
+problems = mouth.send(b"call %%d" %% door.getsockname()[1])
+print(*mouth.tried, *["(%%s)" %% problem for problem in problems])
+door.setblocking(True)
+door.settimeout(5)
+for _ in range(int(sys.argv[2])):
+    print("answered by", door.accept()[1][0])
+""" % HERE
+
+
+def listen(net, host, group):
+    return net.start(host, sys.executable, "-c", LISTEN, group, stdout=LINES).ready()
+
+
+def talk(net, host, group, answers=1, source=()):
+    """Sends one datagram and waits for this many to connect back; the lines that says."""
+    done = net.python(host, TALK, group, str(answers), *source)
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout.decode().splitlines()
+
+
+def link_local(net, host, device="eth0"):
+    words = net.run(host, "ip", "-6", "-o", "addr", "show", "dev", device, "scope", "link").stdout.decode().split()
+    return words[words.index("inet6") + 1].split("/")[0]
+
+
+@pytest.fixture
+def street(net):
+    """A Net of three hosts on one switch, without any route beyond it."""
+    for number, name in enumerate(["anna", "bert", "carl"], 1):
+        net.host(name, "10.99.0.%d/24" % number, "fd00:99::%d/64" % number)
+    return net
+
+
+LINK = ("fe80:", "fd00:99::1")       # whichever of them the kernel has ready first
+
+
+@pytest.mark.parametrize("group, source", [
+    ("255.255.255.255", "10.99.0.1"), ("255.255.255.255:4000", "10.99.0.1"), ("10.99.0.255", "10.99.0.1"),
+    ("10.99.0.255:4000", "10.99.0.1"), ("eth0:255.255.255.255", "10.99.0.1"), ("eth0:", "10.99.0.1"),
+    ("eth0:10.99.0.255:4000", "10.99.0.1"), ("224.0.1.9", "10.99.0.1"), ("eth0:239.1.2.3:4000", "10.99.0.1"),
+    ("ff02::1%eth0", LINK), ("[ff02::1%eth0]:4000", LINK), ("ff02::1", LINK), ("eth0:[ff02::7]:4000", LINK),
+    ("ff05::9", "fd00:99::1"),
+])
+def test_a_group_reaches_all_on_the_link_and_they_can_answer(street, group, source):
+    ears = [listen(street, host, group) for host in ("bert", "carl", "anna")]
+    lines = talk(street, "anna", group, 3)
+    assert lines[0] == "eth0" or "255" in group and lines[0] == ""
+    for ear in ears:
+        line = ear.out.wait("call")
+        assert line.split()[2].startswith(source) and line.endswith(" eth0")
+    assert [len(ear.out.lines) for ear in ears] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("group, listens", [
+    ("10.99.0.2", "255.255.255.255"), ("10.99.0.2:4000", "255.255.255.255:4000"), ("eth0:10.99.0.2", "224.0.1.9"),
+    ("10.99.0.2", "10.99.0.2"), ("fd00:99::2", "ff02::1%eth0"), ("[fd00:99::2]:4000", "[fd00:99::2]:4000"),
+    ("eth0:fd00:99::2", "eth0:[ff02::1]"),
+])
+def test_a_unicast_group_reaches_that_host_whatever_it_listens_for(street, group, listens):
+    bert, carl = listen(street, "bert", listens), listen(street, "carl", listens)
+    assert talk(street, "anna", group)[1].startswith("answered by ")
+    bert.out.wait("call")
+    assert not carl.out.lines
+
+
+def test_a_link_local_unicast_group_reaches_that_host(street):
+    group = "fe80::%s%%eth0" % link_local(street, "bert").partition("::")[2]
+    bert = listen(street, "bert", "ff02::1%eth0")
+    talk(street, "anna", group)
+    bert.out.wait("call")
+
+
+def test_a_host_reaches_its_own_listener_by_its_own_address(street):
+    ear = listen(street, "anna", "eth0:255.255.255.255")
+    assert talk(street, "anna", "10.99.0.1")[1] == "answered by 10.99.0.1"
+    ear.out.wait("call")
+
+
+def test_two_listeners_of_one_host_both_hear(street):
+    ears = [listen(street, "bert", "255.255.255.255") for _ in range(2)]
+    talk(street, "anna", "255.255.255.255", 2)
+    for ear in ears:
+        ear.out.wait("call")
+
+
+@pytest.fixture
+def bridge(net):
+    """A Net in which mid stands on two links, with left on one and right on the other; no routes."""
+    net.host("left", "10.1.0.2/24", "fd01::2/64", switch="one")
+    net.host("right", "10.2.0.2/24", "fd02::2/64", switch="two")
+    net.host("mid", "10.1.0.1/24", "fd01::1/64", switch="one")
+    net.host("mid", "10.2.0.1/24", "fd02::1/64", switch="two")
+    return net
+
+
+@pytest.mark.parametrize("group", ["255.255.255.255", "224.0.1.9", "ff02::1", "ff05::9"])
+def test_a_host_with_two_interfaces_reaches_both_from_fitting_addresses(bridge, group):
+    ears = [listen(bridge, host, group) for host in ("left", "right")]
+    lines = talk(bridge, "mid", group, 2)
+    assert lines[0] == "eth0 eth1"
+    if "." in group:
+        assert sorted(lines[1:]) == ["answered by 10.1.0.2", "answered by 10.2.0.2"]
+        assert ears[0].out.wait("call").split()[2] == "10.1.0.1"
+        assert ears[1].out.wait("call").split()[2] == "10.2.0.1"
+
+
+@pytest.mark.parametrize("group", ["255.255.255.255", "224.0.1.9", "ff02::1", "eth1:255.255.255.255", "eth1:224.0.1.9",
+                                   "ff02::1%eth1"])
+def test_a_listener_with_two_interfaces_hears_those_it_wants(bridge, group):
+    ear = listen(bridge, "mid", group)
+    bare = group.replace("eth1:", "").replace("%eth1", "")
+    unwanted = "eth1" in group
+    talk(bridge, "left", bare, 0 if unwanted else 1)
+    talk(bridge, "right", bare, 1)
+    ear.out.wait("eth1")
+    assert len(ear.out.having("eth0")) == (0 if unwanted else 1)
+
+
+@pytest.mark.parametrize("group", ["eth1:255.255.255.255", "eth1:224.0.1.9", "ff02::1%eth1", "eth1:[ff05::9]"])
+def test_a_device_is_the_only_one_that_is_sent_on(bridge, group):
+    bare = group.replace("eth1:", "").replace("%eth1", "").strip("[]")
+    left, right = listen(bridge, "left", bare), listen(bridge, "right", bare)
+    assert talk(bridge, "mid", group)[0] == "eth1"
+    right.out.wait("call")
+    assert not left.out.lines
+
+
+@pytest.mark.parametrize("group", ["255.255.255.255", "224.0.1.9"])
+def test_a_source_address_chooses_the_interface(bridge, group):
+    left, right = listen(bridge, "left", group), listen(bridge, "right", group)
+    assert talk(bridge, "mid", group, 1, source=["10.2.0.1"]) == ["eth1", "answered by 10.2.0.2"]
+    assert right.out.wait("call").split()[2] == "10.2.0.1"
+    assert not left.out.lines
+
+
+def test_a_second_address_of_an_interface_can_be_the_source(bridge):
+    bridge.run("mid", "ip", "addr", "add", "10.2.0.77/24", "dev", "eth1")
+    right = listen(bridge, "right", "255.255.255.255")
+    assert talk(bridge, "mid", "255.255.255.255", 1, source=["10.2.0.77"])[1:] == ["answered by 10.2.0.2"]
+    assert right.out.wait("call").split()[2] == "10.2.0.77"
+
+
+def test_an_interface_that_is_down_is_not_tried_and_one_that_fails_stops_no_other(bridge):
+    need("nft")
+    right = listen(bridge, "right", "255.255.255.255")
+    bridge.run("mid", "nft", "-f", "-", input=b'table ip t {\nchain c {\n'
+               b'type filter hook output priority 0;\noifname "eth0" udp dport 3010 drop\n}\n}\n')
+    assert talk(bridge, "mid", "255.255.255.255")[0] == "eth0 eth1 (eth0: Operation not permitted)"
+    right.out.wait("call")
+    bridge.run("mid", "ip", "link", "set", "eth0", "down")
+    assert talk(bridge, "mid", "255.255.255.255")[0] == "eth1"
+
+
+def test_without_any_other_interface_loopback_is_used(net):
+    net.host("anna", "10.99.0.1/24")
+    net.run("anna", "ip", "link", "set", "eth0", "down")
+    for group in "255.255.255.255", "224.0.1.9":
+        ear = listen(net, "anna", group)
+        assert talk(net, "anna", group)[0] == "lo"
+        ear.out.wait("call")
+    # Linux has no route for IPv6 multicast on loopback, and says so
+    assert talk(net, "anna", "ff02::1", 0)[0] == "lo (lo: Network is unreachable)"
+    net.run("anna", "ip", "link", "set", "lo", "down")
+    assert talk(net, "anna", "255.255.255.255", 0) == ["(no interface is up)"]
+
+
+@pytest.mark.parametrize("group", ["255.255.255.255", "224.0.1.9", "ff02::1", "ff02::1%eth1", "eth1:224.0.1.9"])
+def test_an_interface_that_comes_later_or_comes_again_is_heard(bridge, group):
+    bridge.run("mid", "ip", "link", "set", "eth1", "down")
+    ear = listen(bridge, "mid", group)
+    bridge.run("mid", "ip", "link", "set", "eth1", "up")
+    bridge.run("mid", "ip", "addr", "add", "fd02::1/64", "dev", "eth1", "nodad")
+
+    def heard():
+        talk(bridge, "right", group.replace("eth1", "eth0"), 0)
+        assert ear.out.having("eth1")
+    wait_until(heard)
+
+
+def test_nothing_of_a_loopback_group_is_heard_from_the_network(street):
+    loopback, all_of_it = listen(street, "bert", "127.255.255.255"), listen(street, "bert", "255.255.255.255")
+    talk(street, "anna", "255.255.255.255")
+    talk(street, "anna", "10.99.0.2")
+    talk(street, "bert", "127.255.255.255")
+    loopback.out.wait("call")
+    assert len(loopback.out.lines) == 1
+    assert len(all_of_it.out.having(" 10.99.0.1 ")) == 2
+
+
+def test_multicast_that_only_others_on_this_host_joined_is_not_heard(street):
+    nine, ten = listen(street, "bert", "224.0.1.9"), listen(street, "bert", "224.0.1.10")
+    talk(street, "anna", "224.0.1.9")
+    nine.out.wait("call")
+    talk(street, "anna", "224.0.1.10")
+    ten.out.wait("call")
+    assert len(nine.out.lines) == len(ten.out.lines) == 1
+
+
+# ---------------------------------------------------------------- the pure half: helpers
+
+SECRET, KEY_ID, NONCE = b"s" * 32, b"keyi", b"noncenon"
+
+
+def flipped(octets):
+    """(number of the bit, the octets with that one bit changed) for every bit."""
+    for bit in range(8 * len(octets)):
+        changed = bytearray(octets)
+        changed[bit // 8] ^= 1 << bit % 8
+        yield bit, bytes(changed)
+
+
+def cuts(octets):
+    """The same octets in every way that a network may deliver them: whole, one by one, and in two at every place."""
+    yield [octets]
+    yield [octets[at:at + 1] for at in range(len(octets))]
+    for at in range(len(octets) + 1):
+        yield [octets[:at], octets[at:]]
+
+
+def only_protocol_errors(parse, octets):
+    """Whether the octets were accepted; any error but the one that is allowed is shown with the input."""
+    try:
+        parse(octets)
+        return True
+    except cexec.ProtocolError:
+        return False
+    except Exception as error:
+        pytest.fail("%s: %s, on the input %r" % (type(error).__name__, error, octets))
+
+
+def damaged(random, valid):
+    """One valid input after a few random changes: bits, octets, cuts, repetitions."""
+    octets = bytearray(random.choice(valid))
+    for _ in range(random.randrange(4)):
+        at = random.randrange(len(octets) + 1)
+        what = random.randrange(5)
+        if what == 0 and at < len(octets):
+            octets[at] ^= 1 << random.randrange(8)
+        elif what == 1 and at < len(octets):
+            octets[at] = random.choice((0, 1, 127, 128, 255, random.randrange(256)))
+        elif what == 2:
+            del octets[at:at + random.randrange(9)]
+        elif what == 3:
+            octets[at:at] = random.getrandbits(64).to_bytes(8, "big")[:random.randrange(9)]
+        else:
+            octets += random.choice(valid)
+    return bytes(octets)
+
+
+# ---------------------------------------------------------------- nothing above the line touches the world
+
+WORLDLY = {"os", "socket", "select", "selectors", "time", "threading", "signal", "ssl", "fcntl", "sys", "open", "print",
+           "input", "subprocess", "tempfile", "random"}
+INNOCENT = {"os.sched_getaffinity", "os.cpu_count", "os.write", "socket.AF_INET", "socket.AF_INET6", "socket.inet_ntop",
+            "socket.inet_pton", "signal.Signals", "sys.platform"}
+REPORTING = {"os.write"}            # say(), the one exception: errors must come out from anywhere
+SETTING_UP = {"os.sched_getaffinity", "os.cpu_count"}
+LINE = "below this line the program touches the world"
+
+
+def dotted_uses(tree):
+    """(line, name) of every use of a worldly module or built-in."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in WORLDLY:
+            yield node.lineno, "%s.%s" % (node.value.id, node.attr)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in WORLDLY:
+            yield node.lineno, node.func.id
+
+
+def test_nothing_above_the_line_touches_the_world():
+    with open(CEXEC, encoding="utf-8") as file:
+        text = file.read()
+    assert text.count(LINE) == 1
+    border = text[:text.index(LINE)].count("\n") + 1
+    tree = ast.parse(text)
+    above = [use for use in dotted_uses(tree) if use[0] < border]
+    assert [use for use in above if use[1] not in INNOCENT] == []
+    functions = {node.name: (node.lineno, node.body[-1].lineno) for node in tree.body if isinstance(node, ast.FunctionDef)}
+    for names, allowed in (REPORTING, ["say"]), (SETTING_UP, ["usable_cpus"]):
+        for line, name in above:
+            if name in names:
+                assert any(functions[each][0] <= line <= functions[each][1] + 5 for each in allowed), (line, name)
+    pure = {name for name, (line, _) in functions.items() if line < border}
+    assert {"parse_datagram", "make_keypair", "parse_job", "encode_exit"} <= pure
+
+
+# ---------------------------------------------------------------- errors
+
+@pytest.mark.parametrize("text, shown", [
+    ("plain words", "plain words"), ("caf\u00e9", "caf\u00e9"), ("a\nb", "a\\nb"), ("\x1b[2J", "\\x1b[2J"),
+    ("\udcff", "\\udcff"), (b"\xff\r", "\\\\xff\\r"[1:]), ("\u202egnp", "\\u202egnp"), ("\x85", "\\x85")])
+def test_what_strangers_sent_cannot_drive_a_terminal(text, shown):
+    assert cexec.printable(text) == shown
+
+
+def test_a_line_is_said_whole_or_not_at_all(tmp_path):
+    path = str(tmp_path / "lines")
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT)
+    cexec.say("tool", "two\nlines", fd)
+    cexec.say("", "  hint", fd)
+    os.close(fd)
+    cexec.say("tool", "to a closed descriptor", fd)
+    with open(path, "rb") as file:
+        assert file.read() == b"tool: two\\nlines\n  hint\n"
+
+
+# ---------------------------------------------------------------- settings
+
+def settings_of(tool, *arguments, **environment):
+    return cexec.read_settings(tool, arguments, environment)[0]
+
+
+@pytest.mark.parametrize("tool, attribute, value", [
+    ("cexec", "group", cexec.parse_group("255.255.255.255:3010")), ("cexec", "timeout_accept", 60),
+    ("cexec", "timeout_pingpong", 60), ("cexec", "listen_ports", None), ("cexec", "accept_server", ()),
+    ("cexec", "reject_servers", ()), ("cexec", "max_fd", 32), ("cexec", "errors_fd", None),
+    ("cexec", "ratout_test", False), ("cexec", "escape", b"~"), ("cexec", "terminal", 0),
+    ("cservice", "group", cexec.parse_group("255.255.255.255")), ("cservice", "boost", None),
+    ("cservice", "user", None), ("cservice", "concurrency", cexec.usable_cpus()), ("crat", "json", 0)])
+def test_defaults(tool, attribute, value):
+    assert getattr(settings_of(tool), attribute) == value
+
+
+@pytest.mark.parametrize("tool, name, text, attribute, value", [
+    ("cexec", "CEXEC_GROUP", "10.0.0.7:4000", "group", cexec.parse_group("10.0.0.7:4000")),
+    ("cexec", "GROUP", "10.0.0.7", "group", cexec.parse_group("10.0.0.7")),
+    ("cservice", "GROUP", "224.0.1.9", "group", cexec.parse_group("224.0.1.9")),
+    ("cexec", "CEXEC_TIMEOUT_ACCEPT", "0", "timeout_accept", 0),
+    ("cexec", "CEXEC_TIMEOUT_ACCEPT", "0.25", "timeout_accept", 0.25),
+    ("cexec", "CEXEC_TIMEOUT_PINGPONG", "1", "timeout_pingpong", 1),
+    ("cexec", "CEXEC_LISTEN_PORTS", "4000,4002", "listen_ports", [(4000, 4000), (4002, 4002)]),
+    ("cexec", "CEXEC_LISTEN_PORT", "4000:4010", "listen_ports", [(4000, 4010)]),
+    ("cexec", "CEXEC_PORTS", "4000-4010", "listen_ports", [(4000, 4010)]),
+    ("cexec", "CEXEC_PORT", "4000", "listen_ports", [(4000, 4000)]),
+    ("cexec", "CEXEC_ACCEPT_SERVER", "10.0.0.7", "accept_server", ("10.0.0.7",)),
+    ("cexec", "CEXEC_REJECT_SERVERS", "10.0.0.7 fd00:0::1", "reject_servers", ("10.0.0.7", "fd00::1")),
+    ("cexec", "CEXEC_REJECT_SERVER", "10.0.0.7", "reject_servers", ("10.0.0.7",)),
+    ("cexec", "CEXEC_MAXFD", "2", "max_fd", 2), ("cexec", "MAXFD", "4096", "max_fd", 4096),
+    ("cexec", "CEXEC_FD_FOR_ERRORS", "40", "errors_fd", 40),
+    ("cexec", "CEXEC_RATOUT_TEST", "1", "ratout_test", True), ("cexec", "CEXEC_RATOUT_TEST", "0", "ratout_test", False),
+    ("cexec", "CEXEC_ESCAPE", "none", "escape", b""), ("cexec", "CEXEC_ESCAPE", "%", "escape", b"%"),
+    ("cservice", "CONCURRENCY", "50", "concurrency", 50), ("cservice", "BOOST", "2500", "boost", 2500)])
+def test_a_setting_comes_from_the_environment_or_the_option(tool, name, text, attribute, value):
+    assert getattr(settings_of(tool, **{name: text}), attribute) == value
+    setting = next(setting for setting in cexec.SETTINGS if name in setting.names and tool in setting.tools)
+    for arguments in [setting.option, text], [setting.option + "=" + text]:
+        settings, rest = cexec.read_settings(tool, arguments + ["app", "-x"], {name: "ignored"})
+        assert getattr(settings, attribute) == value and rest == ["app", "-x"]
+
+
+MALFORMED = [
+    ("cexec", "CEXEC_GROUP", "somewhere"), ("cexec", "GROUP", "300.1.1.1"), ("cexec", "GROUP", "10.0.0.1:0"),
+    ("cservice", "GROUP", "10.0.0.1:65536"), ("crat", "GROUP", "10.0.0.1:x"), ("cproxy", "GROUP", "::1::"),
+    ("cexec", "CEXEC_TIMEOUT_ACCEPT", "-1"), ("cexec", "CEXEC_TIMEOUT_ACCEPT", "nan"), ("cexec", "CEXEC_TIMEOUT_ACCEPT", "1 s"),
+    ("cexec", "CEXEC_TIMEOUT_PINGPONG", "0"), ("cexec", "CEXEC_TIMEOUT_PINGPONG", "inf"),
+    ("cexec", "CEXEC_LISTEN_PORTS", "80"), ("cexec", "CEXEC_LISTEN_PORT", "5000-4000"), ("cexec", "CEXEC_PORTS", "a,b"),
+    ("cexec", "CEXEC_PORT", "4000;"), ("cexec", "CEXEC_PORT", ","),
+    ("cexec", "CEXEC_ACCEPT_SERVER", "host.example"), ("cexec", "CEXEC_REJECT_SERVERS", "10.0.0.1;10.0.0.2"),
+    ("cexec", "CEXEC_REJECT_SERVER", "10.0.0"), ("cexec", "CEXEC_REJECT_SERVER", "\udcff"),
+    ("cexec", "CEXEC_MAXFD", "1"), ("cexec", "CEXEC_MAXFD", "4097"), ("cexec", "MAXFD", "many"),
+    ("cexec", "MAXFD", "\u0663\u0663"), ("cexec", "CEXEC_FD_FOR_ERRORS", "2"), ("cexec", "CEXEC_FD_FOR_ERRORS", "x"),
+    ("cexec", "CEXEC_RATOUT_TEST", "yes"), ("cexec", "CEXEC_ESCAPE", "ab"), ("cexec", "CEXEC_ESCAPE", "\t"),
+    ("cexec", "CEXEC_RETRIES", "-1"), ("cexec", "CEXEC_SPILL", "1G"),
+    ("cservice", "CONCURRENCY", "0"), ("cservice", "CONCURRENCY", "4.5"), ("cservice", "CONCURRENCY", "9" * 20),
+    ("cservice", "BOOST", "fast"), ("cservice", "CSERVICE_USER", "no such user"), ("crat", "CRAT_MAX_SKEW", "-5"),
+    ("cproxy", "CPROXY_IDLE", "0")]
+
+
+@pytest.mark.parametrize("tool, name, text", MALFORMED)
+def test_a_malformed_setting_is_a_usage_error_that_names_it(tool, name, text):
+    setting = next(setting for setting in cexec.SETTINGS if name in setting.names and tool in setting.tools)
+    for arguments, environment, shown in ([], {name: text}, name), ([setting.option, text], {}, setting.option):
+        with pytest.raises(cexec.Failure) as caught:
+            cexec.read_settings(tool, arguments, environment)
+        assert str(caught.value) == "%s=%s: not accepted" % (shown, text)
+        assert caught.value.status == cexec.EXIT_USAGE
+        assert caught.value.hint.startswith("accepted: ") and "codec" not in caught.value.hint
+
+
+def test_every_setting_has_a_malformed_case():
+    covered = {(tool, name) for tool, name, _ in MALFORMED}
+    for setting in cexec.SETTINGS:
+        for tool in setting.tools:
+            assert any((tool, name) in covered for name in setting.names), (tool, setting.names)
+
+
+def test_the_first_name_counts_and_an_empty_value_is_none():
+    assert settings_of("cexec", CEXEC_MAXFD="5", MAXFD="6").max_fd == 5
+    assert settings_of("cexec", CEXEC_MAXFD="", MAXFD="6").max_fd == 6
+    assert settings_of("cexec", CEXEC_MAXFD="", MAXFD="").max_fd == 32
+    assert settings_of("cexec", "--maxfd", "7", "--maxfd=8", CEXEC_MAXFD="x").max_fd == 8
+    assert settings_of("cservice", CEXEC_GROUP="nonsense").group == settings_of("cservice").group
+
+
+@pytest.mark.parametrize("arguments, shown", [
+    (["--nonsense"], "--nonsense: unknown option"), (["-t=1"], "-t=1: unknown option"),
+    (["--concurrency", "3"], "--concurrency: unknown option"), (["--maxfd"], "--maxfd: an option without its value")])
+def test_options_that_are_none(arguments, shown):
+    with pytest.raises(cexec.Failure) as caught:
+        cexec.read_settings("cexec", arguments, {})
+    assert (str(caught.value), caught.value.hint, caught.value.status) == (shown, "see cexec --help", cexec.EXIT_USAGE)
+
+
+def test_options_end_at_the_first_word_that_is_none():
+    assert cexec.read_settings("cexec", ["-tt", "--", "-app", "--x=1"], {})[1] == ["-app", "--x=1"]
+    settings, rest = cexec.read_settings("cexec", ["-t", "app", "--maxfd=3"], {})
+    assert (settings.terminal, settings.max_fd, rest) == (1, 32, ["app", "--maxfd=3"])
+
+
+def test_settings_are_frozen():
+    with pytest.raises(AttributeError):
+        settings_of("cexec").max_fd = 3
+
+
+def test_no_two_settings_of_a_tool_share_an_option_or_a_name():
+    for tool in cexec.TOOL_NAMES:
+        own = [setting for setting in cexec.SETTINGS if tool in setting.tools]
+        assert len({setting.option for setting in own}) == len({setting.attribute for setting in own}) == len(own)
+        names = [name for setting in own for name in setting.names]
+        assert len(names) == len(set(names))
+
+
+# ---------------------------------------------------------------- datagrams
+
+ALERTS = [
+    cexec.Alert(cexec.COMPLETED, 0, 0, 0, "", "", "", ""),
+    cexec.Alert(cexec.COMPLETED, 255, 1234, 1790000000000, "0123456789abcdef", "10.0.0.5", "fd00::1", ""),
+    cexec.Alert(cexec.RATTED_OUT, 0, 0xffffffff, 2 ** 64 - 1, "f" * 16, "::1", "10.0.0.3", "the worker was lost, caf\u00e9"),
+    cexec.Alert(cexec.RATTED_OUT, 7, 1, 1, "j" * 255, "s" * 255, "w" * 255, "x" * 255),
+]
+BODIES = [
+    (cexec.ANNOUNCE, cexec.ANNOUNCE_BODY.pack(3, 60000, 8000)), (cexec.HOLD, cexec.HOLD_BODY.pack(15)),
+    (cexec.TAKEN, cexec.TAKEN_BODY.pack(-12.5)), (cexec.TAKEN, cexec.TAKEN_BODY.pack(float("nan"))),
+    (cexec.HOLD, b""), (cexec.ANNOUNCE, b"x" * (cexec.DATAGRAM_MAX - 40)),
+] + [(cexec.ALERT, cexec.encode_alert(alert)) for alert in ALERTS]
+
+
+def datagram(kind=cexec.HOLD, body=b"ab", sequence=1, port=4000):
+    return cexec.encode_datagram(SECRET, kind, KEY_ID, NONCE, sequence, body, port)
+
+
+@pytest.mark.parametrize("kind, body", BODIES)
+def test_datagrams_both_ways(kind, body):
+    for sequence, port in (0, 0), (2 ** 32 - 1, 65535):
+        octets = datagram(kind, body, sequence, port)
+        assert len(octets) == 40 + len(body) <= cexec.DATAGRAM_MAX
+        found = cexec.parse_datagram(octets)
+        assert (found.kind, found.port, found.key_id, found.nonce) == (kind, port, KEY_ID, NONCE)
+        assert (found.sequence, found.body) == (sequence, body)
+        assert found.authentic(SECRET) and not found.authentic(b"t" * 32)
+
+
+def test_every_changed_bit_of_a_datagram_shows_but_for_the_port():
+    for kind, body in BODIES[:3] + BODIES[-3:]:
+        for bit, octets in flipped(datagram(kind, body)):
+            try:
+                believed = cexec.parse_datagram(octets).authentic(SECRET)
+            except cexec.ProtocolError:
+                believed = False
+            assert believed == (bit // 8 in (6, 7)), bit
+
+
+def test_a_proxy_changes_the_port_and_nothing_else():
+    octets = cexec.with_port(datagram(), 54321)
+    found = cexec.parse_datagram(octets)
+    assert found.port == 54321 and found.authentic(SECRET)
+    assert cexec.with_port(octets, 4000) == datagram()
+
+
+@pytest.mark.parametrize("octets, words", [
+    (b"", "a datagram of 0 octets"), (datagram(body=b"")[:39], "a datagram of 39 octets"),
+    (datagram(body=b"x" * 1161), "a datagram of 1201 octets"),
+    (b"X" + datagram()[1:], "a datagram of another program"),
+    (datagram()[:4] + b"\x09" + datagram()[5:], "a datagram of protocol version 9, this program speaks 1"),
+    (datagram(kind=5), "a datagram of unknown type 5"), (datagram(kind=0), "a datagram of unknown type 0")])
+def test_what_is_no_datagram(octets, words):
+    with pytest.raises(cexec.ProtocolError) as caught:
+        cexec.parse_datagram(octets)
+    assert str(caught.value) == words
+
+
+@pytest.mark.parametrize("kind, form", [
+    (cexec.ANNOUNCE, cexec.ANNOUNCE_BODY), (cexec.HOLD, cexec.HOLD_BODY), (cexec.TAKEN, cexec.TAKEN_BODY),
+    (cexec.ALERT, cexec.ALERT_BODY)])
+def test_a_body_may_be_longer_but_never_shorter(kind, form):
+    body = bytes(range(form.size))
+    fields = form.unpack(body)
+    assert cexec.unpack_body(form, cexec.parse_datagram(datagram(kind, body + b"later"))) == fields
+    for size in range(form.size):
+        with pytest.raises(cexec.ProtocolError):
+            cexec.unpack_body(form, cexec.parse_datagram(datagram(kind, body[:size])))
+
+
+def parsed_alert(body):
+    return cexec.parse_alert(cexec.parse_datagram(datagram(cexec.ALERT, body)))
+
+
+@pytest.mark.parametrize("alert", ALERTS)
+def test_alerts_both_ways(alert):
+    body = cexec.encode_alert(alert)
+    assert parsed_alert(body) == parsed_alert(body + b"\x05later") == alert
+    for size in range(len(body)):
+        with pytest.raises(cexec.ProtocolError):
+            parsed_alert(body[:size])
+
+
+def test_the_longest_alert_fits_a_datagram():
+    body = cexec.encode_alert(cexec.Alert(1, 255, 0, 0, *("\u20ac" * 1000 for _ in range(4))))
+    assert len(datagram(cexec.ALERT, body)) <= cexec.DATAGRAM_MAX
+    assert parsed_alert(body).words.startswith("\u20ac" * 85)
+
+
+# ---------------------------------------------------------------- the preamble
+
+def preamble(secret=SECRET, nonce=NONCE, cost=0.5, offset=-3.25, waited=12.5, queued=False):
+    return cexec.encode_preamble(secret, nonce, cost, offset, waited, queued)
+
+
+def test_preambles_both_ways():
+    for fields in (0.5, -3.25, 12.5, False), (0.0, 0.0, 0.0, True):
+        octets = cexec.encode_preamble(SECRET, NONCE, *fields)
+        assert len(octets) == cexec.PREAMBLE_SIZE
+        assert cexec.parse_preamble(SECRET, NONCE, octets) == fields
+        assert cexec.parse_preamble(SECRET, NONCE, memoryview(octets)) == fields
+
+
+def test_every_changed_bit_of_a_preamble_is_refused():
+    for bit, octets in flipped(preamble()):
+        with pytest.raises(cexec.ProtocolError):
+            cexec.parse_preamble(SECRET, NONCE, octets)
+
+
+@pytest.mark.parametrize("octets, words", [
+    (b"", "not a worker"), (preamble()[:-1], "not a worker"), (preamble() + b"x", "not a worker"),
+    (b"GET / HTTP/1.1\r\n".ljust(cexec.PREAMBLE_SIZE), "not a worker"),
+    (preamble()[:4] + b"\x07" + preamble()[5:], "a worker of protocol version 7, this program speaks 1"),
+    (preamble(b"t" * 32), "a worker of another key"),
+    (preamble(nonce=b"an older"), "a worker that answers another announcement")])
+def test_what_is_no_preamble(octets, words):
+    with pytest.raises(cexec.ProtocolError) as caught:
+        cexec.parse_preamble(SECRET, NONCE, octets)
+    assert str(caught.value) == words
+
+
+# ---------------------------------------------------------------- frames
+
+FRAMES = [
+    (cexec.WELCOME, 0, b""), (cexec.JOB, 0, b"j" * 40), (cexec.DATA, 3, b"some data"), (cexec.DATA, 65535, b""),
+    (cexec.END, 3, b""), (cexec.CREDIT, 1, b"\0\0\1\0"), (cexec.EXIT, 0, b"x"), (cexec.BYE, 0, b""),
+]
+
+
+def messages_in(parts):
+    """The messages a reader finds in these parts; data is put together again, with the announced size checked."""
+    reader, found, left = cexec.FrameReader(), [], 0
+    for part in parts:
+        for kind, number, body, size in reader.read(part):
+            if kind != cexec.DATA:
+                assert isinstance(body, bytes) and size == 0
+                found.append((kind, number, body))
+            elif left or (body and found and found[-1][0] == cexec.DATA):
+                found[-1] = kind, number, found[-1][2] + bytes(body)
+                left -= len(body)
+            else:
+                found.append((kind, number, bytes(body)))
+                left = size
+    assert left == 0
+    return found
+
+
+@pytest.mark.parametrize("message", FRAMES)
+def test_a_message_in_every_cut(message):
+    for parts in cuts(cexec.frame(*message)):
+        assert messages_in(parts) == [message]
+
+
+def test_messages_behind_one_another_in_every_cut():
+    octets = b"".join(cexec.frame(*message) for message in FRAMES)
+    for parts in cuts(octets):
+        assert messages_in(parts) == FRAMES
+    for tail in range(1, 8):
+        assert messages_in([octets + cexec.frame(cexec.END, 1)[:tail]]) == FRAMES
+
+
+def test_data_comes_out_as_it_arrives_and_is_not_copied():
+    octets = cexec.frame(cexec.DATA, 4, b"0123456789")
+    reader, buffer = cexec.FrameReader(), bytearray(octets[:12])
+    found = list(reader.read(buffer))
+    assert found[0] == (cexec.DATA, 4, b"", 10) and found[1][2] == b"0123"
+    buffer[8:12] = b"abcd"
+    assert found[1][2] == b"abcd", "the part is a view of the caller's buffer"
+    assert [bytes(body) for _, _, body, _ in reader.read(octets[12:])] == [b"456789"]
+
+
+@pytest.mark.parametrize("head, words", [
+    ((16, 0, 0, 0), "a message of unknown type 16"), ((255, 0, 0, 0), "a message of unknown type 255"),
+    ((cexec.PING, 1, 0, 0), "a message of unknown type 11"),
+    ((cexec.DATA, 0, 0, cexec.FRAME_MAX + 1), "a data message of %d octets" % (cexec.FRAME_MAX + 1)),
+    ((cexec.JOB, 0, 0, cexec.CONTROL_MAX + 1), "a job message of %d octets" % (cexec.CONTROL_MAX + 1)),
+    ((cexec.EXIT, 0, 0, 2 ** 32 - 1), "a exit message of %d octets" % (2 ** 32 - 1))])
+def test_what_is_no_message(head, words):
+    for parts in cuts(cexec.FRAME_HEAD.pack(*head)):
+        reader = cexec.FrameReader()
+        with pytest.raises(cexec.ProtocolError) as caught:
+            for part in parts:
+                list(reader.read(part))
+        assert str(caught.value) == words
+
+
+def test_the_longest_messages_are_accepted():
+    for kind, size in (cexec.DATA, cexec.FRAME_MAX), (cexec.JOB, cexec.CONTROL_MAX):
+        assert messages_in([cexec.frame(kind, 1, bytes(size))]) == [(kind, 1, bytes(size))]
+
+
+def test_wire_numbers_and_names_are_one_table():
+    names = "welcome hello job accepted refused data end stop credit signal window ping pong exit abort bye".split()
+    assert [cexec.MESSAGE_NAMES[getattr(cexec, name.upper())] for name in names] == names
+    assert len(cexec.MESSAGE_NAMES) == 16 and sorted(cexec.MESSAGE_NAMES) == list(range(16))
+
+
+@pytest.mark.parametrize("texts", [[], [b""], [b"one"], [b"", b"two", b"\0\xff" * 300, b""]])
+def test_lists_of_texts_both_ways(texts):
+    packed = cexec.pack_texts(texts)
+    assert cexec.unpack_texts(packed) == cexec.unpack_texts(memoryview(packed)) == texts
+    ends = {sum(4 + len(text) for text in texts[:count]) for count in range(len(texts) + 1)}
+    for size in set(range(len(packed))) - ends:
+        with pytest.raises(cexec.ProtocolError):
+            cexec.unpack_texts(packed[:size])
+
+
+# ---------------------------------------------------------------- the job's description
+
+def job_of(descriptors=None, names=(), timeout=60.0, terminal=None, identity="0123456789abcdef"):
+    return cexec.Job(identity, descriptors or {}, list(names), timeout, terminal)
+
+
+STANDARD = {0: cexec.IN, 1: cexec.OUT, 2: cexec.OUT}
+JOBS = [
+    job_of(), job_of(STANDARD), job_of({0: cexec.IN, 1: cexec.OUT, 2: 1}), job_of({7: cexec.BOTH, 4096: cexec.IN}),
+    job_of({3: cexec.BOTH, 12: 3, 15: 3}), job_of(names=[(b"A", b""), (b"_b2", b"x=y\n\xff"), (b"A", b"again")]),
+    job_of(timeout=0.001), job_of(timeout=86400.0),
+    job_of({0: cexec.TTY, 1: 0, 2: cexec.OUT}, terminal=(24, 80, b"xterm", {b"erase": 127, b"echo": 1})),
+    job_of({5: cexec.TTY}, terminal=(0, 65535, b"", {})),
+]
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_jobs_both_ways(job):
+    assert cexec.parse_job(cexec.encode_job(job)) == job
+
+
+def job_texts(identity=b"0123456789abcdef", descriptors=b"0r 1w 2w", timeout=b"60000", terminal=(), names=()):
+    return cexec.pack_texts([identity, descriptors, timeout, cexec.pack_texts(terminal), cexec.pack_texts(names)])
+
+
+TERMINAL = [b"24", b"80", b"xterm", b"echo=1"]
+
+
+@pytest.mark.parametrize("octets", [
+    b"", job_texts()[:-1], cexec.pack_texts([b""] * 4), job_texts(identity=b""), job_texts(identity=b"0" * 15),
+    job_texts(identity=b"0123456789ABCDEF"), job_texts(identity=b"../../etc/passwd"), job_texts(timeout=b""),
+    job_texts(timeout=b"0"), job_texts(timeout=b"-1"), job_texts(timeout=b"86400001"), job_texts(timeout=b"9" * 5000),
+    job_texts(descriptors=b"0r 0w"), job_texts(descriptors=b"r"), job_texts(descriptors=b"0x"),
+    job_texts(descriptors=b"-1r"), job_texts(descriptors=b"32769r"), job_texts(descriptors=b"1=0"),
+    job_texts(descriptors=b"0r 1=0 2=1"), job_texts(descriptors=b"0r 0=0"), job_texts(descriptors=b"0="),
+    job_texts(descriptors=b"0r 1=32769"), job_texts(descriptors=b"\xff\xffr"),
+    job_texts(names=[b"NOVALUE"]), job_texts(names=[b"=x"]), job_texts(names=[b"1A=x"]), job_texts(names=[b"A-B=x"]),
+    job_texts(names=[b"A\xc3\xa9=x"]), job_texts(names=[b"A=x\0y"]), job_texts(descriptors=b"0t"),
+    job_texts(descriptors=b"0t", terminal=TERMINAL[:3]), job_texts(descriptors=b"0t 1t", terminal=TERMINAL),
+    job_texts(terminal=[b"65536"] + TERMINAL[1:]), job_texts(terminal=[b"x"] + TERMINAL[1:]),
+    job_texts(terminal=TERMINAL[:2] + [b"x" * 65, b""]), job_texts(terminal=TERMINAL[:2] + [b"a\0b", b""]),
+    job_texts(terminal=TERMINAL[:3] + [b"echo"]), job_texts(terminal=TERMINAL[:3] + [b"erase=256"])])
+def test_jobs_that_no_submitter_of_this_program_sends(octets):
+    with pytest.raises(cexec.ProtocolError):
+        cexec.parse_job(octets)
+
+
+def ended(signalled=False, number=0, milliseconds=1, cpu=2, peak=3, name=""):
+    return cexec.Ended(signalled, number, milliseconds, cpu, peak, name)
+
+
+@pytest.mark.parametrize("outcome, status", (
+    [(ended(number=number), number) for number in range(256)]
+    + [(ended(True, int(number), name=number.name[3:]), 128 + number) for number in signal.Signals]
+    + [(ended(True, 99, name="INT"), 130), (ended(True, 99, name="NOSUCH"), 227), (ended(True, 64), 192)]))
+def test_exits_both_ways(outcome, status):
+    found = cexec.parse_exit(cexec.encode_exit(outcome))
+    assert found == outcome and found.status == status
+
+
+@pytest.mark.parametrize("octets", [
+    b"", cexec.encode_exit(ended())[:-1], cexec.EXIT_BODY.pack(2, 0, 0, 0, 0), cexec.EXIT_BODY.pack(0, 256, 0, 0, 0),
+    cexec.EXIT_BODY.pack(1, 128, 0, 0, 0), cexec.EXIT_BODY.pack(1, 0, 0, 0, 0)])
+def test_exits_that_do_not_exist(octets):
+    with pytest.raises(cexec.ProtocolError):
+        cexec.parse_exit(octets)
+
+
+def test_an_exits_numbers_are_capped():
+    found = cexec.parse_exit(cexec.encode_exit(ended(milliseconds=2 ** 40, cpu=2 ** 40, peak=2 ** 40)))
+    assert found[2:5] == (2 ** 32 - 1,) * 3
+
+
+# ---------------------------------------------------------------- the session's table
+
+ROLES = cexec.SUBMITTER, cexec.WORKER
+EVERY_PHASE = "greeting chosen idle offered starting running ended over".split()
+NOW = 1000.0
+
+# role, phase: what may come, and where it leads.  All else is an error.
+ALLOWED = {
+    ("submitter", "greeting"): "hello:idle", ("submitter", "idle"): "ping:idle pong:idle",
+    ("submitter", "offered"): "accepted:running refused:over ping:offered pong:offered",
+    ("submitter", "running"): "data:running end:running stop:running credit:running ping:running pong:running "
+                              "exit:over abort:over",
+    ("worker", "greeting"): "welcome:chosen", ("worker", "chosen"): "job:starting",
+    **{("worker", phase): " ".join("%s:%s" % (name, phase) for name in
+                                   "data end stop credit ping pong signal window".split())
+       for phase in ("starting", "running")},
+    ("worker", "ended"): "data:ended end:ended stop:ended credit:ended ping:ended pong:ended signal:ended window:ended "
+                         "bye:over",
+}
+BODY = {"welcome": cexec.pack_texts([b"1", b"10.0.0.1"]), "hello": cexec.pack_texts([b"1", b"10.0.0.2"]),
+        "job": cexec.encode_job(job_of({3: cexec.BOTH})), "refused": b"no", "abort": b"stopped", "data": b"x",
+        "credit": struct.pack(">I", 1), "window": struct.pack(">HH", 24, 80), "ping": b"12345678",
+        "pong": struct.pack(">d", NOW), "exit": cexec.encode_exit(ended())}
+
+
+def session_in(role, phase, descriptors=None):
+    """A session in this phase, with descriptor 3 open both ways unless told otherwise."""
+    session = cexec.Session(role, 60.0, NOW)
+    if phase in ("offered", "starting", "running", "ended"):
+        session.open_streams(descriptors or {3: cexec.BOTH})
+    session.phase = phase
+    return session
+
+
+def message(name, number=None, body=None):
+    number = (3 if name in ("data", "end", "stop", "credit") else 0) if number is None else number
+    return cexec.frame(getattr(cexec, name.upper()), number, BODY.get(name, b"") if body is None else body)
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("phase", EVERY_PHASE)
+def test_every_message_in_every_phase(role, phase):
+    allowed = dict(entry.split(":") for entry in ALLOWED.get((role, phase), "").split())
+    for name in cexec.MESSAGE_NAMES.values():
+        for parts in [message(name)], [bytes([octet]) for octet in message(name)]:
+            session = session_in(role, phase)
+            if name in allowed:
+                for part in parts:
+                    list(session.receive(part, NOW))
+                assert session.phase == allowed[name], name
+                continue
+            with pytest.raises(cexec.ProtocolError) as caught:
+                for part in parts:
+                    list(session.receive(part, NOW))
+            assert str(caught.value) == "a %s message to a %s in phase %s" % (name, role, phase)
+            assert session.phase == "over"
+
+
+def test_the_table_names_nothing_that_cannot_be():
+    for (role, phase, kind), after in cexec.PHASES.items():
+        assert role in ROLES and {phase, after} <= set(EVERY_PHASE) and kind in cexec.MESSAGE_NAMES
+    assert len(cexec.PHASES) == sum(len(entry.split()) for entry in ALLOWED.values())
+    assert set(cexec.Session.HANDLERS) == set(cexec.MESSAGE_NAMES)
+
+
+def test_after_an_error_nothing_is_taken_any_more():
+    session = session_in("worker", "running")
+    with pytest.raises(cexec.ProtocolError):
+        list(session.receive(message("job"), NOW))
+    with pytest.raises(cexec.ProtocolError):
+        list(session.receive(message("ping"), NOW))
+
+
+def test_nothing_behind_the_last_message_is_looked_at():
+    session = session_in("submitter", "running")
+    events = list(session.receive(message("exit") + b"\xff" * 100, NOW))
+    assert [kind for kind, _, _ in events] == [cexec.EXIT] and session.phase == "over"
+
+
+# ---------------------------------------------------------------- the session's streams
+
+def events_of(session, octets, now=NOW):
+    """What the session makes of these octets, data put together by descriptor and views made octets."""
+    return [(cexec.MESSAGE_NAMES[kind], number, bytes(body) if isinstance(body, memoryview) else body)
+            for kind, number, body in session.receive(octets, now)]
+
+
+def sent(session):
+    """The messages in the outbox, which is emptied."""
+    found = messages_in([bytes(session.outbox)])
+    session.outbox.clear()
+    return [(cexec.MESSAGE_NAMES[kind], number, body) for kind, number, body in found]
+
+
+class Sides:
+    """A submitter and a worker in memory, joined at their outboxes."""
+
+    def __init__(self, descriptors, trip=0.0):
+        self.now, self.trip = NOW, trip
+        self.submitter, self.worker = (cexec.Session(role, 60.0, NOW) for role in ROLES)
+        self.heard = {role: [] for role in ROLES}
+        self.worker.hello("10.0.0.2", "00112233")
+        self.pump()
+        self.submitter.offer(job_of(descriptors), "10.0.0.1")
+        self.pump()
+        self.worker.accept(self.now)
+        self.pump()
+
+    def pump(self):
+        """Carries everything over until both are quiet; half a round trip for each crossing."""
+        while self.submitter.outbox or self.worker.outbox:
+            for one, other in (self.submitter, self.worker), (self.worker, self.submitter):
+                octets = bytes(one.outbox)
+                one.outbox.clear()
+                if octets:
+                    self.now += self.trip / 2
+                    self.heard[other.role] += events_of(other, octets, self.now)
+
+    def data(self, sender, number, body):
+        """Sends data as a carrier would."""
+        buffer = bytearray(cexec.HEAD_SIZE) + body
+        sender.data(buffer, 0, number, len(body))
+        sender.outbox += buffer
+
+    def take(self, role):
+        heard, self.heard[role] = self.heard[role], []
+        return heard
+
+
+def test_a_job_from_hello_to_bye():
+    sides = Sides({0: cexec.IN, 1: cexec.OUT, 2: 1})
+    assert sides.submitter.phase == sides.worker.phase == "running"
+    assert [name for name, _, _ in sides.take("submitter")] == ["hello", "accepted"]
+    assert [name for name, _, _ in sides.take("worker")] == ["welcome", "job"]
+    assert set(sides.submitter.sending) == set(sides.worker.receiving) == {0}
+    assert set(sides.submitter.receiving) == set(sides.worker.sending) == {1}, "a shared descriptor has no stream of its own"
+    sides.data(sides.submitter, 0, b"in")
+    sides.submitter.end(0)
+    sides.data(sides.worker, 1, b"out")
+    sides.worker.end(1)
+    sides.worker.exit(ended(number=37))
+    sides.pump()
+    assert sides.take("worker") == [("data", 0, b"in"), ("end", 0, b"")]
+    assert sides.take("submitter") == [("data", 1, b"out"), ("end", 1, b""), ("exit", 0, ended(number=37))]
+    sides.submitter.bye()
+    sides.pump()
+    assert sides.take("worker") == [("bye", 0, b"")] and sides.worker.phase == "over"
+
+
+@pytest.mark.parametrize("kind, upward, downward", [
+    (cexec.IN, True, False), (cexec.OUT, False, True), (cexec.BOTH, True, True)])
+def test_a_descriptor_is_open_only_the_way_the_job_said(kind, upward, downward):
+    """A worker can neither write to what was not open for writing nor stop what was not open for reading."""
+    for role, receives, sends in ("submitter", downward, upward), ("worker", upward, downward):
+        for name, fine in ("data", receives), ("end", receives), ("stop", sends), ("credit", sends):
+            session = session_in(role, "running", {3: kind})
+            if fine:
+                list(session.receive(message(name), NOW))
+            else:
+                with pytest.raises(cexec.ProtocolError):
+                    list(session.receive(message(name), NOW))
+            for number in 0, 2, 4, 65535:
+                with pytest.raises(cexec.ProtocolError) as caught:
+                    list(session_in(role, "running", {3: kind}).receive(message(name, number), NOW))
+                assert str(caught.value) == "a message for descriptor %d, which is not open that way" % number
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_credit_is_kept_to_the_octet(role):
+    session = session_in(role, "running")
+    full = cexec.frame(cexec.DATA, 3, bytes(cexec.WINDOW_START))
+    assert sum(len(body) for _, _, body in events_of(session, full)) == cexec.WINDOW_START
+    for body in b"x", bytes(1000):
+        beyond = session_in(role, "running")
+        list(beyond.receive(full, NOW))
+        with pytest.raises(cexec.ProtocolError) as caught:
+            list(beyond.receive(cexec.frame(cexec.DATA, 3, body)[:cexec.HEAD_SIZE], NOW))
+        assert str(caught.value) == "data beyond the credit on descriptor 3"
+    assert events_of(session, message("data", body=b"")) == [], "nothing is not beyond anything"
+
+
+def test_credit_goes_back_when_a_quarter_has_been_consumed():
+    session = session_in("worker", "running")
+    list(session.receive(cexec.frame(cexec.DATA, 3, bytes(cexec.WINDOW_START)), NOW))
+    quarter = cexec.WINDOW_START // 4
+    session.consumed(3, quarter - 1, NOW)
+    assert sent(session) == []
+    session.consumed(3, 1, NOW)
+    assert sent(session) == [("credit", 3, struct.pack(">I", quarter))]
+    list(session.receive(cexec.frame(cexec.DATA, 3, bytes(quarter)), NOW))
+    with pytest.raises(cexec.ProtocolError):
+        list(session.receive(message("data"), NOW))
+
+
+def test_a_sender_keeps_to_its_credit_and_to_the_longest_message():
+    session = session_in("submitter", "running")
+    assert session.may_send(3) == cexec.WINDOW_START
+    session.data(bytearray(8), 0, 3, cexec.WINDOW_START - 10)
+    assert session.may_send(3) == 10
+    list(session.receive(message("credit", body=struct.pack(">I", 3 << 20)), NOW))
+    assert session.may_send(3) == cexec.FRAME_MAX
+    session.end(3)
+    assert session.may_send(3) == 0
+
+
+def test_no_more_credit_than_the_largest_window():
+    session, most = session_in("submitter", "running"), cexec.WINDOW_MAX - cexec.WINDOW_START
+    list(session.receive(message("credit", body=struct.pack(">I", most)), NOW))
+    with pytest.raises(cexec.ProtocolError) as caught:
+        list(session.receive(message("credit"), NOW))
+    assert str(caught.value) == "credit beyond %d on descriptor 3" % cexec.WINDOW_MAX
+
+
+@pytest.mark.parametrize("name", ["credit", "window"])
+@pytest.mark.parametrize("size", [0, 3, 5, 8])
+def test_messages_of_the_wrong_length(name, size):
+    with pytest.raises(cexec.ProtocolError) as caught:
+        list(session_in("worker", "running").receive(message(name, body=bytes(size)), NOW))
+    assert str(caught.value) == "a %s message of %d octets" % (name, size)
+
+
+def test_an_end_is_the_end():
+    for after in "data", "end":
+        session = session_in("worker", "running")
+        assert events_of(session, message("end")) == [("end", 3, b"")]
+        with pytest.raises(cexec.ProtocolError):
+            list(session.receive(message(after), NOW))
+    session = session_in("submitter", "running")
+    session.end(3)
+    session.end(3)
+    assert sent(session) == [("end", 3, b"")]
+
+
+def test_each_direction_of_a_descriptor_ends_by_itself():
+    sides = Sides({3: cexec.BOTH, 4: cexec.BOTH})
+    sides.submitter.end(3)
+    sides.pump()
+    sides.data(sides.worker, 3, b"still here")
+    sides.data(sides.submitter, 4, b"and here")
+    sides.pump()
+    assert ("data", 3, b"still here") in sides.take("submitter")
+    assert ("data", 4, b"and here") in sides.take("worker")
+
+
+def test_stop_is_answered_by_an_end_and_what_was_under_way_is_dropped():
+    sides = Sides({1: cexec.OUT})
+    sides.take("submitter")
+    sides.data(sides.worker, 1, b"under way")
+    sides.submitter.stop(1)
+    sides.submitter.stop(1)
+    assert sent(sides.submitter) == [("stop", 1, b"")]
+    sides.heard["worker"] = events_of(sides.worker, message("stop", 1))
+    assert sides.worker.may_send(1) == 0
+    sides.pump()
+    assert sides.take("worker") == [("stop", 1, b"")]
+    assert sides.take("submitter") == [], "neither the data nor the end is news to one that stopped"
+    assert sides.submitter.receiving[1].state == "ended"
+
+
+def test_a_stop_that_crosses_an_end_is_no_news():
+    session = session_in("worker", "running")
+    session.end(3)
+    assert events_of(session, message("stop")) == []
+    assert sent(session) == [("end", 3, b"")]
+
+
+def test_a_stopped_stream_gives_no_credit_back():
+    session = session_in("worker", "running")
+    session.stop(3)
+    session.consumed(3, cexec.WINDOW_START, NOW)
+    assert sent(session) == [("stop", 3, b"")]
+
+
+# ---------------------------------------------------------------- windows and round trips
+
+def fast_transfer(sides, rounds):
+    """The worker sends all it may, and the submitter consumes it at once; the window after each round."""
+    stream, found = sides.submitter.receiving[1], []
+    for _ in range(rounds):
+        while sides.worker.may_send(1):
+            sides.data(sides.worker, 1, bytes(sides.worker.may_send(1)))
+        sides.pump()
+        size = sum(len(body) for name, number, body in sides.take("submitter") if name == "data")
+        for at in range(0, size, 1 << 16):
+            sides.submitter.consumed(1, min(1 << 16, size - at), sides.now)
+        sides.pump()
+        found.append(stream.window)
+    return found
+
+
+def test_a_window_grows_on_a_long_path_up_to_its_cap():
+    sides = Sides({1: cexec.OUT}, trip=0.1)
+    sides.submitter.ping(sides.now)
+    sides.pump()
+    assert sides.submitter.round_trip == pytest.approx(0.1)
+    windows = fast_transfer(sides, 20)
+    assert windows[-1] == cexec.WINDOW_MAX and windows == sorted(windows)
+
+
+def test_a_window_does_not_grow_on_a_short_path_nor_for_a_slow_reader():
+    assert set(fast_transfer(Sides({1: cexec.OUT}), 20)) == {cexec.WINDOW_START}
+    session = session_in("submitter", "running", {1: cexec.OUT})
+    session.round_trip = 0.1
+    for step in range(100):
+        list(session.receive(cexec.frame(cexec.DATA, 1, bytes(1 << 16)), NOW + step))
+        session.consumed(1, 1 << 16, NOW + step)
+    assert session.receiving[1].window == cexec.WINDOW_START
+
+
+def test_all_windows_together_are_bounded():
+    session = session_in("submitter", "running", {fd: cexec.OUT for fd in range(200)})
+    session.round_trip = 10.0
+    for step in range(10):
+        for fd, stream in session.receiving.items():
+            size = min(stream.credit, cexec.FRAME_MAX)
+            list(session.receive(cexec.frame(cexec.DATA, fd, bytes(size)), NOW))
+            session.consumed(fd, size, NOW)
+        session.outbox.clear()
+    total = sum(stream.window for stream in session.receiving.values())
+    assert total <= max(cexec.WINDOWS_MAX, 200 * cexec.WINDOW_START)
+
+
+@pytest.mark.parametrize("body", [b"", b"short", b"nine octe", struct.pack(">d", float("nan")),
+                                  struct.pack(">d", float("inf")), struct.pack(">d", NOW + 5)])
+def test_a_pong_that_answers_no_ping_is_no_round_trip(body):
+    session = session_in("submitter", "running")
+    assert events_of(session, message("pong", body=body)) == []
+    assert session.round_trip is None
+
+
+def test_a_ping_is_answered_with_its_own_octets():
+    session = session_in("worker", "running")
+    assert events_of(session, message("ping", body=b"the same, and more")) == []
+    assert sent(session) == [("pong", 0, b"the same")]
+
+
+def test_a_flood_of_pings_is_not_answered_without_bound():
+    session = session_in("worker", "running")
+    for _ in range(100):
+        list(session.receive(message("ping") * 1000, NOW))
+    assert len(session.outbox) <= cexec.CONTROL_MAX
+
+
+# ---------------------------------------------------------------- silence
+
+def quiet_until(session, seconds, step=0.25):
+    """Ticks on without a word from the peer; the seconds after which the session gives up, or None."""
+    for count in range(1, int(seconds / step) + 1):
+        if session.tick(NOW + count * step):
+            return count * step
+    return None
+
+
+def test_a_silent_peer_is_pinged_and_lost_in_time():
+    session = session_in("submitter", "running")
+    session.timeout = 8.0
+    lost = quiet_until(session, 20)
+    assert 8.0 <= lost <= 8.5
+    assert 2 <= [name for name, _, _ in sent(session)].count("ping") <= 4
+
+
+def test_any_octet_counts_as_life():
+    session = session_in("submitter", "running")
+    session.timeout = 8.0
+    octets = message("ping") * 10
+    for count in range(100):
+        assert not session.tick(NOW + count)
+        list(session.receive(octets[count:count + 1], NOW + count))
+
+
+def test_a_session_that_was_paused_waits_for_ever():
+    session = session_in("worker", "running")
+    session.timeout = 8.0
+    assert events_of(session, message("signal", cexec.SIGNALS.index("TSTP"))) == [("signal", 6, "TSTP")]
+    assert quiet_until(session, 100) is None
+    assert events_of(session, message("signal", cexec.SIGNALS.index("USR1")), NOW + 100)[0][2] == "USR1"
+    assert not session.tick(NOW + 200)
+    assert events_of(session, message("signal", cexec.SIGNALS.index("CONT")), NOW + 200)[0][2] == "CONT"
+    assert any(session.tick(NOW + 200 + count / 4) for count in range(60))
+
+
+def test_a_process_that_slept_itself_blames_nobody():
+    session = session_in("submitter", "running")
+    session.timeout = 8.0
+    assert not session.tick(NOW + 1) and not session.tick(NOW + 3600)
+    assert 8.0 <= next(step / 4 for step in range(100) if session.tick(NOW + 3600 + step / 4)) <= 8.5
+
+
+def test_signals_have_numbers_of_their_own_on_the_wire():
+    for number, name in enumerate(("INT", "TERM", "HUP", "QUIT", "USR1", "USR2", "TSTP", "CONT")):
+        session = session_in("worker", "running")
+        assert events_of(session, message("signal", number)) == [("signal", number, name)]
+        session.signal(name)
+        assert sent(session) == [("signal", number, b"")]
+    for number in 8, 9, 65535:
+        with pytest.raises(cexec.ProtocolError) as caught:
+            list(session_in("worker", "running").receive(message("signal", number), NOW))
+        assert str(caught.value) == "signal %d, which is not passed on" % number
+
+
+# ---------------------------------------------------------------- fuzzing: seeded, bounded, the failing input shown
+
+def test_no_octets_break_the_datagram_parsers():
+    chance = random.Random(1)
+    valid = [datagram(kind, body) for kind, body in BODIES] + [preamble()]
+    forms = {cexec.ANNOUNCE: cexec.ANNOUNCE_BODY, cexec.HOLD: cexec.HOLD_BODY, cexec.TAKEN: cexec.TAKEN_BODY}
+
+    def parse(octets):
+        only_protocol_errors(lambda octets: cexec.parse_preamble(SECRET, NONCE, octets), octets)
+        found = cexec.parse_datagram(octets)
+        if found.kind == cexec.ALERT:
+            cexec.parse_alert(found)
+        else:
+            cexec.unpack_body(forms[found.kind], found)
+
+    accepted = sum(only_protocol_errors(parse, damaged(chance, valid)) for _ in range(100000))
+    assert 10000 < accepted < 90000, "the fuzzer reaches both sides of the border"
+
+
+def test_no_octets_break_the_parsers_of_bodies():
+    chance = random.Random(2)
+    for parse, valid in ((cexec.parse_job, [cexec.encode_job(job) for job in JOBS]),
+                         (cexec.parse_exit, [BODY["exit"], cexec.encode_exit(ended(True, 9, name="KILL"))])):
+        accepted = sum(only_protocol_errors(parse, damaged(chance, valid)) for _ in range(30000))
+        assert 1000 < accepted < 29000
+
+
+def test_no_octets_break_the_frame_reader():
+    chance = random.Random(3)
+    valid = [cexec.frame(*message) for message in FRAMES]
+
+    def parse(octets):
+        reader, at = cexec.FrameReader(), chance.randrange(len(octets) + 1)
+        for part in octets[:at], octets[at:]:
+            for kind, number, body, size in reader.read(part):
+                assert kind in cexec.MESSAGE_NAMES and 0 <= number < 65536 and len(body) <= len(octets)
+        assert len(reader.body) <= len(octets)
+
+    accepted = sum(only_protocol_errors(parse, damaged(chance, valid)) for _ in range(100000))
+    assert 10000 < accepted < 99000
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_no_octets_break_a_session(role):
+    """Messages that are mostly right, in an order that is not, from one that holds the key."""
+    chance = random.Random(role)
+    names = list(cexec.MESSAGE_NAMES.values())
+    valid = [message(name, number) for name in names for number in (None, 0, 5)]
+    valid += [message("job", body=cexec.encode_job(job)) for job in JOBS]
+    likely = {phase: [message(entry.split(":")[0]) for entry in ALLOWED.get((role, phase), "").split()]
+              for phase in EVERY_PHASE}
+    taken = [0]
+
+    def play(octets):
+        session = session_in(role, chance.choice(EVERY_PHASE))
+        for _ in range(6):
+            list(session.receive(chance.choice(likely[session.phase] or valid), NOW))
+            taken[0] += 1
+        list(session.receive(octets, NOW))
+        session.tick(NOW + 1)
+        assert len(session.outbox) < 10000
+
+    for _ in range(50000):
+        only_protocol_errors(play, damaged(chance, valid))
+    assert taken[0] > 100000
+
+
+# ---------------------------------------------------------------- the event loop
+
+@pytest.fixture
+def loop():
+    loop = cexec.Loop()
+    yield loop
+    loop.close()
+
+
+def run_loop(loop, seconds=10):
+    """Runs the loop until something stops it; a failure if nothing does."""
+    guard = loop.later(seconds, lambda: loop.stop("too late"))
+    result = loop.run()
+    guard.cancel()
+    assert result != "too late", "nothing stopped the loop"
+    return result
+
+
+def test_timers_fire_in_order_and_cancelled_ones_never(loop):
+    fired = []
+    for delay in 0.03, 0.01, 0.02, 0.0:
+        loop.later(delay, lambda delay=delay: fired.append(delay))
+    cancelled = loop.later(0.005, lambda: fired.append("cancelled"))
+    first = loop.later(0.015, lambda: second.cancel())
+    second = loop.later(0.016, lambda: fired.append("cancelled by another"))
+    cancelled.cancel()
+    cancelled.cancel()
+    loop.later(0.04, lambda: loop.stop("over"))
+    assert run_loop(loop) == "over" and fired == [0.0, 0.01, 0.02, 0.03] and first.callback
+
+
+def test_calls_from_threads_wake_the_loop(loop):
+    caller, found = threading.get_ident(), []
+
+    def work():
+        for number in range(1000):
+            loop.soon(lambda number=number: found.append((number, threading.get_ident())))
+        loop.soon(loop.stop)
+    threading.Thread(target=work, daemon=True).start()
+    run_loop(loop)
+    assert found == [(number, caller) for number in range(1000)]
+
+
+def test_descriptors_are_watched_for_what_is_wanted(loop):
+    reading, writing = os.pipe()
+    seen = []
+
+    def readable():
+        seen.append(os.read(reading, 10))
+        loop.watch(reading)
+        loop.watch(writing, write=writable)
+
+    def writable():
+        seen.append("writable")
+        loop.watch(writing)
+        os.write(writing, b"again")
+        loop.later(0.02, loop.stop)
+    loop.watch(reading, read=readable)
+    os.write(writing, b"octets")
+    run_loop(loop)
+    assert seen == [b"octets", "writable"], "what is not watched any more is not called"
+    loop.watch(reading)
+    os.close(reading)
+    os.close(writing)
+
+
+def test_a_call_that_another_call_of_the_round_took_back_is_not_made(loop):
+    pairs, called = [os.pipe() for _ in range(2)], []
+    for number, (reading, writing) in enumerate(pairs):
+        def first(number=number):
+            called.append(number)
+            for fd, _ in pairs:
+                loop.watch(fd)
+            loop.later(0.02, loop.stop)
+        loop.watch(reading, read=first)
+        os.write(writing, b"x")
+    run_loop(loop)
+    assert len(called) == 1
+    for fd in itertools.chain(*pairs):
+        os.close(fd)
+
+
+def test_signals_become_calls_and_go_back_to_what_they_were():
+    before, heard = signal.getsignal(signal.SIGUSR1), []
+    loop = cexec.Loop()
+    loop.on_signal(signal.SIGUSR1, lambda number: (heard.append(number), loop.stop()))
+    loop.later(0.01, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    run_loop(loop)
+    assert heard == [signal.SIGUSR1]
+    loop.close()
+    assert signal.getsignal(signal.SIGUSR1) == before and signal.set_wakeup_fd(-1) == -1
+
+
+def test_a_descriptor_too_high_for_select_is_watched_all_the_same(loop):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 1100:
+        skip("no descriptor above 1024 is allowed here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1100), hard))
+    reading, writing = os.pipe()
+    high = fcntl.fcntl(reading, fcntl.F_DUPFD, 1050)
+    try:
+        loop.watch(reading, read=lambda: None)
+        loop.watch(reading)
+        loop.watch(high, read=loop.stop)
+        os.write(writing, b"x")
+        run_loop(loop)
+        loop.watch(high)
+    finally:
+        for fd in reading, writing, high:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_no_call_reaches_a_loop_that_is_closed():
+    loop = cexec.Loop()
+    fds = loop.wake_in, loop.wake_out
+    loop.close()
+    loop.soon(lambda: None)
+    for fd in fds:
+        with pytest.raises(OSError):
+            os.fstat(fd)
+
+
+# ---------------------------------------------------------------- sources and sinks of every kind
+
+class Looks(threading.Thread):
+    """Looks at the O_NONBLOCK flag of descriptors that others share, all the time."""
+
+    def __init__(self, *fds):
+        super().__init__(daemon=True)
+        self.fds, self.count, self.found, self.over = fds, 0, 0, False
+        self.start()
+
+    def run(self):
+        while not self.over:
+            for fd in self.fds:
+                self.found += bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_NONBLOCK)
+                self.count += 1
+            time.sleep(0.0001)
+
+    def end(self):
+        self.over = True
+        self.join(10)
+        assert self.count and not self.found, "%d of %d looks found O_NONBLOCK" % (self.found, self.count)
+
+
+def ends_of(kind, directory):
+    """(reading end, writing end) of something of this kind."""
+    if kind == "socket":
+        return tuple(side.detach() for side in socket.socketpair())
+    if kind == "terminal":
+        leader, follower = pty.openpty()
+        tty.setraw(follower)
+        return follower, leader
+    if kind == "fifo":
+        path = str(directory / "fifo")
+        os.mkfifo(path)
+        keep = os.open(path, os.O_RDWR)
+        ends = os.open(path, os.O_RDONLY), os.open(path, os.O_WRONLY)
+        os.close(keep)
+        return ends
+    return os.pipe()
+
+
+KINDS = ["pipe", "fifo", "socket", "terminal"]
+SOURCES = {"pipe": "PipeSource", "fifo": "PipeSource", "socket": "SocketSource", "terminal": "ThreadSource"}
+SINKS = {"pipe": "ThreadSink", "fifo": "ThreadSink", "socket": "SocketSink", "terminal": "ThreadSink"}
+
+
+class Drain:
+    """Reads a source to its end, or to so many octets, in the loop."""
+
+    def __init__(self, loop, fd, size=None, step=1 << 16):
+        self.loop, self.size, self.data, self.view = loop, size, bytearray(), memoryview(bytearray(step))
+        self.waits, self.over, self.source = 0, False, cexec.open_source(loop, fd, self.more)
+        loop.soon(self.more)
+
+    def more(self):
+        for _ in range(0 if self.over else 8):
+            count = self.source.read_into(self.view)
+            if count is None:
+                self.waits += 1
+                return
+            self.data += self.view[:count]
+            if count == 0 or (self.size is not None and len(self.data) >= self.size):
+                self.over = True
+                self.source.close()
+                self.loop.stop()
+                return
+        if not self.over:
+            self.loop.soon(self.more)
+
+
+def feeder(fd, octets, pause=0.0, close=True):
+    """Writes octets to fd from a thread, the first few with a pause in between."""
+    def work():
+        for at in range(0, len(octets), 10000):
+            os.write(fd, octets[at:at + 10000])
+            time.sleep(pause if at < 50000 else 0)
+        if close:
+            os.close(fd)
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread
+
+
+OCTETS = bytes(range(256)) * 2000
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_source_reads_all_and_never_changes_the_flags(loop, tmp_path, kind):
+    reading, writing = ends_of(kind, tmp_path)
+    looks, drain = Looks(reading), Drain(loop, reading, len(OCTETS))
+    assert type(drain.source).__name__ == SOURCES[kind]
+    thread = feeder(writing, OCTETS, 0.005, close=False)
+    run_loop(loop)
+    thread.join(10)
+    looks.end()
+    assert bytes(drain.data) == OCTETS and drain.waits
+    os.fstat(reading)
+    os.close(reading)
+    os.close(writing)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "fifo", "socket"])
+def test_a_source_comes_to_its_end(loop, tmp_path, kind):
+    reading, writing = ends_of(kind, tmp_path)
+    drain = Drain(loop, reading, step=1000)
+    feeder(writing, OCTETS)
+    run_loop(loop)
+    assert bytes(drain.data) == OCTETS
+    drain.source.close()
+    os.close(reading)
+
+
+def test_a_terminal_that_is_hung_up_is_at_its_end_or_an_error(loop):
+    reading, writing = ends_of("terminal", None)
+    drain = Drain(loop, reading)
+    os.close(writing)
+    try:
+        run_loop(loop)
+        assert drain.data == b""
+    except OSError as error:
+        assert error.errno == errno.EIO
+    os.close(reading)
+
+
+def test_two_readers_share_a_pipe_and_none_blocks(loop):
+    """Ready one moment and empty the next: the other reader was faster."""
+    reading, writing = os.pipe()
+    first, second = Drain(loop, reading), Drain(loop, reading)
+    feeder(writing, OCTETS, 0.002)
+    run_loop(loop)
+    run_loop(loop)
+    assert len(first.data) + len(second.data) == len(OCTETS)
+    os.close(reading)
+
+
+@pytest.mark.parametrize("size", [0, 5, 100000])
+def test_a_regular_file_is_read_from_where_it_stands(loop, tmp_path, size):
+    path = tmp_path / "file"
+    path.write_bytes(b"skip" + OCTETS[:size])
+    fd = os.open(str(path), os.O_RDONLY)
+    os.lseek(fd, 4, os.SEEK_SET)
+    drain = Drain(loop, fd)
+    run_loop(loop)
+    assert bytes(drain.data) == OCTETS[:size] and os.lseek(fd, 0, os.SEEK_CUR) == 4 + size
+    os.close(fd)
+
+
+def test_a_closed_source_takes_nothing_that_comes_later(loop):
+    reading, writing = ends_of("terminal", None)
+    source = cexec.open_source(loop, reading, lambda: pytest.fail("called after close"))
+    assert source.read_into(memoryview(bytearray(10))) is None
+    source.close()
+    source.close()
+    os.write(writing, b"x")
+    loop.later(0.05, loop.stop)
+    run_loop(loop)
+    os.close(writing)
+    os.close(reading)
+
+
+class Pour:
+    """A sink with a record of what it says.  Feeds octets piece by piece as they are consumed, as credit would."""
+
+    def __init__(self, loop, fd, octets=b"", piece=100000, finish=True):
+        self.loop, self.octets, self.piece, self.finish = loop, memoryview(octets), piece, finish
+        self.consumed, self.error, self.finished, self.failures = 0, None, 0, 0
+        self.sink = cexec.open_sink(loop, fd, self.on_consumed, self.on_failed, self.on_finished)
+        loop.soon(self.more)
+
+    def more(self):
+        part, self.octets = self.octets[:self.piece], self.octets[self.piece:]
+        if part:
+            self.sink.feed(part)
+        elif self.finish:
+            self.finish = False
+            self.sink.finish()
+
+    def on_consumed(self, size):
+        self.consumed += size
+        self.loop.soon(self.more)
+
+    def on_failed(self, error):
+        self.error, self.failures = error, self.failures + 1
+        self.loop.stop()
+
+    def on_finished(self):
+        self.finished += 1
+        self.loop.stop()
+
+
+class Slow(threading.Thread):
+    """Reads so many octets from the other end, after a pause that fills the pipe."""
+
+    def __init__(self, fd, size):
+        super().__init__(daemon=True)
+        self.fd, self.size, self.data = fd, size, b""
+        self.start()
+
+    def run(self):
+        time.sleep(0.05)
+        while len(self.data) < self.size:
+            select.select([self.fd], [], [])
+            self.data += os.read(self.fd, 1 << 16)
+
+
+@pytest.mark.parametrize("piece", [1000, 200000])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sink_writes_all_and_never_changes_the_flags(loop, tmp_path, kind, piece):
+    reading, writing = ends_of(kind, tmp_path)
+    if kind == "terminal":
+        reading, writing = writing, reading
+    looks, reader = Looks(writing), Slow(reading, len(OCTETS))
+    pour = Pour(loop, writing, OCTETS, piece)
+    assert type(pour.sink).__name__ == SINKS[kind]
+    run_loop(loop)
+    looks.end()
+    reader.join(10)
+    assert reader.data == OCTETS
+    assert (pour.consumed, pour.error, pour.finished) == (len(OCTETS), None, 1)
+    os.fstat(writing)
+    os.close(reading)
+    os.close(writing)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sink_that_nobody_reads_blocks_no_one(loop, tmp_path, kind):
+    reading, writing = ends_of(kind, tmp_path)
+    if kind == "terminal":
+        reading, writing = writing, reading
+    pour, ticks = Pour(loop, writing, bytes(4 << 20), 1 << 20), []
+    for step in range(10):
+        loop.later(step / 100, lambda: ticks.append(1))
+    loop.later(0.1, loop.stop)
+    run_loop(loop)
+    assert len(ticks) == 10 and pour.consumed < 3 << 20 and not pour.finished
+    pour.sink.close()
+    os.close(reading)
+    if kind == "socket":
+        os.close(writing)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "fifo", "socket"])
+@pytest.mark.parametrize("when", ["before", "while", "idle"])
+def test_a_sink_whose_reader_has_gone_fails_once(loop, tmp_path, kind, when):
+    if kind == "socket" and when == "idle":
+        return          # a socket's source hears of that
+    reading, writing = ends_of(kind, tmp_path)
+    if when == "before":
+        os.close(reading)
+    pour = Pour(loop, writing, b"" if when == "idle" else bytes(4 << 20), 1 << 20, finish=False)
+    if when != "before":
+        loop.later(0.02, lambda: os.close(reading))
+    run_loop(loop)
+    assert pour.error.errno in (errno.EPIPE, errno.ECONNRESET) and pour.failures == 1
+    before = pour.consumed
+    assert pour.sink.feed(memoryview(b"more")) is False and pour.consumed == before + 4, "credit goes back all the same"
+    os.close(writing)
+
+
+def test_a_file_is_written_at_once_where_it_stands(loop, tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"0123456789")
+    fd = os.open(str(path), os.O_WRONLY)
+    os.lseek(fd, 3, os.SEEK_SET)
+    pour = Pour(loop, fd, OCTETS)
+    assert type(pour.sink).__name__ == "FileSink"
+    run_loop(loop)
+    assert path.read_bytes() == b"012" + OCTETS and pour.finished == 1
+    os.close(fd)
+
+
+@pytest.mark.parametrize("name", ["/dev/full", "file"])
+def test_a_full_disk_fails_the_sink(loop, tmp_path, name):
+    fd = os.open(os.path.join(str(tmp_path), name), os.O_WRONLY | os.O_CREAT)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        pour = Pour(loop, fd, OCTETS)
+        run_loop(loop)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert pour.error.errno in (errno.ENOSPC, errno.EFBIG) and pour.failures == 1
+    assert os.fstat(fd).st_size == (1000 if name == "file" else 0)
+    os.close(fd)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket"])
+def test_what_somebody_else_made_non_blocking_is_carried_too(loop, tmp_path, kind):
+    reading, writing = ends_of(kind, tmp_path)
+    os.set_blocking(reading, False)
+    drain = Drain(loop, reading, len(OCTETS))
+    feeder(writing, OCTETS, 0.002, close=False)
+    run_loop(loop)
+    assert bytes(drain.data) == OCTETS
+    os.set_blocking(writing, False)
+    reader, pour = Slow(reading, len(OCTETS)), Pour(loop, writing, OCTETS)
+    run_loop(loop)
+    reader.join(10)
+    assert reader.data == OCTETS and pour.finished == 1
+    assert fcntl.fcntl(writing, fcntl.F_GETFL) & os.O_NONBLOCK, "nor is it taken away"
+    os.close(reading)
+    os.close(writing)
+
+
+# ---------------------------------------------------------------- which descriptors are carried
+
+def carried(fds, highest=20):
+    """What carried_descriptors says in a process that has only these descriptors: {number there: number here}."""
+    report_in, report_out = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            report = fcntl.fcntl(report_out, fcntl.F_DUPFD, 300)
+            high = {number: fcntl.fcntl(fd, fcntl.F_DUPFD, 310) for number, fd in fds.items()}
+            os.closerange(0, 300)
+            for number, fd in high.items():
+                os.dup2(fd, number)
+            os.write(report, repr(cexec.carried_descriptors(highest)).encode())
+        finally:
+            os._exit(0)
+    os.close(report_out)
+    with open(report_in, "rb") as report:
+        text = report.read()
+    os.waitpid(pid, 0)
+    return ast.literal_eval(text.decode())
+
+
+class Opened:
+    """Descriptors of a test, by name, closed together."""
+
+    def __init__(self, tmp_path):
+        self.all, path = [], str(tmp_path / "file")
+        self.reading, self.writing = self.keep(*os.pipe())
+        self.reading2, self.writing2 = self.keep(*os.pipe())
+        self.near, self.far = self.keep(*(side.detach() for side in socket.socketpair()))
+        self.leader, self.follower = self.keep(*pty.openpty())
+        self.file_out, self.file_append, self.file_out2 = self.keep(*(os.open(path, os.O_WRONLY | os.O_CREAT | more)
+                                                                      for more in (0, os.O_APPEND, 0)))
+        self.file_in, self.file_in2 = self.keep(*(os.open(path, os.O_RDONLY) for _ in range(2)))
+        self.null_in, self.null_out = self.keep(*(os.open(os.devnull, mode) for mode in (os.O_RDONLY, os.O_WRONLY)))
+        self.directory, self.only_path = self.keep(os.open(str(tmp_path), os.O_RDONLY), os.open(path, os.O_PATH))
+        self.listener, self.datagrams = self.keep(socket.socket().detach(), socket.socket(type=socket.SOCK_DGRAM).detach())
+        with socket.socket(fileno=os.dup(self.listener)) as listener:
+            listener.listen(1)
+
+    def keep(self, *fds):
+        self.all += fds
+        return fds
+
+
+@pytest.fixture
+def opened(tmp_path):
+    if not sys.platform.startswith("linux"):
+        skip("descriptors that only Linux has")
+    opened = Opened(tmp_path)
+    yield opened
+    for fd in opened.all:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("names, found", [
+    ({}, {}), ({0: "reading"}, {0: b"r"}), ({1: "writing"}, {1: b"w"}), ({3: "reading", 7: "writing"}, {3: b"r", 7: b"w"}),
+    ({0: "file_in", 1: "file_out"}, {0: b"r", 1: b"w"}), ({1: "file_append"}, {1: b"w"}),
+    ({0: "null_in", 1: "null_out"}, {0: b"r", 1: b"w"}), ({3: "near"}, {3: b"b"}), ({0: "near", 1: "far"}, {0: b"b", 1: b"b"}),
+    ({20: "reading", 21: "reading2"}, {20: b"r"}),
+    # what carries no stream
+    ({3: "directory"}, {}), ({3: "only_path"}, {}), ({3: "listener"}, {}), ({3: "datagrams"}, {}),
+    # one thing under several numbers
+    ({1: "writing", 2: "writing"}, {1: b"w", 2: 1}), ({1: "writing", 2: "writing2"}, {1: b"w", 2: b"w"}),
+    ({0: "reading", 3: "reading"}, {0: b"r", 3: 0}), ({1: "writing", 2: "writing", 9: "writing"}, {1: b"w", 2: 1, 9: 1}),
+    ({0: "reading", 1: "writing"}, {0: b"r", 1: b"w"}), ({0: "near", 1: "near", 2: "near"}, {0: b"b", 1: 0, 2: 0}),
+    ({1: "file_out", 2: "file_out"}, {1: b"w", 2: 1}), ({1: "file_out", 2: "file_append"}, {1: b"w", 2: b"w"}),
+    ({0: "file_in", 3: "file_in"}, {0: b"r", 3: 0}), ({0: "file_in", 3: "file_in2"}, {0: b"r", 3: b"r"}),
+    # terminals
+    ({0: "follower", 1: "follower", 2: "follower"}, {0: b"r", 1: b"w", 2: 1}), ({2: "follower"}, {2: b"w"}),
+    ({0: "follower", 1: "writing", 2: "follower"}, {0: b"r", 1: b"w", 2: b"w"}),
+    ({0: "reading", 3: "follower", 4: "follower"}, {0: b"r", 3: b"r", 4: b"w"}),
+])
+def test_which_descriptors_are_carried_and_how(opened, names, found):
+    assert carried({number: getattr(opened, name) for number, name in names.items()}) == found
+
+
+def test_looking_at_a_shared_file_leaves_its_place_as_it_was(opened):
+    os.write(opened.file_out, b"0123456789")
+    os.lseek(opened.file_in, 4, os.SEEK_SET)
+    os.lseek(opened.file_in2, 4, os.SEEK_SET)
+    assert carried({0: opened.file_in, 3: opened.file_in2, 4: opened.file_in}) == {0: b"r", 3: b"r", 4: 0}
+    assert os.lseek(opened.file_in, 0, os.SEEK_CUR) == os.lseek(opened.file_in2, 0, os.SEEK_CUR) == 4
+
+
+def test_old_kernels_are_asked_by_moving_the_place(opened, monkeypatch):
+    monkeypatch.setattr(cexec, "F_DUPFD_QUERY", 999999)
+    test_looking_at_a_shared_file_leaves_its_place_as_it_was(opened)
+
+
+# ---------------------------------------------------------------- input that can be read again
+
+def tape_of(loop, fd, cap=1 << 20, recording=True):
+    return cexec.Tape(loop, fd, lambda: None, cap, recording)
+
+
+def take(tape, size=None, step=7000):
+    """Reads from a tape to its end, or so many octets."""
+    data, view = b"", memoryview(bytearray(step))
+    while size is None or len(data) < size:
+        count = tape.read_into(view[:None if size is None else size - len(data)])
+        if not count:
+            assert count == 0, "nothing there now"
+            return data
+        data += bytes(view[:count])
+    return data
+
+
+@pytest.fixture
+def filled():
+    """The reading end of a pipe with 60,000 octets and its end."""
+    reading, writing = os.pipe()
+    os.write(writing, OCTETS[:60000])
+    os.close(writing)
+    yield reading
+    os.close(reading)
+
+
+@pytest.mark.parametrize("before", [0, 1, 30000, 60000, None])
+@pytest.mark.parametrize("memory", [1 << 20, 10000])
+def test_a_pipe_is_replayed_from_its_beginning(loop, filled, before, memory, monkeypatch):
+    monkeypatch.setattr(cexec.Tape, "IN_MEMORY", memory)
+    tape = tape_of(loop, filled)
+    for _ in range(3):
+        assert take(tape, before) == OCTETS[:60000][:before] and tape.can_rewind()
+        tape.rewind()
+    assert take(tape) == OCTETS[:60000] and take(tape) == b""
+    tape.rewind()
+    take(tape, 10)
+    tape.forget()
+    assert not tape.can_rewind() and take(tape) == OCTETS[10:60000]
+    tape.end()
+
+
+def test_a_pipe_longer_than_the_cap_is_carried_but_not_replayed(loop, filled):
+    tape = tape_of(loop, filled, 20000)
+    assert take(tape, 20000, 20000) == OCTETS[:20000] and tape.can_rewind()
+    assert take(tape) == OCTETS[20000:60000] and not tape.can_rewind()
+    tape.end()
+
+
+def test_a_file_is_replayed_by_seeking_whatever_its_length(loop, tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"skip" + OCTETS)
+    fd = os.open(str(path), os.O_RDONLY)
+    os.lseek(fd, 4, os.SEEK_SET)
+    tape = tape_of(loop, fd, 1000)
+    for size in 100, None, 5000, None:
+        assert take(tape, size) == OCTETS[:size] and tape.can_rewind()
+        tape.rewind()
+    tape.end()
+    os.close(fd)
+
+
+def test_a_tape_that_does_not_record_cannot_start_again(loop, filled):
+    tape = tape_of(loop, filled, recording=False)
+    assert not tape.can_rewind() and take(tape) == OCTETS[:60000]
+    tape.end()
+
+
+def test_a_full_temporary_disk_costs_the_second_chance_and_no_octet(loop, filled, monkeypatch, tmp_path):
+    monkeypatch.setattr(cexec.Tape, "IN_MEMORY", 10000)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20500, limits[1]))
+        tape = tape_of(loop, filled)
+        assert take(tape) == OCTETS[:60000] and not tape.can_rewind()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    tape.end()
+
+
+# ---------------------------------------------------------------- children
+
+SPAWN_CODE = """
+import os, signal
+handled = [n for n in range(1, 32) if n not in (9, 19) and signal.getsignal(n) is not signal.SIG_DFL]
+print(os.getsid(0) == os.getpid(), os.getpgrp() == os.getpid(), signal.pthread_sigmask(signal.SIG_BLOCK, []) == set(),
+      sorted(set(handled) - {2, 13, 25}), sorted(os.environ), flush=True)
+os.write(5, b"five")
+"""
+
+
+@pytest.fixture(params=["at once", "by fork"])
+def spawn(request, monkeypatch):
+    """Both ways to start a job."""
+    if request.param == "by fork":
+        monkeypatch.delattr(os, "posix_spawn", raising=False)
+    return cexec.spawn
+
+
+def test_a_job_is_spawned_into_a_session_of_its_own(spawn):
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    out, job_out = os.pipe()
+    five, job_five = os.pipe()
+    try:
+        pid = spawn(sys.executable, [sys.executable, "-IS", "-c", SPAWN_CODE], {b"A": b"1"}, {1: job_out, 5: job_five})
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
+        signal.signal(signal.SIGHUP, before)
+        os.close(job_out)
+        os.close(job_five)
+    with open(out, "rb") as file, open(five, "rb") as other:
+        words, number = file.read().decode().split(), other.read()
+    assert os.waitpid(pid, 0)[1] == 0 and number == b"five"
+    assert words[:3] == ["True"] * 3 and words[3] == "[]" and "'A'" in words[4]
+
+
+@pytest.mark.parametrize("path, number", [("/none/such", errno.ENOENT), ("/", errno.EACCES), ("", errno.ENOENT)])
+def test_what_cannot_be_run_is_an_error_here_and_leaves_no_child(spawn, path, number):
+    before = len(os.listdir("/dev/fd"))
+    with pytest.raises(OSError) as caught:
+        spawn(path, ["command"], {}, {})
+    assert caught.value.errno == number and len(os.listdir("/dev/fd")) == before
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+@pytest.mark.parametrize("ends", [{0: 1, 1: 0}, {3: 4, 4: 5, 5: 3}, {10: 0, 2: 0, 0: 1}])
+def test_descriptors_are_placed_whatever_their_numbers_here(spawn, ends, tmp_path):
+    """Every end is the file that it was, even where the numbers cross."""
+    files, wanted = {}, {}
+    for number in sorted(set(ends.values())):
+        path = str(tmp_path / str(number))
+        files[number] = os.open(path, os.O_WRONLY | os.O_CREAT)
+    mapped = {fd: files[end] for fd, end in ends.items()}
+    code = "import os; [os.write(fd, b'%%d ' %% fd) for fd in %r]" % sorted(ends)
+    pid = spawn(sys.executable, [sys.executable, "-IS", "-c", code], {}, mapped)
+    assert os.waitpid(pid, 0)[1] == 0
+    for fd, end in sorted(ends.items()):
+        wanted.setdefault(end, []).append("%d " % fd)
+    for number, fd in files.items():
+        os.close(fd)
+        assert (tmp_path / str(number)).read_text() == "".join(wanted[number])
+
+
+GROUPS = {"obedient": "sleep 100 & exec sleep 100", "stubborn": "trap '' TERM HUP; sleep 100 & wait; wait",
+          "stopped": "kill -STOP $$"}
+
+
+@pytest.mark.parametrize("name", sorted(GROUPS))
+def test_a_group_is_ended_whatever_it_does(loop, monkeypatch, name):
+    monkeypatch.setattr(cexec, "KILL_GRACE", 0.3)
+    pid = cexec.spawn("/bin/sh", ["sh", "-c", GROUPS[name]], {b"PATH": b"/usr/bin:/bin"}, {})
+    statuses = []
+    if name == "stopped":
+        wait_until(lambda: stopped(pid))
+
+    def reap():
+        if not statuses and os.waitpid(pid, os.WNOHANG)[0]:
+            statuses.append(pid)
+    cexec.GroupEnd(loop, pid, loop.stop, reap)
+    began = time.monotonic()
+    run_loop(loop)
+    took = time.monotonic() - began
+    reap()
+    assert statuses == [pid], "the leader was dead when the end was told"
+    assert not [other for other in map(stat_fields, all_pids()) if other[2:3] == [str(pid)] and other[0] != "Z"]
+    assert took >= 0.3 if name == "stubborn" else took < 2
+
+
+def stopped(pid):
+    assert stat_fields(pid)[:1] == ["T"]
+
+
+# ---- choice: a simulated room
+
+INF = math.inf
+
+
+class SimulatedJob:
+    """One submitter. start, worker: when and where its job began; extra: what that took beyond packets and handshake;
+    refusals: so many of the workers it chooses refuse the job."""
+
+    def __init__(self, room, length, source, refusals):
+        self.name, self.length, self.source, self.born = len(room.jobs), length, source, room.now
+        self.chooser = cexec.Chooser(room.now, room.uniform)
+        self.start = self.worker = self.extra = None
+        self.alarm = self.closes = INF
+        self.busy = room.now
+        self.announced, self.refusals = 0, refusals
+
+    @property
+    def nonce(self):
+        return self.name, self.refusals
+
+    @property
+    def connections(self):
+        return self.chooser.connections
+
+
+class Crowd:
+    """Workers and submitters that run the real rule over a simulated network. Times are milliseconds.
+
+    loss: share of datagrams lost; jitter: longest delay until a woken process runs; stalled: workers that connect and
+    then say nothing; handshake: what the worker computes for it; distance: least and greatest way of a packet."""
+
+    def __init__(self, workers, seed=1, slots=4, cores=None, speeds=None, loss=0.0, jitter=0.0, stalled=(),
+                 handshake=0.6, distance=(0.1, 0.5)):
+        self.random = random.Random(seed)
+        self.heap, self.order, self.now = [], itertools.count(), 0.0
+        self.loss, self.jitter, self.stalled, self.handshake = loss, jitter, set(stalled), handshake
+        self.far = [self.random.uniform(*distance) for _ in range(workers)]
+        self.bidders = [cexec.Bidder(slots, cores or slots, speeds[i] if speeds else 1.0, self.uniform)
+                        for i in range(workers)]
+        self.alarms = [INF] * workers
+        self.jobs, self.peak, self.datagrams, self.waiting = {}, 0, 0, {}
+        self.overtaken, self.on_start = [], lambda job: None
+
+    def uniform(self):
+        return 1.0 - self.random.random()
+
+    def at(self, when, what, *arguments):
+        heapq.heappush(self.heap, (when, next(self.order), what, arguments))
+
+    def run(self, until):
+        """Go on until this time; or, if it is None, until every job has found its worker."""
+        while self.heap and (self.waiting if until is None else self.heap[0][0] <= until):
+            self.now, _, what, arguments = heapq.heappop(self.heap)
+            what(*arguments)
+        self.now = until or self.now
+
+    def late(self):
+        return self.random.expovariate(20.0) + (self.random.uniform(0.1, self.jitter) if self.jitter else 0.0)
+
+    def submit(self, length=0.0, source=None, refusals=0):
+        job = SimulatedJob(self, length, source or len(self.jobs), refusals)
+        self.jobs[job.name] = self.waiting[job.name] = job
+        self.pump(job)
+        return job
+
+    def place(self, count, length=0.0, gap=200.0):
+        """count jobs one after the other; those jobs."""
+        done = []
+        for _ in range(count):
+            done.append(self.submit(length))
+            self.run(None)
+            self.run(self.now + gap)
+        return done
+
+    def burst(self, count, length, source=None):
+        """count jobs at once; those jobs, when all have begun."""
+        jobs = [self.submit(length, source) for _ in range(count)]
+        self.run(None)
+        return jobs
+
+    def crowd(self, count, seconds, source=None):
+        """For a while count submitters always wait: who is served is replaced. Those jobs that have begun."""
+        def begun(job):
+            self.submit(self.random.expovariate(0.001), source)
+        end, self.overtaken = self.now + 1000.0 * seconds, []
+        for _ in range(count):
+            self.submit(self.random.expovariate(0.001), source)
+        self.on_start = begun
+        self.run(end)
+        self.on_start = lambda job: None
+        return [job for job in self.jobs.values() if job.start and job.length]
+
+    # the submitters
+    def pump(self, job):
+        for name, *arguments in job.chooser.poll(self.now):
+            getattr(self, "do_" + name)(job, *arguments)
+        due = job.chooser.next_due()
+        if due is not None and due < job.alarm:
+            job.alarm = due
+            self.at(max(due, self.now), self.ring, job)
+
+    def ring(self, job):
+        job.alarm = INF
+        self.pump(job)
+
+    def do_announce(self, job, *fields):
+        job.announced += 1
+        self.broadcast("announced", job.nonce, job.source, *fields)
+
+    def do_hold(self, job, ms):
+        self.broadcast("hold", job.nonce, ms)
+
+    def do_taken(self, job, offset):
+        self.broadcast("taken", job.nonce, offset)
+
+    def do_handshake(self, job, who):
+        worker, nonce = who
+        if worker in self.stalled:
+            return
+        job.busy = max(job.busy, self.now) + 0.4
+        self.at(job.busy + 2 * self.far[worker] + self.handshake + self.late(), self.shaken, job, who)
+
+    def shaken(self, job, who):
+        job.chooser.authenticated(self.now, who)
+        self.pump(job)
+
+    def do_evict(self, job, who):
+        self.at(self.now + self.far[who[0]], self.ended, *who)
+
+    def do_win(self, job, who):
+        worker, nonce = who
+        if job.refusals:
+            job.refusals -= 1
+            self.at(self.now + self.far[worker], self.ended, worker, nonce)
+            return job.chooser.restart(self.now)
+        del self.waiting[job.name]
+        self.overtaken.append(sum(other.born < job.born for other in self.waiting.values()))
+        job.start, job.worker, job.closes = self.now + self.far[worker], worker, self.now + 50.0
+        job.extra = job.start - job.born - 7 * self.far[worker] - 0.4 - self.handshake
+        self.at(job.start, self.began, worker, nonce, job.length)
+        self.on_start(job)
+
+    # the workers
+    def broadcast(self, kind, *fields):
+        self.datagrams += 1
+        for worker, far in enumerate(self.far):
+            if not self.loss or self.random.random() >= self.loss:
+                self.at(self.now + far + self.late(), self.heard, worker, kind, fields)
+
+    def heard(self, worker, kind, fields):
+        getattr(self.bidders[worker], kind)(self.now, *fields)
+        self.wake(worker)
+
+    def wake(self, worker):
+        bidder = self.bidders[worker]
+        for bid in bidder.due(self.now):
+            self.connect(worker, bid)
+        due = bidder.next_due()
+        if due is not None and due < self.alarms[worker]:
+            self.alarms[worker] = due
+            self.at(max(due, self.now) + (self.late() if self.jitter else 0.0), self.alarmed, worker)
+
+    def alarmed(self, worker):
+        self.alarms[worker] = INF
+        self.wake(worker)
+
+    def connect(self, worker, bid):
+        job = self.jobs[bid.nonce[0]]
+        if self.now > job.closes or bid.nonce != job.nonce:
+            self.at(self.now + 2 * self.far[worker], self.ended, worker, bid.nonce, True)
+        else:
+            self.at(self.now + 3 * self.far[worker] + self.late(), self.arrived, job, worker, bid)
+
+    def arrived(self, job, worker, bid):
+        if bid.nonce != job.nonce:
+            return self.at(self.now + self.far[worker], self.ended, worker, bid.nonce)
+        job.chooser.connected(self.now, (worker, bid.nonce), *bid[1:])
+        self.pump(job)
+
+    def ended(self, worker, nonce, refused=False):
+        self.bidders[worker].lost(nonce, refused)
+        self.wake(worker)
+
+    def began(self, worker, nonce, length):
+        bidder = self.bidders[worker]
+        bidder.won(nonce)
+        self.peak = max(self.peak, bidder.running)
+        self.at(self.now + length / bidder.speed, self.finished, worker)
+
+    def finished(self, worker):
+        self.bidders[worker].freed()
+        self.wake(worker)
+
+
+def share(values, percent):
+    """The value that percent of values do not exceed."""
+    return sorted(values)[min(len(values) - 1, int(len(values) * percent / 100))]
+
+
+def mean_connections(jobs):
+    return statistics.mean(job.connections for job in jobs)
+
+
+def simulate(workers, jobs=100, warm=20, **world):
+    """Place single jobs on idle workers: dict of the first job's added ms, then for those after `warm` the median and
+    95th percentile of the added ms, mean and 99th percentile of the connections, broadcasts per job."""
+    room = Crowd(workers, **world)
+    first = room.place(1)[0]
+    room.place(warm)
+    before = room.datagrams
+    done = room.place(jobs)
+    extra, made = [job.extra for job in done], [job.connections for job in done]
+    return dict(first=first.extra, median=statistics.median(extra), p95=share(extra, 95), mean=statistics.mean(made),
+                p99=share(made, 99), broadcasts=(room.datagrams - before) / jobs, served=sum(j.start is not None for j in done))
+
+
+# ---- choice: the cluster as a whole
+
+def room_of(workers, **world):
+    """A room whose workers know their offset."""
+    room = Crowd(workers, **world)
+    room.place(20)
+    return room
+
+
+def test_an_idle_cluster_starts_a_job_at_once():
+    runs = [simulate(10, seed=seed) for seed in range(4)]
+    assert max(run["first"] for run in runs) < 40
+    assert statistics.mean(run["median"] for run in runs) < 1
+    assert statistics.mean(run["p95"] for run in runs) < 4
+
+
+@pytest.mark.parametrize("workers, world, mean, p99", [
+    (1, {}, 1, 1),
+    (4, {}, 2.6, 4),
+    (4, {"jitter": 3.0}, 3, 4),
+    (4, {"jitter": 3.0, "handshake": 12.0}, 3, 8),
+    (10, {"loss": 0.3}, 3, 10),
+    (100, {}, 2.6, 10),
+    (100, {"loss": 0.3}, 4.5, 20),
+])
+def test_few_workers_connect(workers, world, mean, p99):
+    runs = [simulate(workers, 60, seed=seed, **world) for seed in range(1 if workers == 100 else 4)]
+    assert all(run["served"] == 60 for run in runs)
+    assert statistics.mean(run["mean"] for run in runs) <= mean
+    assert statistics.mean(run["p99"] for run in runs) <= p99
+
+
+def test_few_of_very_many_connect_even_for_the_first_job():
+    room = Crowd(1000)
+    jobs = room.place(15)
+    assert jobs[0].connections <= 12 and mean_connections(jobs) <= 3
+    assert max(job.extra for job in jobs) < 40
+
+
+def test_the_one_idle_worker_is_found():
+    room = room_of(10)
+    hits = 0
+    for _ in range(20):
+        idle = room.random.randrange(10)
+        for worker, bidder in enumerate(room.bidders):
+            bidder.outside = 0.0 if worker == idle else room.random.uniform(2.4, 4.8)
+        jobs = room.place(5, gap=400.0)
+        hits += sum(job.worker == idle for job in jobs)
+    assert hits >= 95
+
+
+def test_the_faster_and_the_freer_machine_is_preferred():
+    fast = room_of(10, speeds=[2.0] + 9 * [1.0])
+    assert sum(job.worker == 0 for job in fast.place(40)) >= 38
+    room = room_of(4)
+    room.bidders[0].slots, room.bidders[0].cores = 16, 16
+    room.burst(4, 1e6)
+    room.run(room.now + 100)
+    busy = [bidder.running / bidder.cores for bidder in room.bidders]
+    room.burst(24, 1e6)
+    assert max(busy) <= 0.25 and room.bidders[0].running >= 13
+
+
+def test_a_burst_spreads_over_the_workers():
+    most = []
+    for seed in range(5):
+        room = room_of(10, seed=seed, slots=8)
+        most.append(max(collections.Counter(job.worker for job in room.burst(40, 1e6)).values()))
+    assert statistics.mean(most) <= 6
+
+
+@pytest.mark.parametrize("world", [{}, {"loss": 0.3}, {"jitter": 3.0}])
+@pytest.mark.parametrize("source", [None, "one host"])
+def test_slots_are_never_exceeded_and_reused_at_once(world, source):
+    room = room_of(10, **world)
+    born = room.now
+    jobs = room.burst(100, 1000.0, source)
+    assert room.peak == 4
+    assert max(job.start for job in jobs) - born <= 1.03 * 2000
+    assert mean_connections(jobs) <= 1.5
+
+
+def test_a_small_cluster_overrun():
+    room = room_of(4, slots=2)
+    born = room.now
+    jobs = room.burst(24, 1000.0)
+    assert room.peak == 2 and max(job.start for job in jobs) - born <= 1.03 * 2000
+
+
+@pytest.mark.parametrize("source", [None, "one host"])
+def test_nobody_starves(source):
+    room = room_of(10)
+    jobs = room.crowd(100, 8, source)
+    assert len(jobs) > 300                      # 40 slots of a mean second each: nearly no gaps
+    assert statistics.mean(room.overtaken) <= 0.5
+    assert max(room.now - job.born for job in room.waiting.values()) < 5000
+    assert mean_connections(jobs) <= 1.3
+
+
+@pytest.mark.parametrize("stalled", [3, 9])
+def test_a_worker_that_stalls_in_the_handshake_costs_little(stalled):
+    room = Crowd(10, stalled=range(stalled), slots=100)
+    extra = [job.extra for job in room.place(60)[20:]]
+    assert share(extra, 95) < 60 if stalled == 3 else max(extra) < 500
+
+
+def test_a_distant_cluster_keeps_its_slow_handshakes():
+    room = Crowd(100, distance=(30.0, 60.0))
+    job = room.submit()
+    room.run(600.0)
+    assert job.start and job.connections <= 100
+
+
+def test_a_winner_that_refuses_is_replaced():
+    room = room_of(4)
+    for _ in range(10):
+        job = room.submit(refusals=2)
+        room.run(None)
+        assert job.extra < 60
+        room.run(room.now + 200)
+    assert not any(bidder.running for bidder in room.bidders)
+
+
+def test_a_lone_worker_that_lost_its_connection_is_asked_again():
+    room = Crowd(1)
+    room.stalled = {0}
+    job = room.submit()
+    room.run(30.0)
+    room.stalled = set()
+    (who,) = job.chooser.candidates
+    job.chooser.closed(room.now, who)
+    room.ended(*who)
+    room.run(1000.0)
+    assert job.start
+
+
+def test_workers_that_become_idle_after_a_pause_do_not_all_connect():
+    room = room_of(100)
+    for bidder in room.bidders:
+        bidder.outside = 8.0
+    room.place(30)
+    for bidder in room.bidders:
+        bidder.outside = 0.0
+    room.run(room.now + 3000)
+    assert room.place(1)[0].connections <= 20
+
+
+def test_a_cluster_that_was_swamped_remembers_its_size():
+    room = room_of(100, slots=1)
+    room.burst(130, 1000.0)
+    room.run(room.now + 1500)
+    assert room.place(1)[0].connections <= 20
+
+
+def test_the_offset_follows_the_load_within_a_few_jobs():
+    room = room_of(100)
+    for bidder in room.bidders:
+        bidder.outside = 8.0
+    extra = [job.extra for job in room.place(6)]
+    assert extra[0] < 60 and extra[-1] < 5
+    for bidder in room.bidders:
+        bidder.outside = 0.0
+    made = [job.connections for job in room.place(12)]
+    assert statistics.mean(made[2:]) <= 8
+
+
+# ---- choice: one worker
+
+def bidder(slots=2, luck=1.0, **options):
+    """A worker whose chance is always luck."""
+    return cexec.Bidder(slots, 2, 1.0, lambda: luck, **options)
+
+
+def hears(worker, nonce, now=0.0, source="a", attempt=0, waited=0.0, interval=4e3):
+    worker.announced(now, nonce, source, attempt, waited, interval)
+
+
+def answers(worker, now=1e3):
+    return [bid.nonce for bid in worker.due(now)]
+
+
+def test_an_announcement_is_answered_when_its_timer_fires():
+    worker = bidder()
+    hears(worker, "n")
+    assert worker.next_due() == cexec.OFFSET_UNSET and not worker.due(17.9)
+    (bid,) = worker.due(18.0)
+    assert bid == ("n", 0.0, cexec.OFFSET_UNSET, cexec.OFFSET_UNSET, False)
+    assert worker.running == 1 and worker.next_due() is None
+
+
+def test_chance_shortens_the_wait_but_never_below_nothing():
+    worker = bidder(luck=1e-9)
+    hears(worker, "n", now=5.0)
+    assert worker.next_due() == 5.0
+
+
+def test_a_faster_worker_starts_out_as_any_other():
+    worker = cexec.Bidder(2, 2, 2.0, lambda: 1.0)
+    hears(worker, "n")
+    assert worker.next_due() == pytest.approx(cexec.OFFSET_UNSET)
+
+
+def test_no_second_connection_for_duplicates_and_replays():
+    worker = bidder(slots=4)
+    for end in (lambda: worker.taken(0.0, "n", None), lambda: worker.won("n"), lambda: worker.lost("n", True)):
+        for attempt in range(3):
+            hears(worker, "n", attempt=attempt)
+            hears(worker, "n", attempt=attempt)
+        answers(worker, 30.0)
+        end()
+        for attempt in range(20):
+            hears(worker, "n", attempt=attempt)
+        assert worker.next_due() is None
+        worker = bidder(slots=4)
+
+
+def test_a_taken_that_overtakes_its_announcement_counts():
+    worker = bidder()
+    worker.taken(0.0, "n", None)
+    hears(worker, "n")
+    assert worker.next_due() is None
+
+
+def test_a_closed_connection_is_made_again_only_for_a_later_attempt():
+    worker = bidder()
+    hears(worker, "n", attempt=1)
+    assert answers(worker, 40.0) == ["n"]
+    hears(worker, "n", attempt=2)
+    assert worker.next_due() is None
+    worker.lost("n")
+    assert worker.running == 0
+    hears(worker, "n", attempt=1)
+    assert worker.next_due() is None
+    hears(worker, "n", attempt=3)
+    assert answers(worker) == ["n"]
+
+
+def test_a_hold_begins_the_wait_anew():
+    worker = bidder()
+    hears(worker, "n")
+    worker.hold(10.0, "n", 15.0)
+    assert worker.next_due() == 25.0 + cexec.OFFSET_UNSET
+    worker.hold(10.0, "unknown", 15.0)
+
+
+def test_a_wait_whose_load_has_risen_goes_on():
+    worker = bidder(slots=4)
+    hears(worker, "a")
+    hears(worker, "b", now=1.0)
+    assert answers(worker, 20.0) == ["a"]
+    assert worker.next_due() == pytest.approx(1.0 + cexec.OFFSET_UNSET + cexec.PER_COST * math.log(1.5))
+
+
+def test_a_full_worker_remembers_who_waits_longest():
+    worker = bidder(slots=1)
+    for nonce, waited in (("busy", 0.0), ("young", 0.0), ("old", 500.0), ("middle", 100.0)):
+        hears(worker, nonce, waited=waited, interval=10e3)
+        worker.due(500.0)
+    assert worker.next_due() is None
+    worker.won("busy")
+    assert worker.next_due() is None
+    worker.freed()
+    assert worker.next_due() <= 500.0
+    (bid,) = worker.due(500.0)
+    assert bid.nonce == "old" and bid.queued
+    worker.lost("old", True)
+    worker.taken(500.0, "middle", None)
+    assert answers(worker, 500.0) == ["young"]
+
+
+def test_a_held_queue_waits():
+    worker = bidder(slots=1)
+    for nonce in "ab":
+        hears(worker, nonce, interval=10e3)
+    worker.due(50.0)
+    worker.hold(60.0, "b", 15.0)
+    worker.lost("a", True)
+    assert not worker.due(70.0) and worker.next_due() == 75.0 and answers(worker, 75.0) == ["b"]
+
+
+def test_a_submitter_that_fell_silent_is_forgotten():
+    worker = bidder(slots=1)
+    for nonce in "ab":
+        hears(worker, nonce, interval=1000.0)
+    worker.due(50.0)
+    hears(worker, "b", now=2000.0, interval=1000.0)     # a replay
+    worker.won("a")
+    worker.freed()
+    assert worker.due(2501.0) == []
+
+
+def test_memory_is_bounded_under_a_flood():
+    worker = bidder(slots=1)
+    hears(worker, "busy")
+    worker.due(100.0)
+    hears(worker, "honest", now=100.0, source="honest", interval=4e3)
+    for n in range(5000):
+        hears(worker, ("flood", n), now=200.0, source="attacker", interval=4e3)
+        worker.taken(200.0, ("taken", n), None)
+    assert "honest" in worker.calls
+    for n in range(5000):
+        if n % 500 == 0:
+            hears(worker, "honest", now=200.0, source="honest", attempt=1 + n)
+        hears(worker, ("spread", n), now=200.0, source=n)
+    assert "honest" in worker.calls
+    assert len(worker.calls) <= cexec.CALLS_MOST and len(worker.spent) <= cexec.SPENT_MOST
+
+
+def test_the_oldest_of_one_host_are_remembered():
+    worker = bidder(slots=1)
+    hears(worker, "busy", source="other")
+    worker.due(100.0)
+    for n in range(3 * cexec.PER_SOURCE):
+        hears(worker, n, now=100.0, waited=n, interval=4e3)
+    worker.due(300.0)
+    worker.won("busy")
+    worker.freed()
+    assert answers(worker, 500.0) == [3 * cexec.PER_SOURCE - 1]
+    assert len(worker.calls) == cexec.PER_SOURCE - 1
+
+
+def test_dead_submitters_make_room_for_new_ones_of_their_host():
+    worker = bidder(slots=1)
+    for n in range(cexec.PER_SOURCE):
+        hears(worker, n)
+    for n in range(10):
+        hears(worker, ("new", n), now=20e3)
+    assert sum(call.until > 20e3 for call in worker.calls.values()) == 10 and len(worker.calls) == cexec.PER_SOURCE
+
+
+def test_no_more_than_a_thousand_connections_in_a_second():
+    worker = bidder(slots=10**6)
+    made = 0
+    for n in range(5000):
+        now = n / 5.0
+        hears(worker, n, now=now, source=n)
+        made += len(worker.due(now))
+        worker.running = 0
+    assert 900 <= made <= 1100 and worker.next_due() >= now
+
+
+@pytest.mark.parametrize("wild", [math.nan, math.inf, -math.inf, 1e300, -1e300])
+def test_wild_numbers_do_no_harm(wild):
+    worker = bidder(slots=1)
+    worker.load(0.0, wild)
+    worker.load(1.0, 0.0)
+    hears(worker, "n", waited=wild, interval=wild)
+    hears(worker, "m", attempt=1 << 32, waited=wild, interval=wild)
+    worker.hold(0.0, "n", wild)
+    for nonce in "abc":
+        worker.taken(10.0, nonce, wild)
+    low, high = cexec.OFFSET_RANGE
+    assert low <= worker.offset <= high
+    assert math.isfinite(worker.next_due()) and worker.next_due() < 3e3
+    chooser = submitter()
+    chooser.connected(0.0, "w", wild, wild, wild, False)
+    chooser.authenticated(0.0, "w")
+    offset = dict(chooser.poll(0.0)[-2:])["taken"]
+    assert math.isfinite(offset)
+
+
+def test_the_offset_is_taken_over_once_for_each_job():
+    worker = bidder()
+    worker.taken(0.0, 1, 60.0)
+    worker.taken(1.0, 2, None)
+    assert worker.offset == 60.0
+    worker.taken(2.0, 2, -60.0)
+    worker.taken(3.0, 1, 60.0)
+    assert worker.offset == -60.0
+
+
+def test_after_a_pause_the_offset_is_near_its_highest():
+    worker = bidder()
+    worker.taken(0.0, 1, 60.0)
+    for n in range(2, 12):
+        worker.taken(n * 1e3, n, -60.0)
+    hears(worker, "soon", now=13e3)
+    assert worker.offset == pytest.approx(-60.0)
+    hears(worker, "late", now=14e3)
+    assert worker.offset == pytest.approx(54.0, abs=3)
+    worker.taken(6e6, 12, -60.0)
+    hears(worker, "much later", now=7e6)
+    assert worker.offset < 40
+
+
+def test_outside_load_is_smoothed():
+    worker = bidder()
+    worker.load(0.0, 4.0)
+    assert worker.outside == 4.0
+    worker.load(5e3, 0.0)
+    assert worker.outside == pytest.approx(4 / math.e)
+    hears(worker, "n", now=5e3)
+    assert worker.next_due() > 5e3 + cexec.OFFSET_UNSET + 20
+
+
+def test_a_boosted_worker_waits_what_it_was_told():
+    worker = bidder(boost=2500, luck=0.5)
+    worker.load(0.0, 50.0)
+    hears(worker, "n")
+    assert worker.next_due() == 2.5
+    worker.hold(2.0, "n", 15.0)
+    assert worker.next_due() == 19.5
+    (bid,) = worker.due(19.5)
+    assert (bid.cost, bid.waited) == (0.0, 0.0)
+
+
+def test_a_worker_that_was_ratted_out_holds_back_for_a_while():
+    worker = bidder()
+    worker.penalise(0.0, 1000.0)
+    hears(worker, "n")
+    assert worker.next_due() == cexec.OFFSET_UNSET + cexec.PER_COST * cexec.PENALTY < 200
+    hears(worker, "m", now=1000.0)
+    assert bidder_wait(worker, "m") == cexec.OFFSET_UNSET
+    worker.penalise(1000.0, 1000.0)
+    worker.penalise(1100.0, 0)
+    hears(worker, "o", now=1100.0)
+    assert bidder_wait(worker, "o") == cexec.OFFSET_UNSET
+
+
+def bidder_wait(worker, nonce):
+    return worker.calls[nonce].wait
+
+
+# ---- choice: one submitter
+
+def submitter():
+    chooser = cexec.Chooser(0.0, lambda: 0.5)
+    assert chooser.next_due() == 0.0
+    assert chooser.poll(0.0) == [("announce", 0, 0.0, 20.0)]
+    return chooser
+
+
+def arrives(chooser, now, *names, cost=0.0, queued=False):
+    for name in names:
+        chooser.connected(now, name, cost, 10.0, 2.0, queued)
+    return chooser.poll(now)
+
+
+def test_announcements_are_repeated_ever_more_slowly():
+    chooser = submitter()
+    times = []
+    for _ in range(12):
+        now = chooser.next_due()
+        ((name, attempt, waited, interval),) = chooser.poll(now)
+        times.append(now)
+        assert name == "announce" and attempt == len(times) and waited == now and interval <= 4000.0
+    assert times[:4] == [20.0, 60.0, 140.0, 300.0] and times[-1] - times[-2] == 4000.0
+    assert not chooser.poll(now)
+
+
+def test_announcements_of_many_do_not_stay_in_step():
+    intervals = [cexec.Chooser(0.0, lambda: luck).poll(0.0)[0][3] for luck in (1e-9, 1.0)]
+    assert intervals == [pytest.approx(15.0), 25.0]
+
+
+def test_the_first_good_worker_wins_and_all_are_told():
+    chooser = submitter()
+    assert arrives(chooser, 1.0, "a") == [("hold", cexec.HOLD_TIME), ("handshake", "a")]
+    assert arrives(chooser, 1.1, "b") == [("handshake", "b")]
+    chooser.authenticated(3.0, "b")
+    assert chooser.poll(3.0) == [("taken", 9.0), ("win", "b"), ("evict", "a")]
+    assert chooser.next_due() == 7.0 and chooser.poll(7.0) == [("taken", 9.0)]
+    assert arrives(chooser, 8.0, "c", "d") == [("evict", "c"), ("taken", 9.0 + 2 * math.log(1.5)), ("evict", "d")]
+    assert chooser.next_due() == 11.0 and chooser.poll(11.0)[0][0] == "taken"
+    assert chooser.next_due() is None and chooser.poll(1e6) == []
+
+
+def test_a_cheaper_worker_is_waited_for_but_not_long():
+    for shaken, winner in ((2.4, "cheap"), (None, "dear")):
+        chooser = submitter()
+        arrives(chooser, 1.0, "dear", cost=1.0)
+        arrives(chooser, 1.0, "cheap", cost=0.0)
+        chooser.authenticated(2.0, "dear")
+        assert chooser.poll(2.0) == [] and chooser.next_due() == 3.5
+        if shaken:
+            chooser.authenticated(shaken, "cheap")
+        assert ("win", winner) in chooser.poll(shaken or 3.5)
+
+
+def test_a_worker_that_is_hardly_cheaper_is_not_waited_for():
+    chooser = submitter()
+    arrives(chooser, 1.0, "a", cost=0.09)
+    arrives(chooser, 1.0, "b", cost=0.0)
+    chooser.authenticated(2.0, "a")
+    assert ("win", "a") in chooser.poll(2.0)
+
+
+def test_a_good_worker_that_goes_before_the_choice_does_not_win():
+    chooser = submitter()
+    arrives(chooser, 1.0, "a", cost=1.0)
+    arrives(chooser, 1.0, "b")
+    chooser.authenticated(2.0, "a")
+    chooser.poll(2.0)
+    chooser.closed(2.1, "a")
+    chooser.closed(2.1, "b")
+    chooser.authenticated(2.2, "b")
+    assert chooser.poll(3.5) == [] and chooser.next_due() == 20.0
+
+
+def test_a_fifth_worker_gets_the_place_of_a_stalled_one():
+    chooser = submitter()
+    arrives(chooser, 1.0, *"abcde")
+    assert chooser.next_due() == 20.0
+    chooser.poll(20.0)
+    assert chooser.next_due() == 21.0
+    assert chooser.poll(21.0) == [("evict", "a"), ("handshake", "e")]
+    assert arrives(chooser, 22.0, "f")[-1] == ("hold", cexec.HOLD_TIME)
+    assert chooser.next_due() == 26.0 and ("evict", "b") in chooser.poll(26.0)
+    chooser.closed(27.0, "c")
+    arrives(chooser, 27.0, "g")
+    assert chooser.next_due() == 60.0
+
+
+def test_connections_are_bounded():
+    chooser = submitter()
+    actions = arrives(chooser, 1.0, *range(1000))
+    assert actions.count(("hold", cexec.HOLD_TIME)) == 1
+    assert sum(action[0] == "evict" for action in actions) == 1000 - cexec.CANDIDATES
+
+
+def test_the_offset_of_the_next_job():
+    def after(cost, offset, waited, connections, queued=False):
+        chooser = submitter()
+        for n in range(connections):
+            chooser.connected(1.0, n, cost, offset, waited, queued)
+        chooser.authenticated(2.0, 0)
+        return dict(action for action in chooser.poll(2.0) if len(action) == 2)["taken"]
+    assert after(0.0, 10.0, 6.0, 1) == 7.0
+    assert after(0.0, 10.0, 40.0, 2) == 0.0
+    assert after(1.0, -20.0, 80.0, 2) == -cexec.PER_COST
+    assert after(0.0, 10.0, 0.0, 4) == 10.0 + 2 * math.log(2)
+    assert after(0.0, 10.0, 6.0, 1, queued=True) is None
+
+
+def test_a_new_round_begins_at_once():
+    chooser = submitter()
+    arrives(chooser, 1.0, "a")
+    chooser.authenticated(2.0, "a")
+    chooser.poll(2.0)
+    chooser.restart(5.0)
+    assert chooser.next_due() == 5.0 and chooser.poll(5.0) == [("announce", 0, 5.0, 20.0)]
+
+
+# ---------------------------------------------------------------- the choice, with real workers
+
+def jobs_of(worker):
+    """How many jobs a worker has started."""
+    return len(worker.log.having(": start from "))
+
+
+def must(condition):
+    """For wait_until."""
+    assert condition
+
+
+def occupied(room, worker_group, count):
+    """Starts jobs that last until the test ends, and waits until they run."""
+    sleepers = [room.submit("C=echo running; exec sleep 600", stdout=LINES, group=worker_group) for _ in range(count)]
+    for sleeper in sleepers:
+        sleeper.out.wait("running", 30)
+    return sleepers
+
+
+EVAL = ("sh", "-c", 'eval "$PEER_C"')
+
+
+STAT, LOADAVG = "cpu  0 0 0 %d 0 0 0 0 0 0\n", "0.00 0.00 0.00 %d/100 1\n"
+
+
+def serve_alone(room, tmp_path, queue=1, cpus=None, **env):
+    """A worker that sees a machine of its own: no load, or `queue` running processes; some of the CPUs."""
+    need("unshare", "mount")
+    name = "load-%d" % len(room.running) if hasattr(room, "running") else "load-%d" % len(os.listdir(str(tmp_path)))
+    stat, loadavg = tmp_path / (name + "-stat"), tmp_path / (name + "-loadavg")
+    stat.write_text(STAT % 1000)
+    loadavg.write_text(LOADAVG % queue)
+    script = 'mount --bind "$1" /proc/stat && mount --bind "$2" /proc/loadavg && shift 2 && exec "$@"'
+    affinity = ["taskset", "-c", cpus] if cpus else []
+    worker = room.start("unshare", *user_namespace(), "-m", "sh", "-c", script, "sh", str(stat), str(loadavg), *affinity,
+                        sys.executable, CEXEC, "cservice", room.key, *EVAL, env=room.settings(env))
+    try:
+        worker.ready(20)
+    except BaseException:
+        if worker.popen.poll() is not None and "mount" in str(worker.log):
+            skip("no mount namespace: %s" % worker.log)
+        raise
+    return worker
+
+
+def test_the_idle_one_of_four_workers_gets_the_jobs(room, tmp_path):
+    busy = []
+    for number in range(3):     # with one job each: the newest is idle until it has its own
+        busy.append(serve_alone(room, tmp_path, CONCURRENCY=2))
+        occupied(room, None, 1)
+    assert [jobs_of(worker) for worker in busy] == [1, 1, 1]
+    idle = serve_alone(room, tmp_path, CONCURRENCY=2)
+    for _ in range(20):
+        assert room.cexec("C=exit 7").returncode == 7
+    assert jobs_of(idle) >= 18
+
+
+def test_a_machine_with_other_work_is_passed_over(room, tmp_path):
+    loaded = [serve_alone(room, tmp_path, queue=1 + 3 * (os.cpu_count() or 1)) for _ in range(2)]
+    free = serve_alone(room, tmp_path)
+    wait_until(lambda: must(room.cexec("C=true").returncode or jobs_of(free) >= 1))
+    before = jobs_of(free)
+    for _ in range(10):
+        room.cexec("C=true")
+    assert jobs_of(free) - before >= 9, list(map(jobs_of, loaded))
+
+
+def test_of_two_workers_with_unequal_slots_the_freer_is_preferred(room, tmp_path):
+    small = serve_alone(room, tmp_path, CONCURRENCY=2)
+    occupied(room, None, 1)
+    large = serve_alone(room, tmp_path, CONCURRENCY=16)
+    occupied(room, None, 1)
+    assert jobs_of(large) == 1
+    for _ in range(10):
+        room.cexec("C=true")
+    assert jobs_of(small) <= 2, "half of two slots against a sixteenth"
+
+
+def test_boost_overrides_the_load(room):
+    favourite = room.serve(*EVAL, BOOST=0, CONCURRENCY=4)
+    room.serve(*EVAL, BOOST=400000, CONCURRENCY=4)
+    occupied(room, None, 2)
+    for _ in range(5):
+        room.cexec("C=true")
+    assert jobs_of(favourite) == 7
+
+
+def test_a_burst_beyond_all_slots_is_served_by_all_and_over_nowhere(room):
+    """24 one-second jobs on four workers of two slots: three rounds."""
+    workers = [room.serve(*EVAL, CONCURRENCY=2) for _ in range(4)]
+    script = "C=sleep 1"
+    began = time.monotonic()
+    jobs = [room.submit(script) for _ in range(24)]
+    started_all = time.monotonic() - began
+    for job in jobs:
+        assert job.wait(60) == 0
+    took = time.monotonic() - began
+    assert most_at_once(workers) <= 2
+    assert sum(map(jobs_of, workers)) == 24
+    # Start-up is what this very machine needs for 24 interpreters at once, measured a moment later in the same way.
+    began = time.monotonic()
+    for idle in [room.tool("cexec", "--version") for _ in range(24)]:
+        idle.wait(60)
+    assert took <= 1.6 * 3 + max(started_all, 4 * (time.monotonic() - began)), took
+
+
+def most_at_once(workers):
+    """The highest number of jobs that any worker's log shows running together."""
+    most = 0
+    for worker in workers:
+        running = 0
+        for line in str(worker.log).splitlines():
+            running += (": start from " in line) - (": end, " in line)
+            most = max(most, running)
+    return most
+
+
+def test_few_workers_connect_for_each_job(room):
+    """The submitter's own count of connections, over many jobs with four real workers."""
+    for _ in range(4):
+        room.serve("true")
+    counts = []
+    for _ in range(25):
+        done = room.cexec(env={"PYTHONPATH": ""}, stdin=subprocess.DEVNULL)
+        assert done.returncode == 0
+    relay = room.relay()
+    for _ in range(25):
+        before = len(relay.carried["submitter"])
+        assert room.cexec(group=relay.group, stdin=subprocess.DEVNULL).returncode == 0
+        counts.append(len(relay.carried["submitter"]) - before)
+    assert 25 <= sum(counts) <= 25 * 3, counts
+
+
+def test_a_freed_slot_is_used_at_once(room):
+    worker = room.serve(*EVAL, CONCURRENCY=1)
+    first = room.submit("C=echo on; read line", stdin=subprocess.PIPE, stdout=LINES)
+    first.out.wait("on")
+    waiting = [room.submit("C=echo served", stdout=LINES) for _ in range(3)]
+    time.sleep(0.5)         # their announcements have backed off by now; nothing is asserted about how far
+    assert jobs_of(worker) == 1
+    first.popen.stdin.close()
+    began = time.monotonic()
+    for job in waiting:
+        assert job.wait(30) == 0
+    assert jobs_of(worker) == 4 and most_at_once([worker]) == 1
+    assert time.monotonic() - began < 3.5       # before any of them would have announced itself again twice
+
+
+def test_timeout_accept_is_kept_and_the_line_says_what_was_tried(room):
+    began = time.monotonic()
+    done = room.cexec(env={"CEXEC_TIMEOUT_ACCEPT": 1.5})
+    took = time.monotonic() - began
+    assert done.returncode == 111 and 1.5 <= took <= 2.5 + 5 * start_up()
+    first, hint = done.stderr.decode().splitlines()
+    assert first.startswith("cexec: no worker: nobody answered within 1.5 s; announced on %s by " % room.group)
+    assert "UDP port %d" % room.port in hint and "SHA256:" in hint
+
+
+def start_up():
+    """Seconds that this machine takes now to start the program."""
+    began = time.monotonic()
+    run("--version")
+    return time.monotonic() - began
+
+
+def test_a_busy_room_times_out_too(room):
+    room.serve(*EVAL, CONCURRENCY=1)
+    occupied(room, None, 1)
+    assert room.cexec("C=true", env={"CEXEC_TIMEOUT_ACCEPT": 1}).returncode == 111
+
+
+@pytest.mark.parametrize("form", ["%d", "%d,%d", "%d:%d", "%d-%d"])
+def test_listen_ports_are_the_only_ones_used(room, form):
+    room.serve("sh", "-c", "echo $REMOTE_PORT")
+    ports = free_ports(form.count("%"))
+    for name in "CEXEC_LISTEN_PORTS", "CEXEC_PORT":
+        done = room.cexec(env={name: form % ports})
+        assert done.returncode == 0 and int(done.stdout) in range(ports[0], ports[-1] + 1)
+
+
+def free_ports(count):
+    """Consecutive TCP ports that nobody uses at the moment."""
+    while True:
+        first = free_port(socket.SOCK_STREAM)
+        try:
+            sockets = [socket.create_server(("127.0.0.1", first + i)) for i in range(count)]
+        except (OSError, OverflowError):
+            continue
+        for taken in sockets:
+            taken.close()
+        return tuple(first + i for i in range(count))
+
+
+def test_busy_listen_ports_are_named(room):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = room.cexec(env={"CEXEC_LISTEN_PORTS": port})
+    assert done.returncode == 111 and str(port) in done.stderr.decode()
+
+
+def test_accept_and_reject_server(net, key):
+    net.host("s", "10.99.0.1/24")
+    workers = {}
+    for number in 2, 3, 4:
+        net.host("w%d" % number, "10.99.0.%d/24" % number)
+        workers[number] = net.tool("w%d" % number, "cservice", key, "sh", "-c", "echo $SERVER_ADDR").ready()
+
+    def served(**env):
+        done = net.run_tool("s", "cexec", key + ".pub", env=dict({"CEXEC_TIMEOUT_ACCEPT": 3}, **env), timeout=30)
+        return done.stdout.decode().strip() or done.returncode
+
+    for _ in range(4):
+        assert served(CEXEC_ACCEPT_SERVER="10.99.0.3") == "10.99.0.3"
+        assert served(CEXEC_REJECT_SERVERS="10.99.0.2 10.99.0.3") == "10.99.0.4"
+        assert served(CEXEC_REJECT_SERVER="10.99.0.4") in ("10.99.0.2", "10.99.0.3")
+    assert served(CEXEC_ACCEPT_SERVER="10.99.0.9") == 111
+
+
+def test_thirty_percent_loss_and_every_job_runs_once(net, key):
+    net.host("s", "10.99.0.1/24")
+    net.host("w1", "10.99.0.2/24")
+    net.host("w2", "10.99.0.3/24")
+    workers = [net.tool(host, "cservice", key, "sh", "-c", "cat; echo $CEXEC_JOB",
+                        env={"CONCURRENCY": 4}).ready() for host in ("w1", "w2")]
+    for host in "s", "w1", "w2":
+        net.loss(host, 30)
+    seen = set()
+    for batch in range(10):
+        jobs = [net.tool("s", "cexec", key + ".pub", stdout=LINES) for _ in range(5)]
+        for job in jobs:
+            assert job.wait(60) == 0
+            seen.add(str(job.out))
+    assert len(seen) == 50 and sum(map(jobs_of, workers)) == 50
+
+
+def test_a_worker_on_either_of_two_networks_is_found(net, key):
+    """No default route, two switches: the global broadcast leaves by both interfaces."""
+    net.host("s", "10.99.0.1/24", switch="left")
+    net.host("s", "10.98.0.1/24", switch="right")
+    for name, address, switch in ("a", "10.99.0.2/24", "left"), ("b", "10.98.0.2/24", "right"):
+        net.host(name, address, switch=switch)
+        worker = net.tool(name, "cservice", key, "sh", "-c", "echo $SERVER_ADDR").ready()
+        done = net.run_tool("s", "cexec", key + ".pub", timeout=60)
+        assert done.stdout.decode() == address[:-3] + "\n", done.stderr
+        worker.stop()
+
+
+FORMS = [   # worker's GROUP, submitter's GROUP
+    ("255.255.255.255", "255.255.255.255"),
+    ("255.255.255.255:4000", "255.255.255.255:4000"),
+    ("10.99.0.255", "10.99.0.255"),
+    ("224.0.1.87", "224.0.1.87"),
+    ("239.1.2.3:4000", "239.1.2.3:4000"),
+    ("ff02::1%eth0", "ff02::1%eth0"),
+    ("[ff02::cec]:4000", "[ff02::cec]:4000"),
+    ("eth0:255.255.255.255", "eth0:255.255.255.255"),
+    ("eth0:[ff02::1]:4000", "eth0:[ff02::1]:4000"),
+    ("10.99.0.2", "10.99.0.2"),
+    ("255.255.255.255", "10.99.0.2"),
+    ("fd00::2", "fd00::2"),
+    ("[fd00::2]:4000", "[fd00::2]:4000"),
+]
+
+
+def test_every_form_of_group_finds_a_worker(net, key):
+    net.host("s", "10.99.0.1/24", "fd00::1/64")
+    net.host("w", "10.99.0.2/24", "fd00::2/64")
+    workers = [(there, here, net.tool("w", "cservice", key, "sh", "-c", "echo %s" % there, env={"GROUP": there}))
+               for there, here in FORMS]
+    for there, here, worker in workers:
+        worker.ready()
+    # All are there at once: on the default port several hear the same, and any of those may answer.
+    for there, here, worker in workers:
+        done = net.run_tool("s", "cexec", key + ".pub", env={"GROUP": here, "CEXEC_TIMEOUT_ACCEPT": 20}, timeout=60)
+        assert done.returncode == 0, (here, done.stderr)
+
+
+def test_several_workers_of_several_keys_on_one_host(room, tmp_path):
+    other = str(tmp_path / "other")
+    assert run("ckeygen", other).returncode == 0
+    mine = [room.serve("echo", "mine") for _ in range(2)]
+    theirs = [room.serve("echo", "theirs", key=other) for _ in range(2)]
+    for _ in range(4):
+        assert room.cexec().stdout == b"mine\n"
+        assert room.cexec(key=other + ".pub").stdout == b"theirs\n"
+    assert sum(map(jobs_of, mine)) == sum(map(jobs_of, theirs)) == 4
+
+
+def test_a_frozen_worker_is_passed_over(room):
+    frozen = room.serve("echo", "frozen")
+    room.serve("echo", "awake")
+    assert room.cexec().returncode == 0
+    frozen.signal(signal.SIGSTOP)
+    try:
+        for _ in range(5):
+            done = room.cexec()
+            assert (done.returncode, done.stdout) == (0, b"awake\n")
+    finally:
+        frozen.signal(signal.SIGCONT)
+
+
+# ---------------------------------------------------------------- jobs, end to end: helpers
+
+SHELL = "sh", "-c", 'eval "$PEER_RUN"'      # a worker whose jobs do what the submitter's RUN=... says
+MB = 1 << 20
+
+
+@pytest.fixture
+def shell(room):
+    """A room with one worker that runs the shell text of RUN=...; .worker is its process."""
+    room.worker = room.serve(*SHELL, CONCURRENCY=64)
+    return room
+
+
+def python_job(code):
+    """The pairs that make a shell worker run Python code, without a shell in between."""
+    return "RUN=exec '%s' -IS -c \"$PEER_CODE\"" % sys.executable, "CODE=" + code
+
+
+PLACE = """
+import fcntl, os, sys
+wanted = [pair.split("=") for pair in sys.argv[1].split(",") if pair]
+high = {int(to): fcntl.fcntl(int(at), fcntl.F_DUPFD, 200) for to, at in wanted if at}
+for to, at in high.items():
+    os.dup2(at, to)
+for to in [int(to) for to, at in wanted if not at]:
+    os.close(to)
+os.closerange(max([2, *high]) + 1, 300)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def placed(fds, *argv):
+    """(argv, pass_fds) to run a command with these descriptors, {number there: number here, or None for closed}."""
+    words = ",".join("%d=%s" % (to, "" if at is None else at) for to, at in fds.items())
+    return [sys.executable, "-ISc", PLACE, words, *argv], [at for at in fds.values() if at is not None]
+
+
+def start_placed(room, fds, *pairs, env=None, **popen):
+    """Starts a job whose cexec has just these descriptors beside the standard ones."""
+    argv, pass_fds = placed(fds, sys.executable, CEXEC, "cexec", room.pub, *pairs)
+    return room.start(*argv, env=room.settings(env), pass_fds=pass_fds, **popen)
+
+
+class Reader(threading.Thread):
+    """Reads a descriptor to its end in a thread; .data has it all after done()."""
+
+    def __init__(self, fd):
+        super().__init__(daemon=True)
+        self.fd, self.data = fd, bytearray()
+        self.start()
+
+    def run(self):
+        while True:
+            part = os.read(self.fd, MB)
+            if not part:
+                return os.close(self.fd)
+            self.data += part
+
+    def done(self, seconds=60):
+        self.join(seconds)
+        assert not self.is_alive(), "no end of data after %d octets" % len(self.data)
+        return bytes(self.data)
+
+
+class Writer(threading.Thread):
+    """Writes octets to a descriptor in a thread, then closes it."""
+
+    def __init__(self, fd, octets):
+        super().__init__(daemon=True)
+        self.fd, self.octets = fd, memoryview(octets)
+        self.start()
+
+    def run(self):
+        try:
+            while self.octets:
+                self.octets = self.octets[os.write(self.fd, self.octets[:MB]):]
+        except BrokenPipeError:
+            pass
+        os.close(self.fd)
+
+
+def pipe_in(octets):
+    """The reading end of a pipe that a thread fills."""
+    reading, writing = os.pipe()
+    Writer(writing, octets)
+    return reading
+
+
+def random_octets(size):
+    """Random enough for comparing, and made quickly."""
+    block = os.urandom(min(size, 4 * MB))
+    return b"".join(block[number:] + block[:number] for number in range(-(-size // len(block) if size else 0)))[:size]
+
+
+# ---------------------------------------------------------------- the tools by every name
+
+NAMES = "ckeygen", "cexec", "cservice", "crat", "cproxy", "demo"
+VERSION_LINE = "%s (cexec) " + cexec.VERSION + "\n"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tool_is_the_name_it_is_called_by_or_the_first_argument(tmp_path, tools, name):
+    expected = (VERSION_LINE % name).encode()
+    for link in name, name + ".py":
+        if link != "cexec.py":
+            (tmp_path / link).symlink_to(tools / "cexec.py")
+            assert run_command(sys.executable, tmp_path / link, "--version").stdout == expected
+            assert run_command(tmp_path / link, "--version").stdout == expected, "run by itself, through sh"
+    assert run(name, "--version").stdout == expected
+    assert run_command(tools / "cexec.py", name, "--version").stdout == expected
+
+
+@pytest.mark.parametrize("argv", [(), ("unknown",), ("-x",), ("", "cexec")])
+def test_no_tool_is_wrong_usage(argv):
+    done = run(*argv)
+    assert (done.returncode, done.stdout, done.stderr) == (2, b"", cexec.overview().encode())
+    assert len(done.stderr.splitlines()) < 15 and all(name in done.stderr.decode() for name in NAMES)
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_for_all(option):
+    done = run(option)
+    assert (done.returncode, done.stdout.decode(), done.stderr) == (0, cexec.overview(), b"")
+    for name in NAMES:
+        done = run(name, option)
+        assert (done.returncode, done.stdout.decode(), done.stderr) == (0, cexec.usage(name), b"")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_names_every_setting_and_fits_a_terminal(name):
+    text = cexec.usage(name)
+    assert text.startswith("usage: %s " % name) and text.endswith(cexec.EXAMPLE)
+    for setting in cexec.SETTINGS:
+        if name in setting.tools:
+            assert setting.option in text and all(variable in text for variable in setting.names)
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_help_that_cannot_be_printed():
+    for name in NAMES:
+        with open("/dev/full", "wb") as full:
+            assert run(name, "--help", stdout=full).returncode == 255
+        argv, _ = placed({1: None}, *TOOL, name, "--help")
+        assert run_command(*argv).returncode == 255
+
+
+def test_the_version():
+    done = run("--version")
+    assert (done.returncode, done.stdout.decode(), done.stderr) == (0, "cexec %s\n" % cexec.VERSION, b"")
+
+
+# ---------------------------------------------------------------- refusals
+
+GROUP_HINT = "  accepted: " + cexec.GROUP_FORMS
+NO_COMMAND = "  COMMAND is a program of this machine, run without a shell"
+
+
+@pytest.mark.parametrize("argv, env, lines", [
+    (["cexec"], {}, ["cexec: no key given", "  usage: cexec APP[.pub] [NAME=VALUE...]"]),
+    (["cexec", "{alone}"], {}, ["cexec: {alone} is a private half: submitting needs the public one",
+                                "  make it with: ckeygen {alone}"]),
+    (["cexec", "{dir}/none"], {}, ["cexec: no key {dir}/none: there is no such file",
+                                   "  make one with ckeygen, or copy it from where it was made"]),
+    (["cexec", "{dir}"], {}, ["cexec: cannot read the key {dir}: not a regular file"]),
+    (["cexec", "{pub}", "novalue"], {}, ["cexec: novalue: not NAME=VALUE",
+                                         "  the job finds VALUE in its environment as PEER_NAME"]),
+    (["cexec", "{pub}", "=x"], {}, ["cexec: =x: not NAME=VALUE", "  the job finds VALUE in its environment as PEER_NAME"]),
+    (["cexec", "{pub}"], {"CEXEC_MAXFD": "x"}, ["cexec: CEXEC_MAXFD=x: not accepted",
+                                               "  accepted: a whole number from 2 to 4096"]),
+    (["cexec", "--maxfd=x", "{pub}"], {}, ["cexec: --maxfd=x: not accepted", "  accepted: a whole number from 2 to 4096"]),
+    (["cexec", "{pub}"], {"GROUP": "x"}, ["cexec: GROUP=x: not accepted", GROUP_HINT]),
+    (["cexec", "{pub}"], {"CEXEC_TIMEOUT_ACCEPT": "x"}, ["cexec: CEXEC_TIMEOUT_ACCEPT=x: not accepted",
+                                                         "  accepted: seconds, from 0 to 1e+06"]),
+    (["cexec", "{pub}"], {"CEXEC_FD_FOR_ERRORS": "20"}, ["cexec: CEXEC_FD_FOR_ERRORS=20: not above CEXEC_MAXFD (32)",
+                                                         "  the job would share it"]),
+    (["cexec", "{pub}"], {"CEXEC_FD_FOR_ERRORS": "200"}, ["cexec: CEXEC_FD_FOR_ERRORS=200: not open"]),
+    (["cexec", "--nonsense"], {}, ["cexec: --nonsense: unknown option", "  see cexec --help"]),
+    (["cservice"], {}, ["cservice: key and command wanted", "  usage: cservice APP COMMAND [ARG...]"]),
+    (["cservice", "{key}"], {}, ["cservice: key and command wanted", "  usage: cservice APP COMMAND [ARG...]"]),
+    (["cservice", "{pub}", "true"], {}, ["cservice: {pub} is a public half: serving needs the private key"]),
+    (["cservice", "{key}", "no such command"], {}, ["cservice: no such command: command not found", NO_COMMAND]),
+    (["cservice", "{key}", "/none/such"], {}, ["cservice: /none/such: command not found", NO_COMMAND]),
+    (["cservice", "{key}", "{dir}"], {}, ["cservice: {dir}: command not found", NO_COMMAND]),
+    (["cservice", "{key}", "{key}"], {}, ["cservice: {key}: not executable: {key}", NO_COMMAND]),
+    (["cservice", "{key}", "true"], {"CONCURRENCY": "0"}, ["cservice: CONCURRENCY=0: not accepted",
+                                                           "  accepted: a whole number from 1 to 10000"]),
+    (["cservice", "{key}", "true"], {"GROUP": "x"}, ["cservice: GROUP=x: not accepted", GROUP_HINT]),
+    (["demo", "no such command"], {}, ["demo: no such command: command not found", NO_COMMAND]),
+])
+def test_wrong_usage_is_told_in_a_line_and_a_hint(key, tmp_path, argv, env, lines):
+    names = dict(key=key, pub=key + ".pub", dir=tmp_path, alone=tmp_path / "alone")
+    shutil.copy(key, str(names["alone"]))
+    done = run(*(word.format(**names) for word in argv), env=env)
+    assert done.stderr.decode().splitlines() == [line.format(**names) for line in lines]
+    assert (done.returncode, done.stdout) == (2, b"")
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage\n", os.urandom(3000), b"-----BEGIN PRIVATE KEY-----\n" * 500])
+@pytest.mark.parametrize("tool", ["cexec", "cservice"])
+def test_a_file_that_is_no_key(tmp_path, tool, content):
+    path = tmp_path / "app"
+    path.write_bytes(content)
+    done = run(tool, path, *(["true"] if tool == "cservice" else []))
+    assert done.returncode == 2 and done.stdout == b""
+    first = done.stderr.decode().splitlines()[0]
+    assert first.startswith("%s: " % tool) and str(path) in first and len(done.stderr.splitlines()) <= 2
+
+
+def test_cexec_takes_the_public_half_by_its_private_name(shell, tmp_path):
+    (tmp_path / "app.pub").write_bytes(open(shell.pub, "rb").read())
+    os.chmod(str(tmp_path / "app.pub"), 0o600)
+    done = shell.cexec("RUN=echo found", key=tmp_path / "app")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"found\n", b"")
+
+
+def test_a_worker_of_another_key_is_no_worker(room, tmp_path):
+    other = str(tmp_path / "other")
+    assert run("ckeygen", other).returncode == 0
+    room.serve("true", key=other)
+    done = room.cexec(env={"CEXEC_TIMEOUT_ACCEPT": 0.4})
+    line, hint = done.stderr.decode().splitlines()
+    assert done.returncode == 111 and done.stdout == b""
+    assert line.startswith("cexec: no worker: nobody answered within 0.4 s; announced on %s " % room.group)
+    assert "UDP port %d" % room.port in hint
+
+
+def test_the_time_to_find_a_worker_is_kept(room):
+    for limit in 0.2, 1:
+        began = time.monotonic()
+        assert room.cexec(env={"CEXEC_TIMEOUT_ACCEPT": limit}).returncode == 111
+        assert limit <= time.monotonic() - began < limit + 1
+
+
+def test_the_error_line_goes_where_it_is_wanted(room):
+    reading, writing = os.pipe()
+    job = start_placed(room, {40: writing}, env={"CEXEC_FD_FOR_ERRORS": 40, "CEXEC_TIMEOUT_ACCEPT": 0.1})
+    os.close(writing)
+    text = Reader(reading).done().decode()
+    assert job.complete() == 111 and str(job.log) == ""
+    assert text.startswith("cexec: no worker: ") and text.count("\n") == 2
+
+
+def test_a_key_that_others_can_read_is_warned_about(room, tmp_path):
+    for half in "app", "app.pub":
+        (tmp_path / half).write_bytes(open(room.key + half[3:], "rb").read())
+        os.chmod(str(tmp_path / half), 0o644)
+    worker = room.serve("cat", key=tmp_path / "app")
+    worker.log.wait("warning: others can use the key %s " % (tmp_path / "app"))
+    done = room.cexec(key=tmp_path / "app.pub", input=b"x")
+    assert done.stdout == b"x" and done.returncode == 0
+    assert done.stderr.decode().startswith("cexec: warning: others can use the key %s (mode 0644)" % (tmp_path / "app.pub"))
+
+
+# ---------------------------------------------------------------- how a job ends
+
+def statuses(room, pairs, at_once=8):
+    """The exit statuses of many jobs, run from one loop in this process: {pair: status}."""
+    settings = cexec.read_settings("cexec", [], {"GROUP": room.group, "CEXEC_TIMEOUT_ACCEPT": "20"})[0]
+    loop, key, found, waiting = cexec.Loop(), cexec.load_key(room.pub, "public")[0], {}, list(pairs)
+
+    def start():
+        if len(found) == len(pairs):
+            loop.stop()
+        elif waiting:
+            pair = waiting.pop()
+            cexec.Submission(loop, key, settings, {}, [pair], lambda *outcome: done(pair, *outcome))
+
+    def done(pair, status, failure):
+        assert failure is None, str(failure)
+        found[pair] = status
+        loop.soon(start)
+
+    for _ in range(at_once):
+        start()
+    loop.run()
+    loop.close()
+    return found
+
+
+def test_every_exit_status_and_every_deadly_signal_arrives(shell):
+    deadly = [int(number) for number in signal.Signals if number.name not in
+              ("SIGSTOP", "SIGTSTP", "SIGTTIN", "SIGTTOU", "SIGCHLD", "SIGCONT", "SIGURG", "SIGWINCH")]
+    wanted = {(b"RUN", b"exit %d" % status): status for status in range(256)}
+    wanted.update({(b"RUN", b"ulimit -c 0; kill -%d $$" % number): 128 + number for number in deadly})
+    assert statuses(shell, wanted) == wanted
+
+
+@pytest.mark.parametrize("status", [0, 1, 37, 111, 127, 255])
+def test_cexec_exits_as_the_job_did(shell, status):
+    done = shell.cexec("RUN=echo out; echo err >&2; exit %d" % status)
+    assert (done.returncode, done.stdout, done.stderr) == (status, b"out\n", b"err\n")
+
+
+@pytest.mark.parametrize("name", ["TERM", "KILL", "SEGV", "PIPE"])
+def test_cexec_exits_with_128_and_the_signal_that_ended_the_job(shell, name):
+    done = shell.cexec("RUN=ulimit -c 0; echo out; kill -%s $$" % name)
+    assert (done.returncode, done.stdout, done.stderr) == (128 + getattr(signal, "SIG" + name), b"out\n", b"")
+
+
+def test_a_command_that_vanished_is_refused_in_words(room, tmp_path):
+    path = tmp_path / "command"
+    path.write_text("#!/bin/sh\n")
+    path.chmod(0o755)
+    worker = room.serve(path)
+    path.unlink()
+    done = room.cexec(env={"CEXEC_TIMEOUT_ACCEPT": 1})
+    assert done.returncode == 111
+    assert "refused: %s: No such file or directory" % path in done.stderr.decode()
+    worker.log.wait("refused to 127.0.0.1: %s: No such file or directory" % path)
+
+
+# ---------------------------------------------------------------- what a job finds
+
+def test_the_environment_of_a_job(room):
+    worker = room.serve("env", PEER_LEFT="over", KEPT="x y")
+    done = room.cexec("NAME=a b", "_2=", "MORE=x=y", "NAME=later")
+    found = dict(line.split("=", 1) for line in done.stdout.decode().splitlines())
+    assert {name: value for name, value in found.items() if name.startswith("PEER_")} == {
+        "PEER_NAME": "later", "PEER__2": "", "PEER_MORE": "x=y"}
+    assert found["REMOTE_ADDR"] == found["SERVER_ADDR"] == "127.0.0.1" and found["KEPT"] == "x y"
+    assert 1024 <= int(found["REMOTE_PORT"]) <= 65535 and 1024 <= int(found["SERVER_PORT"]) <= 65535
+    assert re.match("[0-9a-f]{16}$", found["CEXEC_JOB"])
+    worker.log.wait("job %s: end" % found["CEXEC_JOB"])
+
+
+LOOK = """
+import os, signal, stat
+fds = []
+for fd in range(1024):
+    try:
+        os.fstat(fd)
+        fds.append(fd)
+    except OSError:
+        pass
+handled = [n for n in range(1, 65) if n not in (9, 19, 32, 33) and signal.getsignal(n) not in (signal.SIG_DFL, None)]
+alone = os.getsid(0) == os.getpgid(0) == os.getpid()
+print([fds, handled, list(signal.pthread_sigmask(signal.SIG_BLOCK, [])), alone])
+"""
+
+
+def looked(done):
+    assert done.returncode == 0 and done.stderr == b"", done.stderr
+    return ast.literal_eval(done.stdout.decode())
+
+
+def test_a_job_is_alone_with_its_descriptors_and_default_signals(room):
+    """Nothing of the daemon, of other jobs, or of what the daemon itself inherited."""
+    reading, writing = os.pipe()
+    code = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, [10, 12]); signal.signal(1, signal.SIG_IGN);" \
+        "signal.signal(17, signal.SIG_IGN); import os, sys; os.execv(sys.argv[1], sys.argv[1:])"
+    worker = room.start(sys.executable, "-ISc", code, *TOOL, "cservice", room.key, *SHELL,
+                        env=room.settings({"CONCURRENCY": 8}), pass_fds=[reading, writing]).ready()
+    other = room.submit("RUN=echo on; exec cat", stdin=subprocess.PIPE, stdout=LINES)
+    other.out.wait("on")
+    fds, handled, blocked, alone = looked(room.cexec(*python_job(LOOK)))
+    assert fds == [0, 1, 2] and blocked == [] and alone
+    assert set(handled) <= {int(signal.SIGPIPE), int(signal.SIGXFSZ), int(signal.SIGINT)}, "those that Python itself sets"
+    other.stdin.close()
+    assert other.complete() == 0 and worker.alive()
+    os.close(reading)
+    os.close(writing)
+
+
+def test_a_job_dies_of_a_broken_pipe_as_a_local_one(shell):
+    """Python ignores SIGPIPE; its default must be back in a job."""
+    done = shell.cexec("RUN=(yes; echo $? >&2) | head -1")
+    assert (done.stdout, done.stderr) == (b"y\n", b"141\n")
+
+
+# ---------------------------------------------------------------- descriptors of a job
+
+def test_descriptors_3_4_and_5_carry_data_both_ways(shell):
+    inside, outside = os.pipe()
+    near, far = socket.socketpair()
+    job = start_placed(shell, {3: pipe_in(b"to three"), 4: outside, 5: far.fileno()},
+                       "RUN=cat <&3 >&4; read line <&5; echo \"five heard $line\" >&5; echo one; echo two >&2",
+                       stdout=LINES)
+    os.close(outside)
+    far.close()
+    near.sendall(b"hello\n")
+    answers = Reader(near.detach())
+    assert Reader(inside).done() == b"to three"
+    assert answers.done() == b"five heard hello\n"
+    assert job.complete() == 0 and job.out.lines == ["one"] and job.log.lines == ["two"]
+
+
+@pytest.mark.parametrize("fds, env, seen", [
+    ({}, {}, [0, 1, 2]), ({5: 2, 9: 2}, {}, [0, 1, 2, 5, 9]), ({32: 2, 33: 2}, {}, [0, 1, 2, 32]),
+    ({5: 2, 6: 2}, {"CEXEC_MAXFD": 5}, [0, 1, 2, 5]), ({40: 2}, {"MAXFD": 100}, [0, 1, 2, 40]),
+    ({0: None}, {}, [1, 2]), ({2: None}, {}, [0, 1]), ({0: None, 2: None}, {}, [1])])
+def test_a_job_sees_the_descriptors_of_its_submitter_and_no_other(shell, fds, env, seen):
+    job = start_placed(shell, fds, *python_job(LOOK), env=env, stdout=LINES)
+    assert job.complete() == 0, str(job.log)
+    assert ast.literal_eval(job.out.lines[0])[0] == seen
+
+
+def test_without_standard_output_a_job_runs_all_the_same(shell, tmp_path):
+    job = start_placed(shell, {0: None, 1: None, 2: None}, "RUN=pwd >%s; exit 5" % (tmp_path / "trace"))
+    assert job.complete() == 5 and (tmp_path / "trace").read_bytes() != b""
+
+
+def test_a_directory_is_not_carried(shell, tmp_path):
+    place = os.open(str(tmp_path), os.O_RDONLY)
+    job = start_placed(shell, {4: place}, *python_job(LOOK), stdout=LINES)
+    os.close(place)
+    assert job.complete() == 0 and ast.literal_eval(job.out.lines[0])[0] == [0, 1, 2]
+
+
+def test_one_pipe_for_output_and_errors_keeps_their_order(shell):
+    done = shell.cexec("RUN=for n in 1 2 3 4 5 6 7 8 9; do echo out $n; echo err $n >&2; done", stderr=subprocess.STDOUT)
+    assert done.stdout.decode().split("\n")[:-1] == ["%s %d" % (what, n) for n in range(1, 10) for what in ("out", "err")]
+
+
+def test_the_end_of_each_output_shows_at_once(shell):
+    one, job_one = os.pipe()
+    two, job_two = os.pipe()
+    job = start_placed(shell, {3: job_one, 4: job_two}, "RUN=exec 3>&-; cat; echo last >&4", stdin=subprocess.PIPE)
+    os.close(job_one)
+    os.close(job_two)
+    assert Reader(one).done() == b"" and job.alive()
+    job.stdin.close()
+    assert Reader(two).done() == b"last\n" and job.complete() == 0
+
+
+def test_a_socket_ends_when_the_job_closes_its_own(shell):
+    near, far = socket.socketpair()
+    job = start_placed(shell, {3: far.fileno()}, "RUN=echo bye >&3; exec 3>&-; exec cat", stdin=subprocess.PIPE)
+    far.close()
+    assert Reader(near.detach()).done(10) == b"bye\n" and job.alive()
+    job.stdin.close()
+    assert job.complete() == 0
+
+
+def test_a_socket_half_closed_by_either_side_goes_on_in_the_other_direction(shell):
+    near, far = socket.socketpair()
+    job = start_placed(shell, {3: far.fileno()}, "RUN=cat <&3; echo answer >&3", stdout=LINES)
+    far.close()
+    near.sendall(b"question\n")
+    near.shutdown(socket.SHUT_WR)
+    assert Reader(near.detach()).done() == b"answer\n"
+    assert job.complete() == 0 and job.out.lines == ["question"]
+    near, far = socket.socketpair()
+    code = "import socket; s = socket.socket(fileno=3); s.sendall(b'first'); s.shutdown(1); print(s.recv(9))"
+    job = start_placed(shell, {3: far.fileno()}, *python_job(code), stdout=LINES)
+    far.close()
+    assert near.recv(100) == b"first" and near.recv(100) == b""
+    near.sendall(b"second")
+    assert job.complete() == 0 and job.out.lines == ["b'second'"]
+    near.close()
+
+
+def test_an_input_that_the_job_closes_is_closed_for_its_local_writer(shell):
+    reading, writing = os.pipe()
+    job = start_placed(shell, {3: reading}, "RUN=exec 3<&-; exec cat", stdin=subprocess.PIPE)
+    os.close(reading)
+
+    waiting = select.poll()
+    waiting.register(writing, 0)
+    assert waiting.poll(10000), "the pipe still has its reader"
+    with pytest.raises(BrokenPipeError):
+        os.write(writing, b"x")
+    os.close(writing)
+    job.stdin.close()
+    assert job.complete() == 0
+
+
+# ---------------------------------------------------------------- much data
+
+def test_a_job_may_read_its_descriptors_in_any_order(shell):
+    three, four = random_octets(30 * MB), random_octets(30 * MB)
+    job = start_placed(shell, {3: pipe_in(three), 4: pipe_in(four)}, "RUN=cksum <&4; cksum <&3", stdout=LINES)
+    assert job.complete(60) == 0
+    sums = [run_command("cksum", input=octets).stdout.decode().strip() for octets in (four, three)]
+    assert job.out.lines == sums
+
+
+def read_exactly(fd, size):
+    while size:
+        part = os.read(fd, min(size, MB))
+        assert part, "%d octets are missing" % size
+        size -= len(part)
+
+
+def test_a_reader_that_stalls_holds_up_no_other(shell):
+    stalled, writing = os.pipe()
+    job = start_placed(shell, {3: writing}, "RUN=(head -c 30000000 /dev/zero >&3; echo done >&2) & exec 3>&-; "
+                       "head -c 30000000 /dev/zero; wait", stdout=subprocess.PIPE)
+    os.close(writing)
+    read_exactly(job.stdout.fileno(), 30000000)
+    assert job.alive() and job.log.having("done") == []
+    assert len(Reader(stalled).done()) == 30000000
+    assert job.complete() == 0 and job.log.lines == ["done"]
+
+
+def memory_of(room):
+    """The resident octets of every process of the product, by pid."""
+    return {pid: rss(pid) for pid, words in room.left().items() if CEXEC in words}
+
+
+def stands_still(pid):
+    """Waits until a process has read and written nothing for a while."""
+    seen = [None]
+
+    def still():
+        before, seen[0] = seen[0], proc(pid, "io")
+        time.sleep(0.2)
+        assert before and before == seen[0]
+    wait_until(still, 30)
+
+
+def job_process(room, command):
+    """The pid of the job whose command line begins so, as soon as it runs."""
+    def look():
+        found = [pid for pid, words in room.left().items() if words.startswith(command)]
+        assert len(found) == 1, room.left()
+        return found[0]
+    return wait_until(look)
+
+
+LIMIT = 60 * MB
+
+
+def test_a_long_output_against_a_blocked_reader_takes_little_memory(shell):
+    job = shell.submit("RUN=exec head -c 400000000 /dev/zero", stdout=subprocess.PIPE)
+    stands_still(job_process(shell, "head"))
+    sizes = memory_of(shell)
+    assert len(sizes) >= 3 and max(sizes.values()) < LIMIT, sizes
+    read_exactly(job.stdout.fileno(), 200000000)
+    sizes = memory_of(shell)
+    assert max(sizes.values()) < LIMIT, sizes
+    read_exactly(job.stdout.fileno(), 200000000)
+    assert job.complete() == 0
+
+
+def test_a_long_input_against_a_job_that_does_not_read_takes_little_memory(shell):
+    head = subprocess.Popen(["head", "-c", "400000000", "/dev/zero"], stdout=subprocess.PIPE)
+    release, hold = os.pipe()
+    job = start_placed(shell, {3: release}, "RUN=read go <&3; exec wc -c", stdin=head.stdout, stdout=LINES)
+    head.stdout.close()
+    os.close(release)
+    job_process(shell, "sh -c")
+    stands_still(head.pid)
+    sizes = memory_of(shell)
+    assert len(sizes) >= 3 and max(sizes.values()) < LIMIT, sizes
+    os.write(hold, b"go\n")
+    os.close(hold)
+    assert job.complete(60) == 0 and job.out.lines[0].strip() == "400000000"
+    assert head.wait(10) == 0
+
+
+@pytest.fixture(scope="module")
+def hundred(tmp_path_factory):
+    """The path of a file of 100 MB of random octets, and the octets."""
+    path, octets = tmp_path_factory.mktemp("data") / "random", random_octets(100 * 1000 * 1000)
+    path.write_bytes(octets)
+    yield path, octets
+    path.unlink()
+
+
+def test_much_data_from_file_to_file(room, tmp_path, hundred):
+    path, octets = hundred
+    room.serve("cat")
+    with open(str(path), "rb") as source, open(str(tmp_path / "copy"), "wb") as copy:
+        done = room.cexec(stdin=source, stdout=copy)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (tmp_path / "copy").read_bytes() == octets
+
+
+def test_much_data_from_pipe_to_pipe(room, hundred):
+    room.serve("cat")
+    job = room.submit(stdin=pipe_in(hundred[1]), stdout=subprocess.PIPE)
+    assert Reader(os.dup(job.stdout.fileno())).done() == hundred[1]
+    assert job.complete() == 0
+
+
+def test_much_data_from_socket_to_socket(room, hundred):
+    room.serve("cat")
+    near_in, far_in = socket.socketpair()
+    near_out, far_out = socket.socketpair()
+    job = room.submit(stdin=far_in, stdout=far_out)
+    far_in.close()
+    far_out.close()
+    result = Reader(near_out.detach())
+    Writer(near_in.detach(), hundred[1])
+    assert result.done() == hundred[1]
+    assert job.complete() == 0
+
+
+def test_yes_ends_when_its_reader_goes(shell):
+    job = shell.submit("RUN=exec yes", stdout=subprocess.PIPE)
+    assert os.read(job.stdout.fileno(), 2) == b"y\n"
+    job.stdout.close()
+    assert job.complete() == 128 + signal.SIGPIPE and str(job.log) == ""
+    wait_until(lambda: no_job_left(shell))
+
+
+def no_job_left(room):
+    assert [words for words in room.left().values() if CEXEC not in words] == []
+
+
+def test_twenty_jobs_at_once(room):
+    room.serve("cat", CONCURRENCY=20)
+    inputs = [random_octets(200000 + number) for number in range(20)]
+    jobs = [room.submit(stdin=pipe_in(octets), stdout=subprocess.PIPE) for octets in inputs]
+    readers = [Reader(os.dup(job.stdout.fileno())) for job in jobs]
+    assert [reader.done() for reader in readers] == inputs
+    assert [job.complete() for job in jobs] == [0] * 20
+
+
+# ---------------------------------------------------------------- local descriptors of every kind
+
+def test_files_are_read_and_written_where_they_stand(shell, tmp_path):
+    path, log = tmp_path / "in", tmp_path / "log"
+    path.write_bytes(b"skipped\ncarried\n")
+    log.write_bytes(b"before\n")
+    with open(str(path), "rb", 0) as source, open(str(log), "ab") as append, open(str(tmp_path / "at"), "wb", 0) as at:
+        source.seek(8)
+        at.seek(3)
+        job = start_placed(shell, {3: at.fileno()}, "RUN=cat; echo at >&3", stdin=source, stdout=append)
+        assert job.complete() == 0
+    assert log.read_bytes() == b"before\ncarried\n"
+    assert (tmp_path / "at").read_bytes() == b"\0\0\0at\n"
+
+
+def test_fifos(shell, tmp_path):
+    for name in "in", "out":
+        os.mkfifo(str(tmp_path / name))
+    job = shell.start("sh", "-c", 'exec "$@" <%s >%s' % (tmp_path / "in", tmp_path / "out"), "sh", *TOOL, "cexec",
+                      shell.pub, "RUN=cat", env=shell.settings({}))
+    octets = random_octets(3 * MB)
+    Writer(os.open(str(tmp_path / "in"), os.O_WRONLY), octets)
+    assert Reader(os.open(str(tmp_path / "out"), os.O_RDONLY)).done() == octets
+    assert job.complete() == 0
+
+
+def test_devices(shell):
+    with open("/dev/zero", "rb") as zero:
+        done = shell.cexec("RUN=head -c 3000000 | wc -c", stdin=zero)
+    assert (done.returncode, done.stdout.strip()) == (0, b"3000000")
+    with open(os.devnull, "rb") as null:
+        done = shell.cexec("RUN=cat; yes | head -c 3000000; exit 4", stdin=null, stdout=subprocess.DEVNULL)
+    assert (done.returncode, done.stderr) == (4, b"")
+
+
+def test_a_terminal_without_a_pty(shell):
+    """The job has pipes; what is typed arrives by the line, and the terminal shows the job's output."""
+    leader, follower = pty.openpty()
+    tty.setraw(follower)
+    job = shell.submit("RUN=test -t 0 || echo no terminal; read line; echo heard $line >&2; exit 6",
+                       stdin=follower, stdout=follower, stderr=follower)
+    os.close(follower)
+    assert os.read(leader, 100) == b"no terminal\n"
+    os.write(leader, b"typed\n")
+    assert os.read(leader, 100) == b"heard typed\n"
+    assert job.wait() == 6
+    os.close(leader)
+
+
+def test_a_full_disk_is_an_error_and_not_silence(shell):
+    with open("/dev/full", "wb") as full:
+        done = shell.cexec("RUN=echo lost", stdout=full)
+    assert done.returncode == 111
+    assert done.stderr.decode().splitlines() == ["cexec: standard output: No space left on device",
+                                                 "  what the job wrote there is incomplete"]
+
+
+class Flags(threading.Thread):
+    """Looks at the O_NONBLOCK flag of open files that others share, as often as it can."""
+
+    def __init__(self, *fds):
+        super().__init__(daemon=True)
+        self.fds, self.looks, self.set, self.over = fds, 0, 0, False
+        self.start()
+
+    def run(self):
+        while not self.over:
+            for fd in self.fds:
+                self.set += bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_NONBLOCK)
+                self.looks += 1
+            time.sleep(0.0001)
+
+    def end(self):
+        self.over = True
+        self.join(10)
+        assert self.set == 0 and self.looks > 50, "%d of %d looks found O_NONBLOCK" % (self.set, self.looks)
+
+
+def shared_pair(kind, tmp_path):
+    """(the test's end to write into, cexec's input, cexec's output, the test's end to read from)."""
+    if kind == "socket":
+        (near_in, far_in), (near_out, far_out) = socket.socketpair(), socket.socketpair()
+        return near_in.detach(), far_in.detach(), far_out.detach(), near_out.detach()
+    if kind == "fifo":
+        for name in "in", "out":
+            os.mkfifo(str(tmp_path / name))
+        both = [os.open(str(tmp_path / name), os.O_RDWR) for name in ("in", "out")]
+        ends = [os.open(str(tmp_path / name), mode) for name, mode in
+                (("in", os.O_WRONLY), ("in", os.O_RDONLY), ("out", os.O_WRONLY), ("out", os.O_RDONLY))]
+        for fd in both:
+            os.close(fd)
+        return tuple(ends)
+    if kind == "terminal":
+        (near_in, far_in), (near_out, far_out) = pty.openpty(), pty.openpty()
+        tty.setraw(far_in)
+        tty.setraw(far_out)
+        return near_in, far_in, far_out, near_out
+    (far_in, near_in), (near_out, far_out) = os.pipe(), os.pipe()
+    return near_in, far_in, far_out, near_out
+
+
+@pytest.mark.parametrize("kind", ["pipe", "fifo", "socket", "terminal"])
+def test_the_flags_of_shared_descriptors_are_never_changed(shell, tmp_path, kind):
+    """Neither while data flows, nor while it stalls, nor after a kill -9."""
+    near_in, far_in, far_out, near_out = shared_pair(kind, tmp_path)
+    job = shell.submit("RUN=exec cat", stdin=far_in, stdout=far_out)
+    flags = Flags(far_in, far_out)
+    octets = random_octets(MB)
+    writer = threading.Thread(target=write_all, args=(near_in, octets), daemon=True)
+    writer.start()
+    found = bytearray()
+    while len(found) < len(octets):
+        found += os.read(near_out, 1 << 16)
+    assert found == octets
+    write_all(near_in, b"x" * 1000)         # and now nobody reads: cexec's writer blocks
+    job.kill()
+    flags.end()
+    for fd in near_in, far_in, far_out, near_out:
+        assert not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_NONBLOCK
+        os.close(fd)
+
+
+def write_all(fd, octets):
+    octets = memoryview(octets)
+    while octets:
+        octets = octets[os.write(fd, octets[:1 << 14]):]
+
+
+def test_descriptors_that_somebody_else_made_non_blocking_work_as_well(shell):
+    near_in, far_in, far_out, near_out = shared_pair("pipe", None)
+    for fd in far_in, far_out:
+        os.set_blocking(fd, False)
+    job = shell.submit("RUN=exec cat", stdin=far_in, stdout=far_out)
+    os.close(far_in)
+    os.close(far_out)
+    octets = random_octets(2 * MB)
+    reader = Reader(near_out)
+    Writer(near_in, octets)
+    assert reader.done() == octets and job.complete() == 0
+
+
+# ---------------------------------------------------------------- signals
+
+HEARING = """
+import os, signal
+child = os.fork()
+def heard(number, frame):
+    if child:
+        os.waitpid(child, 0)
+    os.write(1, b"%s %d\\n" % (b"leader" if child else b"child", number))
+    os._exit(7)
+for number in (1, 2, 3, 10, 12, 15):
+    signal.signal(number, heard)
+os.write(1, b"ready\\n")
+while True:
+    signal.pause()
+"""
+
+
+@pytest.mark.parametrize("name", ["INT", "TERM", "HUP", "QUIT", "USR1", "USR2"])
+def test_a_signal_goes_to_the_jobs_group(shell, name):
+    """The leader's child hears it as well as the leader, and nobody else does."""
+    bystander = shell.submit("RUN=exec cat", stdin=subprocess.PIPE)
+    job = shell.submit(*python_job(HEARING), stdout=LINES)
+    job.out.wait("ready", count=2)
+    number = getattr(signal, "SIG" + name)
+    job.signal(number)
+    assert job.complete() == 7 and str(job.log) == ""
+    assert job.out.lines[2:] == ["child %d" % number, "leader %d" % number]
+    bystander.stdin.close()
+    assert bystander.complete() == 0
+
+
+@pytest.mark.parametrize("name", ["INT", "TERM", "HUP", "USR1"])
+def test_a_job_that_dies_of_the_signal_says_so_by_its_status(shell, name):
+    job = shell.submit("RUN=echo ready; exec sleep 100", stdout=LINES)
+    job.out.wait("ready")
+    job_process(shell, "sleep")
+    job.signal(getattr(signal, "SIG" + name))
+    assert job.complete() == 128 + getattr(signal, "SIG" + name)
+
+
+@pytest.mark.parametrize("name", ["INT", "TERM"])
+def test_a_second_signal_ends_cexec_whatever_the_job_does(shell, name):
+    number = getattr(signal, "SIG" + name)
+    job = shell.submit("RUN=trap 'echo heard' INT TERM; echo ready; while :; do sleep 0.02; done", stdout=LINES)
+    job.out.wait("ready")
+    job.signal(number)
+    job.out.wait("heard")
+    assert job.alive()
+    job.signal(number)
+    assert job.complete() == 128 + number
+    wait_until(lambda: no_job_left(shell))
+
+
+def test_a_job_that_ignores_the_signal_is_left_after_a_while(shell, monkeypatch):
+    monkeypatch.setattr(cexec.Submission, "SIGNAL_GRACE", 0.3)
+    settings = cexec.read_settings("cexec", [], {"GROUP": shell.group})[0]
+    loop, key = cexec.Loop(), cexec.load_key(shell.pub, "public")[0]
+    submission = cexec.Submission(loop, key, settings, {}, [(b"RUN", b"trap '' TERM; while :; do sleep 0.02; done")],
+                                  lambda *outcome: loop.stop(outcome))
+
+    def send():
+        if submission.carrier and submission.carrier.session.phase is cexec.RUNNING:
+            submission.signal("TERM")
+        else:
+            loop.later(0.01, send)
+    send()
+    assert loop.run() == (128 + signal.SIGTERM, None)
+    loop.close()
+    wait_until(lambda: no_job_left(shell))
+
+
+@pytest.mark.parametrize("name", ["INT", "TERM", "HUP"])
+def test_a_signal_ends_the_search_for_a_worker(room, name):
+    job = room.submit(env={"CEXEC_TIMEOUT_ACCEPT": 0})
+    wait_until(lambda: announced(job))
+    job.signal(getattr(signal, "SIG" + name))
+    assert job.complete() == 128 + getattr(signal, "SIG" + name) and str(job.log) == ""
+
+
+def announced(job):
+    assert any("socket" in target for target in open_fds(job.pid).values())
+
+
+def test_a_signal_that_was_ignored_from_the_start_stays_ignored(shell):
+    """As nohup does: the user wants the job to go on."""
+    job = shell.start(sys.executable, "-ISc", "import os, signal, sys; signal.signal(1, signal.SIG_IGN); "
+                      "os.execv(sys.argv[1], sys.argv[1:])", *TOOL, "cexec", shell.pub, "RUN=echo ready; cat; exit 4",
+                      env=shell.settings({}), stdin=subprocess.PIPE, stdout=LINES)
+    job.out.wait("ready")
+    job.signal(signal.SIGHUP)
+    job.stdin.write(b"goes on\n")
+    job.stdin.close()
+    assert job.complete() == 4 and job.out.lines == ["ready", "goes on"]
+
+
+# ---------------------------------------------------------------- the end of a job's processes
+
+STUBBORN = "RUN=trap '' TERM HUP INT; (trap '' TERM HUP INT; echo ready; exec sleep 1000) & echo ready; " \
+    "while :; do sleep 1; done"
+
+
+def stubborn_job(room):
+    job = room.submit(STUBBORN, stdout=LINES)
+    job.out.wait("ready", count=2)
+    return job
+
+
+def test_killing_cexec_ends_the_jobs_whole_group(shell):
+    job = stubborn_job(shell)
+    job.kill()
+    wait_until(lambda: no_job_left(shell))
+    shell.worker.log.wait("submitter lost")
+    assert shell.cexec("RUN=echo still serving").stdout == b"still serving\n"
+
+
+def handler_of(worker):
+    handler, = children(worker.pid)
+    return handler
+
+
+def test_killing_the_handler_ends_the_job_and_frees_its_slot(room):
+    worker = room.serve(*SHELL, CONCURRENCY=1)
+    job = stubborn_job(room)
+    os.kill(handler_of(worker), signal.SIGKILL)
+    assert job.complete() == 111
+    assert job.log.lines[0].startswith("cexec: worker 127.0.0.1: ") and len(job.log.lines) == 2
+    wait_until(lambda: no_job_left(room))
+    worker.log.wait("its handler was killed; the job ends")
+    assert room.cexec("RUN=echo free again").stdout == b"free again\n"
+
+
+def test_killing_the_daemon_ends_the_job(room):
+    worker = room.serve(*SHELL)
+    job = stubborn_job(room)
+    worker.kill()
+    assert job.complete() == 111 and "the worker was killed" in job.log.lines[0]
+    wait_until(lambda: no_job_left(room))
+
+
+def test_what_a_job_leaves_in_its_group_ends_with_it(shell):
+    done = shell.cexec("RUN=(trap '' HUP; exec sleep 1000) >&- 2>&- <&- & exit 3")
+    assert done.returncode == 3
+    wait_until(lambda: no_job_left(shell))
+
+
+def test_no_zombies(shell):
+    assert statuses(shell, [(b"RUN", b"true & exit %d" % number) for number in range(30)])
+    wait_until(lambda: nothing_below(shell.worker))
+
+
+def nothing_below(worker):
+    assert children(worker.pid) == [] and zombies(worker.pid) == []
+
+
+def test_a_job_that_leaves_a_zombie_ends_at_once(shell):
+    """Its orphan may stay a zombie for as long as the machine's first process likes."""
+    began = time.monotonic()
+    assert shell.cexec("RUN=true & exit 3").returncode == 3
+    assert time.monotonic() - began < 1.5
+
+
+def test_a_job_whose_output_is_over_before_itself_still_tells_its_status(shell):
+    done = shell.cexec("RUN=exec >&- 2>&- <&-; sleep 0.2; exit 9")
+    assert (done.returncode, done.stdout, done.stderr) == (9, b"", b"")
+
+
+# ---------------------------------------------------------------- the worker's log, drain and end
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_worker_that_is_told_to_stop_lets_jobs_finish(shell, number):
+    job = shell.submit("RUN=echo ready; exec cat", stdin=subprocess.PIPE, stdout=LINES)
+    job.out.wait("ready")
+    shell.worker.signal(number)
+    shell.worker.log.wait("%s: no new jobs, 1 running; again to kill them" % number.name)
+    assert shell.cexec("RUN=true", env={"CEXEC_TIMEOUT_ACCEPT": 0.3}).returncode == 111
+    assert shell.worker.alive() and job.alive()
+    job.stdin.write(b"to the end\n")
+    job.stdin.close()
+    assert job.complete() == 0 and job.out.lines == ["ready", "to the end"]
+    assert shell.worker.complete() == 0
+
+
+def test_a_second_stop_kills_the_jobs(shell):
+    job = stubborn_job(shell)
+    shell.worker.signal(signal.SIGTERM)
+    shell.worker.log.wait("again to kill them")
+    shell.worker.signal(signal.SIGTERM)
+    assert job.complete() == 111
+    assert job.log.lines[0] == "cexec: worker 127.0.0.1: gave the job up: the worker was told to stop"
+    assert shell.worker.complete() == 0
+    no_job_left(shell)
+
+
+def test_sighup_changes_nothing(shell):
+    shell.worker.signal(signal.SIGHUP)
+    assert shell.cexec("RUN=echo here").stdout == b"here\n"
+    shell.worker.signal(signal.SIGHUP)
+    assert shell.worker.alive() and shell.worker.stop() == 0
+
+
+STAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d cservice: "
+
+
+def test_the_log_of_a_worker(room):
+    worker = room.serve(*SHELL, CONCURRENCY=3)
+    fingerprint = re.escape(cexec.load_key(room.pub, "public")[0].fingerprint)
+    done = room.cexec("RUN=cat; echo $CEXEC_JOB; exit 5", input=b"0123456789")
+    identity = done.stdout.decode().strip()[10:]
+    worker.log.wait("end, ")
+    assert worker.stop() == 0
+    root = [r"warning: jobs run as root; --user NAME gives them another user's rights"] if os.geteuid() == 0 else []
+    wanted = [r"ready: key %s, group %s, 3 slots, command \S*/sh" % (fingerprint, re.escape(room.group))] + root + [
+        r"job %s: start from 127\.0\.0\.1, pid \d+" % identity,
+        r"job %s: end, status 5, \d+\.\d{3} s, 10 octets in, 27 out" % identity,
+        r"SIGTERM: no new jobs, 0 running; again to kill them", r"done"]
+    assert len(worker.log.lines) == len(wanted), str(worker.log)
+    for line, pattern in zip(worker.log.lines, wanted):
+        assert re.match(STAMP + pattern + "$", line), (line, pattern)
+
+
+def test_a_signal_that_ended_a_job_is_in_the_log(shell):
+    assert shell.cexec("RUN=kill -KILL $$").returncode == 137
+    shell.worker.log.wait("end, signal 9, ")
+
+
+def test_a_worker_goes_on_when_nobody_reads_its_log(room):
+    reading, writing = os.pipe()
+    fill(writing)
+    worker = room.tool("cservice", room.key, *SHELL, stderr=writing, env={"CONCURRENCY": 8})
+    jobs = statuses(room, [(b"RUN", b"exit %d # %s" % (number, b"x" * 100)) for number in range(30)])
+    assert len(jobs) == 30
+    os.close(writing)
+    os.close(reading)
+    assert room.cexec("RUN=true").returncode == 0 and worker.alive()
+
+
+def fill(fd):
+    """Fills a pipe to its brim."""
+    os.set_blocking(fd, False)
+    try:
+        while True:
+            os.write(fd, bytes(4096))
+    except BlockingIOError:
+        os.set_blocking(fd, True)
+
+
+# ---------------------------------------------------------------- other interpreters
+
+def pairs_of_pythons():
+    """Every other Python that is here, as submitter and as worker."""
+    found = sorted(interpreters().items(), key=lambda item: [int(part) for part in item[0].split(".")])
+    here = "%d.%d" % sys.version_info[:2]
+    others = [item for item in found if item[0] != here]
+    if not others:
+        skip("no other Python than %s is here" % here)
+    return found[0], found[-1]
+
+
+@pytest.mark.parametrize("turn", ["older worker", "newer worker"])
+def test_submitter_and_worker_of_different_pythons(room, turn):
+    (_, oldest), (_, newest) = pairs_of_pythons()
+    worker, submitter = (oldest, newest) if turn == "older worker" else (newest, oldest)
+    room.serve(*SHELL, python=worker)
+    octets = random_octets(5 * MB)
+    done = room.cexec("RUN=cat; echo err >&2; exit 37", python=submitter, input=octets)
+    assert (done.returncode, done.stdout, done.stderr) == (37, octets, b"err\n")
+    near, far = socket.socketpair()
+    argv, pass_fds = placed({3: far.fileno()}, submitter, CEXEC, "cexec", room.pub, "RUN=cat <&3 >&3; kill -9 $$")
+    job = room.start(*argv, env=room.settings({}), pass_fds=pass_fds)
+    far.close()
+    near.sendall(b"there and back")
+    near.shutdown(socket.SHUT_WR)
+    assert Reader(near.detach()).done() == b"there and back" and job.complete() == 137
+
+
+# ---------------------------------------------------------------- three hosts
+
+def oggenc_input():
+    """A second of sound, as a WAV file."""
+    samples = b"".join(struct.pack("<h", (number * number * 7) % 20000 - 10000) for number in range(44100))
+    return struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + len(samples), b"WAVE", b"fmt ", 16, 1, 1, 44100, 88200, 2, 16,
+                       b"data", len(samples)) + samples
+
+
+def test_a_cluster_of_three_hosts_encodes_sound(net, tools, tmp_path):
+    """The README's example, with the default group."""
+    need("oggenc")
+    wav, encode = tmp_path / "input.wav", ["oggenc", "-Q", "--serial", "7", "-o-", "-"]
+    wav.write_bytes(oggenc_input())
+    for number, name in enumerate(("one", "two", "three"), 1):
+        net.host(name, "10.99.0.%d/24" % number)
+    assert net.run("one", tools / "ckeygen", "distributed_ogg", cwd=str(tmp_path)).returncode == 0
+    workers = [net.start(name, tools / "cservice", "distributed_ogg", *encode, cwd=str(tmp_path)) for name in ("two", "three")]
+    for worker in workers:
+        worker.ready()
+    local = run_command(*encode, input=wav.read_bytes()).stdout
+    assert len(local) > 3000
+    for _ in range(3):
+        with open(str(wav), "rb") as source, open(str(tmp_path / "output.ogg"), "wb") as output:
+            done = net.run("one", tools / "cexec", "distributed_ogg.pub", cwd=str(tmp_path), stdin=source, stdout=output)
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert (tmp_path / "output.ogg").read_bytes() == local
+
+
+# ---------------------------------------------------------------- demo
+
+class Stage:
+    """A directory that holds only cexec.py, beside one for temporary files."""
+
+    def __init__(self, tmp_path):
+        self.place, self.temporary = tmp_path / "place", tmp_path / "tmp"
+        self.place.mkdir()
+        self.temporary.mkdir()
+        shutil.copy(CEXEC, str(self.place))
+        self.mark = "demo.%s" % tmp_path
+        self.options = {"cwd": str(self.place), "env": {"TMPDIR": self.temporary, "STAGE": self.mark}}
+
+    def demo(self, *command, **options):
+        return run_command(sys.executable, "cexec.py", "demo", *command, timeout=60, **dict(self.options, **options))
+
+    def clean(self):
+        assert sorted(os.listdir(str(self.place))) == ["cexec.py"]
+        assert os.listdir(str(self.temporary)) == []
+        wait_until(self._nobody)
+
+    def _nobody(self):
+        assert [command_line(pid) for pid in marked("STAGE=" + self.mark)] == []
+
+
+@pytest.fixture
+def stage(tmp_path):
+    return Stage(tmp_path)
+
+
+def test_the_demo_in_an_empty_directory(stage, tmp_path):
+    octets = random_octets(4000000)
+    (tmp_path / "in").write_bytes(octets)
+    with open(str(tmp_path / "in"), "rb") as source:
+        done = stage.demo("tr", "a-z", "A-Z", stdin=source)
+    upper = bytes(octet - 32 if 97 <= octet <= 122 else octet for octet in range(256))
+    assert done.returncode == 0 and done.stdout == octets.translate(upper)
+    stage.clean()
+    told = done.stderr.decode()
+    assert all(line.startswith("demo: ") for line in told.splitlines()) and "Traceback" not in told
+    for words in ("$ ckeygen app", "$ cservice app tr a-z A-Z", "$ crat app.pub", "$ cexec app.pub",
+                  "completed by 127.0.0.1 for app.pub exit code 0"):
+        assert words in told
+
+
+def test_the_demo_ends_as_its_job_did(stage):
+    done = stage.demo("sh", "-c", "exit 37")
+    assert (done.returncode, done.stdout) == (37, b"")
+    stage.clean()
+
+
+def test_the_demo_has_a_text_and_a_command_of_its_own(stage):
+    leader, follower = pty.openpty()
+    done = stage.demo(stdin=follower)
+    os.close(follower)
+    os.close(leader)
+    assert (done.returncode, done.stdout) == (0, cexec.DEMO_TEXT.upper())
+    stage.clean()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_demo_that_is_interrupted_leaves_nothing(stage, number):
+    demo = Process([sys.executable, "cexec.py", "demo", "sleep", "100"], **stage.options)
+    demo.log.wait(": start from ")
+    demo.signal(number)
+    assert demo.complete(20) == 128 + number and "Traceback" not in str(demo.log)
+    stage.clean()
+
+
+def test_the_demo_reads_a_relative_command_where_the_user_stands(stage):
+    (stage.place / "own").write_text("#!/bin/sh\necho own\n")
+    (stage.place / "own").chmod(0o755)
+    assert stage.demo("./own").stdout == b"own\n"
+    (stage.place / "own").unlink()
+    stage.clean()
+
+
+# ---------------------------------------------------------------- documents agree with the code
+
+def document(name):
+    path = os.path.join(HERE, name)
+    if not os.path.exists(path):
+        skip("%s is not beside the tests" % name)
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
+def test_the_man_page_names_every_tool_setting_and_option():
+    text = document("cexec.1").replace("\\-", "-").replace("\\&", "")
+    for name in cexec.TOOLS:
+        assert re.search(r"\b%s\b" % name, text), name
+    for setting in cexec.SETTINGS:
+        for name in setting.names:
+            assert re.search(r"\b%s\b" % name, text), name
+        assert re.search(re.escape(setting.option.lstrip("-")) + r"\b", text), setting.option
+    for option in list(cexec.FLAGS) + ["-stdin", "--help", "--version"]:
+        assert option.lstrip("-") in text, option
+    for status in 2, 101, 102, 103, 104, 111, 255:
+        assert re.search(r"\b%d\b" % status, text), status
+
+
+def test_the_man_page_is_clean():
+    need("mandoc")
+    document("cexec.1")
+    done = run_command("mandoc", "-T", "lint", "-W", "warning", os.path.join(HERE, "cexec.1"))
+    assert (done.returncode, done.stdout) == (0, b"")
+
+
+def test_every_numbered_claim_has_a_test_that_names_it():
+    """SECURITY and RELIABILITY in the man page: claim S1, R2 ... stands in the docstring of a test."""
+    claims = set(re.findall(r"\b[SR][0-9]+\b", document("cexec.1")))
+    named = set(re.findall(r"\b[SR][0-9]+\b", document("test_cexec.py")))
+    assert claims - named == set()
+
+
+def test_the_readme_has_the_two_commands_and_the_example():
+    text = document("README.md")
+    for words in ("python3 cexec.py demo", "python3 test_cexec.py", "ckeygen distributed_ogg",
+                  "cservice distributed_ogg oggenc -o- -", "cexec distributed_ogg.pub < input.wav > output.ogg"):
+        assert words in text, words
+
+
+def test_the_licence_is_named():
+    assert "SPDX-License-Identifier: MIT" in document("cexec.py") and "MIT License" in document("LICENSE")
+
+
+# ---------------------------------------------------------------- terminals: helpers
+
+ON_TERMINAL = """
+import fcntl, os, sys, termios
+number, places = int(sys.argv[1]), sys.argv[2]
+os.setsid()
+fcntl.ioctl(number, termios.TIOCSCTTY, 0)
+os.close(number)
+for place in places.split():
+    os.dup2(*map(int, place.split("=")), inheritable=True)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+PATIENCE = 20       # seconds for what takes milliseconds on an idle machine
+BASH = "bash", "--norc", "--noprofile", "-i"
+PLAIN = {"HISTFILE": "", "INPUTRC": "/dev/null", "TERM": "dumb"}    # bash without a trace and without decoration
+
+
+class Terminal:
+    """A terminal and the user at it.  A thread collects what appears; wait() goes through it from top to bottom."""
+
+    def __init__(self, room, rows=24, columns=300):
+        self.room, self.shown, self.seen, self.more = room, bytearray(), 0, threading.Condition()
+        self.master, self.slave = os.openpty()
+        self.name, self.over = os.ttyname(self.slave), False
+        self.resize(rows, columns)
+        self.thread = threading.Thread(target=self._read, daemon=True)
+        self.thread.start()
+
+    def _read(self):
+        while not self.over:
+            if select.select([self.master], [], [], 0.05)[0]:
+                octets = os.read(self.master, 1 << 16)
+                with self.more:
+                    self.shown += octets
+                    self.more.notify_all()
+
+    def start(self, *argv, env=None, stdin=None, stdout=None, stderr=None, controlling=True, places=None):
+        """Starts a command as the leader of a session on this terminal; streams may lead elsewhere.
+
+        places: {descriptor here: descriptor there} of what it gets besides."""
+        stdin, stdout, stderr = (self.slave if each is None else each for each in (stdin, stdout, stderr))
+        words = " ".join("%d=%d" % place for place in (places or {}).items())
+        leader = [sys.executable, "-ISc", ON_TERMINAL, self.slave, words] if controlling else []
+        return self.room.start(*leader, *argv, env=self.room.settings(dict(PLAIN, **(env or {}))), stdin=stdin,
+                               stdout=stdout, stderr=stderr, pass_fds=(self.slave, *(places or ())),
+                               start_new_session=not controlling)
+
+    def cexec(self, *options, group=None, env=None, **more):
+        """Starts cexec here, with -t unless options are given."""
+        env = dict({"GROUP": group or self.room.group}, **(env or {}))
+        return self.start(*TOOL, "cexec", *(options or ["-t"]), self.room.pub, env=env, **more)
+
+    def bash(self, **env):
+        """Starts a shell with job control here, which prompts with "here> "."""
+        need("bash")
+        shell = self.start(shutil.which("bash"), *BASH[1:], env=dict({"PS1": "here> "}, **env))
+        self.wait("here> ")
+        return shell
+
+    def line(self, *options):
+        """The shell's command for cexec, -t unless options are given."""
+        return " ".join(map(shlex.quote, [*TOOL, "cexec", *(options or ["-t"]), self.room.pub]))
+
+    def type(self, text):
+        octets = text if isinstance(text, bytes) else text.encode()
+        while octets:
+            octets = octets[os.write(self.master, octets):]
+
+    def wait(self, text, seconds=PATIENCE):
+        """Waits until text has appeared behind what was waited for before; returns what came up to it."""
+        wanted = text if isinstance(text, bytes) else text.encode()
+
+        def found():
+            return self.shown.find(wanted, self.seen)
+
+        with self.more:
+            self.more.wait_for(lambda: found() >= 0, seconds)
+            at = found()
+            assert at >= 0, "%r did not appear in %r" % (text, bytes(self.shown[self.seen:][-3000:]))
+            before, self.seen = bytes(self.shown[self.seen:at]), at + len(wanted)
+        return before.decode("utf-8", "backslashreplace")
+
+    def ask(self, command, prompt="there> "):
+        """Types a command to a shell; what it shows up to the next prompt, the echo left out, lines joined by \\n."""
+        self.type(command + "\r")
+        self.wait(command)
+        return self.wait(prompt).replace("\r\n", "\n").strip("\n")
+
+    def resize(self, rows, columns):
+        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+    def modes(self):
+        return termios.tcgetattr(self.slave)
+
+    def set_modes(self, modes):
+        termios.tcsetattr(self.slave, termios.TCSANOW, modes)
+
+    def is_raw(self):
+        return not self.modes()[3] & (termios.ICANON | termios.ISIG | termios.ECHO)
+
+    def wait_raw(self, raw=True):
+        def holds():
+            assert self.is_raw() is raw
+        wait_until(holds, PATIENCE)
+
+    def hang_up(self):
+        """The window is closed, the modem loses its carrier."""
+        if not self.over:
+            self.over = True
+            self.thread.join()
+            os.close(self.master)
+
+    def close(self):
+        self.hang_up()
+        os.close(self.slave)
+
+
+@pytest.fixture
+def terminal(room):
+    """A Terminal, hung up at the end of the test."""
+    terminal = Terminal(room)
+    yield terminal
+    terminal.close()
+
+
+def serve_bash(room, **env):
+    """A worker whose job is a shell with job control, which prompts with "there> "."""
+    need("bash")
+    return room.serve(*BASH, PS1="there> ", **dict(PLAIN, **env))
+
+
+def serve_sh(room, script, **env):
+    return room.serve("sh", "-c", script, **env)
+
+
+def wait_gone(*pids):
+    def holds():
+        left = {pid: command_line(pid) for pid in pids if stat_fields(pid)[:1] not in ([], ["Z"], ["X"])}
+        assert not left, left
+    wait_until(holds, PATIENCE)
+
+
+def wait_stopped(pid):
+    def holds():
+        assert stat_fields(pid)[:1] == ["T"], stat_fields(pid)[:1]
+    wait_until(holds, PATIENCE)
+
+
+def cexecs_of(shell):
+    """The pids of the cexecs that a shell runs now."""
+    return [pid for pid in children(shell.pid) if " cexec " in command_line(pid)]
+
+
+def the_cexec_of(shell):
+    """The pid of the one cexec that a shell runs."""
+    def holds():
+        found = cexecs_of(shell)
+        assert len(found) == 1, found
+        return found[0]
+    return wait_until(holds, PATIENCE)
+
+
+def handler_pid(worker):
+    """The pid of the process that a worker has for its one job."""
+    def holds():
+        found = children(worker.pid)
+        assert len(found) == 1, found
+        return found[0]
+    return wait_until(holds, PATIENCE)
+
+
+def typed(octets, character=b"~", cut=None):
+    """(what a job gets, commands) of typed octets, given to Escapes in pieces of `cut`."""
+    escapes, result, commands = cexec.Escapes(character), b"", []
+    cut = cut or len(octets)
+    for at in range(0, len(octets), cut):
+        part, more = escapes.filter(octets[at:at + cut])
+        result, commands = result + part, commands + more
+    return result, commands
+
+
+# ---------------------------------------------------------------- terminals: what is typed
+
+@pytest.mark.parametrize("cut", [1, 2, 3, None])
+@pytest.mark.parametrize("octets, result, commands", [
+    (b"~.", b"", ["end"]),
+    (b"ls\r~.", b"ls\r", ["end"]),
+    (b"ls\n~.", b"ls\n", ["end"]),
+    (b"a~.", b"a~.", []),
+    (b"~~.", b"~.", []),
+    (b"\r~~~.", b"\r~~.", []),
+    (b"~x", b"~x", []),
+    (b"~\r~.", b"~\r", ["end"]),
+    (b"~\x1als\r~.", b"ls\r", ["suspend", "end"]),
+    (b"\x03~.", b"\x03~.", []),
+    (b"\xc3\xa9\r\x00\xff", b"\xc3\xa9\r\x00\xff", []),
+])
+def test_the_escape_character_counts_at_the_beginning_of_a_line(octets, result, commands, cut):
+    assert typed(octets, cut=cut) == (result, commands)
+    assert typed(octets.replace(b"~", b"%"), b"%", cut) == (result.replace(b"~", b"%"), commands)
+    assert typed(octets, b"", cut) == (octets, [])
+    assert typed(octets, b"^", cut) == (octets, [])
+
+
+def test_what_is_typed_is_the_jobs_unless_it_stands_behind_the_escape(room, terminal):
+    serve_sh(room, "stty -echo; echo ready; exec cat")
+    cexec = terminal.cexec()
+    terminal.wait("ready\r\n")
+    terminal.type("mid~.dle\r")
+    terminal.wait("mid~.dle\r\n")
+    terminal.type("~~one\r")
+    assert terminal.wait("one\r\n") == "~"
+    terminal.type("~")
+    terminal.type(".")
+    assert cexec.wait(PATIENCE) == 111
+    assert terminal.wait("sequence\r\n") == "cexec: ended: by the escape "
+
+
+@pytest.mark.parametrize("setting, tilde", [("none", "none"), ("%", "%")])
+def test_the_escape_character_can_be_another_or_none(room, terminal, setting, tilde):
+    serve_sh(room, "stty -echo; echo ready; cat; exit 3")
+    cexec = terminal.cexec("-t", "--escape", setting)
+    terminal.wait("ready\r\n")
+    terminal.type("~.\r")
+    terminal.wait("~.\r\n")
+    if setting == "%":
+        terminal.type("%.")
+        assert cexec.wait(PATIENCE) == 111
+    else:
+        terminal.type("\x04")
+        assert cexec.wait(PATIENCE) == 3
+
+
+# ---------------------------------------------------------------- terminals: what the job finds
+
+def odd_modes(terminal):
+    """Makes the terminal unlike any default, as its user may have it; returns the modes."""
+    modes = terminal.modes()
+    modes[0] |= termios.IXANY
+    modes[0] &= ~termios.IXON
+    modes[3] &= ~termios.ECHOE
+    modes[6][termios.VERASE], modes[6][termios.VINTR] = b"\x08", b"\x07"
+    terminal.set_modes(modes)
+    return terminal.modes()
+
+
+def test_the_job_has_a_terminal_like_the_users(room, terminal):
+    serve_sh(room, "tty; tty <&1; tty <&2; (: >/dev/tty) && stty size </dev/tty; echo $TERM; stty -a; exit 7")
+    modes = odd_modes(terminal)
+    terminal.resize(33, 77)
+    cexec = terminal.cexec(env={"TERM": "xterm-odd"})
+    assert cexec.wait(PATIENCE) == 7
+    assert terminal.modes() == modes
+    names = [terminal.wait("\r\n") for _ in range(3)]
+    assert len(set(names)) == 1 and names[0].startswith("/dev/pts/") and names[0] != terminal.name
+    assert [terminal.wait("\r\n") for _ in range(2)] == ["33 77", "xterm-odd"]
+    described = terminal.wait("echoke").split()
+    for word in "-ixon", "ixany", "-echoe", "icanon", "isig", "echo", "opost":
+        assert word in described
+    assert "erase = ^H;" in " ".join(described) and "intr = ^G;" in " ".join(described)
+
+
+def test_the_jobs_terminal_has_the_size_of_the_users_at_any_time(room, terminal):
+    terminal.resize(20, 70)
+    cexec = terminal.cexec()
+    time.sleep(0.01)        # wherever its start stands by then, no change is lost
+    terminal.resize(21, 71)
+    serve_sh(room, 'trap "stty size" WINCH; trap "exit 9" INT; stty size; while :; do sleep 0.05; done')
+    terminal.wait("21 71\r\n")
+    for rows in 50, 51, 52:
+        terminal.resize(rows, 100)
+    terminal.wait("52 100\r\n")
+    terminal.type("\x03")
+    assert cexec.wait(PATIENCE) == 9
+
+
+def test_the_workers_own_window_and_terminal_type_are_not_the_jobs(room, terminal):
+    serve_sh(room, "echo $TERM.$LINES.$COLUMNS.", TERM="vt52", LINES="5", COLUMNS="6")
+    cexec = terminal.cexec(env={"TERM": "xterm"})
+    terminal.wait("xterm...\r\n")
+    assert cexec.wait(PATIENCE) == 0
+
+
+def test_a_signal_key_acts_on_what_runs_in_the_jobs_shell(room, terminal):
+    serve_bash(room)
+    modes = terminal.modes()
+    cexec = terminal.cexec()
+    terminal.wait("there> ")
+    for key, status in ("\x03", 130), ("\x1c", 131):
+        terminal.type("sh -c 'echo $((40+2)); exec sleep 99'\r")
+        terminal.wait("42\r\n")
+        terminal.type(key)
+        terminal.wait("there> ")
+        assert terminal.ask("echo $?") == str(status)
+    terminal.type("sh -c 'echo $((40+2)); exec sleep 99'\r")
+    terminal.wait("42\r\n")
+    terminal.type("\x1a")
+    terminal.wait("Stopped")
+    terminal.wait("there> ")
+    assert "sleep 99" in terminal.ask("jobs")
+    terminal.type("fg\r")
+    terminal.wait("sleep 99'")
+    terminal.type("\x03")
+    terminal.wait("there> ")
+    assert terminal.ask("sleep 0 & wait; jobs; echo $?")[-1] == "0"
+    terminal.type("exit 5\r")
+    assert cexec.wait(PATIENCE) == 5
+    assert terminal.modes() == modes
+
+
+def test_end_of_file_is_a_key_like_any_other(room, terminal):
+    serve_sh(room, "cat; echo more; cat; exit 4")
+    cexec = terminal.cexec()
+    terminal.wait_raw()
+    terminal.type("\x04")
+    terminal.wait("more\r\n")
+    terminal.type("\x04")
+    assert cexec.wait(PATIENCE) == 4
+
+
+def test_a_job_may_close_its_terminal_and_open_it_again(room, terminal):
+    serve_sh(room, "exec <&- >&- 2>&-; sleep 0.2; echo late >/dev/tty; read x </dev/tty; echo got $x >/dev/tty; exit 6")
+    cexec = terminal.cexec()
+    terminal.wait("late\r\n")
+    terminal.type("it\r")
+    terminal.wait("got it\r\n")
+    assert cexec.wait(PATIENCE) == 6
+
+
+def test_who_left_the_jobs_session_does_not_keep_the_users_terminal(room, terminal, tmp_path):
+    need("setsid")
+    serve_sh(room, "setsid sh -c 'echo $$ >%s/pid; exec sleep 60' & while ! test -s %s/pid; do sleep 0.05; done;"
+             "echo last; exit 8" % (tmp_path, tmp_path))
+    cexec = terminal.cexec()
+    try:
+        assert cexec.wait(PATIENCE) == 8
+        terminal.wait("last\r\n")
+    finally:
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+
+
+# ---------------------------------------------------------------- terminals: beside them
+
+def test_other_streams_are_carried_beside_the_terminal(room, terminal, tmp_path):
+    serve_sh(room, "tty; tty <&1; test -t 2 || echo err >&2; printf 'three\\n' >&3; cat <&4")
+    reading, writing = os.pipe()
+    four, source = os.pipe()
+    os.write(source, b"four\n")
+    os.close(source)
+    with open(str(tmp_path / "errors"), "wb") as errors:
+        cexec = terminal.cexec(stderr=errors, places={writing: 3, four: 4})
+        os.close(writing)
+        os.close(four)
+    assert cexec.wait(PATIENCE) == 0
+    assert terminal.wait("\r\n") == terminal.wait("\r\n")
+    terminal.wait("four\n")
+    assert (tmp_path / "errors").read_bytes() == b"err\n"
+    with open(reading, "rb") as three:
+        assert three.read() == b"three\n"
+
+
+def test_standard_input_may_lead_elsewhere(room, terminal, tmp_path):
+    serve_sh(room, "cat; test -t 0 || echo no; tty <&1; exit 2")
+    (tmp_path / "in").write_bytes(b"from the file\n")
+    modes = terminal.modes()
+    with open(str(tmp_path / "in"), "rb") as stdin:
+        cexec = terminal.cexec(stdin=stdin)
+    assert cexec.wait(PATIENCE) == 2
+    assert terminal.wait("/dev/pts/").split() == ["from", "the", "file", "no"]
+    assert terminal.modes() == modes
+
+
+def test_standard_output_may_lead_elsewhere_and_is_exact_there(room, terminal, tmp_path):
+    serve_sh(room, "tty; read x; echo $x; printf 'a\\nb\\r\\n'; exit 3")
+    with open(str(tmp_path / "out"), "wb") as stdout:
+        cexec = terminal.cexec(stdout=stdout)
+    terminal.wait_raw()
+    terminal.type("hello\r")
+    assert cexec.wait(PATIENCE) == 3
+    name, rest = (tmp_path / "out").read_bytes().split(b"\n", 1)
+    assert name.startswith(b"/dev/pts/") and rest == b"hello\na\nb\r\n"
+    terminal.wait("hello\r\n")      # the echo
+
+
+def test_without_t_a_terminal_changes_nothing(room, terminal, tmp_path):
+    serve_sh(room, "test -t 0 || test -t 1 || test -t 2 || cat")
+    octets = bytes(range(256)) * 300 + b"\r\n\n\r\x04\x03~.\n~."
+    (tmp_path / "in").write_bytes(octets)
+    modes = terminal.modes()
+    with open(str(tmp_path / "in"), "rb") as stdin, open(str(tmp_path / "out"), "wb") as stdout:
+        assert terminal.cexec("--", stdin=stdin, stdout=stdout).wait(PATIENCE) == 0
+    assert (tmp_path / "out").read_bytes() == octets and not terminal.shown
+    cexec = terminal.cexec("--", stdin=subprocess.DEVNULL)
+    assert cexec.wait(PATIENCE) == 0
+    assert terminal.modes() == modes
+
+
+def test_t_without_a_terminal_is_refused(room):
+    done = run("cexec", "-t", room.pub, env=room.settings({}))
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr == (b"cexec: -t: none of standard input, output and error is a terminal\n"
+                           b"  -tt gives the job a terminal all the same\n")
+
+
+@pytest.mark.parametrize("octets", [b"", b"hello\n", b"hello", b"~.\n~.\n"])
+def test_tt_forces_a_terminal_and_ends_its_input_as_a_user_would(room, octets):
+    serve_sh(room, "tty; tty <&1; stty size; cat; echo end; exit 6")
+    done = run("cexec", "-tt", room.pub, env=room.settings({}), input=octets)
+    assert (done.returncode, done.stderr) == (6, b"")
+    lines = done.stdout.replace(b"\r\n", b"\n").split(b"\n")
+    names = [line for line in lines if b"/dev/pts/" in line]
+    assert len(names) == 2 and b"24 80" in done.stdout and done.stdout.endswith(b"end\r\n")
+    assert done.stdout.count(octets.rstrip(b"\n").replace(b"\n", b"\r\n")) >= (2 if octets else 1)  # echo and cat
+
+
+# ---------------------------------------------------------------- terminals: much
+
+def test_ten_megabytes_arrive_complete(room, terminal):
+    lines = 1300000
+    serve_sh(room, "seq %d; exit 3" % lines)
+    cexec = terminal.cexec()
+    assert cexec.wait(60) == 3
+    expected = b"".join(b"%d\r\n" % number for number in range(1, lines + 1))
+    assert len(expected) > 10 << 20
+
+    def holds():
+        assert len(terminal.shown) >= len(expected)
+    wait_until(holds, PATIENCE)
+    assert terminal.shown == expected
+
+
+def test_an_interrupt_acts_in_the_middle_of_a_flood(room, terminal):
+    serve_bash(room)
+    cexec = terminal.cexec()
+    terminal.wait("there> ")
+    terminal.type("yes 0123456789\r")
+
+    def flooded():
+        assert len(terminal.shown) > 3 << 20
+    wait_until(flooded, PATIENCE)
+    shown = len(terminal.shown)
+    terminal.type("\x03")
+    terminal.wait("there> ")
+    assert len(terminal.shown) - shown < 32 << 20       # a second of it
+    assert terminal.ask("echo $((40+2))") == "42"
+    terminal.type("exit 3\r")
+    assert cexec.wait(PATIENCE) == 3
+
+
+def test_a_long_paste_arrives_complete_where_the_job_reads_it_raw(room, terminal):
+    serve_sh(room, "stty raw -echo; echo ready; head -c 200000 | cksum")
+    octets = b"~pasted\r" * 25000
+    cexec = terminal.cexec()
+    terminal.wait("ready\n")
+    terminal.type(octets)
+    assert cexec.wait(PATIENCE) == 0
+    terminal.wait(run_command("cksum", input=octets).stdout.split(b" ")[0] + b" 200000")
+
+
+# ---------------------------------------------------------------- terminals: modes come back
+
+def lost_worker(room, terminal, worker, cexec, relay):
+    worker.kill()
+
+
+def lost_handler(room, terminal, worker, cexec, relay):
+    os.kill(handler_pid(worker), signal.SIGKILL)
+
+
+def lost_connection(room, terminal, worker, cexec, relay):
+    relay.close()
+
+
+def escape(room, terminal, worker, cexec, relay):
+    terminal.type("\r~.")
+
+
+@pytest.mark.parametrize("end, status", [
+    (lambda room, terminal, worker, cexec, relay: terminal.type("status 7\r"), 7),
+    (lambda room, terminal, worker, cexec, relay: terminal.type("\x07"), 128 + signal.SIGINT),
+    (lambda room, terminal, worker, cexec, relay: cexec.signal(signal.SIGTERM), 128 + signal.SIGTERM),
+    (lambda room, terminal, worker, cexec, relay: cexec.signal(signal.SIGHUP), 128 + signal.SIGHUP),
+    (lambda room, terminal, worker, cexec, relay: cexec.signal(signal.SIGINT), 128 + signal.SIGINT),
+    (lost_worker, 111), (lost_handler, 111), (lost_connection, 111), (escape, 111),
+], ids="exit interrupt TERM HUP INT worker handler connection escape".split())
+def test_the_local_modes_come_back_exactly(room, terminal, end, status):
+    worker = serve_sh(room, "echo $$; read word number; exit $number")
+    relay, modes = room.relay(), odd_modes(terminal)
+    cexec = terminal.cexec(group=relay.group)
+    pid = int(terminal.wait("\r\n"))
+    assert terminal.is_raw()
+    end(room, terminal, worker, cexec, relay)
+    assert cexec.wait(PATIENCE) == status
+    assert terminal.modes() == modes
+    wait_gone(pid)
+
+
+def test_a_second_signal_ends_a_job_that_ignores_the_first_and_the_modes_come_back(room, terminal):
+    serve_sh(room, "trap 'echo caught' TERM; echo ready; while :; do sleep 0.05; done")
+    modes = odd_modes(terminal)
+    cexec = terminal.cexec()
+    terminal.wait("ready\r\n")
+    cexec.signal(signal.SIGTERM)
+    terminal.wait("caught\r\n")
+    cexec.signal(signal.SIGTERM)
+    assert cexec.wait(PATIENCE) == 128 + signal.SIGTERM
+    assert terminal.modes() == modes
+
+
+def test_nothing_is_changed_while_nobody_answers(room, terminal):
+    modes = odd_modes(terminal)
+    cexec = terminal.cexec(env={"CEXEC_TIMEOUT_ACCEPT": "0.2"})
+    assert cexec.wait(PATIENCE) == 111
+    assert terminal.modes() == modes
+    terminal.wait("cexec: no worker: nobody answered within 0.2 s")
+
+
+def test_modes_come_back_on_a_terminal_that_is_not_the_controlling_one(room, terminal):
+    """As under programs that make a terminal for another one and no session."""
+    serve_sh(room, "echo ready; read x; exit 3")
+    modes = odd_modes(terminal)
+    cexec = terminal.cexec(controlling=False)
+    terminal.wait("ready\r\n")
+    assert terminal.is_raw()
+    terminal.type("\r")
+    assert cexec.wait(PATIENCE) == 3
+    assert terminal.modes() == modes
+
+
+def test_while_another_worker_is_looked_for_the_keys_are_the_users(room, terminal):
+    first, modes = serve_sh(room, "exec sleep 60"), odd_modes(terminal)
+    cexec = terminal.cexec(env={"CEXEC_TIMEOUT_ACCEPT": "0"})
+    terminal.wait_raw()
+    first.kill()
+    terminal.wait_raw(False)
+    assert terminal.modes() == modes
+    terminal.type("\x07")
+    assert cexec.wait(PATIENCE) == 128 + signal.SIGINT
+    assert terminal.modes() == modes
+
+
+def test_another_workers_job_finds_the_same_terminal(room, terminal):
+    first, modes = serve_sh(room, "exec sleep 60"), odd_modes(terminal)
+    cexec = terminal.cexec()
+    terminal.wait_raw()
+    first.kill()
+    serve_sh(room, "stty size; stty -a; read x; exit 4")
+    terminal.wait("24 300\r\n")
+    described = terminal.wait("echoke").split()
+    for word in "-ixon", "icanon", "isig", "echo", "opost", "icrnl":
+        assert word in described
+    terminal.wait_raw()
+    terminal.type("\r")
+    assert cexec.wait(PATIENCE) == 4
+    assert terminal.modes() == modes
+
+
+# ---------------------------------------------------------------- terminals: hung sessions, hang-ups
+
+def test_the_escape_ends_a_hung_session(room, terminal):
+    relay = room.relay()
+    serve_sh(room, "echo $$; exec cat")
+    modes = terminal.modes()
+    cexec = terminal.cexec(group=relay.group, env={"CEXEC_TIMEOUT_PINGPONG": "4"})
+    pid = int(terminal.wait("\r\n"))
+    relay.towards, relay.at, relay.fault = "worker", relay.carried["worker"][-1], "stall"
+    terminal.type("lost\r")
+    terminal.type("~.")
+    assert cexec.wait(PATIENCE) == 111
+    assert terminal.modes() == modes
+    wait_gone(pid)          # once its silence is noticed
+
+
+def background_jobs(terminal):
+    """Starts, in the job's shell, jobs of every kind that a terminal's end must reach; their pids."""
+    asks = ["sleep 61 & sleep 62 | sleep 63 &", "(trap '' HUP TERM; exec sleep 64) &", "nohup sleep 65 >/dev/null 2>&1 &"]
+    for ask in asks:
+        terminal.ask(ask)
+    terminal.type("sh -c 'echo $((40+2)); exec sleep 66'\r")
+    terminal.wait("42\r\n")
+    terminal.type("\x1a")
+    terminal.wait("Stopped")
+    terminal.wait("there> ")
+    pids = terminal.ask("echo $$ $(jobs -p)")
+    leaders = [int(word) for word in pids.split()]
+    assert len(leaders) == 6, pids
+    terminal.type("sh -c 'echo $((40+2)); exec sleep 67'\r")
+    terminal.wait("42\r\n")
+    everyone = [pid for pid in all_pids() if stat_fields(pid)[3:4] == [str(leaders[0])]]
+    assert len(everyone) >= 8, everyone
+    return everyone
+
+
+def test_when_the_users_terminal_hangs_up_the_jobs_whole_session_ends(room, terminal):
+    serve_bash(room)
+    cexec = terminal.cexec()
+    terminal.wait("there> ")
+    pids = background_jobs(terminal)
+    terminal.hang_up()
+    assert cexec.wait(PATIENCE) == 128 + signal.SIGHUP
+    wait_gone(*pids)
+
+
+def test_when_cexec_is_killed_the_jobs_whole_session_ends(room, terminal):
+    serve_bash(room)
+    cexec = terminal.cexec()
+    terminal.wait("there> ")
+    pids = background_jobs(terminal)
+    cexec.kill()
+    wait_gone(*pids)
+
+
+def test_when_the_handler_is_killed_the_jobs_whole_session_ends(room, terminal):
+    worker = serve_bash(room)
+    modes = terminal.modes()
+    cexec = terminal.cexec()
+    terminal.wait("there> ")
+    pids = background_jobs(terminal)
+    os.kill(handler_pid(worker), signal.SIGKILL)
+    wait_gone(*pids)
+    assert cexec.wait(PATIENCE) == 111
+    assert terminal.modes() == modes
+    again = terminal.cexec()
+    terminal.wait("there> ")
+    terminal.type("exit 3\r")
+    assert again.wait(PATIENCE) == 3
+
+
+def test_a_job_that_ends_takes_its_session_with_it(room, terminal):
+    serve_bash(room)
+    cexec = terminal.cexec()
+    terminal.wait("there> ")
+    pids = background_jobs(terminal)
+    terminal.type("\x03")
+    terminal.wait("there> ")
+    terminal.type("exec sh -c 'exit 3'\r")
+    assert cexec.wait(PATIENCE) == 3
+    wait_gone(*pids)
+
+
+def test_whoever_ignores_the_hang_up_goes_on(room, terminal, tmp_path):
+    """nohup cexec KEY: neither it nor its job ends with the terminal."""
+    serve_sh(room, "trap 'echo hung up; exit 1' HUP; echo begun; cat; echo end")
+    reading, writing = os.pipe()
+    with open(str(tmp_path / "out"), "wb") as out:
+        started = terminal.start(shutil.which("sh"), "-c", "trap '' HUP; exec \"$@\"", "sh", *TOOL, "cexec", room.pub,
+                                 stdin=reading, stdout=out, stderr=out)
+    os.close(reading)
+
+    def begun():
+        assert (tmp_path / "out").read_bytes() == b"begun\n"
+    wait_until(begun, PATIENCE)
+    started.signal(signal.SIGHUP)
+    terminal.hang_up()
+    os.write(writing, b"still here\n")
+    os.close(writing)
+    assert started.wait(PATIENCE) == 0
+    assert (tmp_path / "out").read_bytes() == b"begun\nstill here\nend\n"
+
+
+# ---------------------------------------------------------------- terminals: under a shell with job control
+
+def test_cexec_is_suspended_and_goes_on(room, terminal, tmp_path):
+    serve_bash(room)
+    shell = terminal.bash(CEXEC_TIMEOUT_PINGPONG="1")
+    modes = terminal.ask("stty -g", "here> ")
+    terminal.type(terminal.line() + "\r")
+    terminal.wait("there> ")
+    counter = tmp_path / "count"
+    terminal.ask("while echo >>%s; do sleep 0.1; done &" % counter)
+    assert terminal.is_raw()
+    terminal.type("~\x1a")
+    terminal.wait("Stopped")
+    terminal.wait("here> ")
+    assert terminal.ask("stty -g", "here> ") == modes
+    wait_stopped(the_cexec_of(shell))
+    start = counter.stat().st_size
+    terminal.resize(41, 101)
+
+    def goes_on():
+        assert counter.stat().st_size > start + 16      # longer than the silence that means a lost worker
+    wait_until(goes_on, PATIENCE)
+    terminal.type("fg\r")
+    terminal.wait(room.pub)
+    terminal.wait_raw()
+    terminal.type("\r")
+    terminal.wait("there> ")
+    assert terminal.ask("stty size") == "41 101"
+    assert "Running" in terminal.ask("jobs")
+    terminal.type("exit 3\r")
+    terminal.wait("here> ")
+    assert terminal.ask("echo status $?", "here> ") == "status 3"
+    assert terminal.ask("stty -g", "here> ") == modes
+
+
+def test_modes_that_were_changed_while_it_was_suspended_stay(room, terminal):
+    serve_bash(room)
+    terminal.bash()
+    terminal.type(terminal.line() + "\r")
+    terminal.wait("there> ")
+    terminal.type("~\x1a")
+    terminal.wait("Stopped")
+    terminal.wait("here> ")
+    modes = terminal.ask("stty erase ^H -ixon; stty -g", "here> ")
+    terminal.type("fg\r")
+    terminal.wait(room.pub)
+    terminal.wait_raw()
+    terminal.type("exit\r")
+    terminal.wait("here> ")
+    assert terminal.ask("stty -g", "here> ") == modes
+
+
+def test_a_suspended_script_is_suspended_as_a_whole(room, terminal):
+    serve_bash(room)
+    terminal.bash()
+    terminal.type("sh -c '%s; echo after $?'\r" % terminal.line())
+    terminal.wait("there> ")
+    terminal.type("~\x1a")
+    terminal.wait("Stopped")
+    terminal.wait("here> ")
+    terminal.type("fg\r")
+    terminal.wait(room.pub)
+    terminal.wait_raw()
+    terminal.type("exit 3\r")
+    terminal.wait("after 3\r\n")
+
+
+def test_where_nobody_could_continue_it_nothing_is_suspended(room, terminal):
+    """The kernel stops no process group that has no shell to continue it; the session must stay usable."""
+    serve_bash(room)
+    modes = terminal.modes()
+    cexec = terminal.cexec()
+    terminal.wait("there> ")
+    terminal.type("~\x1a")
+    assert terminal.ask("echo $((40+2))") == "42"
+    assert terminal.is_raw()
+    terminal.type("sh -c 'echo $((40+2)); exec sleep 99'\r")
+    terminal.wait("42\r\n")
+    terminal.type("\x03")
+    terminal.wait("there> ")
+    terminal.type("exit 3\r")
+    assert cexec.wait(PATIENCE) == 3
+    assert terminal.modes() == modes
+
+
+@pytest.mark.parametrize("option", ["-t", "--"])
+def test_who_reads_a_terminal_from_the_background_stops(room, terminal, option):
+    serve_sh(room, "read x; echo got $x; exit 3")
+    shell = terminal.bash()
+    modes = terminal.ask("stty -g", "here> ")
+    for _ in range(3):
+        terminal.ask(terminal.line(option) + " &", "here> ")
+        pid = the_cexec_of(shell)
+        wait_stopped(pid)
+        assert sum(map(int, stat_fields(pid)[11:13])) < 2 * os.sysconf("SC_CLK_TCK")     # CPU time: it did not spin
+        terminal.type("fg\r")
+        terminal.wait(room.pub)
+        if option == "-t":
+            terminal.wait_raw()
+        terminal.type("it\r")
+        terminal.wait("got it\r\n")
+        terminal.wait("here> ")
+        assert terminal.ask("echo status $?", "here> ").endswith("status 3")
+        assert terminal.ask("stty -g", "here> ") == modes
+
+
+def test_in_the_background_it_does_not_touch_the_terminal_of_others(room, terminal):
+    serve_bash(room)
+    shell = terminal.bash()
+    modes = terminal.ask("stty -g", "here> ")
+    terminal.type(terminal.line() + "\r")
+    terminal.wait("there> ")
+    terminal.type("~\x1a")
+    terminal.wait("here> ")
+    pid = the_cexec_of(shell)
+    for _ in range(2):
+        wait_stopped(pid)
+        terminal.ask("bg", "here> ")
+        wait_stopped(pid)
+        assert terminal.ask("stty -g", "here> ").startswith(modes)      # what follows tells of the stop
+    terminal.ask("kill -HUP %1; fg", "here> ")
+    wait_gone(pid)
+    assert terminal.ask("stty -g", "here> ") == modes
+
+
+def test_without_a_terminal_of_its_own_the_job_stops_with_cexec(room, terminal):
+    serve_sh(room, "echo $$; exec sleep 60")
+    shell = terminal.bash()
+    terminal.type(terminal.line("--") + " </dev/null\r")
+    terminal.wait(room.pub)
+    terminal.wait("\r\n")
+    job = int(terminal.wait("\r\n"))
+    terminal.type("\x1a")
+    terminal.wait("Stopped")
+    terminal.wait("here> ")
+    wait_stopped(the_cexec_of(shell))
+    wait_stopped(job)
+    terminal.type("fg\r")
+
+    def holds():
+        assert stat_fields(job)[:1] == ["S"]
+    wait_until(holds, PATIENCE)
+    terminal.type("\x03")
+    terminal.wait("here> ")
+    assert terminal.ask("echo status $?", "here> ") == "status 130"
+    wait_gone(job)
+
+
+# ---------------------------------------------------------------- faults
+#
+# Everything that can die, lie or run out, at each moment of a job, with the promised result for the one who submitted
+# it, for the worker, and for the log.  The worker's command is a shell that runs what the test sends as PEER_DO.
+
+DOER = "sh", "-c", 'eval "$PEER_DO"'
+LINUX_ONLY = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+TROUBLE = r"cexec: worker %s: %s\n  (run it again|its output had begun, .*)\n\Z"    # address, words: the whole of stderr
+
+FORKER = r"""
+import array, json, os, resource, signal, socket, sys, traceback
+sys.path.insert(0, sys.argv[1])
+import cexec, pwd, tempfile
+
+def become(request, fds):
+    os.setsid()
+    high = [cexec.fcntl.fcntl(fd, cexec.fcntl.F_DUPFD, 300) for fd in fds]
+    os.closerange(0, 300)
+    for number, fd in zip(request["numbers"], high):
+        os.dup2(fd, number)
+        os.close(fd)
+    for name, value in request["limits"].items():
+        resource.setrlimit(getattr(resource, name), (value, value))
+    if request["user"]:
+        os.setgroups([])
+        os.setgid(request["user"])
+        os.setuid(request["user"])
+    os.environ.clear()
+    os.environ.update(request["env"])
+    for name, value in request["patch"].items():
+        owner, _, name = name.rpartition(".")
+        setattr(getattr(cexec, owner) if owner else cexec, name, value)
+    try:
+        os._exit(cexec.main(["cexec.py"] + request["argv"]))
+    except SystemExit as end:
+        os._exit(end.code)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+door = socket.socket(fileno=os.dup(0))
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+print("ready", file=sys.stderr, flush=True)
+while True:
+    octets, ancillary, _, _ = door.recvmsg(1 << 18, 4096)
+    if not octets:
+        os._exit(0)
+    fds = array.array("i")
+    fds.frombytes(ancillary[0][2])
+    if os.fork() == 0:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        door.close()
+        pid = os.fork()
+        if not pid:
+            os.close(fds[0])
+            become(json.loads(octets), fds[1:])
+        for fd in fds[1:]:
+            os.close(fd)
+        os.write(fds[0], b"%d\n" % pid)
+        os.write(fds[0], b"%d\n" % os.waitpid(pid, 0)[1])
+        os._exit(0)
+    for fd in fds:
+        os.close(fd)
+"""
+
+
+class Octets:
+    """What a pipe delivers, read by a thread, from the moment it is made."""
+
+    def __init__(self):
+        self.octets, self.ended = b"", False
+        self.reading, self.writing = os.pipe()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self):
+        with open(self.reading, "rb", 0) as file:
+            while True:
+                part = file.read(1 << 16)
+                if not part:
+                    break
+                self.octets += part
+        self.ended = True
+
+    def wait(self, size, seconds=10):
+        wait_until(lambda: self._long(size), seconds)
+
+    def wait_end(self, seconds=10):
+        wait_until(self._at_end, seconds)
+        return self.octets
+
+    def _long(self, size):
+        assert len(self.octets) >= size
+
+    def _at_end(self):
+        assert self.ended
+
+
+class Forker:
+    """Runs cexec.py's main in forked processes, at a tenth of the time that a start of Python takes.
+
+    start(*argv, **popen) starts the one process that does so, in a room or on a host of a network."""
+
+    def __init__(self, start):
+        self.door, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.lock = threading.Lock()
+        with far:
+            self.process = start(sys.executable, "-c", FORKER, HERE, stdin=far)
+        self.process.ready()
+
+    def start(self, *argv, env=None, fds=None, limits=None, user=None, patch=None):
+        """fds: {number there: descriptor here}.  limits: {"RLIMIT_NOFILE": n}.  patch: {"Dial.WORD": 1.0}."""
+        reading, writing = os.pipe()
+        request = dict(argv=[str(word) for word in argv], env=clean_environment(env), numbers=list(fds), user=user,
+                       limits=limits or {}, patch=patch or {})
+        rights = struct.pack("%di" % (1 + len(fds)), writing, *fds.values())
+        with self.lock:
+            self.door.sendmsg([json.dumps(request).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+        os.close(writing)
+        return Forked(argv, open(reading, "rb", 0))
+
+    def run(self, *argv, input=b"", seconds=30, **options):
+        """(status, output, errors) of one run from file to file."""
+        with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
+            given.write(input)
+            given.seek(0)
+            fds = {0: given.fileno(), 1: out.fileno(), 2: errors.fileno()}
+            status = self.start(*argv, fds=fds, **options).wait(seconds)
+            out.seek(0)
+            errors.seek(0)
+            return status, out.read(), errors.read().decode()
+
+    def submit(self, *argv, input=b"", **options):
+        """Starts a run with pipes all around; a Forked with .out and .errors.  input fits into a pipe."""
+        reading, writing = os.pipe()
+        os.write(writing, input)
+        os.close(writing)
+        out, errors = Octets(), Octets()
+        started = self.start(*argv, fds={0: reading, 1: out.writing, 2: errors.writing}, **options)
+        for fd in reading, out.writing, errors.writing:
+            os.close(fd)
+        started.out, started.errors = out, errors
+        return started
+
+
+class Forked:
+    """One forked run."""
+
+    def __init__(self, argv, report):
+        self.argv, self.report, self.out, self.errors, self.status = argv, report, None, None, None
+        self.pid = int(report.readline())
+
+    def signal(self, number):
+        os.kill(self.pid, number)
+
+    def alive(self):
+        return not select.select([self.report], [], [], 0)[0]
+
+    def wait(self, seconds=20):
+        """The exit status, -n for death by signal n."""
+        if self.status is None:
+            assert select.select([self.report], [], [], seconds)[0], "still running after %s s: %s\n%s" % (
+                seconds, self.argv, self.errors and self.errors.octets)
+            status = int(self.report.readline())
+            self.report.close()
+            self.status = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+        return self.status
+
+    def result(self, seconds=20):
+        """(status, output, errors)."""
+        return self.wait(seconds), self.out.wait_end(), self.errors.wait_end().decode()
+
+
+@pytest.fixture
+def forker(room):
+    return Forker(lambda *argv, **popen: room.start(*argv, **popen))
+
+
+def quick(forker, room, *pairs, env=None, key=None, group=None, **options):
+    """One job in the room by way of the forker: (status, output, errors)."""
+    return forker.run("cexec", key or room.pub, *pairs, env=room.settings(env, group), **options)
+
+
+def assert_serving(forker, room, **env):
+    assert quick(forker, room, "DO=cat", input=b"still here", env=env) == (0, b"still here", "")
+
+
+def assert_gone(*pids, seconds=10):
+    def look():
+        assert not [pid for pid in pids if stat_fields(pid)[:1] not in ([], ["Z"])]
+    wait_until(look, seconds)
+
+
+def assert_no_handlers(worker):
+    def look():
+        assert children(worker.pid) == [] and zombies(worker.pid) == []
+    wait_until(look)
+
+
+def pids_in(path):
+    """The pids that jobs have written to a file, each on a line."""
+    return [int(line) for line in path.read_text().split()] if path.exists() else []
+
+
+def wait_for_lines(path, count=1):
+    def look():
+        assert len(pids_in(path)) >= count
+        return pids_in(path)
+    return wait_until(look)
+
+
+# -- the matrix: who dies or lies, and when
+
+@pytest.fixture(scope="module")
+def network():
+    """Three hosts that the matrix shares: sub, one, two."""
+    skip_without_namespaces()
+    net = Net()
+    try:
+        for number, name in enumerate(("sub", "one", "two")):
+            net.host(name, "10.99.0.%d/24" % (number + 1))
+        net.forker = Forker(lambda *argv, **popen: net.start("sub", *argv, **popen))
+        yield net
+    finally:
+        net.end()
+
+
+WAIT = 'while [ ! -e "$PEER_GO" ]; do sleep 0.05; done'
+INPUT = b"first\n" + bytes(range(256)) * 100
+
+# What a job does up to each moment, what of it is visible then, and the status it would end with.  Where nothing is
+# visible yet a second start goes through at once.
+MOMENTS = {
+    "before output": ('echo $$ >>"$PEER_PIDS"; [ $(wc -l <"$PEER_PIDS") -gt 1 ] || { %s; }; cat' % WAIT, b"", 0),
+    "mid-stream": ('echo $$ >>"$PEER_PIDS"; read line; echo "$line"; %s; cat' % WAIT, b"first\n", 0),
+    "after the end of data": ('echo $$ >>"$PEER_PIDS"; cat; exec >&-; %s; exit 7' % WAIT, INPUT, 7),
+}
+
+
+class Case:
+    """One job of the matrix, run up to its moment."""
+
+    def __init__(self, cluster, moment, place):
+        self.cluster, self.moment = cluster, moment
+        self.script, self.visible, self.status = MOMENTS[moment]
+        self.pids, self.go = place / ("pids " + moment), place / ("go " + moment)
+        self.cexec = cluster.submit("DO=" + self.script, "PIDS=%s" % self.pids, "GO=%s" % self.go, input=INPUT)
+
+    def arrive(self):
+        self.job, = wait_for_lines(self.pids)
+        self.cexec.out.wait(len(self.visible))
+        if self.moment == "after the end of data":
+            self.cexec.out.wait_end()
+        self.handler = int(stat_fields(self.job)[1])
+
+    def victim(self, who):
+        return {"handler": self.handler, "cexec": self.cexec.pid, "job": self.job}[who]
+
+    # -- the promised results
+    def goes_on(self):
+        """The fault is no fault: once the job is let go it ends as it would have."""
+        assert self.cexec.alive()
+        self.go.touch()
+        assert self.cexec.result() == (self.status, INPUT, ""), self.moment
+        assert len(pids_in(self.pids)) == 1
+
+    def is_replaced(self, words=None):
+        """Nobody notices: started again, with the same input."""
+        assert self.cexec.result() == (self.status, INPUT, ""), self.moment
+        assert len(pids_in(self.pids)) == 2
+
+    def is_lost(self, words):
+        """One line and a hint, a temporary failure, what was shown stays shown once, and no second start."""
+        status, output, errors = self.cexec.result()
+        assert (status, output) == (111, self.visible), (self.moment, errors)
+        assert re.match(TROUBLE % (r"10\.99\.0\.2", words), errors), errors
+        assert len(pids_in(self.pids)) == 1
+
+    def is_killed(self, words=None):
+        """As a local program that died of SIGKILL."""
+        assert self.cexec.result() == (128 + signal.SIGKILL, self.visible, ""), self.moment
+        assert len(pids_in(self.pids)) == 1
+
+    def is_silent(self, words=None):
+        """cexec itself was killed."""
+        assert self.cexec.wait() == -signal.SIGKILL
+
+
+class Cluster:
+    """Worker one has as many slots as the matrix has moments; two comes when the jobs are there."""
+    ADDRESS = {"one": "10.99.0.2", "two": "10.99.0.3"}
+
+    def __init__(self, network, key):
+        self.network, self.key, self.workers = network, key, {}
+        self.serve("one")
+
+    def serve(self, host):
+        worker = self.network.tool(host, "cservice", self.key, *DOER, env={"CONCURRENCY": len(MOMENTS)})
+        self.workers[host] = worker
+        return worker.ready()
+
+    def submit(self, *pairs, **options):
+        env = {"CEXEC_TIMEOUT_PINGPONG": 1, "CEXEC_TIMEOUT_ACCEPT": 15, MARK: self.network.mark, **options.pop("env", {})}
+        return self.network.forker.submit("cexec", self.key + ".pub", *pairs, env=env, **options)
+
+    def serves_in_all_slots(self, host, path):
+        """As many jobs as there are slots, each of which ends when all have started."""
+        script = 'echo $$ >>"$PEER_PIDS"; until [ $(wc -l <"$PEER_PIDS") -ge %d ]; do sleep 0.02; done' % len(MOMENTS)
+        jobs = [self.submit("DO=" + script, "PIDS=%s" % path, env={"CEXEC_ACCEPT_SERVER": self.ADDRESS[host]})
+                for _ in MOMENTS]
+        assert [job.result() for job in jobs] == [(0, b"", "")] * len(MOMENTS)
+
+    def end(self):
+        for worker in self.workers.values():
+            worker.end()
+
+
+@pytest.fixture
+def cluster(network, key):
+    cluster = Cluster(network, key)
+    yield cluster
+    cluster.end()
+
+
+RESETS = b"table inet faulty { chain input { type filter hook input priority 0; meta l4proto tcp reject with tcp reset; }; }"
+
+
+CLOSED = r"(the connection was closed|the connection broke: .*|the channel broke: .*)"
+SILENT = "silent for 1 seconds"
+NOTICED = 5                 # seconds from a peer's silence to the job's end, with that timeout, on a slow machine
+AGAIN, LOST, ON, DEAD, SILENCE = Case.is_replaced, Case.is_lost, Case.goes_on, Case.is_killed, Case.is_silent
+
+# (who, what): results before output, mid-stream, after the end of data; why cexec says it lost the worker; whether the
+# job is killed at once by its worker; the worker's words about each job, None when the daemon itself is the victim.
+MATRIX = {
+    ("handler", "KILL"): (AGAIN, LOST, LOST, CLOSED, "its handler was killed; the job ends"),
+    ("handler", "STOP"): (AGAIN, LOST, LOST, SILENT, "submitter lost: .*; the job ends"),
+    ("daemon", "KILL"): (AGAIN, LOST, LOST, "gave the job up: the worker was killed", None),
+    ("daemon", "STOP"): (ON, ON, ON, None, "end, status"),
+    ("cexec", "KILL"): (SILENCE, SILENCE, SILENCE, None, "submitter lost: .*; the job ends"),
+    ("cexec", "STOP"): (AGAIN, LOST, LOST, CLOSED, "submitter lost: silent for 1 seconds; the job ends"),
+    ("job", "KILL"): (DEAD, DEAD, DEAD, None, "end, signal 9"),
+    ("job", "STOP"): (ON, ON, ON, None, "end, status"),
+    ("link", "down"): (AGAIN, LOST, LOST, SILENT, "submitter lost: silent for 1 seconds; the job ends"),
+    ("link", "reset"): (AGAIN, LOST, LOST, CLOSED, "submitter lost: .*; the job ends"),
+}
+
+
+def strike(cluster, cases, who, what):
+    """Does the harm, and what follows until its effect is there."""
+    network, one = cluster.network, cluster.workers["one"]
+    if what == "down":
+        network.unplug("sub")
+    elif what == "reset":
+        need("nft")
+        network.run("one", "nft", "-f", "-", input=RESETS)
+    else:
+        pids = [one.pid] if who == "daemon" else [case.victim(who) for case in cases]
+        for pid in pids:
+            os.kill(pid, getattr(signal, "SIG" + what))
+
+
+def mend(cluster, cases, who, what):
+    """Undoes what can be undone, after the worker or cexec has seen it."""
+    network, one = cluster.network, cluster.workers["one"]
+    if what == "down":
+        assert_gone(*[case.job for case in cases], seconds=NOTICED)
+        for case in cases[1:]:
+            case.cexec.wait()
+        network.plug("sub")
+    elif what == "reset":
+        assert_gone(*[case.job for case in cases], seconds=NOTICED)
+        network.run("one", "nft", "delete table inet faulty")
+    elif (who, what) == ("cexec", "STOP"):
+        assert_gone(*[case.job for case in cases], seconds=NOTICED)
+        for case in cases:
+            case.cexec.signal(signal.SIGCONT)
+    elif (who, what) == ("handler", "STOP"):
+        for case in cases:
+            case.cexec.wait()
+            os.kill(case.handler, signal.SIGCONT)
+    elif what == "STOP":
+        longer_than_the_timeout()
+        for pid in [one.pid] if who == "daemon" else [case.job for case in cases]:
+            os.kill(pid, signal.SIGCONT)
+
+
+def longer_than_the_timeout():
+    """That silence which is none costs nothing shows only after the time has passed."""
+    time.sleep(1.5)
+
+
+@LINUX_ONLY
+@pytest.mark.parametrize("who, what", MATRIX)
+def test_fault_matrix(cluster, who, what, tmp_path):
+    *results, words, logged = MATRIX[who, what]
+    one = cluster.workers["one"]
+    cases = [Case(cluster, moment, tmp_path) for moment in MOMENTS]
+    for case in cases:
+        case.arrive()
+    cluster.serve("two")
+    strike(cluster, cases, who, what)
+    mend(cluster, cases, who, what)
+    for case, result in zip(cases, results):
+        result(case, words) if words or result is not ON else result(case)
+    assert_gone(*[case.job for case in cases])
+    if (who, what) == ("daemon", "KILL"):
+        one.wait()
+        assert_gone(*[case.handler for case in cases])
+        one = cluster.serve("one")
+    assert_no_handlers(one)
+    cluster.serves_in_all_slots("one", tmp_path / "all")
+    if logged:
+        assert len([line for line in one.log.lines if re.search(r"job [0-9a-f]{16}: %s" % logged, line)]) >= len(cases), \
+            str(one.log)
+    assert "Traceback" not in str(one.log) and "Error" not in str(one.log)
+
+
+# -- before the welcome: the connection is there, the job is not
+
+class Hurry:
+    """Time limits that no setting changes, shortened, for a tool that is run by the forker."""
+    WORKER = {"Dial.WORD": 1.0, "Handler.PATIENCE": 1.0}
+    SUBMITTER = {"Caller.PATIENCE": 1.0}
+
+
+def hurried_worker(forker, room, *command, **env):
+    """A worker with short limits: a Forked whose .errors has the log."""
+    worker = forker.submit("cservice", room.key, *(command or DOER), env=room.settings(env), patch=Hurry.WORKER)
+
+    def ready():
+        assert b"ready" in worker.errors.octets
+    wait_until(ready)
+    return worker
+
+
+def stalled_before_welcome(forker, room):
+    """(worker, cexec, relay, handler): the worker has got the word to go on, and nothing more."""
+    worker = hurried_worker(forker, room, CONCURRENCY=1)
+    relay = room.relay(fault="stall", at=1, towards="worker", connections=1)
+    cexec = forker.submit("cexec", room.pub, "DO=cat", input=b"data", env=room.settings({}, relay.group))
+
+    def handler():
+        assert len(children(worker.pid)) == 1 and relay.carried["worker"][:1] == [1]
+        return children(worker.pid)[0]
+    return worker, cexec, relay, wait_until(handler)
+
+
+@LINUX_ONLY
+@pytest.mark.parametrize("who, what", [("handler", "KILL"), ("handler", "STOP"), ("daemon", "KILL"), ("daemon", "STOP"),
+                                       ("cexec", "KILL"), ("cexec", "STOP"), ("link", "down")])
+def test_fault_before_the_welcome(room, forker, who, what):
+    worker, cexec, relay, handler = stalled_before_welcome(forker, room)
+    if who != "link":
+        victim = {"handler": handler, "daemon": worker.pid, "cexec": cexec.pid}[who]
+        os.kill(victim, getattr(signal, "SIG" + what))
+    if what == "STOP" and who != "cexec" or who == "daemon":
+        second = room.serve(*DOER)
+    if who == "cexec" and what == "STOP":
+        assert_gone(handler)
+        cexec.signal(signal.SIGCONT)
+    if who == "cexec" and what == "KILL":
+        assert cexec.wait() == -signal.SIGKILL
+    else:
+        assert cexec.result() == (0, b"data", "")
+    if what == "STOP" and who != "cexec":
+        os.kill(victim, signal.SIGCONT)
+        second.stop()
+    assert_gone(handler)
+    if (who, what) != ("daemon", "KILL"):
+        assert_serving(forker, room)
+        assert worker.errors.octets.count(b"Traceback") == 0
+        worker.signal(signal.SIGTERM)
+        assert worker.wait() == 0
+
+
+# -- a network that changes or cuts the stream
+
+class Sweep:
+    """Jobs through a relay, each with the fault at another place; several at once."""
+    LANES, BOUND = 4, 15        # jobs at once; seconds, of which a stalled stream takes up a few
+    ENDED = re.compile(TROUBLE % (r"127\.0\.0\.1", ".+"))
+
+    def __init__(self, room, forker, fault):
+        self.room, self.forker, self.fault, self.trouble, self.statuses = room, forker, fault, [], []
+        self.input = bytes(range(256)) * 8
+
+    def job(self, relay):
+        env = {"CEXEC_RETRIES": 0, "CEXEC_TIMEOUT_PINGPONG": 1}
+        return quick(self.forker, self.room, "DO=cat", input=self.input, env=env, group=relay.group)
+
+    def length(self):
+        """Octets that an undisturbed job moves towards each side."""
+        relay = self.room.relay()
+        assert self.job(relay) == (0, self.input, "")
+        return {towards: max(relay.carried[towards]) for towards in relay.carried}
+
+    def places(self, count):
+        """(towards, octet, bit), evenly spread over both streams."""
+        found = []
+        for towards, length in self.length().items():
+            found += [(towards, length * i // (count // 2), i % 8) for i in range(count // 2)]
+        return found
+
+    def run(self, count):
+        places = self.places(count)
+        lanes = [threading.Thread(target=self._lane, args=(places[i::self.LANES],)) for i in range(self.LANES)]
+        for lane in lanes:
+            lane.start()
+        for lane in lanes:
+            lane.join()
+        assert len(self.statuses) == len(places) or self.trouble
+        assert not self.trouble, "\n".join(self.trouble[:10])
+
+    def _lane(self, places):
+        for towards, at, bit in places:
+            relay = Relay(free_port(), self.room.port, fault=self.fault, towards=towards, at=at, bit=bit, connections=1)
+            began = time.monotonic()
+            try:
+                self._judge(*self.job(relay))
+                assert time.monotonic() - began < self.BOUND
+            except Exception as error:
+                self.trouble.append("%s at octet %d bit %d towards the %s, after %.1f s: %s: %s" % (
+                    self.fault, at, bit, towards, time.monotonic() - began, type(error).__name__, error))
+            finally:
+                relay.close()
+
+    def _judge(self, status, output, errors):
+        """All of it and no word, or a beginning of it, the temporary failure and its line."""
+        self.statuses.append(status)
+        if status == 0:
+            assert (output, errors) == (self.input, "")
+        else:
+            assert status == 111 and self.input.startswith(output) and self.ENDED.match(errors), (status, errors)
+
+
+@LINUX_ONLY
+@pytest.mark.parametrize("fault", ["flip", "cut", "reset"])
+def test_a_stream_harmed_at_many_places(room, forker, fault):
+    workers = [room.serve(*DOER, CONCURRENCY=16) for _ in range(3)]
+    sweep = Sweep(room, forker, fault)
+    sweep.run(200 if fault != "reset" else 50)
+    # Up to the job's start another connection takes over; after it nothing can be saved; the last octets do not matter.
+    assert {0, 111} == set(sweep.statuses)
+    assert_serving(forker, room)
+    for worker in workers:
+        assert "Traceback" not in str(worker.log) and "handler:" not in str(worker.log), str(worker.log)
+
+
+# -- failover
+
+REPLACED = 'echo $$ >>"$PEER_PIDS"; if [ $(wc -l <"$PEER_PIDS") = 1 ]; then %s; kill -9 $PPID; sleep 60; fi; cat'
+
+
+def lose_the_first(cluster, path, before, given, **env):
+    """(status, output, errors) of a job whose first handler kills itself after `before`, with the input of Popen's stdin."""
+    cluster.serve("two")
+    command = cluster.network.inside("sub") + [*TOOL, "cexec", cluster.key + ".pub", "DO=" + REPLACED % before, "PIDS=%s" % path]
+    env = {"CEXEC_TIMEOUT_ACCEPT": 15, MARK: cluster.network.mark, **env}
+    done = run_command(*command, env=env, **given)
+    return done.returncode, done.stdout, done.stderr.decode()
+
+
+BIG = bytes(range(256)) * 12288      # 3 MiB: more than the handler's pipe takes, and than cexec remembers in memory
+NEAR_ALL = "head -c 2500000 >/dev/null"
+
+
+@LINUX_ONLY
+@pytest.mark.parametrize("kind, env", [
+    ("file", {}), ("file", {"CEXEC_SPILL": "0"}), ("file at an offset", {}), ("pipe", {}), ("pipe", {"CEXEC_SPILL": "3"})])
+def test_the_input_of_a_lost_job_is_given_again(cluster, tmp_path, kind, env):
+    (tmp_path / "big").write_bytes(BIG)
+    with open(str(tmp_path / "big"), "rb", 0) as file:
+        file.seek(1000 if kind == "file at an offset" else 0)
+        given = dict(input=BIG) if kind == "pipe" else dict(stdin=file)
+        result = lose_the_first(cluster, tmp_path / "pids", NEAR_ALL, given, **env)
+    assert result == (0, BIG[1000:] if kind == "file at an offset" else BIG, "")
+    assert len(pids_in(tmp_path / "pids")) == 2
+
+
+@LINUX_ONLY
+@pytest.mark.parametrize("before, env, output", [
+    (NEAR_ALL, {"CEXEC_SPILL": "1"}, b""),              # more than may be remembered
+    (":", {"CEXEC_RETRIES": "0"}, b""),
+    ("printf x; sleep 0.3", {}, b"x"),                  # somebody may have read it
+    ("exec >&-; sleep 0.3", {}, b""),                   # an end counts as much as an octet
+], ids=["the input is too long", "turned off", "after an octet", "after a close"])
+def test_a_job_that_may_not_start_again_is_lost(cluster, tmp_path, before, env, output):
+    status, out, errors = lose_the_first(cluster, tmp_path / "pids", before, dict(input=BIG), **env)
+    assert (status, out) == (111, output)
+    assert re.match(TROUBLE % (r"10\.99\.0\.\d", CLOSED), errors), errors
+    assert len(pids_in(tmp_path / "pids")) == 1
+
+
+@LINUX_ONLY
+def test_a_job_that_loses_every_worker_ends_after_so_many_attempts(cluster, tmp_path):
+    cluster.serve("two")
+    job = cluster.submit("DO=echo $$ >>$PEER_PIDS; kill -9 $PPID; sleep 60", "PIDS=%s" % (tmp_path / "pids"),
+                         env={"CEXEC_RETRIES": 1})
+    status, output, errors = job.result()
+    assert (status, output) == (111, b"") and re.match(TROUBLE % (r"10\.99\.0\.\d", CLOSED), errors), errors
+    assert len(pids_in(tmp_path / "pids")) == 2
+
+
+def test_a_lone_worker_gets_its_job_again_soon(room, forker, tmp_path):
+    """Another worker is preferred, but where there is none the same one will do."""
+    room.serve(*DOER)
+    began = time.monotonic()
+    result = quick(forker, room, "DO=" + REPLACED % ":", "PIDS=%s" % (tmp_path / "pids"), input=b"data")
+    assert result == (0, b"data", "")
+    assert time.monotonic() - began < 4
+
+
+TAPE = """
+import os, resource, signal, sys
+sys.path.insert(0, sys.argv[1])
+import cexec
+reading, writing = os.pipe()
+tape = cexec.Tape(cexec.Loop(), reading, lambda: None, 64 << 20, *[True] * int(sys.argv[2]))
+resource.setrlimit(resource.RLIMIT_FSIZE, (1500000, 1500000))
+buffer, rounds = bytearray(65536), 0
+while rounds < 23:          # the disk takes a part of the last
+    os.write(writing, b"%08d" % rounds * 8192)
+    assert tape.read_into(memoryview(buffer)) == 65536
+    rounds += 1
+os.close(writing)
+assert tape.read_into(memoryview(buffer)) == 0
+if not tape.can_rewind():
+    sys.exit(0)
+tape.rewind()
+again = b""
+while True:
+    size = tape.read_into(memoryview(buffer))
+    if not size:
+        break
+    again += bytes(buffer[:size])
+sys.exit(again != b"".join(b"%08d" % n * 8192 for n in range(rounds)))
+"""
+
+
+@LINUX_ONLY
+def test_a_disk_that_takes_a_part_leaves_no_damaged_memory_of_the_input(tmp_path):
+    retries = cexec.Tape.__init__.__code__.co_argcount - 5
+    done = run_command(sys.executable, "-c", TAPE, HERE, retries, env={"TMPDIR": tmp_path})
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+# -- orphans
+
+STUBBORN_JOB = ('trap "" HUP TERM; (trap "" HUP TERM; echo $(exec sh -c "echo \\$PPID") >>"$PEER_PIDS"; while :; do sleep 1; done) & '
+            'echo $$ >>"$PEER_PIDS"; while :; do sleep 1; done')
+
+
+@LINUX_ONLY
+@pytest.mark.parametrize("who", ["cexec", "handler", "daemon", "drain"])
+def test_a_stubborn_job_ends_with_whoever_it_was_for(room, forker, who, tmp_path):
+    worker = room.serve(*DOER)
+    job = forker.submit("cexec", room.pub, "DO=" + STUBBORN_JOB, "PIDS=%s" % (tmp_path / "pids"),
+                        env=room.settings({"CEXEC_RETRIES": 0}))
+    pids = wait_for_lines(tmp_path / "pids", 2)
+    handler, = children(worker.pid)
+    if who == "drain":
+        worker.signal(signal.SIGTERM)
+        worker.log.wait("no new jobs, 1 running")
+        worker.signal(signal.SIGTERM)
+    else:
+        os.kill({"cexec": job.pid, "handler": handler, "daemon": worker.pid}[who], signal.SIGKILL)
+    assert_gone(*pids, handler)
+    status = job.wait()
+    assert status == (-signal.SIGKILL if who == "cexec" else 111)
+    if who in ("cexec", "handler"):
+        assert_no_handlers(worker)
+        assert_serving(forker, room)
+    else:
+        assert worker.wait() == (0 if who == "drain" else -signal.SIGKILL)
+
+
+# -- what can run out
+
+@LINUX_ONLY
+@pytest.mark.parametrize("descriptor, name", [(1, "standard output"), (2, "standard error"), (5, "descriptor 5")])
+def test_a_full_disk_is_an_error(room, forker, descriptor, name):
+    worker = room.serve(*DOER)
+    with open("/dev/full", "wb") as full, tempfile.TemporaryFile() as errors, open(os.devnull, "r+b") as null:
+        fds = {0: null.fileno(), 1: null.fileno(), 2: null.fileno(), descriptor: full.fileno()}
+        env = room.settings({"CEXEC_FD_FOR_ERRORS": 40})
+        fds[40] = errors.fileno()
+        status = forker.start("cexec", room.pub, "DO=echo lost >&%d; sleep 60" % descriptor, fds=fds, env=env).wait()
+        errors.seek(0)
+        assert errors.read().decode() == "cexec: %s: No space left on device\n" \
+                                         "  what the job wrote there is incomplete\n" % name
+    assert status == 111
+    assert_no_handlers(worker)
+    assert_serving(forker, room)
+
+
+def in_a_tiny_file_system(place):
+    """The words before a command that runs with a file system of 64 KiB at this place."""
+    need("unshare")
+    words = ["unshare", *user_namespace(), "-m"]
+    script = 'mount -t tmpfs -o size=64k none "$0" && exec "$@"'
+    if run_command(*words, "sh", "-c", script, place, "true").returncode:
+        skip("no file system can be mounted here")
+    return [*words, "sh", "-c", script, place]
+
+
+@LINUX_ONLY
+def test_a_disk_that_fills_up_is_an_error(room, tmp_path):
+    room.serve(*DOER)
+    command = in_a_tiny_file_system(tmp_path)
+    done = run_command(*command, "sh", "-c", '"$@" >"$0/out"; echo $? $(wc -c <"$0/out")', tmp_path, *TOOL, "cexec", room.pub,
+                       "DO=head -c 1000000 /dev/zero; sleep 60", env=room.settings({}))
+    assert done.stdout == b"111 65536\n"
+    assert done.stderr == b"cexec: standard output: No space left on device\n  what the job wrote there is incomplete\n"
+
+
+@LINUX_ONLY
+def test_a_full_temporary_directory_costs_only_the_second_chance(room, tmp_path):
+    room.serve(*DOER)
+    done = run_command(*in_a_tiny_file_system(tmp_path), *TOOL, "cexec", room.pub, "DO=cat", input=BIG,
+                       env=room.settings({"TMPDIR": tmp_path}))
+    assert (done.returncode, done.stdout == BIG, done.stderr) == (0, True, b"")
+
+
+@LINUX_ONLY
+def test_a_submitter_short_of_descriptors_says_so_or_succeeds(room, forker):
+    """Whatever number it has: the job's own result, or one line and no traceback."""
+    room.serve(*DOER, CONCURRENCY=4)
+    seen = set()
+    for limit in range(3, 24):
+        with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
+            given.write(b"data")
+            given.seek(0)
+            job = forker.start("cexec", room.pub, "DO=cat", env=room.settings({"CEXEC_TIMEOUT_ACCEPT": 1}),
+                               fds={0: given.fileno(), 1: out.fileno(), 2: errors.fileno()}, limits={"RLIMIT_NOFILE": limit})
+            status = job.wait()
+            out.seek(0)
+            errors.seek(0)
+            result = status, out.read(), errors.read().decode()
+        seen.add(status)
+        if status == 0:
+            assert result == (0, b"data", ""), limit
+        else:
+            assert status == 111 and re.match(r"cexec: .+\n(  .+\n)?\Z", result[2]), (limit, result)
+    assert seen == {0, 111}
+
+
+@LINUX_ONLY
+def test_a_worker_short_of_descriptors_refuses_politely_and_goes_on(room, forker):
+    worker = forker.submit("cservice", room.key, *DOER, env=room.settings({"CONCURRENCY": 8}), limits={"RLIMIT_NOFILE": 24})
+    assert_serving(forker, room)
+    reading, writing = os.pipe()
+    greedy = {number: reading for number in range(3, 23)}
+    with open(os.devnull, "r+b") as null, tempfile.TemporaryFile() as errors, tempfile.TemporaryFile() as file:
+        pipes = [os.pipe() for _ in range(20)]
+        fds = {0: null.fileno(), 1: null.fileno(), 2: errors.fileno()}
+        fds.update({3 + number: pipe[0] for number, pipe in enumerate(pipes)})
+        status = forker.start("cexec", room.pub, "DO=true", env=room.settings({"CEXEC_TIMEOUT_ACCEPT": 2}), fds=fds).wait()
+        errors.seek(0)
+        text = errors.read().decode()
+        for pipe in pipes + [(reading, writing)]:
+            os.close(pipe[0])
+            os.close(pipe[1])
+    assert status == 111
+    assert re.match(r"cexec: no worker: .*refused: /\S+: Too many open files\n  .*\n\Z", text), text
+    assert_serving(forker, room)
+    assert worker.errors.octets.count(b"refused to 127.0.0.1") >= 1 and b"Traceback" not in worker.errors.octets
+    worker.signal(signal.SIGTERM)
+    assert worker.wait() == 0
+
+
+@LINUX_ONLY
+def test_a_worker_that_has_no_descriptor_for_another_connection_goes_on(room, forker):
+    """More jobs at once than it has descriptors for: each waits its turn."""
+    worker = forker.submit("cservice", room.key, *DOER, env=room.settings({"CONCURRENCY": 40}), limits={"RLIMIT_NOFILE": 20})
+    jobs = [forker.submit("cexec", room.pub, "DO=cat; sleep 0.2", input=b"x", env=room.settings({})) for _ in range(24)]
+    assert [job.result(30) for job in jobs] == [(0, b"x", "")] * len(jobs)
+    assert b"Traceback" not in worker.errors.octets
+    worker.signal(signal.SIGTERM)
+    assert worker.wait() == 0
+
+
+def only_root():
+    if os.geteuid() != 0:
+        skip("only root can become an ordinary user")
+
+
+@pytest.fixture
+def users_key(key):
+    """A copy of the key that an ordinary user can read, and that user's number."""
+    only_root()
+    with tempfile.TemporaryDirectory() as place:
+        os.chmod(place, 0o755)
+        for name in "app", "app.pub":
+            shutil.copy(os.path.join(os.path.dirname(key), name), place)
+            os.chown(os.path.join(place, name), 64321, 64321)
+        yield os.path.join(place, "app"), 64321
+
+
+@LINUX_ONLY
+def test_a_worker_that_may_not_fork_says_so_and_serves_again_when_it_may(room, forker, users_key):
+    path, user = users_key
+    worker = forker.submit("cservice", path, *DOER, env=room.settings({"CONCURRENCY": 1}), user=user,
+                           limits={"RLIMIT_NPROC": 1})
+    status, output, errors = quick(forker, room, "DO=true", env={"CEXEC_TIMEOUT_ACCEPT": 2})
+    assert (status, output) == (111, b"") and errors.startswith("cexec: no worker: nobody answered within 2 s")
+    assert re.search(rb"no process for a job from 127\.0\.0\.1: Resource temporarily unavailable\n", worker.errors.octets)
+    import resource
+    resource.prlimit(worker.pid, resource.RLIMIT_NPROC, (100, 100))
+    assert_serving(forker, room)
+    assert b"Traceback" not in worker.errors.octets
+    worker.signal(signal.SIGTERM)
+    assert worker.wait() == 0
+
+
+@LINUX_ONLY
+def test_a_job_that_cannot_be_forked_is_refused(room, forker):
+    only_root()
+    worker = forker.submit("cservice", "--user", "nobody", room.key, *DOER, env=room.settings({}), limits={"RLIMIT_NPROC": 0})
+    status, output, errors = quick(forker, room, "DO=true", env={"CEXEC_TIMEOUT_ACCEPT": 2})
+    assert (status, output) == (111, b"")
+    assert re.match(r"cexec: no worker: .*refused: /\S+: Resource temporarily unavailable\n  .*\n\Z", errors), errors
+    import resource
+    resource.prlimit(worker.pid, resource.RLIMIT_NPROC, (1000, 1000))
+    assert_serving(forker, room)
+    worker.signal(signal.SIGTERM)
+    assert worker.wait() == 0
+
+
+# -- other users
+
+@LINUX_ONLY
+def test_a_worker_of_root_says_so_and_user_gives_up_everything(room, forker):
+    only_root()
+    import pwd
+    worker = room.serve("sh", "-c", "id -u; id -g; id -G; grep -E '^(Uid|Gid|Groups|CapEff)' /proc/self/status")
+    worker.log.wait("warning: jobs run as root; --user NAME gives them another user's rights")
+    assert room.cexec().stdout.startswith(b"0\n0\n")
+    worker.stop()
+    nobody = pwd.getpwnam("nobody")
+    worker = room.tool("cservice", "--user", "nobody", room.key, *worker.argv[4:]).ready()
+    lines = room.cexec().stdout.decode().split("\n")
+    assert lines[:2] == [str(nobody.pw_uid), str(nobody.pw_gid)]
+    assert set(map(int, lines[2].split())) == set(os.getgrouplist("nobody", nobody.pw_gid))
+    assert lines[3].split()[1:] == [str(nobody.pw_uid)] * 4 and lines[4].split()[1:] == [str(nobody.pw_gid)] * 4
+    assert lines[6] == "CapEff:\t" + "0" * 16
+    assert "jobs run as nobody" in str(worker.log) and "warning" not in str(worker.log)
+
+
+# ---------------------------------------------------------------- alerts and crat
+
+def alert_octets(key, nonce=b"noncenon", sequence=1, verdict=1, status=0, milliseconds=1500, clock=None, job="1a2b3c4d",
+                 submitter="10.0.0.6", worker="10.0.0.3", words=""):
+    """The datagram of an alert as cexec sends it."""
+    clock = int(time.time() * 1000) if clock is None else clock
+    body = cexec.encode_alert(cexec.Alert(verdict, status, milliseconds, clock, job, submitter, worker, words))
+    return cexec.encode_datagram(key.udp, cexec.ALERT, key.id, nonce, sequence, body)
+
+
+class FakeKey:
+    """What crat needs of a key."""
+
+    def __init__(self, name, byte):
+        self.name, self.id, self.udp = name, bytes([byte] * 4), bytes([byte] * 32)
+
+
+FOO, BAR = FakeKey("foo.pub", 0x1a), FakeKey("keys/bar.pub", 0x2b)
+MOMENT = 1700000000.0
+CLOCK = int(MOMENT * 1000)
+
+
+def reader(*keys, max_skew=900, started=MOMENT - 5):
+    return cexec.AlertReader(keys, max_skew, started)
+
+
+def line_of(octets, *keys, source="10.9.9.9", now=MOMENT, **options):
+    """The line that a fresh reader makes of a datagram; None if it makes none."""
+    report, _ = reader(*keys, **options).read(octets, source, now)
+    return report and report.line()
+
+
+@pytest.mark.parametrize("options, keys, line", [
+    (dict(job="", milliseconds=0), [FOO], "10.0.0.6 completed by 10.0.0.3 for foo.pub exit code 0, 0.000 s"),
+    (dict(status=255), [BAR, FOO], "10.0.0.6 completed by 10.0.0.3 for foo.pub exit code 255 job 1a2b3c4d, 1.500 s"),
+    (dict(verdict=2, words="connection lost", submitter="10.0.0.5"), [FOO],
+     "10.0.0.5 rats out 10.0.0.3 for foo.pub job 1a2b3c4d: connection lost, 1.500 s"),
+    (dict(verdict=2, job="", words=""), [FOO], "10.0.0.6 rats out 10.0.0.3 for foo.pub, 1.500 s"),
+    (dict(status=3), [],
+     "10.0.0.6 completed by 10.0.0.3 for unknown key (0x1a1a1a1a) exit code 3 job 1a2b3c4d, 1.500 s"),
+    (dict(verdict=2, words="no welcome"), [BAR],
+     "10.0.0.6 rats out 10.0.0.3 for unknown key (0x1a1a1a1a) job 1a2b3c4d: no welcome, 1.500 s"),
+    (dict(submitter="fe80::1%eth0", worker="fd00::7"), [FOO],
+     "fe80::1%eth0 completed by fd00::7 for foo.pub exit code 0 job 1a2b3c4d, 1.500 s"),
+    (dict(submitter="", worker=""), [FOO], "10.9.9.9 completed by ? for foo.pub exit code 0 job 1a2b3c4d, 1.500 s"),
+    (dict(submitter="1.2.3.4 completed by", worker="room"), [],
+     "10.9.9.9 completed by ? for unknown key (0x1a1a1a1a) exit code 0 job 1a2b3c4d, 1.500 s"),
+    (dict(job="1\n2", words="a\nb\x1b[2J\u202e\u2028\x9b"), [FOO],
+     "10.0.0.6 completed by 10.0.0.3 for foo.pub exit code 0: a\\nb\\x1b[2J\\u202e\\u2028\\x9b, 1.500 s"),
+])
+def test_the_line_of_an_alert(options, keys, line):
+    assert line_of(alert_octets(FOO, clock=CLOCK, **options), *keys) == line
+
+
+def test_the_record_of_an_alert_in_json():
+    def record(*keys, **options):
+        return json.loads(reader(*keys).read(alert_octets(FOO, clock=CLOCK, **options), "10.9.9.9", MOMENT)[0].json())
+    assert record(FOO, status=7) == {
+        "time": MOMENT, "event": "completed", "submitter": "10.0.0.6", "worker": "10.0.0.3", "key": "foo.pub",
+        "key_id": "0x1a1a1a1a", "known": True, "status": 7, "job": "1a2b3c4d", "reason": "", "seconds": 1.5}
+    other = record(verdict=2, words="silence")
+    assert (other["event"], other["key"], other["known"], other["status"], other["reason"]) == (
+        "rats out", None, False, None, "silence")
+
+
+def test_an_alert_gives_one_line_however_often_it_comes():
+    """Copies of one alert may differ in their sequence; two jobs of one moment differ in the nonce."""
+    book = reader(FOO)
+    copies = [alert_octets(FOO, clock=CLOCK, sequence=sequence) for sequence in (1, 1, 2, 3)]
+    others = [alert_octets(FOO, clock=CLOCK, nonce=b"othernon"), alert_octets(FOO, clock=CLOCK, verdict=2)]
+    assert [bool(book.read(octets, "10.0.0.6", MOMENT)[0]) for octets in copies + others + copies] == (
+        [True] + [False] * 3 + [True] * 2 + [False] * 4)
+
+
+@pytest.mark.parametrize("clock, options, shown", [
+    (CLOCK - 899000, dict(started=MOMENT - 2000), True), (CLOCK - 901000, dict(started=MOMENT - 2000), False),
+    (CLOCK + 899000, {}, True), (CLOCK + 901000, {}, False),
+    (CLOCK - 4000, dict(started=MOMENT - 5), True), (CLOCK - 7000, dict(started=MOMENT - 5), False),
+    (0, dict(max_skew=0), True), (1 << 63, dict(max_skew=0), True), (CLOCK - 7000, dict(max_skew=0), True),
+    (CLOCK - 20000, dict(max_skew=10, started=MOMENT - 2000), False), ((1 << 64) - 1, {}, False), (0, {}, False),
+])
+def test_an_alert_of_another_time_is_noted_and_not_shown(clock, options, shown):
+    report, remark = reader(FOO, **options).read(alert_octets(FOO, clock=clock), "10.9.9.9", MOMENT)
+    assert bool(report) is shown
+    if not shown:
+        assert remark[0] == "stale" and "whose clock is" in remark[1]
+
+
+def test_what_was_shown_is_never_shown_again_even_when_it_is_long_forgotten(monkeypatch):
+    monkeypatch.setattr(cexec, "ALERTS_KEPT", 50)
+    book = reader(FOO, started=0)
+    alerts = [alert_octets(FOO, clock=CLOCK + number) for number in range(500)]
+    assert all(book.read(octets, "10.0.0.6", MOMENT)[0] for octets in alerts)
+    assert not any(book.read(octets, "10.0.0.6", MOMENT)[0] for octets in alerts)
+    assert len(book.known.names) == 50
+
+
+def test_alerts_of_unknown_keys_push_no_known_one_out_and_are_limited():
+    book = reader(FOO)
+    known = alert_octets(FOO, clock=CLOCK)
+    assert book.read(known, "10.0.0.6", MOMENT)[0]
+    shown = sum(bool(book.read(alert_octets(BAR, clock=number), "10.9.9.9", MOMENT)[0]) for number in range(20000))
+    assert shown == cexec.STRANGERS_BURST
+    assert book.read(known, "10.0.0.6", MOMENT)[0] is None
+    assert book.read(alert_octets(BAR, clock=77777), "10.9.9.9", MOMENT + 1)[0]
+
+
+def test_no_changed_bit_of_a_known_keys_alert_gives_a_line_for_it():
+    """A bit of the key's id makes it an unknown key's; any other makes it nobody's."""
+    octets = alert_octets(FOO, clock=CLOCK)
+    for bit in range(len(octets) * 8):
+        changed = bytearray(octets)
+        changed[bit // 8] ^= 1 << bit % 8
+        line = line_of(bytes(changed), FOO) or ""
+        if bit // 8 in (6, 7):
+            assert "for foo.pub" in line        # the port, which a proxy may change, says nothing in an alert
+        else:
+            assert "foo.pub" not in line, bit
+        assert line == "" or bit // 8 in (6, 7) or "unknown key" in line and bit // 8 in range(8, 12)
+
+
+def test_one_keys_holder_cannot_speak_for_another():
+    forged = FakeKey("", 0x2b)
+    forged.id = FOO.id
+    assert reader(FOO, BAR).read(alert_octets(forged, clock=CLOCK), "10.9.9.9", MOMENT)[1][0] == "forged"
+
+
+def test_two_keys_with_the_same_id_are_told_apart():
+    twin = FakeKey("twin.pub", 0x77)
+    twin.id = FOO.id
+    assert "for twin.pub " in line_of(alert_octets(twin, clock=CLOCK), FOO, twin)
+    assert "for foo.pub " in line_of(alert_octets(FOO, clock=CLOCK), FOO, twin)
+
+
+def test_no_datagram_whatever_breaks_the_reader():
+    """Seeded: noise, cuts, changed octets, authentic nonsense.  Every line that comes out is one safe line."""
+    chance, book, lines = random.Random(4), reader(FOO, max_skew=0), 0
+    whole = alert_octets(FOO, clock=CLOCK, words="x" * 90)
+    for number in range(60000):
+        octets = bytearray(whole if number % 4 else chance.getrandbits(8 * 90).to_bytes(90, "big"))
+        for _ in range(chance.randrange(4)):
+            octets[chance.randrange(len(octets))] = chance.randrange(256)
+        octets = bytes(octets[:chance.choice([len(octets), chance.randrange(len(octets))])])
+        if number % 3 == 0:
+            body = bytes(octets[24:])
+            octets = cexec.encode_datagram(FOO.udp, cexec.ALERT, FOO.id, b"%08d" % (number % 10 ** 8), number, body)
+        report, remark = book.read(octets, "10.9.9.9", MOMENT + number)
+        if report:
+            lines += 1
+            assert report.line().isprintable() and len(report.line()) < 2000
+            assert json.loads(report.json())["seconds"] >= 0
+        assert remark is None or len(remark) == 2
+    assert lines > 1000
+
+
+# -- the tool
+
+@contextlib.contextmanager
+def sender(group):
+    """Sends datagrams to a group."""
+    mouth = cexec.GroupSocket(cexec.parse_group(group), False)
+    try:
+        yield lambda *octets: [mouth.send(each) for each in octets]
+    finally:
+        mouth.close()
+
+
+@pytest.fixture
+def foo(room):
+    """The room's key as cexec has it."""
+    return cexec.load_key(room.pub)[0]
+
+
+def test_crat_prints_each_alert_at_once_and_ends_with_0(room, foo):
+    crat = room.crat(room.pub).ready()
+    assert crat.log.wait("ready") == "crat: ready: hears %s, 1 key" % room.group
+    with sender(room.group) as send:
+        for number in range(3):
+            copy = alert_octets(foo, job="job%d" % number, status=number)
+            send(copy, copy, copy)
+            crat.out.wait("exit code %d job job%d" % (number, number))
+    assert crat.stop() == 0
+    assert crat.out.lines == ["10.0.0.6 completed by 10.0.0.3 for %s exit code %d job job%d, 1.500 s"
+                              % (room.pub, number, number) for number in range(3)]
+    assert len(crat.log.lines) == 1
+
+
+def test_several_crat_on_one_host_hear_the_same(room, foo):
+    crats = [room.crat(room.pub).ready(), room.crat().ready(), room.crat("--json", room.key).ready()]
+    with sender(room.group) as send:
+        send(alert_octets(foo))
+    crats[0].out.wait("for %s exit" % room.pub)
+    crats[1].out.wait("for unknown key (0x%s) exit" % foo.id.hex())
+    assert json.loads(crats[2].out.wait("{"))["key"] == room.key
+    assert [each.stop() for each in crats] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_crat_ends_at_once_even_when_nobody_reads_its_output(room, foo, number):
+    inside, outside = os.pipe()
+    crat = room.tool("crat", room.pub, stdout=outside).ready()
+    os.close(outside)
+    with sender(room.group) as send:
+        for serial in range(2000):
+            send(alert_octets(foo, job="%05d" % serial, words="x" * 150))
+            time.sleep(0.0002)
+    crat.signal(number)
+    assert crat.complete(5) == 0
+    os.close(inside)
+
+
+def test_a_slow_reader_of_crat_loses_no_line(room, foo):
+    inside, outside = os.pipe()
+    crat = room.tool("crat", room.pub, stdout=outside).ready()
+    os.close(outside)
+    with sender(room.group) as send:
+        for serial in range(3000):
+            send(alert_octets(foo, job="%05d" % serial, words="x" * 100))
+            time.sleep(0.0002)
+    lines = Lines(os.fdopen(inside, "rb"))
+    lines.wait("job 02999")
+    assert [line.split(" job ")[1][:5] for line in lines.lines] == ["%05d" % serial for serial in range(3000)]
+    crat.stop()
+
+
+def test_a_crat_whose_reader_is_gone_ends_quietly(room, foo):
+    inside, outside = os.pipe()
+    crat = room.tool("crat", room.pub, stdout=outside).ready()
+    os.close(inside)
+    os.close(outside)
+    with sender(room.group) as send:
+        send(alert_octets(foo))
+    assert crat.complete(5) == 128 + signal.SIGPIPE
+    assert len(crat.log.lines) == 1
+
+
+def test_a_full_disk_is_a_failure_of_crat(room, foo):
+    if not os.path.exists("/dev/full"):
+        skip("no /dev/full")
+    with open("/dev/full", "wb") as full:
+        crat = room.tool("crat", room.pub, stdout=full).ready()
+    with sender(room.group) as send:
+        send(alert_octets(foo))
+    assert crat.complete(5) == 111
+    assert crat.log.lines[-1] == "crat: standard output: No space left on device"
+
+
+def test_crat_with_a_closed_standard_output_refuses_to_start(room):
+    done = run_command("sh", "-c", 'exec "$0" "$@" >&-', sys.executable, CEXEC, "crat", env={"GROUP": room.group})
+    assert (done.returncode, done.stderr) == (2, b"crat: standard output: Bad file descriptor\n")
+
+
+def test_crat_goes_on_after_anything(room, foo):
+    """Noise, forged and replayed alerts give no line of the key and few notes."""
+    crat, chance = room.crat(room.pub).ready(), random.Random(9)
+    stale = alert_octets(foo, clock=1)
+    fresh = alert_octets(foo)
+    with sender(room.group) as send:
+        for number in range(1000):
+            forged = bytearray(fresh)
+            forged[chance.randrange(12, len(forged))] ^= 1 << chance.randrange(8)
+            send(chance.getrandbits(8 * 60).to_bytes(60, "big"), b"", b"cxec\2" + bytes(60), bytes(forged), stale)
+            time.sleep(0.0003)
+        send(fresh)
+        crat.out.wait("completed")
+    assert crat.stop() == 0
+    assert crat.out.lines == ["10.0.0.6 completed by 10.0.0.3 for %s exit code 0 job 1a2b3c4d, 1.500 s" % room.pub]
+    assert len(crat.log.lines) <= 12, crat.log
+    assert all(crat.log.having(words) for words in ("protocol version 2", "forged or damaged", "CRAT_MAX_SKEW"))
+
+
+def test_a_capture_replayed_to_a_later_crat_gives_no_line(room, foo):
+    capture = [alert_octets(foo, clock=int(time.time() * 1000) - 2000, job="%d" % number) for number in range(9)]
+    crat = room.crat(room.pub).ready()
+    with sender(room.group) as send:
+        send(*capture)
+        send(alert_octets(foo, job="true"))
+        crat.out.wait("job true")
+    assert len(crat.out.lines) == 1
+
+
+def test_crat_refuses_what_is_no_key(room, tmp_path):
+    missing = str(tmp_path / "missing.pub")
+    done = run("crat", missing, env={"GROUP": room.group})
+    assert done.returncode == 2 and done.stderr.decode().startswith("crat: no key " + missing)
+
+
+@pytest.mark.parametrize("group", ["255.255.255.255", "10.99.0.255:4000", "224.0.1.9", "eth0:[ff02::9]:4000",
+                                   "ff02::1%eth0", "10.99.0.2", "fd00:99::2"])
+def test_crat_hears_on_every_form_of_group(net, key, group):
+    for number, name in enumerate(["anna", "bert"], 1):
+        net.host(name, "10.99.0.%d/24" % number, "fd00:99::%d/64" % number)
+    crats = [net.tool("bert", "crat", key + ".pub", env={"GROUP": group}, stdout=LINES).ready() for _ in range(2)]
+    octets = alert_octets(cexec.load_key(key + ".pub")[0])
+    net.python("anna", "import sys; sys.path.insert(0, %r); import cexec\n"
+               "cexec.GroupSocket(cexec.parse_group(sys.argv[1]), False).send(bytes.fromhex(sys.argv[2]))" % HERE,
+               group, octets.hex())
+    unicast = "255" not in group and cexec.parse_group(group).kind == "unicast"
+
+    def heard():
+        assert sum(len(crat.out.lines) for crat in crats) == (1 if unicast else 2)
+    wait_until(heard)
+
+
+# ---------------------------------------------------------------- cproxy: what may pass
+
+def announcement(key, nonce=b"noncenon", sequence=1, port=4000):
+    body = cexec.ANNOUNCE_BODY.pack(0, 0, 20)
+    return cexec.encode_datagram(key.udp, cexec.ANNOUNCE, key.id, nonce, sequence, body, port)
+
+
+def other_datagram(key, kind, nonce=b"noncenon", sequence=1, body=bytes(40)):
+    return cexec.encode_datagram(key.udp, kind, key.id, nonce, sequence, body)
+
+
+def test_a_datagram_passes_once_and_an_alert_three_times_whatever_its_port():
+    echoes, announce = cexec.Echoes(), announcement(FOO)
+    alert = other_datagram(FOO, cexec.ALERT)
+    passed = [echoes.may_pass(cexec.parse_datagram(cexec.with_port(announce, port)), 0) for port in range(3000, 3010)]
+    assert passed == [True] + [False] * 9
+    assert [echoes.may_pass(cexec.parse_datagram(alert), 0) for _ in range(6)] == [True] * 3 + [False] * 3
+    assert echoes.may_pass(cexec.parse_datagram(announcement(FOO, sequence=2)), 0)
+
+
+def test_what_passed_is_forgotten_in_time_and_in_number():
+    echoes, announce = cexec.Echoes(), cexec.parse_datagram(announcement(FOO))
+    assert echoes.may_pass(announce, 0) and not echoes.may_pass(announce, 59)
+    assert echoes.may_pass(announce, 61)
+    for number in range(cexec.ECHOES_MAX + 10):
+        echoes.may_pass(cexec.parse_datagram(announcement(FOO, sequence=number)), 62)
+    assert len(echoes.passed) == cexec.ECHOES_MAX
+
+
+@pytest.mark.parametrize("most", [0, 50000, 1 << 26])
+def test_a_pump_is_exact_and_gives_back_what_it_held(monkeypatch, most):
+    monkeypatch.setattr(cexec, "HELD_MAX", most)
+    buffer, blob = cexec.Buffer(), random.Random(2).getrandbits(8 << 20).to_bytes(1 << 20, "big")
+    (feeder, source), (sink, taker) = socket.socketpair(), socket.socketpair()
+    with feeder, source, sink, taker:
+        for each in feeder, source, sink, taker:
+            each.setblocking(False)
+        pump, sent, got, peak = cexec.Pump(source, sink, buffer, b"opening"), 0, b"", 0
+        while not got.endswith(blob[-100:]):
+            with contextlib.suppress(BlockingIOError):
+                sent += feeder.send(blob[sent:]) if sent < len(blob) else 0
+            pump.pump()
+            peak = max(peak, buffer.held)
+            with contextlib.suppress(BlockingIOError):
+                got += taker.recv(3000)
+        assert got == b"opening" + blob and pump.moved == len(got) and not pump.full
+        assert buffer.held == 0 and peak <= cexec.PIECE
+        feeder.close()
+        pump.pump()
+        assert pump.over and taker.recv(1) == b""
+
+
+# ---------------------------------------------------------------- cproxy: on loopback
+
+class Far:
+    """Both ends of a cproxy on loopback: a submitter on the room's group, a worker on a group of its own."""
+
+    def __init__(self, room, key, python=None, **env):
+        self.room, self.key, self.undo = room, key, []
+        self.near, far = cexec.parse_group(room.group), "127.255.255.255:%d" % free_port()
+        self.mouth = self._keep(cexec.GroupSocket(self.near, False))
+        self.ear = self._keep(cexec.GroupSocket(cexec.parse_group(far), True))
+        self.door = self._keep(cexec.open_listener(self.near))
+        self.door.setblocking(True)
+        self.door.settimeout(5)
+        self.proxy = room.tool("cproxy", "127.0.0.1", far, python=python, env=env).ready()
+
+    def _keep(self, thing):
+        self.undo.append(thing.close)
+        return thing
+
+    @property
+    def port(self):
+        return self.door.getsockname()[1]
+
+    def announce(self, nonce=b"noncenon", sequence=1):
+        """Announces on the near side; what the far side hears."""
+        self.mouth.send(announcement(self.key, nonce, sequence, self.port))
+        octets, source, _ = hear(self.ear)
+        return cexec.parse_datagram(octets), source
+
+    def worker(self, port, opening=None, nonce=b"noncenon"):
+        """A connection as a worker makes it."""
+        made = self._keep(socket.create_connection(("127.0.0.1", port), 5))
+        made.sendall(cexec.encode_preamble(self.key.udp, nonce, 0, 0, 0, False) if opening is None else opening)
+        return made
+
+    def submitter(self):
+        """The connection that the proxy makes to the submitter, its opening already read and checked."""
+        made = self._keep(self.door.accept()[0])
+        made.settimeout(5)
+        cexec.parse_preamble(self.key.udp, b"noncenon", receive_exactly(made, cexec.PREAMBLE_SIZE))
+        return made
+
+    def pair(self):
+        """(submitter's end, worker's end) of a relay."""
+        worker = self.worker(self.announce()[0].port)
+        return self.submitter(), worker
+
+    def nobody_at_the_door(self):
+        return not select.select([self.door], [], [], 0.2)[0]
+
+    def close(self):
+        for step in self.undo:
+            step()
+
+
+def receive_exactly(sock, size):
+    octets = b""
+    while len(octets) < size:
+        part = sock.recv(size - len(octets))
+        assert part, "the end came after %d of %d octets" % (len(octets), size)
+        octets += part
+    return octets
+
+
+def is_reset(sock):
+    """Whether this connection ends by a reset."""
+    try:
+        while sock.recv(65536):
+            pass
+    except ConnectionResetError:
+        return True
+    return False
+
+
+@pytest.fixture
+def far(room, foo):
+    far = Far(room, foo)
+    yield far
+    far.close()
+
+
+def test_an_announcement_passes_with_another_port_and_stays_authentic(far, foo):
+    heard, source = far.announce()
+    sent = cexec.parse_datagram(announcement(foo, port=far.port))
+    assert heard.authentic(foo.udp) and heard.port not in (0, far.port)
+    assert (heard.kind, heard.nonce, heard.sequence, heard.body) == (sent.kind, sent.nonce, sent.sequence, sent.body)
+    assert source[0] == "127.0.0.1"
+    assert far.announce(sequence=2)[0].port == heard.port
+    assert far.announce(nonce=b"another1")[0].port != heard.port
+
+
+def test_everything_else_passes_as_it_is_and_noise_does_not(far, foo):
+    datagrams = [other_datagram(foo, kind) for kind in (cexec.HOLD, cexec.TAKEN, cexec.ALERT)]
+    far.mouth.send(b"noise")
+    far.mouth.send(bytes(1300))
+    far.mouth.send(announcement(foo, b"privileg", 1, 80))
+    for octets in datagrams:
+        far.mouth.send(octets)
+    assert [hear(far.ear)[0] for _ in datagrams] == datagrams
+    far.announce()
+    assert far.ear.receive() is None
+
+
+def test_both_directions_at_once_are_exact(far):
+    submitter, worker = far.pair()
+    blob = random.Random(1).getrandbits(8 << 23).to_bytes(1 << 23, "big")
+    got = {}
+
+    def feed(sock):
+        sock.sendall(blob)
+        sock.shutdown(socket.SHUT_WR)
+
+    def take(sock):
+        parts = []
+        while True:
+            parts.append(sock.recv(1 << 20))
+            if not parts[-1]:
+                break
+        got[sock] = b"".join(parts)
+    threads = [threading.Thread(target=what, args=(sock,)) for what in (feed, take) for sock in (submitter, worker)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert got[submitter] == blob and got[worker] == blob
+    far.proxy.log.wait("ended, %d octets to the submitter, %d to the worker"
+                       % (len(blob) + cexec.PREAMBLE_SIZE, len(blob)))
+    assert far.proxy.stop() == 0
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_end_of_one_direction_passes_and_the_other_goes_on(far, first):
+    ends = far.pair()
+    closer, other = ends[first], ends[1 - first]
+    closer.sendall(b"last words")
+    closer.shutdown(socket.SHUT_WR)
+    assert receive_exactly(other, 10) == b"last words" and other.recv(1) == b""
+    for number in range(3):
+        other.sendall(b"still %d" % number)
+        assert receive_exactly(closer, 7) == b"still %d" % number
+    other.close()
+    assert closer.recv(1) == b""
+    far.proxy.log.wait("relay 1: ended")
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_reset_passes_as_a_reset(far, first):
+    ends = far.pair()
+    cexec.close_socket(ends[first], reset=True)
+    assert is_reset(ends[1 - first])
+    far.proxy.log.wait("relay 1: Connection reset by peer")
+
+
+def test_what_was_said_before_a_refused_write_is_still_delivered(far):
+    submitter, worker = far.pair()
+    submitter.sendall(b"final")
+    submitter.close()
+    assert receive_exactly(worker, 5) == b"final" and worker.recv(1) == b""
+
+
+def test_a_blocked_reader_costs_bounded_memory_and_loses_nothing(far):
+    submitter, worker = far.pair()
+    submitter.settimeout(0.5)
+    sent, chunk = 0, bytes(range(256)) * 1024
+    with contextlib.suppress(socket.timeout):
+        while sent < 100 << 20:
+            sent += submitter.send(chunk[sent % 256:])
+    assert sent < 60 << 20
+    if sys.platform == "linux":
+        assert rss(far.proxy.pid) < 40 << 20
+    submitter.shutdown(socket.SHUT_WR)
+    taken = 0
+    while True:
+        octets = worker.recv(1 << 18)
+        if not octets:
+            break
+        assert octets == (chunk * 2)[taken % 256:][:len(octets)]
+        taken += len(octets)
+    assert taken == sent
+
+
+@pytest.mark.parametrize("opening", [b"GET / HTTP/1.0\r\n\r\n", b"\x16\x03\x01", b"cxec\1othernon" + bytes(29), b"c",
+                                     b""])
+def test_only_what_answers_the_announcement_reaches_the_submitter(far, opening):
+    stranger = far.worker(far.announce()[0].port, opening)
+    assert far.nobody_at_the_door()
+    with contextlib.suppress(OSError):      # most have their reset by now
+        stranger.shutdown(socket.SHUT_WR)
+    assert is_reset(stranger) and far.nobody_at_the_door()
+    assert not far.proxy.log.having("relay")
+
+
+def test_an_opening_may_come_in_pieces(far):
+    port, opening = far.announce()[0].port, cexec.encode_preamble(far.key.udp, b"noncenon", 0, 0, 0, False)
+    worker = far.worker(port, opening[:3])
+    for octet in opening[3:]:
+        time.sleep(0.001)
+        worker.sendall(bytes([octet]))
+    far.submitter().sendall(b"x")
+    assert worker.recv(1) == b"x"
+
+
+def test_a_few_pass_at_once_and_the_others_wait_until_taken(far):
+    port = far.announce()[0].port
+    workers = [far.worker(port) for _ in range(10)]
+    submitters = [far.submitter() for _ in range(cexec.ACTIVE_PER_DOOR)]
+    assert far.nobody_at_the_door()
+    submitters[0].close()
+    submitters[0] = far.submitter()
+    assert far.nobody_at_the_door()
+    far.mouth.send(other_datagram(far.key, cexec.TAKEN))
+    hear(far.ear)
+
+    def all_closed():
+        assert len(select.select(workers, [], [], 0)[0]) == 10 - cexec.ACTIVE_PER_DOOR
+    wait_until(all_closed)
+    with pytest.raises(ConnectionRefusedError):
+        far.worker(port)
+    assert far.nobody_at_the_door()
+    for submitter in submitters:
+        submitter.sendall(b"go")
+    running = [worker for worker in workers if not is_done(worker)]
+    assert len(running) == cexec.ACTIVE_PER_DOOR and all(receive_exactly(each, 2) == b"go" for each in running)
+
+
+def is_done(sock):
+    """Whether this connection is at its end, without taking an octet from it."""
+    try:
+        return not sock.recv(1, socket.MSG_PEEK)
+    except ConnectionResetError:
+        return True
+
+
+def test_a_worker_that_waited_and_went_makes_room(far):
+    port = far.announce()[0].port
+    workers = [far.worker(port) for _ in range(cexec.ACTIVE_PER_DOOR + 1)]
+    submitters = [far.submitter() for _ in range(cexec.ACTIVE_PER_DOOR)]
+    workers.pop().close()
+    last = far.worker(port)
+    submitters[0].close()
+    far.submitter().sendall(b"x")
+    assert last.recv(1) == b"x"
+
+
+def test_taken_is_believed_only_from_where_the_announcement_came(far):
+    port = far.announce()[0].port
+    with socket.socket(type=socket.SOCK_DGRAM) as stranger:
+        stranger.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        stranger.bind(("127.0.0.77", 0))
+        stranger.sendto(other_datagram(far.key, cexec.TAKEN), ("127.255.255.255", far.near.port))
+    hear(far.ear)
+    far.worker(port)
+    far.submitter()
+
+
+def test_a_submitter_that_is_gone_is_a_reset_to_the_worker(far):
+    port = far.announce()[0].port
+    far.door.close()
+    assert is_reset(far.worker(port))
+    far.proxy.log.wait("relay 1: the submitter: Connection refused")
+
+
+def test_a_relay_without_any_traffic_is_ended(room, foo):
+    with contextlib.closing(Far(room, foo, CPROXY_IDLE=1)) as far:
+        submitter, worker = far.pair()
+        for _ in range(4):
+            time.sleep(0.5)
+            worker.sendall(b".")
+        assert receive_exactly(submitter, 4) == b"...."
+        assert is_reset(submitter) and is_reset(worker)
+        far.proxy.log.wait("relay 1: idle")
+
+
+def test_sigterm_lets_relays_finish_and_takes_no_new_ones(far):
+    submitter, worker = far.pair()
+    port = far.announce(b"another1")[0].port
+    far.proxy.signal(signal.SIGTERM)
+    far.proxy.log.wait("stopping: waits for 1 relays")
+    with pytest.raises(ConnectionRefusedError):
+        far.worker(port)
+    submitter.sendall(b"question")
+    assert receive_exactly(worker, 8) == b"question"
+    assert far.proxy.alive()
+    worker.close()
+    submitter.close()
+    assert far.proxy.complete(5) == 0
+
+
+def test_a_second_signal_ends_what_is_running(far):
+    submitter, worker = far.pair()
+    far.proxy.signal(signal.SIGTERM)
+    far.proxy.log.wait("stopping")
+    far.proxy.signal(signal.SIGINT)
+    assert far.proxy.complete(5) == 0
+    assert is_reset(submitter) and is_reset(worker)
+
+
+def test_a_flood_of_forged_announcements_is_bounded(far):
+    """Nobody's datagrams are carried on in large numbers, cost little, and leave room for true ones."""
+    chance = random.Random(3)
+    for number in range(20000):
+        far.mouth.send(announcement(FOO, chance.getrandbits(64).to_bytes(8, "big"), number, 2000 + number))
+    while far.ear.receive():
+        pass
+    if sys.platform == "linux":
+        assert len(open_fds(far.proxy.pid)) < cexec.DOORS_MAX + 20
+        assert rss(far.proxy.pid) < 45 << 20
+    time.sleep(0.3)
+    while far.ear.receive():
+        pass
+    sequence = itertools.count(1)
+
+    def heard():
+        far.mouth.send(announcement(far.key, sequence=next(sequence), port=far.port))
+        time.sleep(0.02)
+        got = far.ear.receive()
+        while got and cexec.parse_datagram(got[0]).nonce != b"noncenon":
+            got = far.ear.receive()
+        assert got
+        return cexec.parse_datagram(got[0]).port
+    far.worker(wait_until(heard))
+    far.submitter()
+    assert len(far.proxy.log.lines) < 10
+
+
+def test_a_proxy_short_of_descriptors_goes_on(room, foo):
+    """With 40 descriptors, 60 connections come; when they are gone a new one is served."""
+    limited = [sys.executable, "-c", "import os, resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))\n"
+               "os.execv(sys.executable, [sys.executable] + sys.argv[1:])"]
+    target = "127.255.255.255:%d" % free_port()
+    proxy = room.start(*limited, CEXEC, "cproxy", "127.0.0.1", target, env=room.settings({})).ready()
+    mouth = cexec.GroupSocket(cexec.parse_group(room.group), False)
+    ear, door = cexec.GroupSocket(cexec.parse_group(target), True), cexec.open_listener(cexec.parse_group(room.group))
+    with mouth.socket, ear.socket, door:
+        for number in range(60):
+            mouth.send(announcement(foo, b"%08d" % number, 1, door.getsockname()[1]))
+        ports = []
+        with contextlib.suppress(AssertionError):
+            while True:
+                ports.append((cexec.parse_datagram(hear(ear, 0.5)[0])))
+        assert 5 < len(ports) < 40
+        callers = []
+        for heard in ports:
+            with contextlib.suppress(OSError):
+                callers.append(socket.create_connection(("127.0.0.1", heard.port), 5))
+                callers[-1].sendall(cexec.encode_preamble(foo.udp, heard.nonce, 0, 0, 0, False))
+        time.sleep(0.3)
+        assert proxy.alive()
+        for caller in callers:
+            caller.close()
+        for heard in ports:     # a submitter that is served closes its door
+            mouth.send(other_datagram(foo, cexec.TAKEN, heard.nonce))
+        with contextlib.suppress(AssertionError):
+            while hear(ear, 0.5):
+                pass
+        door.settimeout(0.1)
+        with contextlib.suppress(socket.timeout):
+            while True:
+                door.accept()[0].close()
+        door.settimeout(5)
+        mouth.send(announcement(foo, b"lastlast", 1, door.getsockname()[1]))
+        heard = cexec.parse_datagram(hear(ear)[0])
+        with socket.create_connection(("127.0.0.1", heard.port), 5) as worker:
+            worker.sendall(cexec.encode_preamble(foo.udp, b"lastlast", 0, 0, 0, False))
+            served = door.accept()[0]
+            served.sendall(b"x")
+            assert worker.recv(1) == b"x"
+            served.close()
+    proxy.stop()
+
+
+def test_many_at_once_are_exact(far):
+    pairs = []
+    for number in range(60):
+        port = far.announce(b"%08d" % number)[0].port
+        worker = far.worker(port, nonce=b"%08d" % number)
+        submitter = far._keep(far.door.accept()[0])
+        submitter.settimeout(5)
+        receive_exactly(submitter, cexec.PREAMBLE_SIZE)
+        pairs.append((submitter, worker))
+    for number, (submitter, worker) in enumerate(pairs):
+        submitter.sendall(b"%08d" % number * 4000)
+    for number, (submitter, worker) in enumerate(pairs):
+        assert receive_exactly(worker, 32000) == b"%08d" % number * 4000
+        worker.sendall(b"%d" % number)
+        assert submitter.recv(9) == b"%d" % number
+
+
+@pytest.mark.parametrize("arguments, status, words", [
+    ([], 2, "SELF [TARGET] expected: 0 arguments given"),
+    (["1", "2", "3"], 2, "SELF [TARGET] expected: 3 arguments given"),
+    (["room"], 2, "SELF=room: not accepted"),
+    (["255.255.255.255"], 2, "SELF=255.255.255.255: not accepted"),
+    (["127.0.0.1", "room"], 2, "TARGET=room: not accepted"),
+    (["::1"], 2, "SELF=::1 TARGET=255.255.255.255:3010: both must be IPv4 or both IPv6"),
+    (["192.0.2.77"], 111, "cannot send from 192.0.2.77: Cannot assign requested address"),
+    (["127.0.0.1", "nodev7:255.255.255.255"], 111, "nodev7: no such device, this machine has:"),
+])
+def test_what_cproxy_refuses(room, arguments, status, words):
+    done = run("cproxy", *arguments, env={"GROUP": room.group})
+    assert done.returncode == status and done.stderr.decode().startswith("cproxy: " + words)
+
+
+# ---------------------------------------------------------------- cproxy: between networks
+
+COUNT = """
+import select, sys, time
+sys.path.insert(0, %r)
+import cexec
+ear = cexec.GroupSocket(cexec.parse_group(sys.argv[1]), True)
+cexec.say("", "ready")
+while True:
+    select.select([ear], [], [])
+    got = ear.receive()
+    if got:
+        print(cexec.DATAGRAM_NAMES[cexec.parse_datagram(got[0]).kind], got[1][0], flush=True)
+""" % HERE
+
+# Says one of each datagram, then waits for a worker and a number of octets from it.
+SUBMIT = """
+import os, sys, time
+sys.path.insert(0, %r)
+import cexec
+key, group = cexec.load_key(sys.argv[1])[0], cexec.parse_group(sys.argv[2])
+mouth, door, nonce = cexec.GroupSocket(group, False), cexec.open_listener(group), os.urandom(8)
+def send(kind, body, port=0, sequence=1):
+    mouth.send(cexec.encode_datagram(key.udp, kind, key.id, nonce, sequence, body, port))
+for attempt in 1, 2:
+    send(cexec.ANNOUNCE, cexec.ANNOUNCE_BODY.pack(attempt, 0, 100), door.getsockname()[1], attempt)
+    time.sleep(0.1)
+door.setblocking(True)
+door.settimeout(5)
+served = door.accept()[0]
+send(cexec.HOLD, cexec.HOLD_BODY.pack(15))
+served.settimeout(20)
+octets, start = 0, time.monotonic()
+while True:
+    part = served.recv(1 << 20)
+    if not part:
+        break
+    octets += len(part)
+served.sendall(b"%%d" %% octets)
+served.close()
+print(octets - cexec.PREAMBLE_SIZE, time.monotonic() - start)
+send(cexec.TAKEN, cexec.TAKEN_BODY.pack(0.0))
+alert = cexec.Alert(1, 0, 5, int(time.time() * 1000), "job", "10.1.0.2", "10.2.0.2", "")
+for _ in range(3):
+    send(cexec.ALERT, cexec.encode_alert(alert))
+    time.sleep(0.005)
+time.sleep(0.3)
+""" % HERE
+
+# Answers every announcement it has not seen, with so many octets.
+ANSWER = """
+import contextlib, select, socket, sys
+sys.path.insert(0, %r)
+import cexec
+key, group = cexec.load_key(sys.argv[1])[0], cexec.parse_group(sys.argv[2])
+ear, seen, octets = cexec.GroupSocket(group, True), set(), bytes(1 << 20)
+cexec.say("", "ready")
+while True:
+    select.select([ear], [], [])
+    got = ear.receive()
+    heard = got and cexec.parse_datagram(got[0])
+    if not got or heard.kind != cexec.ANNOUNCE or heard.nonce in seen:
+        continue
+    assert heard.authentic(key.udp)
+    seen.add(heard.nonce)
+    with socket.socket(ear.socket.family, socket.SOCK_STREAM) as back, contextlib.suppress(OSError):
+        back.settimeout(20)
+        back.connect((got[1][0], heard.port, *got[1][2:]))
+        back.sendall(cexec.encode_preamble(key.udp, heard.nonce, 0, 0, 0, False))
+        for _ in range(int(sys.argv[3])):
+            back.sendall(octets)
+        back.shutdown(socket.SHUT_WR)
+        cexec.say("", "served %%s" %% back.recv(99).decode())
+""" % HERE
+
+
+def submit(net, host, key, group="255.255.255.255"):
+    """Runs one search and its exchange; the number of octets the worker sent."""
+    done = net.python(host, SUBMIT, key + ".pub", group)
+    assert done.returncode == 0, done.stderr.decode()
+    return int(done.stdout.split()[0])
+
+
+def answer(net, host, key, group="255.255.255.255", megabytes=3):
+    return net.start(host, sys.executable, "-c", ANSWER, key + ".pub", group, str(megabytes)).ready()
+
+
+def count(net, host, group="255.255.255.255"):
+    """Counts the datagrams that a host hears."""
+    return net.start(host, sys.executable, "-c", COUNT, group, stdout=LINES).ready()
+
+
+def proxy(net, host, *arguments, group="255.255.255.255", **env):
+    return net.tool(host, "cproxy", *arguments, env=dict(env, GROUP=group)).ready()
+
+
+def test_without_a_proxy_nothing_crosses(bridge, key):
+    answer(bridge, "right", key)
+    done = bridge.python("left", SUBMIT.replace("settimeout(5)", "settimeout(1)"), key + ".pub", "255.255.255.255")
+    assert b"timed out" in done.stderr
+
+
+@pytest.mark.parametrize("group, arguments, near, far", [
+    ("255.255.255.255", ["10.2.0.1"], "255.255.255.255", "255.255.255.255"),
+    ("255.255.255.255", ["10.2.0.1", "10.2.0.255"], "255.255.255.255", "10.2.0.255"),
+    ("eth0:255.255.255.255", ["10.2.0.1", "eth1:255.255.255.255:4000"], "255.255.255.255", "255.255.255.255:4000"),
+    ("255.255.255.255", ["10.2.0.1", "10.2.0.2"], "255.255.255.255", "255.255.255.255"),
+    ("255.255.255.255", ["10.2.0.1"], "10.1.0.1", "255.255.255.255"),
+    ("224.0.1.9", ["10.2.0.1", "224.0.1.9"], "224.0.1.9", "224.0.1.9"),
+    ("255.255.255.255", ["fd02::1", "eth1:[ff02::1]"], "255.255.255.255", "ff02::1%eth0"),
+    ("ff02::1%eth0", ["10.2.0.1"], "ff02::1%eth0", "255.255.255.255"),
+    ("ff02::1%eth0", ["fd02::1", "ff02::1%eth1"], "ff02::1%eth0", "ff02::1"),
+])
+def test_a_job_and_its_alert_cross(bridge, key, group, arguments, near, far):
+    cproxy = proxy(bridge, "mid", *arguments, group=group)
+    worker = answer(bridge, "right", key, far)
+    unicast = arguments[1:] == ["10.2.0.2"]         # of several listeners on one host only one hears that
+    crat = unicast or bridge.tool("right", "crat", key + ".pub", env={"GROUP": far}, stdout=LINES).ready()
+    assert submit(bridge, "left", key, near) == 3 << 20
+    worker.log.wait("served %d" % ((3 << 20) + cexec.PREAMBLE_SIZE))
+    if not unicast:
+        line = crat.out.wait("completed")
+        assert line.startswith("10.1.0.2 completed by 10.2.0.2 for %s.pub exit code 0 job job" % key)
+        assert len(crat.out.lines) == 1
+    cproxy.log.wait("relay 1: ended")
+
+
+def test_a_link_local_address_can_be_the_proxys_own(bridge, key):
+    def usable():
+        assert b"tentative" not in bridge.run("mid", "ip", "-6", "addr", "show", "dev", "eth1").stdout
+        assert b"tentative" not in bridge.run("right", "ip", "-6", "addr", "show", "dev", "eth0").stdout
+    wait_until(usable)
+    proxy(bridge, "mid", link_local(bridge, "mid", "eth1") + "%eth1", "ff02::1%eth1")
+    answer(bridge, "right", key, "ff02::1%eth0")
+    assert submit(bridge, "left", key) == 3 << 20
+
+
+def test_two_proxies_carry_both_ways(bridge, key):
+    for own, far in ("10.2.0.1", "eth1:"), ("10.1.0.1", "eth0:"):
+        proxy(bridge, "mid", own, far)
+    answer(bridge, "right", key)
+    answer(bridge, "left", key)
+    assert submit(bridge, "left", key) == submit(bridge, "right", key) == 3 << 20
+
+
+def test_facing_proxies_make_a_handful_of_datagrams(bridge, key):
+    for own in "10.2.0.1", "10.1.0.1":
+        proxy(bridge, "mid", own)
+    bridge.host("second", "10.1.0.9/24", switch="one")
+    bridge.host("second", "10.2.0.9/24", switch="two")
+    for own in "10.2.0.9", "10.1.0.9":
+        proxy(bridge, "second", own)
+    worker = answer(bridge, "right", key)
+    counts = [count(bridge, host) for host in ("left", "right")]
+    assert submit(bridge, "left", key) == 3 << 20
+    for counted in counts:
+        # One submitter said 2 announcements, hold, taken and 3 alerts; four proxies carry each of them on at most once.
+        kinds = [line.split()[0] for line in counted.out.lines]
+        assert len(kinds) < 40, kinds
+        assert kinds.count("announce") <= 6 and kinds.count("alert") <= 9
+    assert len(worker.log.having("served")) == 1
+
+
+def test_three_proxies_in_a_ring_make_a_handful_of_datagrams(net, key):
+    links = [("one", "10.1.0"), ("two", "10.2.0"), ("three", "10.3.0")]
+    for number, (switch, prefix) in enumerate(links):
+        net.host("host%d" % number, prefix + ".2/24", switch=switch)
+    for number, (switch, prefix) in enumerate(links):
+        onward, other = links[(number + 1) % 3]
+        name = "proxy%d" % number
+        net.host(name, prefix + ".1/24", switch=switch)
+        net.host(name, other + ".10/24", switch=onward)
+        proxy(net, name, other + ".10", group="eth0:255.255.255.255")
+    counts = [count(net, "host%d" % number) for number in range(3)]
+    worker = answer(net, "host2", key)
+    assert submit(net, "host0", key) == 3 << 20
+    for counted in counts:
+        kinds = [line.split()[0] for line in counted.out.lines]
+        assert kinds.count("announce") in (2, 4) and kinds.count("alert") <= 6 and len(kinds) <= 14, kinds
+    assert len(worker.log.having("served")) == 1
+
+
+def test_what_is_on_the_far_link_already_is_not_carried_there(bridge, key):
+    proxy(bridge, "mid", "10.2.0.1")
+    answer(bridge, "right", key)
+    counted = count(bridge, "right")
+    assert submit(bridge, "right", key) == 3 << 20
+    assert {line.split()[1] for line in counted.out.lines} == {"10.2.0.2"}
+
+
+def test_a_killed_proxy_ends_its_relays_and_a_new_one_serves_the_next(bridge, key):
+    first = proxy(bridge, "mid", "10.2.0.1")
+    endless = answer(bridge, "right", key, megabytes=100000)
+    search = bridge.start("left", sys.executable, "-c", SUBMIT, key + ".pub", "255.255.255.255")
+    first.log.wait("relay 1")
+    first.kill()
+    search.complete(10)
+    endless.end()
+    proxy(bridge, "mid", "10.2.0.1")
+    answer(bridge, "right", key)
+    assert submit(bridge, "left", key) == 3 << 20
+
+
+# ---------------------------------------------------------------- two networks, joined
+
+@pytest.fixture
+def joined(net, key):
+    """A submitter and a crat on the left, a worker on the right, and a host with a leg in both, not forwarding."""
+    net.host("s", "10.99.0.1/24", switch="left")
+    net.host("p", "10.99.0.9/24", switch="left")
+    net.host("p", "10.98.0.9/24", switch="right")
+    net.host("w", "10.98.0.2/24", switch="right")
+    net.proxies = lambda **env: [
+        net.tool("p", "cproxy", "10.98.0.9", "eth1:255.255.255.255", env=dict({"GROUP": "eth0:255.255.255.255"}, **env)),
+        net.tool("p", "cproxy", "10.99.0.9", "eth0:255.255.255.255", env=dict({"GROUP": "eth1:255.255.255.255"}, **env))]
+    return net
+
+
+def far_worker(net, key, *command, **env):
+    return net.tool("w", "cservice", key, *(command or EVAL), env=dict({"CONCURRENCY": 12}, **env)).ready()
+
+
+def far_job(net, key, *pairs, seconds=20, **options):
+    return net.run_tool("s", "cexec", key + ".pub", *pairs, env={"CEXEC_TIMEOUT_ACCEPT": seconds}, timeout=90, **options)
+
+
+def test_only_cproxy_joins_the_networks(joined, key):
+    far_worker(joined, key)
+    assert far_job(joined, key, "C=true", seconds=1).returncode == 111
+    for proxy in joined.proxies():
+        proxy.ready()
+    done = far_job(joined, key, "C=cat; echo error >&2; exit 37", input=b"through")
+    assert (done.returncode, done.stdout, done.stderr) == (37, b"through", b"error\n")
+
+
+def test_sixty_megabytes_each_way_and_ten_at_once(joined, key, tmp_path):
+    far_worker(joined, key)
+    for proxy in joined.proxies():
+        proxy.ready()
+    data = os.urandom(60 << 20)
+    assert far_job(joined, key, "C=cat", input=data).stdout == data
+    source = tmp_path / "data"
+    source.write_bytes(data[:3 << 20])
+    jobs = [joined.tool("s", "cexec", key + ".pub", "C=cat", stdin=open(str(source), "rb"),
+                        stdout=open(str(tmp_path / str(number)), "wb")) for number in range(10)]
+    for number, job in enumerate(jobs):
+        assert job.wait(60) == 0
+        assert (tmp_path / str(number)).read_bytes() == data[:3 << 20]
+
+
+def test_descriptors_and_signals_cross(joined, key):
+    far_worker(joined, key)
+    for proxy in joined.proxies():
+        proxy.ready()
+    reading, writing = os.pipe()
+    os.write(writing, b"three")
+    os.close(writing)
+    back, out = os.pipe()
+    script = 'C=cat /dev/fd/%d >/dev/fd/%d; trap "echo stopped; exit 9" USR1; echo ready; while :; do sleep 0.1; done' % (reading, out)
+    job = joined.tool("s", "cexec", key + ".pub", script, stdout=LINES, pass_fds=(reading, out))
+    os.close(reading)
+    os.close(out)
+    job.out.wait("ready", 20)
+    assert os.read(back, 100) == b"three"
+    os.close(back)
+    submitter = the_cexec(job)
+    os.kill(submitter, signal.SIGUSR1)
+    job.out.wait("stopped", 20)
+    assert job.wait(20) == 9
+
+
+def the_cexec(job):
+    """The pid of the tool behind the programs that entered its namespace."""
+    pid = job.pid
+    while True:
+        below = [child for child in children(pid)]
+        if not below:
+            return pid
+        pid = below[0]
+
+
+def test_the_far_crat_tells_the_right_machines(joined, key):
+    far_worker(joined, key)
+    for proxy in joined.proxies():
+        proxy.ready()
+    crat = joined.tool("w", "crat", key + ".pub", stdout=LINES).ready()
+    assert far_job(joined, key, "C=exit 3").returncode == 3
+    crat.out.wait("10.99.0.1 completed by 10.98.0.2 for %s.pub exit code 3" % key, 10)
+    assert far_job(joined, key, "C=exit 4").returncode == 4
+    crat.out.wait("exit code 4", 10)
+    assert len(str(crat.out).splitlines()) == 2
+
+
+def test_the_log_of_the_worker_names_the_submitter_and_the_proxy(joined, key):
+    worker = far_worker(joined, key)
+    for proxy in joined.proxies():
+        proxy.ready()
+    assert far_job(joined, key, "C=echo $REMOTE_ADDR").stdout == b"10.99.0.1\n"
+    worker.log.wait("start from 10.99.0.1 by 10.98.0.9", 10)
+
+
+def test_cproxy_killed_in_the_middle_of_a_job(joined, key):
+    worker = far_worker(joined, key)
+    proxies = joined.proxies()
+    for proxy in proxies:
+        proxy.ready()
+    job = joined.tool("s", "cexec", key + ".pub", "C=echo running; sleep 600", stdout=LINES)
+    job.out.wait("running", 20)
+    for proxy in proxies:
+        os.kill(the_cexec(proxy), signal.SIGKILL)
+    assert job.wait(20) == 111
+    assert str(job.log).startswith("cexec: worker 10.98.0.2: the connection was closed")
+    worker.log.wait("submitter lost", 20)
+    for proxy in joined.proxies():
+        proxy.ready()
+    assert far_job(joined, key, "C=echo again").stdout == b"again\n"
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_proxies_in_a_circle_do_not_storm(net, key, count):
+    """Each host has two legs and sends what it hears on the one out of the other, both ways round."""
+    net.host("s", "10.90.0.1/24", switch="net0")
+    net.host("w", "10.90.0.2/24", switch="net0")
+    for number in range(count):
+        after = (number + 1) % count
+        net.host("p%d" % number, "10.9%d.0.%d/24" % (number, 100 + number), switch="net%d" % number)
+        net.host("p%d" % number, "10.9%d.0.%d/24" % (after, 200 + number), switch="net%d" % after)
+        net.tool("p%d" % number, "cproxy", "10.9%d.0.%d" % (after, 200 + number), "eth1:255.255.255.255",
+                 env={"GROUP": "eth0:255.255.255.255"}).ready()
+    worker = net.tool("w", "cservice", key, "echo", "once").ready()
+    listener = net.start("s", sys.executable, "-c", COUNTER, stdout=LINES)
+    listener.out.wait("listening")
+    done = net.run_tool("s", "cexec", key + ".pub", timeout=60)
+    assert done.stdout == b"once\n"
+    # A marker after the storm that must not be: what comes after it does not count any more.
+    net.run("s", sys.executable, "-c", "import socket; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); "
+            "s.sendto(b'end', ('127.0.0.1', 3010))")
+    listener.out.wait("heard ", 20)
+    heard = int(str(listener.out).split()[-1])
+    assert 4 <= heard <= 60 and jobs_of(worker) == 1
+
+
+COUNTER = """
+import socket
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+s.bind(("", 3010))
+print("listening", flush=True)
+count = 0
+while s.recv(2000) != b"end":
+    count += 1
+print("heard", count, flush=True)
+"""
+
+
+RECORDER = """
+import socket
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+s.bind(("", 3010))
+print("listening", flush=True)
+while True:
+    print(s.recv(2000).hex(), flush=True)
+"""
+
+REPLAY = """
+import socket, sys
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+s.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+s.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0")
+count = 0
+for line in open(sys.argv[1]):
+    octets = bytearray.fromhex(line)
+    for bit in range(-1, len(octets) * 8 if sys.argv[2] == "flip" else 0):
+        changed = bytearray(octets)
+        if bit >= 0:
+            changed[bit // 8] ^= 1 << bit % 8
+        s.sendto(changed, ("255.255.255.255", 3010))
+        count += 1
+        if count % 64 == 0:
+            import time
+            time.sleep(0.002)       # as fast as the listeners can take, so that none of it is lost
+print(count)
+"""
+
+
+def test_what_was_captured_does_nothing_when_it_is_sent_again(net, key, tmp_path):
+    """Every datagram of two jobs, one that fails, from a stranger's host: as it was, and with each bit changed."""
+    net.host("s", "10.99.0.1/24")
+    net.host("w", "10.99.0.2/24")
+    net.host("x", "10.99.0.66/24")
+    recorder = net.start("x", sys.executable, "-c", RECORDER, stdout=LINES)
+    recorder.out.wait("listening")
+    worker = net.tool("w", "cservice", key, *EVAL).ready()
+    crat = net.tool("s", "crat", key + ".pub", stdout=LINES).ready()
+    secret = "a-secret-that-nobody-may-hear"
+    done = net.run_tool("s", "cexec", key + ".pub", "C=cat; exit 5", "SECRET=" + secret, input=secret.encode())
+    assert done.returncode == 5
+    crat.out.wait("exit code 5", 10)
+    failed = net.run_tool("s", "cexec", key + ".pub", "C=echo x; kill -9 $PPID", timeout=60)
+    assert failed.returncode == 111
+    crat.out.wait("rats out", 10)
+    worker.log.wait("ratted out", 10)
+    lines, muted, jobs = str(crat.out), len(worker.log.having("ratted out")), jobs_of(worker)
+    capture = [line for line in str(recorder.out).splitlines() if line != "listening"]
+    assert len(capture) >= 6
+    for line in capture:
+        octets = bytes.fromhex(line)
+        assert secret.encode() not in octets and b"SECRET" not in octets and b"cat" not in octets
+    (tmp_path / "capture").write_text("\n".join(capture))
+    for how in "same", "flip":
+        net.run("x", sys.executable, "-c", REPLAY, str(tmp_path / "capture"), how, timeout=60)
+    # One more job shows that all are well, and stands behind everything that was replayed.
+    assert net.run_tool("s", "cexec", key + ".pub", "C=exit 6", timeout=60).returncode == 6
+    crat.out.wait("exit code 6", 10)
+    added = str(crat.out)[len(lines):].splitlines()
+    known = [line for line in added if line and " unknown key " not in line]
+    assert len(known) == 1 and known[0].split(" job ")[0].endswith("exit code 6")
+    assert len(worker.log.having("ratted out")) == muted and jobs_of(worker) == jobs + 1
+
+
+def test_a_restarted_crat_is_not_told_the_past(net, key, tmp_path):
+    net.host("s", "10.99.0.1/24")
+    net.host("x", "10.99.0.66/24")
+    recorder = net.start("x", sys.executable, "-c", RECORDER, stdout=LINES)
+    recorder.out.wait("listening")
+    net.tool("s", "cservice", key, "true").ready()
+    assert net.run_tool("s", "cexec", key + ".pub").returncode == 0
+    wait_until(lambda: must(len(str(recorder.out).splitlines()) > 5))
+    (tmp_path / "capture").write_text("\n".join(str(recorder.out).splitlines()[1:]))
+    wait_until(lambda: must(time.time() - os.stat(str(tmp_path / "capture")).st_mtime > 1.1))
+    crat = net.tool("s", "crat", key + ".pub", stdout=LINES).ready()
+    net.run("x", sys.executable, "-c", REPLAY, str(tmp_path / "capture"), "same")
+    assert net.run_tool("s", "cexec", key + ".pub").returncode == 0
+    crat.out.wait("completed", 10)
+    assert len(str(crat.out).splitlines()) == 1
+
+
+# ---------------------------------------------------------------- the benchmark: python3 test_cexec.py bench
+
+BENCH_USAGE = """usage: python3 test_cexec.py bench [--quick] [--json] [--runs N] [--size MB] [CASE ...]
+
+Measures cexec beside ssh, socat and GNU parallel, where these are installed, on loopback in a namespace
+of its own when root runs it. Runs are interleaved; medians and ratios are printed, and the
+ratios that the project aims at. Starts and stops everything itself and leaves nothing.
+
+cases, all by default:
+  stream    random bytes through cat, file to file and pipe to pipe, with CPU time of both sides
+  tiny      one job that does nothing
+  many      many such jobs, one after the other and eight at once
+  cluster   time to run one on a cluster of 1, 4 and 30 workers
+  proxy     the stream through cproxy
+  memory    of worker, handler and submitter during the stream
+
+  --quick   64 MB and few runs: minutes become seconds, and figures rough
+  --json    one JSON object on standard output instead of the table
+"""
+IMPORTS = "import ssl, socket, selectors, struct, hmac, hashlib"
+BENCH_PLACE = "CEXEC_BENCH_PLACE"     # in the environment: the benchmark runs inside its namespace, with this directory
+
+
+class NotMeasured(Exception):
+    """Why a contestant cannot be measured here."""
+
+
+def bench(arguments):
+    """The benchmark's main: the part outside the namespace, then the one inside."""
+    options = bench_options(arguments)
+    if BENCH_PLACE in os.environ:
+        return bench_inside(options)
+    place = tempfile.mkdtemp(prefix="cexec-bench-")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    child = subprocess.Popen([*bench_namespace(), sys.executable, os.path.abspath(__file__), "bench", *arguments],
+                             env=dict(os.environ, **{BENCH_PLACE: place}))
+    try:
+        return child.wait()
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT      # the part inside has been interrupted too, and says so
+    finally:
+        if child.poll() is None:
+            child.terminate()
+            child.wait()
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def bench_options(arguments):
+    import argparse
+    parser = argparse.ArgumentParser(prog="test_cexec.py bench", add_help=False)
+    for flag in "--quick", "--json", "--help", "-h":
+        parser.add_argument(flag, action="store_true")
+    parser.add_argument("--runs", type=int)
+    parser.add_argument("--size", type=int)
+    parser.add_argument("cases", nargs="*")
+    options = parser.parse_args(arguments)
+    if options.help or options.h:
+        print(BENCH_USAGE, end="")
+        sys.exit(0)
+    unknown = set(options.cases) - set(CASES)
+    if unknown:
+        parser.error("no case %s: choose from %s" % (" ".join(sorted(unknown)), " ".join(CASES)))
+    options.cases = options.cases or list(CASES)
+    options.size = options.size or (64 if options.quick else 512)
+    options.runs = options.runs or (3 if options.quick else 7)
+    return options
+
+
+def bench_namespace():
+    """The words that run a command with its own network, processes and mounts; [] where that is not to be had.
+    All that is inside ends with it."""
+    words = ["unshare", "-n", "-m", "-p", "--fork", "--kill-child", "--mount-proc"]
+    try:
+        # Only root's: inside a user's namespace no sshd can run.
+        works = os.geteuid() == 0 and subprocess.run([*words, "true"], stderr=subprocess.DEVNULL).returncode == 0
+    except OSError:
+        works = False
+    if not works:
+        say("no namespace: measuring on the machine's own loopback")
+    return words if works else []
+
+
+def bench_inside(options):
+    place = os.environ.pop(BENCH_PLACE)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    if os.getpid() == 1:
+        loopback_up()
+        # A file system in memory keeps the disk out of the figures, and ends with the namespace.
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=0700", "tmpfs", place], stderr=subprocess.DEVNULL)
+    laboratory = Bench(place, options)
+    try:
+        for name in options.cases:
+            CASES[name](laboratory)
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
+    finally:
+        laboratory.end()
+    laboratory.finish()
+    return 1 if laboratory.failures else 0
+
+
+def loopback_up():
+    import fcntl
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        fcntl.ioctl(any_socket, 0x8914, struct.pack("16sh14x", b"lo", 0x1 | 0x40))      # SIOCSIFFLAGS, UP and RUNNING
+
+
+def median(values):
+    ordered = sorted(values)
+    return (ordered[len(ordered) // 2] + ordered[(len(ordered) - 1) // 2]) / 2
+
+
+class Bench:
+    """Everything the cases share: tools, keys, servers that are started when first wanted, and the results."""
+
+    def __init__(self, place, options):
+        self.place, self.options, self.processes = place, options, []
+        self.rows, self.targets, self.notes, self.failures, self.made = [], [], [], 0, {}
+        self.bin = self.path("bin")
+        os.mkdir(self.bin)
+        # The interpreter itself and not a shim, under the name that the tools look for.
+        os.symlink(os.path.realpath(sys.executable), os.path.join(self.bin, "python3"))
+        os.chmod(shutil.copy(CEXEC, self.bin), 0o755)
+        for name in "ckeygen", "cexec", "cservice", "crat", "cproxy":
+            os.symlink("cexec.py", os.path.join(self.bin, name))
+        self.env = clean_environment(PATH=self.bin + os.pathsep + search_path(), HOME=place,
+                                     PYTHONDONTWRITEBYTECODE=None)
+        self.key = self.path("key")
+        self.done("ckeygen", self.key)
+        # One quiet run as any user has had before the one that counts: it leaves cached bytecode where it may.
+        subprocess.run(["cexec", "--version"], env=self.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def path(self, name):
+        return os.path.join(self.place, name)
+
+    def done(self, *argv):
+        """Runs a command that must succeed."""
+        argv = [shutil.which(argv[0], path=self.env["PATH"]) or argv[0], *argv[1:]]
+        done = subprocess.run(argv, env=self.env, stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        if done.returncode:
+            words = done.stderr.decode(errors="replace").strip()[-300:]
+            raise NotMeasured("%s: %s" % (os.path.basename(argv[0]), words))
+        return done.stdout
+
+    def once(self, make):
+        """What make() returns, made at the first call; a NotMeasured is remembered as well."""
+        if make not in self.made:
+            try:
+                self.made[make] = make()
+            except NotMeasured as why:
+                self.made[make] = why
+        if isinstance(self.made[make], NotMeasured):
+            raise self.made[make]
+        return self.made[make]
+
+    def start(self, *argv, env=None, **popen):
+        argv = [shutil.which(argv[0], path=self.env["PATH"]) or argv[0], *argv[1:]]
+        process = Process(argv, dict(self.env, **(env or {})), **popen)
+        self.processes.append(process)
+        return process
+
+    def stop(self, *processes):
+        for process in processes:
+            process.end()
+            self.processes.remove(process)
+
+    def end(self):
+        self.stop(*reversed(self.processes))
+
+    # -------- the contestants
+
+    def group(self):
+        return "127.255.255.255:%d" % free_port()
+
+    def worker(self, group, *command, **settings):
+        return self.start("cservice", self.key, *command, env=dict(settings, GROUP=group)).ready()
+
+    def cexec(self, group):
+        """(command, environment) of one submission."""
+        return [os.path.join(self.bin, "cexec"), self.key + ".pub"], dict(self.env, GROUP=group)
+
+    def program(self, name):
+        found = shutil.which(name, path=search_path())
+        if not found:
+            raise NotMeasured("%s is not installed" % name)
+        return found
+
+    def sshd(self):
+        """Starts an OpenSSH server; the Process.  Login files are left out: bash skips them at this SHLVL."""
+        server, port = self.program("sshd"), free_port(socket.SOCK_STREAM)
+        if os.geteuid() == 0 and not os.path.isdir("/run/sshd"):
+            if os.getpid() != 1:
+                raise NotMeasured("sshd wants the directory /run/sshd")
+            self.done("mount", "-t", "tmpfs", "tmpfs", "/run")
+            os.mkdir("/run/sshd", 0o755)
+        for name in "host_key", "user_key":
+            self.done("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.path(name))
+        self.write("sshd_config", """
+            ListenAddress 127.0.0.1:%d
+            HostKey %s/host_key
+            AuthorizedKeysFile %s/user_key.pub
+            StrictModes no
+            PermitRootLogin yes
+            UsePAM no
+            PidFile none
+            SetEnv SHLVL=5
+            MaxStartups 100
+            MaxSessions 100
+            LogLevel ERROR""" % (port, self.place, self.place))
+        with open(self.path("host_key.pub")) as file:
+            self.write("known_hosts", "[127.0.0.1]:%d %s" % (port, file.read()))
+        self.write("ssh_config", """
+            Host bench
+            HostName 127.0.0.1
+            Port %d
+            User %s
+            IdentityFile %s/user_key
+            IdentitiesOnly yes
+            UserKnownHostsFile %s/known_hosts
+            GlobalKnownHostsFile none
+            BatchMode yes
+            LogLevel ERROR""" % (port, user_name(), self.place, self.place))
+        daemon = self.start(server, "-D", "-e", "-f", self.path("sshd_config"))
+        return self.answering(daemon, self.ssh("true"))
+
+    def answering(self, daemon, command):
+        """The daemon, once the command succeeds."""
+        deadline = time.monotonic() + 10
+        while True:
+            try:
+                self.done(*command)
+                return daemon
+            except NotMeasured as why:
+                if time.monotonic() > deadline or not daemon.alive():
+                    raise NotMeasured("%s %s" % (why, " ".join(daemon.log.lines[-1:]))) from None
+            time.sleep(0.05)
+
+    def ssh(self, *command, cipher=None, master=False):
+        return [self.program("ssh"), "-F", self.path("ssh_config"), *(["-c", cipher] if cipher else []),
+                *(["-S", self.path("master")] if master else []), "bench", *command]
+
+    def ssh_master(self):
+        """Starts the connection that ControlMaster users share."""
+        self.once(self.sshd)
+        words = self.ssh("true", master=True)
+        return self.answering(self.start(*words[:-2], "-M", "-N", "bench"), [*words[:-2], "-O", "check", "bench"])
+
+    def socat(self):
+        """Starts a plaintext server of cat; (Process, client's command)."""
+        program, port = self.program("socat"), free_port(socket.SOCK_STREAM)
+        # -t: how long the way back may last after the way there has ended.
+        server = self.start(program, "-t", "60", "TCP-LISTEN:%d,bind=127.0.0.1,reuseaddr,fork" % port, "EXEC:cat")
+        client = [program, "-t", "60", "-", "TCP:127.0.0.1:%d" % port]
+        self.answering(server, client)
+        return server, client
+
+    def write(self, name, text):
+        with open(self.path(name), "w") as file:
+            file.write("\n".join(line.strip() for line in text.splitlines()) + "\n")
+
+    # -------- measuring
+
+    def input_file(self):
+        path = self.path("input")
+        with open(path, "wb") as file:
+            for _ in range(self.options.size):
+                file.write(os.urandom(1 << 20))
+        return path
+
+    def stream(self, command, env, server, piped):
+        """Sends the input file through the command: {seconds, near, far}, CPU seconds of the command and of the
+        server with all it started.  The bytes must come back the same."""
+        source, sink, helpers = open(self.once(self.input_file), "rb"), open(self.path("output"), "wb"), []
+        before = cpu_seconds(server.pid)
+        started = time.perf_counter()
+        if piped:
+            feeder = subprocess.Popen(["cat"], stdin=source, stdout=subprocess.PIPE)
+            main = subprocess.Popen(command, env=env, stdin=feeder.stdout, stdout=subprocess.PIPE)
+            drain = subprocess.Popen(["cat"], stdin=main.stdout, stdout=sink)
+            feeder.stdout.close()
+            main.stdout.close()
+            helpers = [feeder, drain]
+        else:
+            main = subprocess.Popen(command, env=env, stdin=source, stdout=sink)
+        _, status, used = os.wait4(main.pid, 0)
+        main.returncode = status
+        for helper in helpers:
+            helper.wait()
+        seconds = time.perf_counter() - started
+        source.close()
+        sink.close()
+        if subprocess.call(["cmp", self.path("input"), self.path("output")]) or status:
+            self.fail("%s: wait status %d, or the bytes differ" % (" ".join(command), status))
+        return {"seconds": seconds, "near": used.ru_utime + used.ru_stime,
+                "far": settled_cpu_seconds(server.pid) - before}
+
+    def spawn(self, command, env):
+        """Starts one tiny job the cheapest way; its pid."""
+        log = self.path("stderr"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600
+        streams = (os.devnull, os.O_RDONLY, 0), (os.devnull, os.O_WRONLY, 0), log
+        actions = [(os.POSIX_SPAWN_OPEN, number, *stream) for number, stream in enumerate(streams)]
+        return os.posix_spawnp(command[0], command, env, file_actions=actions)
+
+    def timed(self, command, env):
+        """Seconds that one tiny job takes from start to end."""
+        started = time.perf_counter()
+        _, status = os.waitpid(self.spawn(command, env), 0)
+        seconds = time.perf_counter() - started
+        if status:
+            self.fail("%s: wait status %d" % (" ".join(command), status))
+        return {"seconds": seconds}
+
+    def rate(self, command, env, jobs, lanes):
+        """Seconds per job when `lanes` callers run `jobs` of them."""
+        left = iter(range(jobs))
+
+        def lane():
+            for _ in left:
+                self.timed(command, env)
+        threads = [threading.Thread(target=lane) for _ in range(lanes)]
+        started = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return {"seconds": (time.perf_counter() - started) / jobs}
+
+    def fail(self, text):
+        self.failures += 1
+        say("FAILED: " + text)
+        try:
+            with open(self.path("stderr"), errors="replace") as file:
+                say(file.read().strip()[-300:] or "it said nothing")
+        except OSError:
+            pass
+
+    def interleave(self, case, contestants, runs=None):
+        """Measures them in turn, so that the machine's moods hit all alike: {name: medians}.  A contestant is
+        (name, make); make() returns the function that measures once, or raises NotMeasured."""
+        ready = []
+        for name, make in contestants:
+            try:
+                ready.append((name, make()))
+            except NotMeasured as why:
+                self.row(case, name, note="not measured: %s" % why)
+        found = {name: [] for name, _ in ready}
+        for round_ in range((runs or self.options.runs) + 1):
+            for name, measure in ready:
+                result = measure()
+                if round_:      # the first one warms caches
+                    found[name].append(result)
+        return {name: {field: [result[field] for result in results] for field in results[0]}
+                for name, results in found.items()}
+
+    # -------- results
+
+    def row(self, case, name, **fields):
+        self.rows.append(dict(fields, case=case, name=name))
+
+    def target(self, case, text, value, limit, most=False):
+        """A ratio, and what it should be at least (or at most)."""
+        self.targets.append({"case": case, "what": text, "value": round(value, 3),
+                             "at_most" if most else "at_least": limit,
+                             "met": value <= limit if most else value >= limit})
+
+    def show(self, case, title, columns):
+        """Prints one case's rows, its targets below; columns are (heading, function of the row)."""
+        if self.options.json:
+            return
+        print("\n%s" % title)
+        mine = [row for row in self.rows if row["case"] == case]
+        measured = [row for row in mine if "note" not in row]
+        if measured:
+            print("  %-34s" % "" + "".join("%14s" % heading for heading, _ in columns))
+        for row in measured:
+            print("  %-34s" % row["name"] + "".join("%14s" % text(row) for _, text in columns))
+        for row in mine:
+            if "note" in row:
+                print("  %-34s  %s" % (row["name"], row["note"]))
+        for target in self.targets:
+            if target["case"] == case:
+                bound = next("%s %s" % (name.replace("_", " "), target[name]) for name in target if name[:3] == "at_")
+                verdict = "met" if target["met"] else "MISSED"
+                print("  %-6s %s: %.2f (%s)" % (verdict, target["what"], target["value"], bound))
+        sys.stdout.flush()
+
+    def finish(self):
+        facts = machine_facts()
+        if self.options.json:
+            import json
+            print(json.dumps({"machine": facts, "size_mb": self.options.size, "runs": self.options.runs,
+                              "results": self.rows, "targets": self.targets, "failures": self.failures}, indent=1))
+        else:
+            print("\n" + "\n".join("%s: %s" % pair for pair in facts.items()))
+            print("failed jobs: %d" % self.failures)
+
+
+def user_name():
+    import pwd
+    return pwd.getpwuid(os.geteuid()).pw_name
+
+
+def machine_facts():
+    import platform
+    import ssl
+    version = subprocess.run(["ssh", "-V"], stderr=subprocess.PIPE).stderr.decode() if shutil.which("ssh") else "none"
+    python = platform.python_version(), os.path.realpath(sys.executable), ssl.OPENSSL_VERSION
+    return {"processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "system": "%s %s %s" % (platform.system(), platform.release(), platform.machine()),
+            "python": "%s at %s, %s" % python,
+            "ssh": version.strip()}
+
+
+def cpu_seconds(pid):
+    """CPU seconds of a process and of all that it has started and reaped."""
+    return sum(map(int, stat_fields(pid)[11:15])) / os.sysconf("SC_CLK_TCK")
+
+
+def settled_cpu_seconds(pid):
+    """The same once it has reaped what ran; a server that keeps a child is taken as it is after two seconds."""
+    deadline = time.monotonic() + 2
+    while children(pid) + zombies(pid) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return cpu_seconds(pid)
+
+
+def milliseconds(row):
+    return "%.1f ms" % (row["seconds"] * 1000)
+
+
+def ratio(row):
+    return "%.2f x" % row["ratio"] if "ratio" in row else ""
+
+
+def bench_stream(lab):
+    """Streams, file to file and pipe to pipe."""
+    group = lab.group()
+    server = lab.worker(group, "cat")
+
+    def cexec_stream(piped):
+        return lambda: lambda: lab.stream(*lab.cexec(group), server, piped)
+
+    def ssh_stream(piped, cipher=None):
+        def make():
+            daemon = lab.once(lab.sshd)
+            return lambda: lab.stream(lab.ssh("cat", cipher=cipher), lab.env, daemon, piped)
+        return make
+
+    def socat_stream(piped):
+        def make():
+            daemon, client = lab.once(lab.socat)
+            return lambda: lab.stream(client, lab.env, daemon, piped)
+        return make
+    for case, piped, words in ("stream-file", False, "file to file"), ("stream-pipe", True, "pipe to pipe"):
+        aes, plain = "ssh aes128-gcm@openssh.com", "socat, plaintext"
+        found = lab.interleave(case, [
+            ("cexec", cexec_stream(piped)), (aes, ssh_stream(piped, "aes128-gcm@openssh.com")),
+            ("ssh, default cipher", ssh_stream(piped)), (plain, socat_stream(piped))])
+        stream_rows(lab, case, found)
+        for other, least in (aes, 1.2), ("ssh, default cipher", 2.1), (plain, 0.75):
+            if other in found:
+                lab.target(case, "speed against %s" % other, speed_ratio(found, "cexec", other), least)
+        if aes in found:
+            lab.target(case, "CPU time against %s" % aes, cpu_of(found["cexec"]) / cpu_of(found[aes]), 1.0, most=True)
+        show_streams(lab, case, "%d MB of random bytes through cat and back, %s" % (lab.options.size, words))
+    lab.stop(server)
+
+
+def cpu_of(result):
+    return median(result["near"]) + median(result["far"])
+
+
+def speed_ratio(found, one, other):
+    """How much faster `one` is, run by run: each pair ran under the same mood of the machine."""
+    return median([theirs / ours for ours, theirs in zip(found[one]["seconds"], found[other]["seconds"])])
+
+
+def stream_rows(lab, case, found, against="cexec"):
+    for name, result in found.items():
+        lab.row(case, name, seconds=median(result["seconds"]), all_seconds=result["seconds"],
+                cpu_submitter=median(result["near"]), cpu_worker=median(result["far"]),
+                cpu_per_gb=cpu_of(result) * 1000 / lab.options.size, ratio=speed_ratio(found, name, against))
+
+
+def show_streams(lab, case, title):
+    lab.show(case, title, [("seconds", lambda row: "%.2f s" % row["seconds"]),
+                           ("speed", lambda row: "%.0f MB/s" % (lab.options.size / row["seconds"])),
+                           ("to cexec's", ratio),
+                           ("CPU near", lambda row: "%.2f s" % row["cpu_submitter"]),
+                           ("CPU far", lambda row: "%.2f s" % row["cpu_worker"]),
+                           ("CPU per GB", lambda row: "%.2f s" % row["cpu_per_gb"])])
+
+
+def bench_tiny(lab):
+    """One job that does nothing."""
+    group = lab.group()
+    server = lab.worker(group, "true")
+
+    def cold():
+        lab.once(lab.sshd)
+        return lambda: lab.timed(lab.ssh("true"), lab.env)
+
+    def warm():
+        lab.once(lab.ssh_master)
+        return lambda: lab.timed(lab.ssh("true", master=True), lab.env)
+
+    python, script = os.path.join(lab.bin, "python3"), os.path.join(lab.bin, "cexec.py")
+    link, (direct, env) = "cexec, called by its link", lab.cexec(group)
+    found = lab.interleave("tiny", [
+        (link, lambda: lambda: lab.timed(direct, env)),
+        ("python3 cexec.py cexec", lambda: lambda: lab.timed([python, script, "cexec", *direct[1:]], env)),
+        ("python3 -I -S and the imports", lambda: lambda: lab.timed([python, "-I", "-S", "-c", IMPORTS], lab.env)),
+        ("ssh, cold", cold), ("ssh, ControlMaster", warm)], runs=8 if lab.options.quick else 40)
+    time_rows(lab, "tiny", found, link)
+    if "ssh, cold" in found:
+        lab.target("tiny", "times faster than cold ssh", speed_ratio(found, link, "ssh, cold"), 6)
+    lab.target("tiny", "time against python3 with the imports",
+               speed_ratio(found, "python3 -I -S and the imports", link), 1.6, most=True)
+    lab.show("tiny", "one job that does nothing (ssh without login files)",
+             [("median", milliseconds), ("speed to ours", ratio)])
+    lab.stop(server)
+
+
+def time_rows(lab, case, found, against):
+    for name, result in found.items():
+        lab.row(case, name, seconds=median(result["seconds"]), all_seconds=result["seconds"],
+                ratio=speed_ratio(found, name, against))
+
+
+def bench_many(lab):
+    """Many tiny jobs: jobs per second."""
+    group, jobs = lab.group(), 48 if lab.options.quick else 240
+    server = lab.worker(group, "true", CONCURRENCY=8)
+
+    def ours(lanes):
+        return lambda: lambda: lab.rate(*lab.cexec(group), jobs, lanes)
+
+    def warm(lanes):
+        def make():
+            lab.once(lab.ssh_master)
+            return lambda: lab.rate(lab.ssh("true", master=True), lab.env, jobs, lanes)
+        return make
+
+    def parallel():
+        program = lab.program("parallel")
+        lab.once(lab.ssh_master)
+        ssh = "%s -F %s -S %s" % (lab.program("ssh"), lab.path("ssh_config"), lab.path("master"))
+        command = [program, "--will-cite", "-j8", "--ssh", ssh, "-S", "8/bench", "true", ":::", *map(str, range(jobs))]
+        return lambda: {"seconds": lab.timed(command, lab.env)["seconds"] / jobs}
+    over = "parallel over ControlMaster"
+    for case, lanes, words in ("many-1", 1, "one after the other"), ("many-8", 8, "eight at once"):
+        others = [("ssh, ControlMaster", warm(lanes))] + ([(over, parallel)] if lanes > 1 else [])
+        found = lab.interleave(case, [("cexec", ours(lanes)), *others], runs=max(2, lab.options.runs // 2))
+        time_rows(lab, case, found, "cexec")
+        if over in found:
+            lab.target(case, "jobs per second against %s" % over, speed_ratio(found, "cexec", over), 2)
+        lab.show(case, "%d jobs that do nothing, %s, one worker host" % (jobs, words),
+                 [("jobs/s", lambda row: "%.1f" % (1 / row["seconds"])), ("to cexec's", ratio)])
+    lab.stop(server)
+
+
+def bench_cluster(lab):
+    """Time to run a job where 1, 4 and 30 workers are idle."""
+    groups, servers = {}, []
+    for size in 1, 4, 30:
+        groups[size] = lab.group()
+        servers += [lab.start("cservice", lab.key, "true", env={"GROUP": groups[size]}) for _ in range(size)]
+    for server in servers:
+        server.ready(60)
+    time.sleep(1)       # the load of starting them all is gone
+    found = lab.interleave("cluster", [
+        ("%d idle worker%s" % (size, "s" * (size > 1)), lambda group=group: lambda: lab.timed(*lab.cexec(group)))
+        for size, group in groups.items()], runs=10 if lab.options.quick else 50)
+    time_rows(lab, "cluster", found, "1 idle worker")
+    more = median(found["30 idle workers"]["seconds"]) - median(found["1 idle worker"]["seconds"])
+    lab.target("cluster", "milliseconds more with 30 workers", more * 1000, 5, most=True)
+    lab.show("cluster", "one job that does nothing, on a cluster of idle workers", [("median", milliseconds)])
+    lab.stop(*servers)
+
+
+def bench_proxy(lab):
+    """The stream through cproxy."""
+    near, far = lab.group(), lab.group()
+    server = lab.worker(far, "cat")
+    proxy = lab.start("cproxy", "127.0.0.1", far, env={"GROUP": near}).ready()
+    found = lab.interleave("proxy", [
+        (name, lambda group=group: lambda: lab.stream(*lab.cexec(group), server, False))
+        for name, group in (("direct", far), ("through cproxy", near))])
+    stream_rows(lab, "proxy", found, "direct")
+    lab.target("proxy", "speed against direct", speed_ratio(found, "through cproxy", "direct"), 0.8)
+    show_streams(lab, "proxy", "%d MB of random bytes through cat and back, file to file" % lab.options.size)
+    lab.stop(proxy, server)
+
+
+def bench_memory(lab):
+    """Memory of the three processes, at rest and during the stream."""
+    group, peak = lab.group(), {}
+    server = lab.worker(group, "cat")
+    lab.timed(*lab.cexec(group))
+    wait_until(lambda: peak.update(rest=rss(server.pid)), 1)
+    command, env = lab.cexec(group)
+    source, sink = open(lab.once(lab.input_file), "rb"), open(lab.path("output"), "wb")
+    client = subprocess.Popen(command, env=env, stdin=source, stdout=sink)
+    while client.poll() is None:
+        watched = [("submitter", client.pid), ("worker", server.pid)]
+        watched += [("handler", pid) for pid in children(server.pid)]
+        for name, pid in watched:
+            for field, measure in ("private", private), ("pss", pss), ("rss", rss):
+                peak[name, field] = max(peak.get((name, field), 0), measure(pid))
+        time.sleep(0.02)
+    source.close()
+    sink.close()
+    for name, words in ("worker", "worker, during the stream"), ("handler", "handler"), ("submitter", "submitter"):
+        lab.row("memory", words, **{field: peak.get((name, field), 0) for field in ("private", "pss", "rss")})
+    lab.row("memory", "worker, at rest", rss=peak["rest"], pss=pss(server.pid), private=private(server.pid))
+    for words, value, most in (("worker at rest, MB resident", peak["rest"], 20),
+                               ("handler, MB private", peak.get(("handler", "private"), 0), 5),
+                               ("submitter, MB private", peak.get(("submitter", "private"), 0), 12)):
+        lab.target("memory", words, value / 1e6, most, most=True)
+    lab.show("memory", "peak memory, %d MB stream" % lab.options.size, [
+        (field, lambda row, field=field: "%.1f MB" % (row[field] / 1e6)) for field in ("private", "pss", "rss")])
+    lab.stop(server)
+
+
+CASES = {"stream": bench_stream, "tiny": bench_tiny, "many": bench_many, "cluster": bench_cluster,
+         "proxy": bench_proxy, "memory": bench_memory}
+
+
+if __name__ == "__main__":
+    sys.exit(bench(sys.argv[2:]))
