@@ -3290,8 +3290,10 @@ class LocalTerminal:
         self.number, self.reading = numbers[0], 0 if 0 in numbers and 0 in descriptors else None
         outputs = [fd for fd in numbers if fd in descriptors and access_of(fd) is not IN]
         self.writing = next((fd for fd in (1, 2, 0) if fd in outputs), None)
-        for fd in numbers:
-            descriptors[fd] = TTY if fd == self.number else self.number
+        for fd, kind in list(descriptors.items()):
+            if fd in numbers or (isinstance(kind, int) and kind in numbers):    # 3>&1 is the terminal too
+                descriptors[fd] = self.number
+        descriptors[self.number] = TTY
 
     def describe(self):
         rows, columns = self.size()
@@ -3807,7 +3809,7 @@ class Submission:
         if name == "end":
             self._fail(Failure("ended", "by the escape sequence"))
         else:
-            os.kill(0, signal.SIGTSTP)      # the whole foreground group, as the key would without -t
+            suspend(self, self.terminal, signal.SIGTSTP, 0)     # the whole foreground group, as the key does elsewhere
 
     def _source_ready(self, fd):
         if self.carrier:
@@ -3842,6 +3844,8 @@ class Submission:
             os.close(self.owned.pop(fd))
         if self.descriptors[fd] == TTY or stream_kind(fd) not in (PIPE, SOCKET):
             return
+        if error_descriptor(self.settings) in self.locals[fd]:
+            return          # cexec's own last line may have to go there; it ends with the process
         writing = fd in self.sinks and fd not in self.finished_sinks
         reading = fd in self.tapes and fd not in self.finished_tapes
         if not writing and not reading:
@@ -4132,14 +4136,14 @@ def run_submission(key, settings, descriptors, names, terminal):
     return loop.run()
 
 
-def suspend(submission, terminal, number):
-    """Stops this process as if nothing had caught the signal; without a terminal of its own the job stops too."""
+def suspend(submission, terminal, number, whom=None):
+    """Stops this process, or whom, as if nothing had caught the signal; without a terminal of its own the job stops too."""
     submission.signal("TSTP")
     if terminal:
         terminal.restore()
     if number == signal.SIGTSTP or in_background():
         handler = signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
+        os.kill(os.getpid() if whom is None else whom, number)
         signal.signal(number, handler)      # here it has been continued, or nobody could ever have continued it
     resume(submission, terminal)
 
@@ -4485,10 +4489,18 @@ class Service:
         if worker.group:
             self.log("job %s: its handler was killed; the job ends" % worker.job)
             end = GroupEnd(self.loop, worker.group, lambda: self._group_ended(worker, end))
-            if not end.killed or signal_group(worker.group, 0):
-                self.ends.add(end)
-        else:
-            self._free(worker)
+            self.ends.add(end)
+            return
+        self._free(worker)
+        if worker.won and os.WIFSIGNALED(status):
+            for wait in 0.0, 0.1, 1.0:      # its job may be anywhere between fork and exec
+                self.loop.later(wait, lambda: self._end_strays(worker.job))
+
+    def _end_strays(self, job):
+        """The handler was killed before it could say which group its job has."""
+        for leader in sessions_of(job):
+            end = GroupEnd(self.loop, leader, lambda: self.ends.discard(end))
+            self.ends.add(end)
 
     def _group_ended(self, worker, end):
         self.ends.discard(end)
@@ -4502,7 +4514,7 @@ class Service:
             self._kill()
             return
         self.draining = True
-        running = sum(1 for worker in self.workers.values() if worker.won)
+        running = sum(1 for worker in self.workers.values() if worker.won and not worker.ended)
         self.log("%s: no new jobs, %d running; again to kill them" % (signal.Signals(number).name, running), always=True)
         self.loop.watch(self.group.fileno())
         for call in list(self.calls):
@@ -4520,6 +4532,19 @@ class Service:
         if self.draining and not self.workers and not self.ends:
             self.log("done", always=True)
             self.loop.stop(0)
+
+
+def sessions_of(job):
+    """The sessions whose processes have this job's id in their environment (Linux)."""
+    mark, found = b"CEXEC_JOB=" + job.encode(), set()
+    for pid in filter(str.isdigit, os.listdir("/proc") if LINUX else ()):
+        try:
+            with open("/proc/%s/environ" % pid, "rb") as file:
+                if mark in file.read().split(b"\0"):
+                    found.add(os.getsid(int(pid)))
+        except OSError:
+            pass        # it has ended, or is another user's
+    return found - {os.getsid(0)}
 
 
 def signal_process(pid, number):

@@ -20,6 +20,7 @@ cexec.py itself, from the codecs to the tools, then end to end, faults, the docu
 """
 
 import ast
+import atexit
 import collections
 import contextlib
 import errno
@@ -56,7 +57,6 @@ import importlib.util
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 CEXEC = os.path.join(HERE, "cexec.py")
-TOOL = [sys.executable, CEXEC]
 
 sys.dont_write_bytecode = True
 os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
@@ -228,6 +228,43 @@ def interpreters():
 
 # ---------------------------------------------------------------- helpers: processes
 
+def program(python=None):
+    """The command that runs cexec.py with this interpreter, from bytecode: compiling it takes longer than most tests."""
+    return list(compiled_for(python or sys.executable))
+
+
+@functools.lru_cache(maxsize=None)
+def compiled_for(python):
+    place = os.path.join(bytecode_directory(), hashlib.sha256(python.encode()).hexdigest()[:16])
+    os.mkdir(place)
+    compiled = os.path.join(place, "cexec.pyc")
+    code = "import py_compile, sys; py_compile.compile(*sys.argv[1:3], doraise=True)"
+    subprocess.run([python, "-ISc", code, CEXEC, compiled], check=True)
+    return python, compiled
+
+
+@functools.lru_cache(maxsize=None)
+def bytecode_directory():
+    place = tempfile.mkdtemp(prefix="cexec-tests-")
+    atexit.register(shutil.rmtree, place, True)
+    return place
+
+
+@pytest.fixture(autouse=True)
+def deadline():
+    """No test waits for ever, whatever it waits for."""
+    def over(number, frame):
+        raise AssertionError("this test did not end within %d s" % DEADLINE)
+    before = signal.signal(signal.SIGALRM, over)
+    signal.alarm(DEADLINE)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+DEADLINE = 120      # seconds; the longest test takes a tenth of it on an idle machine
+
+
 def clean_environment(changes=None, **more):
     """What a tool needs and nothing else: no setting of the caller's shell leaks in.  None removes."""
     kept = {name: os.environ[name] for name in ("HOME", "TMPDIR", "TZ") if name in os.environ}
@@ -238,7 +275,7 @@ def clean_environment(changes=None, **more):
 
 def run(*argv, input=b"", env=None, cwd=None, timeout=30, python=None, **popen):
     """Runs cexec.py with these arguments to its end; a CompletedProcess with bytes."""
-    return run_command(python or sys.executable, CEXEC, *argv, input=input, env=env, cwd=cwd, timeout=timeout, **popen)
+    return run_command(*program(python), *argv, input=input, env=env, cwd=cwd, timeout=timeout, **popen)
 
 
 def run_command(*argv, input=b"", env=None, timeout=30, **popen):
@@ -516,7 +553,7 @@ class Room(Crew):
 
     def tool(self, *argv, python=None, env=None, group=None, **popen):
         """Starts cexec.py with these arguments beside the test."""
-        return self.start(python or sys.executable, CEXEC, *argv, env=self.settings(env, group), **popen)
+        return self.start(*program(python), *argv, env=self.settings(env, group), **popen)
 
     def serve(self, *command, key=None, python=None, group=None, ready=True, **env):
         """Starts a worker, with these settings, and waits until it is ready."""
@@ -643,11 +680,11 @@ class Net(Crew):
 
     def tool(self, host, *argv, python=None, **popen):
         """Starts cexec.py with these arguments on a host."""
-        return self.start(host, python or sys.executable, CEXEC, *argv, **popen)
+        return self.start(host, *program(python), *argv, **popen)
 
     def run_tool(self, host, *argv, python=None, **options):
         """Runs cexec.py with these arguments on a host to its end."""
-        return self.run(host, python or sys.executable, CEXEC, *argv, **options)
+        return self.run(host, *program(python), *argv, **options)
 
     def python(self, host, code, *argv, **options):
         """Runs Python code on a host: probes, senders, captures."""
@@ -1946,7 +1983,8 @@ def test_nothing_above_the_line_touches_the_world():
     tree = ast.parse(text)
     above = [use for use in dotted_uses(tree) if use[0] < border]
     assert [use for use in above if use[1] not in INNOCENT] == []
-    functions = {node.name: (node.lineno, node.body[-1].lineno) for node in tree.body if isinstance(node, ast.FunctionDef)}
+    functions = {node.name: (node.lineno, node.body[-1].lineno) for node in tree.body
+                 if isinstance(node, ast.FunctionDef)}
     for names, allowed in (REPORTING, ["say"]), (SETTING_UP, ["usable_cpus"]):
         for line, name in above:
             if name in names:
@@ -2022,7 +2060,8 @@ def test_a_setting_comes_from_the_environment_or_the_option(tool, name, text, at
 MALFORMED = [
     ("cexec", "CEXEC_GROUP", "somewhere"), ("cexec", "GROUP", "300.1.1.1"), ("cexec", "GROUP", "10.0.0.1:0"),
     ("cservice", "GROUP", "10.0.0.1:65536"), ("crat", "GROUP", "10.0.0.1:x"), ("cproxy", "GROUP", "::1::"),
-    ("cexec", "CEXEC_TIMEOUT_ACCEPT", "-1"), ("cexec", "CEXEC_TIMEOUT_ACCEPT", "nan"), ("cexec", "CEXEC_TIMEOUT_ACCEPT", "1 s"),
+    ("cexec", "CEXEC_TIMEOUT_ACCEPT", "-1"), ("cexec", "CEXEC_TIMEOUT_ACCEPT", "nan"),
+    ("cexec", "CEXEC_TIMEOUT_ACCEPT", "1 s"),
     ("cexec", "CEXEC_TIMEOUT_PINGPONG", "0"), ("cexec", "CEXEC_TIMEOUT_PINGPONG", "inf"),
     ("cexec", "CEXEC_LISTEN_PORTS", "80"), ("cexec", "CEXEC_LISTEN_PORT", "5000-4000"), ("cexec", "CEXEC_PORTS", "a,b"),
     ("cexec", "CEXEC_PORT", "4000;"), ("cexec", "CEXEC_PORT", ","),
@@ -2096,7 +2135,8 @@ def test_no_two_settings_of_a_tool_share_an_option_or_a_name():
 ALERTS = [
     cexec.Alert(cexec.COMPLETED, 0, 0, 0, "", "", "", ""),
     cexec.Alert(cexec.COMPLETED, 255, 1234, 1790000000000, "0123456789abcdef", "10.0.0.5", "fd00::1", ""),
-    cexec.Alert(cexec.RATTED_OUT, 0, 0xffffffff, 2 ** 64 - 1, "f" * 16, "::1", "10.0.0.3", "the worker was lost, caf\u00e9"),
+    cexec.Alert(cexec.RATTED_OUT, 0, 0xffffffff, 2 ** 64 - 1, "f" * 16, "::1", "10.0.0.3",
+                "the worker was lost, caf\u00e9"),
     cexec.Alert(cexec.RATTED_OUT, 7, 1, 1, "j" * 255, "s" * 255, "w" * 255, "x" * 255),
 ]
 BODIES = [
@@ -2406,7 +2446,7 @@ def session_in(role, phase, descriptors=None):
     return session
 
 
-def message(name, number=None, body=None):
+def wire(name, number=None, body=None):
     number = (3 if name in ("data", "end", "stop", "credit") else 0) if number is None else number
     return cexec.frame(getattr(cexec, name.upper()), number, BODY.get(name, b"") if body is None else body)
 
@@ -2416,7 +2456,7 @@ def message(name, number=None, body=None):
 def test_every_message_in_every_phase(role, phase):
     allowed = dict(entry.split(":") for entry in ALLOWED.get((role, phase), "").split())
     for name in cexec.MESSAGE_NAMES.values():
-        for parts in [message(name)], [bytes([octet]) for octet in message(name)]:
+        for parts in [wire(name)], [bytes([octet]) for octet in wire(name)]:
             session = session_in(role, phase)
             if name in allowed:
                 for part in parts:
@@ -2440,14 +2480,14 @@ def test_the_table_names_nothing_that_cannot_be():
 def test_after_an_error_nothing_is_taken_any_more():
     session = session_in("worker", "running")
     with pytest.raises(cexec.ProtocolError):
-        list(session.receive(message("job"), NOW))
+        list(session.receive(wire("job"), NOW))
     with pytest.raises(cexec.ProtocolError):
-        list(session.receive(message("ping"), NOW))
+        list(session.receive(wire("ping"), NOW))
 
 
 def test_nothing_behind_the_last_message_is_looked_at():
     session = session_in("submitter", "running")
-    events = list(session.receive(message("exit") + b"\xff" * 100, NOW))
+    events = list(session.receive(wire("exit") + b"\xff" * 100, NOW))
     assert [kind for kind, _, _ in events] == [cexec.EXIT] and session.phase == "over"
 
 
@@ -2507,7 +2547,7 @@ def test_a_job_from_hello_to_bye():
     assert [name for name, _, _ in sides.take("submitter")] == ["hello", "accepted"]
     assert [name for name, _, _ in sides.take("worker")] == ["welcome", "job"]
     assert set(sides.submitter.sending) == set(sides.worker.receiving) == {0}
-    assert set(sides.submitter.receiving) == set(sides.worker.sending) == {1}, "a shared descriptor has no stream of its own"
+    assert set(sides.submitter.receiving) == set(sides.worker.sending) == {1}, "a shared one has no stream of its own"
     sides.data(sides.submitter, 0, b"in")
     sides.submitter.end(0)
     sides.data(sides.worker, 1, b"out")
@@ -2529,13 +2569,13 @@ def test_a_descriptor_is_open_only_the_way_the_job_said(kind, upward, downward):
         for name, fine in ("data", receives), ("end", receives), ("stop", sends), ("credit", sends):
             session = session_in(role, "running", {3: kind})
             if fine:
-                list(session.receive(message(name), NOW))
+                list(session.receive(wire(name), NOW))
             else:
                 with pytest.raises(cexec.ProtocolError):
-                    list(session.receive(message(name), NOW))
+                    list(session.receive(wire(name), NOW))
             for number in 0, 2, 4, 65535:
                 with pytest.raises(cexec.ProtocolError) as caught:
-                    list(session_in(role, "running", {3: kind}).receive(message(name, number), NOW))
+                    list(session_in(role, "running", {3: kind}).receive(wire(name, number), NOW))
                 assert str(caught.value) == "a message for descriptor %d, which is not open that way" % number
 
 
@@ -2550,7 +2590,7 @@ def test_credit_is_kept_to_the_octet(role):
         with pytest.raises(cexec.ProtocolError) as caught:
             list(beyond.receive(cexec.frame(cexec.DATA, 3, body)[:cexec.HEAD_SIZE], NOW))
         assert str(caught.value) == "data beyond the credit on descriptor 3"
-    assert events_of(session, message("data", body=b"")) == [], "nothing is not beyond anything"
+    assert events_of(session, wire("data", body=b"")) == [], "nothing is not beyond anything"
 
 
 def test_credit_goes_back_when_a_quarter_has_been_consumed():
@@ -2563,7 +2603,7 @@ def test_credit_goes_back_when_a_quarter_has_been_consumed():
     assert sent(session) == [("credit", 3, struct.pack(">I", quarter))]
     list(session.receive(cexec.frame(cexec.DATA, 3, bytes(quarter)), NOW))
     with pytest.raises(cexec.ProtocolError):
-        list(session.receive(message("data"), NOW))
+        list(session.receive(wire("data"), NOW))
 
 
 def test_a_sender_keeps_to_its_credit_and_to_the_longest_message():
@@ -2571,7 +2611,7 @@ def test_a_sender_keeps_to_its_credit_and_to_the_longest_message():
     assert session.may_send(3) == cexec.WINDOW_START
     session.data(bytearray(8), 0, 3, cexec.WINDOW_START - 10)
     assert session.may_send(3) == 10
-    list(session.receive(message("credit", body=struct.pack(">I", 3 << 20)), NOW))
+    list(session.receive(wire("credit", body=struct.pack(">I", 3 << 20)), NOW))
     assert session.may_send(3) == cexec.FRAME_MAX
     session.end(3)
     assert session.may_send(3) == 0
@@ -2579,9 +2619,9 @@ def test_a_sender_keeps_to_its_credit_and_to_the_longest_message():
 
 def test_no_more_credit_than_the_largest_window():
     session, most = session_in("submitter", "running"), cexec.WINDOW_MAX - cexec.WINDOW_START
-    list(session.receive(message("credit", body=struct.pack(">I", most)), NOW))
+    list(session.receive(wire("credit", body=struct.pack(">I", most)), NOW))
     with pytest.raises(cexec.ProtocolError) as caught:
-        list(session.receive(message("credit"), NOW))
+        list(session.receive(wire("credit"), NOW))
     assert str(caught.value) == "credit beyond %d on descriptor 3" % cexec.WINDOW_MAX
 
 
@@ -2589,16 +2629,16 @@ def test_no_more_credit_than_the_largest_window():
 @pytest.mark.parametrize("size", [0, 3, 5, 8])
 def test_messages_of_the_wrong_length(name, size):
     with pytest.raises(cexec.ProtocolError) as caught:
-        list(session_in("worker", "running").receive(message(name, body=bytes(size)), NOW))
+        list(session_in("worker", "running").receive(wire(name, body=bytes(size)), NOW))
     assert str(caught.value) == "a %s message of %d octets" % (name, size)
 
 
 def test_an_end_is_the_end():
     for after in "data", "end":
         session = session_in("worker", "running")
-        assert events_of(session, message("end")) == [("end", 3, b"")]
+        assert events_of(session, wire("end")) == [("end", 3, b"")]
         with pytest.raises(cexec.ProtocolError):
-            list(session.receive(message(after), NOW))
+            list(session.receive(wire(after), NOW))
     session = session_in("submitter", "running")
     session.end(3)
     session.end(3)
@@ -2623,7 +2663,7 @@ def test_stop_is_answered_by_an_end_and_what_was_under_way_is_dropped():
     sides.submitter.stop(1)
     sides.submitter.stop(1)
     assert sent(sides.submitter) == [("stop", 1, b"")]
-    sides.heard["worker"] = events_of(sides.worker, message("stop", 1))
+    sides.heard["worker"] = events_of(sides.worker, wire("stop", 1))
     assert sides.worker.may_send(1) == 0
     sides.pump()
     assert sides.take("worker") == [("stop", 1, b"")]
@@ -2634,7 +2674,7 @@ def test_stop_is_answered_by_an_end_and_what_was_under_way_is_dropped():
 def test_a_stop_that_crosses_an_end_is_no_news():
     session = session_in("worker", "running")
     session.end(3)
-    assert events_of(session, message("stop")) == []
+    assert events_of(session, wire("stop")) == []
     assert sent(session) == [("end", 3, b"")]
 
 
@@ -2698,20 +2738,20 @@ def test_all_windows_together_are_bounded():
                                   struct.pack(">d", float("inf")), struct.pack(">d", NOW + 5)])
 def test_a_pong_that_answers_no_ping_is_no_round_trip(body):
     session = session_in("submitter", "running")
-    assert events_of(session, message("pong", body=body)) == []
+    assert events_of(session, wire("pong", body=body)) == []
     assert session.round_trip is None
 
 
 def test_a_ping_is_answered_with_its_own_octets():
     session = session_in("worker", "running")
-    assert events_of(session, message("ping", body=b"the same, and more")) == []
+    assert events_of(session, wire("ping", body=b"the same, and more")) == []
     assert sent(session) == [("pong", 0, b"the same")]
 
 
 def test_a_flood_of_pings_is_not_answered_without_bound():
     session = session_in("worker", "running")
     for _ in range(100):
-        list(session.receive(message("ping") * 1000, NOW))
+        list(session.receive(wire("ping") * 1000, NOW))
     assert len(session.outbox) <= cexec.CONTROL_MAX
 
 
@@ -2730,13 +2770,13 @@ def test_a_silent_peer_is_pinged_and_lost_in_time():
     session.timeout = 8.0
     lost = quiet_until(session, 20)
     assert 8.0 <= lost <= 8.5
-    assert 2 <= [name for name, _, _ in sent(session)].count("ping") <= 4
+    assert [name for name, _, _ in sent(session)].count("ping") == 3
 
 
 def test_any_octet_counts_as_life():
     session = session_in("submitter", "running")
     session.timeout = 8.0
-    octets = message("ping") * 10
+    octets = wire("ping") * 10
     for count in range(100):
         assert not session.tick(NOW + count)
         list(session.receive(octets[count:count + 1], NOW + count))
@@ -2745,11 +2785,11 @@ def test_any_octet_counts_as_life():
 def test_a_session_that_was_paused_waits_for_ever():
     session = session_in("worker", "running")
     session.timeout = 8.0
-    assert events_of(session, message("signal", cexec.SIGNALS.index("TSTP"))) == [("signal", 6, "TSTP")]
+    assert events_of(session, wire("signal", cexec.SIGNALS.index("TSTP"))) == [("signal", 6, "TSTP")]
     assert quiet_until(session, 100) is None
-    assert events_of(session, message("signal", cexec.SIGNALS.index("USR1")), NOW + 100)[0][2] == "USR1"
+    assert events_of(session, wire("signal", cexec.SIGNALS.index("USR1")), NOW + 100)[0][2] == "USR1"
     assert not session.tick(NOW + 200)
-    assert events_of(session, message("signal", cexec.SIGNALS.index("CONT")), NOW + 200)[0][2] == "CONT"
+    assert events_of(session, wire("signal", cexec.SIGNALS.index("CONT")), NOW + 200)[0][2] == "CONT"
     assert any(session.tick(NOW + 200 + count / 4) for count in range(60))
 
 
@@ -2763,12 +2803,12 @@ def test_a_process_that_slept_itself_blames_nobody():
 def test_signals_have_numbers_of_their_own_on_the_wire():
     for number, name in enumerate(("INT", "TERM", "HUP", "QUIT", "USR1", "USR2", "TSTP", "CONT")):
         session = session_in("worker", "running")
-        assert events_of(session, message("signal", number)) == [("signal", number, name)]
+        assert events_of(session, wire("signal", number)) == [("signal", number, name)]
         session.signal(name)
         assert sent(session) == [("signal", number, b"")]
     for number in 8, 9, 65535:
         with pytest.raises(cexec.ProtocolError) as caught:
-            list(session_in("worker", "running").receive(message("signal", number), NOW))
+            list(session_in("worker", "running").receive(wire("signal", number), NOW))
         assert str(caught.value) == "signal %d, which is not passed on" % number
 
 
@@ -2819,9 +2859,9 @@ def test_no_octets_break_a_session(role):
     """Messages that are mostly right, in an order that is not, from one that holds the key."""
     chance = random.Random(role)
     names = list(cexec.MESSAGE_NAMES.values())
-    valid = [message(name, number) for name in names for number in (None, 0, 5)]
-    valid += [message("job", body=cexec.encode_job(job)) for job in JOBS]
-    likely = {phase: [message(entry.split(":")[0]) for entry in ALLOWED.get((role, phase), "").split()]
+    valid = [wire(name, number) for name in names for number in (None, 0, 5)]
+    valid += [wire("job", body=cexec.encode_job(job)) for job in JOBS]
+    likely = {phase: [wire(entry.split(":")[0]) for entry in ALLOWED.get((role, phase), "").split()]
               for phase in EVERY_PHASE}
     taken = [0]
 
@@ -3092,7 +3132,6 @@ def test_two_readers_share_a_pipe_and_none_blocks(loop):
     first, second = Drain(loop, reading), Drain(loop, reading)
     feeder(writing, OCTETS, 0.002)
     run_loop(loop)
-    run_loop(loop)
     assert len(first.data) + len(second.data) == len(OCTETS)
     os.close(reading)
 
@@ -3251,19 +3290,26 @@ def test_a_full_disk_fails_the_sink(loop, tmp_path, name):
 
 
 @pytest.mark.parametrize("kind", ["pipe", "socket"])
-def test_what_somebody_else_made_non_blocking_is_carried_too(loop, tmp_path, kind):
+def test_what_somebody_else_made_non_blocking_is_read_too(loop, tmp_path, kind):
     reading, writing = ends_of(kind, tmp_path)
     os.set_blocking(reading, False)
-    drain = Drain(loop, reading, len(OCTETS))
-    feeder(writing, OCTETS, 0.002, close=False)
+    drain = Drain(loop, reading)
+    feeder(writing, OCTETS, 0.002)
     run_loop(loop)
     assert bytes(drain.data) == OCTETS
+    assert fcntl.fcntl(reading, fcntl.F_GETFL) & os.O_NONBLOCK, "nor is it taken away"
+    os.close(reading)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket"])
+def test_what_somebody_else_made_non_blocking_is_written_too(loop, tmp_path, kind):
+    reading, writing = ends_of(kind, tmp_path)
     os.set_blocking(writing, False)
     reader, pour = Slow(reading, len(OCTETS)), Pour(loop, writing, OCTETS)
     run_loop(loop)
     reader.join(10)
     assert reader.data == OCTETS and pour.finished == 1
-    assert fcntl.fcntl(writing, fcntl.F_GETFL) & os.O_NONBLOCK, "nor is it taken away"
+    assert fcntl.fcntl(writing, fcntl.F_GETFL) & os.O_NONBLOCK
     os.close(reading)
     os.close(writing)
 
@@ -3305,7 +3351,8 @@ class Opened:
         self.file_in, self.file_in2 = self.keep(*(os.open(path, os.O_RDONLY) for _ in range(2)))
         self.null_in, self.null_out = self.keep(*(os.open(os.devnull, mode) for mode in (os.O_RDONLY, os.O_WRONLY)))
         self.directory, self.only_path = self.keep(os.open(str(tmp_path), os.O_RDONLY), os.open(path, os.O_PATH))
-        self.listener, self.datagrams = self.keep(socket.socket().detach(), socket.socket(type=socket.SOCK_DGRAM).detach())
+        self.listener, self.datagrams = self.keep(*(socket.socket(type=kind).detach()
+                                                    for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM)))
         with socket.socket(fileno=os.dup(self.listener)) as listener:
             listener.listen(1)
 
@@ -3325,15 +3372,18 @@ def opened(tmp_path):
 
 
 @pytest.mark.parametrize("names, found", [
-    ({}, {}), ({0: "reading"}, {0: b"r"}), ({1: "writing"}, {1: b"w"}), ({3: "reading", 7: "writing"}, {3: b"r", 7: b"w"}),
+    ({}, {}), ({0: "reading"}, {0: b"r"}), ({1: "writing"}, {1: b"w"}),
+    ({3: "reading", 7: "writing"}, {3: b"r", 7: b"w"}),
     ({0: "file_in", 1: "file_out"}, {0: b"r", 1: b"w"}), ({1: "file_append"}, {1: b"w"}),
-    ({0: "null_in", 1: "null_out"}, {0: b"r", 1: b"w"}), ({3: "near"}, {3: b"b"}), ({0: "near", 1: "far"}, {0: b"b", 1: b"b"}),
+    ({0: "null_in", 1: "null_out"}, {0: b"r", 1: b"w"}), ({3: "near"}, {3: b"b"}),
+    ({0: "near", 1: "far"}, {0: b"b", 1: b"b"}),
     ({20: "reading", 21: "reading2"}, {20: b"r"}),
     # what carries no stream
     ({3: "directory"}, {}), ({3: "only_path"}, {}), ({3: "listener"}, {}), ({3: "datagrams"}, {}),
     # one thing under several numbers
     ({1: "writing", 2: "writing"}, {1: b"w", 2: 1}), ({1: "writing", 2: "writing2"}, {1: b"w", 2: b"w"}),
-    ({0: "reading", 3: "reading"}, {0: b"r", 3: 0}), ({1: "writing", 2: "writing", 9: "writing"}, {1: b"w", 2: 1, 9: 1}),
+    ({0: "reading", 3: "reading"}, {0: b"r", 3: 0}),
+    ({1: "writing", 2: "writing", 9: "writing"}, {1: b"w", 2: 1, 9: 1}),
     ({0: "reading", 1: "writing"}, {0: b"r", 1: b"w"}), ({0: "near", 1: "near", 2: "near"}, {0: b"b", 1: 0, 2: 0}),
     ({1: "file_out", 2: "file_out"}, {1: b"w", 2: 1}), ({1: "file_out", 2: "file_append"}, {1: b"w", 2: b"w"}),
     ({0: "file_in", 3: "file_in"}, {0: b"r", 3: 0}), ({0: "file_in", 3: "file_in2"}, {0: b"r", 3: b"r"}),
@@ -3361,8 +3411,11 @@ def test_old_kernels_are_asked_by_moving_the_place(opened, monkeypatch):
 
 # ---------------------------------------------------------------- input that can be read again
 
-def tape_of(loop, fd, cap=1 << 20, recording=True):
-    return cexec.Tape(loop, fd, lambda: None, cap, recording)
+def tape_of(loop, fd, cap=1 << 20):
+    """A tape whose job has been accepted."""
+    tape = cexec.Tape(loop, fd, lambda: None)
+    tape.accepted(cap)
+    return tape
 
 
 def take(tape, size=None, step=7000):
@@ -3424,7 +3477,17 @@ def test_a_file_is_replayed_by_seeking_whatever_its_length(loop, tmp_path):
 
 
 def test_a_tape_that_does_not_record_cannot_start_again(loop, filled):
-    tape = tape_of(loop, filled, recording=False)
+    tape = tape_of(loop, filled, None)
+    assert not tape.can_rewind() and take(tape) == OCTETS[:60000]
+    tape.end()
+
+
+def test_before_a_job_is_accepted_all_its_input_is_remembered(loop, filled):
+    tape = cexec.Tape(loop, filled, lambda: None)
+    for _ in range(2):
+        assert take(tape, 50000) == OCTETS[:50000] and tape.can_rewind()
+        tape.rewind()
+    tape.accepted(10)
     assert not tape.can_rewind() and take(tape) == OCTETS[:60000]
     tape.end()
 
@@ -3519,6 +3582,8 @@ def test_a_group_is_ended_whatever_it_does(loop, monkeypatch, name):
     statuses = []
     if name == "stopped":
         wait_until(lambda: stopped(pid))
+    if name == "stubborn":
+        wait_until(lambda: has_children(pid))       # it starts them behind its trap
 
     def reap():
         if not statuses and os.waitpid(pid, os.WNOHANG)[0]:
@@ -3531,6 +3596,10 @@ def test_a_group_is_ended_whatever_it_does(loop, monkeypatch, name):
     assert statuses == [pid], "the leader was dead when the end was told"
     assert not [other for other in map(stat_fields, all_pids()) if other[2:3] == [str(pid)] and other[0] != "Z"]
     assert took >= 0.3 if name == "stubborn" else took < 2
+
+
+def has_children(pid):
+    assert children(pid)
 
 
 def stopped(pid):
@@ -3751,7 +3820,8 @@ def simulate(workers, jobs=100, warm=20, **world):
     done = room.place(jobs)
     extra, made = [job.extra for job in done], [job.connections for job in done]
     return dict(first=first.extra, median=statistics.median(extra), p95=share(extra, 95), mean=statistics.mean(made),
-                p99=share(made, 99), broadcasts=(room.datagrams - before) / jobs, served=sum(j.start is not None for j in done))
+                p99=share(made, 99), broadcasts=(room.datagrams - before) / jobs,
+                served=sum(job.start is not None for job in done))
 
 
 # ---- choice: the cluster as a whole
@@ -3902,8 +3972,8 @@ def test_workers_that_become_idle_after_a_pause_do_not_all_connect():
 
 
 def test_a_cluster_that_was_swamped_remembers_its_size():
-    room = room_of(100, slots=1)
-    room.burst(130, 1000.0)
+    room = room_of(50, slots=1)
+    room.burst(70, 1000.0)
     room.run(room.now + 1500)
     assert room.place(1)[0].connections <= 20
 
@@ -4004,7 +4074,8 @@ def test_a_wait_whose_load_has_risen_goes_on():
     hears(worker, "a")
     hears(worker, "b", now=1.0)
     assert answers(worker, 20.0) == ["a"]
-    assert worker.next_due() == pytest.approx(1.0 + cexec.OFFSET_UNSET + cexec.PER_COST * math.log(1.5))
+    used = (1 / 4 + 1 / 2) / 2
+    assert worker.next_due() == pytest.approx(1.0 + cexec.OFFSET_UNSET + cexec.PER_COST * math.log(1 + used))
 
 
 def test_a_full_worker_remembers_who_waits_longest():
@@ -4054,11 +4125,12 @@ def test_memory_is_bounded_under_a_flood():
         hears(worker, ("flood", n), now=200.0, source="attacker", interval=4e3)
         worker.taken(200.0, ("taken", n), None)
     assert "honest" in worker.calls
+    honest = worker.calls["honest"]
     for n in range(5000):
         if n % 500 == 0:
             hears(worker, "honest", now=200.0, source="honest", attempt=1 + n)
         hears(worker, ("spread", n), now=200.0, source=n)
-    assert "honest" in worker.calls
+    assert worker.calls["honest"] is honest
     assert len(worker.calls) <= cexec.CALLS_MOST and len(worker.spent) <= cexec.SPENT_MOST
 
 
@@ -4105,6 +4177,9 @@ def test_wild_numbers_do_no_harm(wild):
     worker.hold(0.0, "n", wild)
     for nonce in "abc":
         worker.taken(10.0, nonce, wild)
+    before = worker.offset
+    worker.taken(20.0, "d", math.nan)
+    assert worker.offset == before
     low, high = cexec.OFFSET_RANGE
     assert low <= worker.offset <= high
     assert math.isfinite(worker.next_due()) and worker.next_due() < 3e3
@@ -4333,7 +4408,7 @@ def serve_alone(room, tmp_path, queue=1, cpus=None, **env):
     script = 'mount --bind "$1" /proc/stat && mount --bind "$2" /proc/loadavg && shift 2 && exec "$@"'
     affinity = ["taskset", "-c", cpus] if cpus else []
     worker = room.start("unshare", *user_namespace(), "-m", "sh", "-c", script, "sh", str(stat), str(loadavg), *affinity,
-                        sys.executable, CEXEC, "cservice", room.key, *EVAL, env=room.settings(env))
+                        *program(), "cservice", room.key, *EVAL, env=room.settings(env))
     try:
         worker.ready(20)
     except BaseException:
@@ -4350,30 +4425,40 @@ def test_the_idle_one_of_four_workers_gets_the_jobs(room, tmp_path):
         occupied(room, None, 1)
     assert [jobs_of(worker) for worker in busy] == [1, 1, 1]
     idle = serve_alone(room, tmp_path, CONCURRENCY=2)
-    for _ in range(20):
-        assert room.cexec("C=exit 7").returncode == 7
-    assert jobs_of(idle) >= 18
+    shares = []
+    while len(shares) < 3 and max(shares, default=0) < 18:      # a starved machine may wake the idle one too late, once
+        before = jobs_of(idle)
+        for _ in range(20):
+            assert room.cexec("C=exit 7").returncode == 7
+        shares.append(jobs_of(idle) - before)
+    assert max(shares) >= 18, shares
 
 
 def test_a_machine_with_other_work_is_passed_over(room, tmp_path):
     loaded = [serve_alone(room, tmp_path, queue=1 + 3 * (os.cpu_count() or 1)) for _ in range(2)]
     free = serve_alone(room, tmp_path)
-    wait_until(lambda: must(room.cexec("C=true").returncode or jobs_of(free) >= 1))
+
+    def they_know_their_load():
+        before = jobs_of(free)
+        for _ in range(3):
+            room.cexec("C=true")
+        assert jobs_of(free) == before + 3
+    wait_until(they_know_their_load, 30)
     before = jobs_of(free)
     for _ in range(10):
         room.cexec("C=true")
     assert jobs_of(free) - before >= 9, list(map(jobs_of, loaded))
 
 
-def test_of_two_workers_with_unequal_slots_the_freer_is_preferred(room, tmp_path):
-    small = serve_alone(room, tmp_path, CONCURRENCY=2)
+def test_of_two_workers_with_unequal_slots_and_cores_the_freer_is_preferred(room, tmp_path):
+    small = serve_alone(room, tmp_path, cpus="0", CONCURRENCY=2)
     occupied(room, None, 1)
     large = serve_alone(room, tmp_path, CONCURRENCY=16)
     occupied(room, None, 1)
     assert jobs_of(large) == 1
     for _ in range(10):
         room.cexec("C=true")
-    assert jobs_of(small) <= 2, "half of two slots against a sixteenth"
+    assert jobs_of(small) <= 2, "its only core is taken, and one of two slots"
 
 
 def test_boost_overrides_the_load(room):
@@ -4586,7 +4671,7 @@ def test_several_workers_of_several_keys_on_one_host(room, tmp_path):
     assert sum(map(jobs_of, mine)) == sum(map(jobs_of, theirs)) == 4
 
 
-def test_a_frozen_worker_is_passed_over(room):
+def test_a_stopped_worker_among_two_costs_nothing(room):
     frozen = room.serve("echo", "frozen")
     room.serve("echo", "awake")
     assert room.cexec().returncode == 0
@@ -4601,14 +4686,14 @@ def test_a_frozen_worker_is_passed_over(room):
 
 # ---------------------------------------------------------------- jobs, end to end: helpers
 
-SHELL = "sh", "-c", 'eval "$PEER_RUN"'      # a worker whose jobs do what the submitter's RUN=... says
+RUN_SHELL = "sh", "-c", 'eval "$PEER_RUN"'      # a worker whose jobs do what the submitter's RUN=... says
 MB = 1 << 20
 
 
 @pytest.fixture
 def shell(room):
     """A room with one worker that runs the shell text of RUN=...; .worker is its process."""
-    room.worker = room.serve(*SHELL, CONCURRENCY=64)
+    room.worker = room.serve(*RUN_SHELL, CONCURRENCY=64)
     return room
 
 
@@ -4617,7 +4702,7 @@ def python_job(code):
     return "RUN=exec '%s' -IS -c \"$PEER_CODE\"" % sys.executable, "CODE=" + code
 
 
-PLACE = """
+PLACER = """
 import fcntl, os, sys
 wanted = [pair.split("=") for pair in sys.argv[1].split(",") if pair]
 high = {int(to): fcntl.fcntl(int(at), fcntl.F_DUPFD, 200) for to, at in wanted if at}
@@ -4633,12 +4718,12 @@ os.execv(sys.argv[2], sys.argv[2:])
 def placed(fds, *argv):
     """(argv, pass_fds) to run a command with these descriptors, {number there: number here, or None for closed}."""
     words = ",".join("%d=%s" % (to, "" if at is None else at) for to, at in fds.items())
-    return [sys.executable, "-ISc", PLACE, words, *argv], [at for at in fds.values() if at is not None]
+    return [sys.executable, "-ISc", PLACER, words, *argv], [at for at in fds.values() if at is not None]
 
 
 def start_placed(room, fds, *pairs, env=None, **popen):
     """Starts a job whose cexec has just these descriptors beside the standard ones."""
-    argv, pass_fds = placed(fds, sys.executable, CEXEC, "cexec", room.pub, *pairs)
+    argv, pass_fds = placed(fds, *program(), "cexec", room.pub, *pairs)
     return room.start(*argv, env=room.settings(env), pass_fds=pass_fds, **popen)
 
 
@@ -4741,7 +4826,7 @@ def test_help_that_cannot_be_printed():
     for name in NAMES:
         with open("/dev/full", "wb") as full:
             assert run(name, "--help", stdout=full).returncode == 255
-        argv, _ = placed({1: None}, *TOOL, name, "--help")
+        argv, _ = placed({1: None}, *program(), name, "--help")
         assert run_command(*argv).returncode == 255
 
 
@@ -4765,10 +4850,12 @@ NO_COMMAND = "  COMMAND is a program of this machine, run without a shell"
     (["cexec", "{dir}"], {}, ["cexec: cannot read the key {dir}: not a regular file"]),
     (["cexec", "{pub}", "novalue"], {}, ["cexec: novalue: not NAME=VALUE",
                                          "  the job finds VALUE in its environment as PEER_NAME"]),
-    (["cexec", "{pub}", "=x"], {}, ["cexec: =x: not NAME=VALUE", "  the job finds VALUE in its environment as PEER_NAME"]),
+    (["cexec", "{pub}", "=x"], {}, ["cexec: =x: not NAME=VALUE",
+                                    "  the job finds VALUE in its environment as PEER_NAME"]),
     (["cexec", "{pub}"], {"CEXEC_MAXFD": "x"}, ["cexec: CEXEC_MAXFD=x: not accepted",
                                                "  accepted: a whole number from 2 to 4096"]),
-    (["cexec", "--maxfd=x", "{pub}"], {}, ["cexec: --maxfd=x: not accepted", "  accepted: a whole number from 2 to 4096"]),
+    (["cexec", "--maxfd=x", "{pub}"], {}, ["cexec: --maxfd=x: not accepted",
+                                           "  accepted: a whole number from 2 to 4096"]),
     (["cexec", "{pub}"], {"GROUP": "x"}, ["cexec: GROUP=x: not accepted", GROUP_HINT]),
     (["cexec", "{pub}"], {"CEXEC_TIMEOUT_ACCEPT": "x"}, ["cexec: CEXEC_TIMEOUT_ACCEPT=x: not accepted",
                                                          "  accepted: seconds, from 0 to 1e+06"]),
@@ -4849,7 +4936,8 @@ def test_a_key_that_others_can_read_is_warned_about(room, tmp_path):
     worker.log.wait("warning: others can use the key %s " % (tmp_path / "app"))
     done = room.cexec(key=tmp_path / "app.pub", input=b"x")
     assert done.stdout == b"x" and done.returncode == 0
-    assert done.stderr.decode().startswith("cexec: warning: others can use the key %s (mode 0644)" % (tmp_path / "app.pub"))
+    words = "cexec: warning: others can use the key %s (mode 0644)" % (tmp_path / "app.pub")
+    assert done.stderr.decode().startswith(words)
 
 
 # ---------------------------------------------------------------- how a job ends
@@ -4949,13 +5037,13 @@ def test_a_job_is_alone_with_its_descriptors_and_default_signals(room):
     reading, writing = os.pipe()
     code = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, [10, 12]); signal.signal(1, signal.SIG_IGN);" \
         "signal.signal(17, signal.SIG_IGN); import os, sys; os.execv(sys.argv[1], sys.argv[1:])"
-    worker = room.start(sys.executable, "-ISc", code, *TOOL, "cservice", room.key, *SHELL,
+    worker = room.start(sys.executable, "-ISc", code, *program(), "cservice", room.key, *RUN_SHELL,
                         env=room.settings({"CONCURRENCY": 8}), pass_fds=[reading, writing]).ready()
     other = room.submit("RUN=echo on; exec cat", stdin=subprocess.PIPE, stdout=LINES)
     other.out.wait("on")
     fds, handled, blocked, alone = looked(room.cexec(*python_job(LOOK)))
     assert fds == [0, 1, 2] and blocked == [] and alone
-    assert set(handled) <= {int(signal.SIGPIPE), int(signal.SIGXFSZ), int(signal.SIGINT)}, "those that Python itself sets"
+    assert set(handled) <= {signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT}, "those that Python itself sets"
     other.stdin.close()
     assert other.complete() == 0 and worker.alive()
     os.close(reading)
@@ -5008,8 +5096,9 @@ def test_a_directory_is_not_carried(shell, tmp_path):
 
 
 def test_one_pipe_for_output_and_errors_keeps_their_order(shell):
-    done = shell.cexec("RUN=for n in 1 2 3 4 5 6 7 8 9; do echo out $n; echo err $n >&2; done", stderr=subprocess.STDOUT)
-    assert done.stdout.decode().split("\n")[:-1] == ["%s %d" % (what, n) for n in range(1, 10) for what in ("out", "err")]
+    done = shell.cexec("RUN=for n in 1 2 3 4 5; do echo out $n; echo err $n >&2; done", stderr=subprocess.STDOUT)
+    wanted = ["%s %d" % (what, number) for number in range(1, 6) for what in ("out", "err")]
+    assert done.stdout.decode().splitlines() == wanted
 
 
 def test_the_end_of_each_output_shows_at_once(shell):
@@ -5095,7 +5184,7 @@ def test_a_reader_that_stalls_holds_up_no_other(shell):
 
 def memory_of(room):
     """The resident octets of every process of the product, by pid."""
-    return {pid: rss(pid) for pid, words in room.left().items() if CEXEC in words}
+    return {pid: rss(pid) for pid, words in room.left().items() if "cexec.py" in words}
 
 
 def stands_still(pid):
@@ -5196,7 +5285,7 @@ def test_yes_ends_when_its_reader_goes(shell):
 
 
 def no_job_left(room):
-    assert [words for words in room.left().values() if CEXEC not in words] == []
+    assert [words for words in room.left().values() if "cexec.py" not in words] == []
 
 
 def test_twenty_jobs_at_once(room):
@@ -5226,7 +5315,7 @@ def test_files_are_read_and_written_where_they_stand(shell, tmp_path):
 def test_fifos(shell, tmp_path):
     for name in "in", "out":
         os.mkfifo(str(tmp_path / name))
-    job = shell.start("sh", "-c", 'exec "$@" <%s >%s' % (tmp_path / "in", tmp_path / "out"), "sh", *TOOL, "cexec",
+    job = shell.start("sh", "-c", 'exec "$@" <%s >%s' % (tmp_path / "in", tmp_path / "out"), "sh", *program(), "cexec",
                       shell.pub, "RUN=cat", env=shell.settings({}))
     octets = random_octets(3 * MB)
     Writer(os.open(str(tmp_path / "in"), os.O_WRONLY), octets)
@@ -5436,7 +5525,7 @@ def announced(job):
 def test_a_signal_that_was_ignored_from_the_start_stays_ignored(shell):
     """As nohup does: the user wants the job to go on."""
     job = shell.start(sys.executable, "-ISc", "import os, signal, sys; signal.signal(1, signal.SIG_IGN); "
-                      "os.execv(sys.argv[1], sys.argv[1:])", *TOOL, "cexec", shell.pub, "RUN=echo ready; cat; exit 4",
+                      "os.execv(sys.argv[1], sys.argv[1:])", *program(), "cexec", shell.pub, "RUN=echo ready; cat; exit 4",
                       env=shell.settings({}), stdin=subprocess.PIPE, stdout=LINES)
     job.out.wait("ready")
     job.signal(signal.SIGHUP)
@@ -5465,15 +5554,15 @@ def test_killing_cexec_ends_the_jobs_whole_group(shell):
     assert shell.cexec("RUN=echo still serving").stdout == b"still serving\n"
 
 
-def handler_of(worker):
+def only_handler(worker):
     handler, = children(worker.pid)
     return handler
 
 
 def test_killing_the_handler_ends_the_job_and_frees_its_slot(room):
-    worker = room.serve(*SHELL, CONCURRENCY=1)
+    worker = room.serve(*RUN_SHELL, CONCURRENCY=1)
     job = stubborn_job(room)
-    os.kill(handler_of(worker), signal.SIGKILL)
+    os.kill(only_handler(worker), signal.SIGKILL)
     assert job.complete() == 111
     assert job.log.lines[0].startswith("cexec: worker 127.0.0.1: ") and len(job.log.lines) == 2
     wait_until(lambda: no_job_left(room))
@@ -5482,7 +5571,7 @@ def test_killing_the_handler_ends_the_job_and_frees_its_slot(room):
 
 
 def test_killing_the_daemon_ends_the_job(room):
-    worker = room.serve(*SHELL)
+    worker = room.serve(*RUN_SHELL)
     job = stubborn_job(room)
     worker.kill()
     assert job.complete() == 111 and "the worker was killed" in job.log.lines[0]
@@ -5554,7 +5643,7 @@ STAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d cservice: "
 
 
 def test_the_log_of_a_worker(room):
-    worker = room.serve(*SHELL, CONCURRENCY=3)
+    worker = room.serve(*RUN_SHELL, CONCURRENCY=3)
     fingerprint = re.escape(cexec.load_key(room.pub, "public")[0].fingerprint)
     done = room.cexec("RUN=cat; echo $CEXEC_JOB; exit 5", input=b"0123456789")
     identity = done.stdout.decode().strip()[10:]
@@ -5578,7 +5667,7 @@ def test_a_signal_that_ended_a_job_is_in_the_log(shell):
 def test_a_worker_goes_on_when_nobody_reads_its_log(room):
     reading, writing = os.pipe()
     fill(writing)
-    worker = room.tool("cservice", room.key, *SHELL, stderr=writing, env={"CONCURRENCY": 8})
+    worker = room.tool("cservice", room.key, *RUN_SHELL, stderr=writing, env={"CONCURRENCY": 8})
     jobs = statuses(room, [(b"RUN", b"exit %d # %s" % (number, b"x" * 100)) for number in range(30)])
     assert len(jobs) == 30
     os.close(writing)
@@ -5612,12 +5701,12 @@ def pairs_of_pythons():
 def test_submitter_and_worker_of_different_pythons(room, turn):
     (_, oldest), (_, newest) = pairs_of_pythons()
     worker, submitter = (oldest, newest) if turn == "older worker" else (newest, oldest)
-    room.serve(*SHELL, python=worker)
+    room.serve(*RUN_SHELL, python=worker)
     octets = random_octets(5 * MB)
     done = room.cexec("RUN=cat; echo err >&2; exit 37", python=submitter, input=octets)
     assert (done.returncode, done.stdout, done.stderr) == (37, octets, b"err\n")
     near, far = socket.socketpair()
-    argv, pass_fds = placed({3: far.fileno()}, submitter, CEXEC, "cexec", room.pub, "RUN=cat <&3 >&3; kill -9 $$")
+    argv, pass_fds = placed({3: far.fileno()}, *program(submitter), "cexec", room.pub, "RUN=cat <&3 >&3; kill -9 $$")
     job = room.start(*argv, env=room.settings({}), pass_fds=pass_fds)
     far.close()
     near.sendall(b"there and back")
@@ -5630,8 +5719,9 @@ def test_submitter_and_worker_of_different_pythons(room, turn):
 def oggenc_input():
     """A second of sound, as a WAV file."""
     samples = b"".join(struct.pack("<h", (number * number * 7) % 20000 - 10000) for number in range(44100))
-    return struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + len(samples), b"WAVE", b"fmt ", 16, 1, 1, 44100, 88200, 2, 16,
-                       b"data", len(samples)) + samples
+    form = 16, 1, 1, 44100, 88200, 2, 16
+    return struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + len(samples), b"WAVE", b"fmt ", *form, b"data",
+                       len(samples)) + samples
 
 
 def test_a_cluster_of_three_hosts_encodes_sound(net, tools, tmp_path):
@@ -5642,14 +5732,16 @@ def test_a_cluster_of_three_hosts_encodes_sound(net, tools, tmp_path):
     for number, name in enumerate(("one", "two", "three"), 1):
         net.host(name, "10.99.0.%d/24" % number)
     assert net.run("one", tools / "ckeygen", "distributed_ogg", cwd=str(tmp_path)).returncode == 0
-    workers = [net.start(name, tools / "cservice", "distributed_ogg", *encode, cwd=str(tmp_path)) for name in ("two", "three")]
+    workers = [net.start(name, tools / "cservice", "distributed_ogg", *encode, cwd=str(tmp_path))
+               for name in ("two", "three")]
     for worker in workers:
         worker.ready()
     local = run_command(*encode, input=wav.read_bytes()).stdout
     assert len(local) > 3000
     for _ in range(3):
         with open(str(wav), "rb") as source, open(str(tmp_path / "output.ogg"), "wb") as output:
-            done = net.run("one", tools / "cexec", "distributed_ogg.pub", cwd=str(tmp_path), stdin=source, stdout=output)
+            done = net.run("one", tools / "cexec", "distributed_ogg.pub", cwd=str(tmp_path), stdin=source,
+                           stdout=output)
         assert (done.returncode, done.stderr) == (0, b"")
         assert (tmp_path / "output.ogg").read_bytes() == local
 
@@ -5821,16 +5913,17 @@ class Terminal:
 
         places: {descriptor here: descriptor there} of what it gets besides."""
         stdin, stdout, stderr = (self.slave if each is None else each for each in (stdin, stdout, stderr))
-        words = " ".join("%d=%d" % place for place in (places or {}).items())
+        places = places or {}
+        words = " ".join("%d=%d" % place for place in places.items())
         leader = [sys.executable, "-ISc", ON_TERMINAL, self.slave, words] if controlling else []
         return self.room.start(*leader, *argv, env=self.room.settings(dict(PLAIN, **(env or {}))), stdin=stdin,
-                               stdout=stdout, stderr=stderr, pass_fds=(self.slave, *(places or ())),
+                               stdout=stdout, stderr=stderr, pass_fds=(self.slave, *places) if controlling else (),
                                start_new_session=not controlling)
 
     def cexec(self, *options, group=None, env=None, **more):
         """Starts cexec here, with -t unless options are given."""
         env = dict({"GROUP": group or self.room.group}, **(env or {}))
-        return self.start(*TOOL, "cexec", *(options or ["-t"]), self.room.pub, env=env, **more)
+        return self.start(*program(), "cexec", *(options or ["-t"]), self.room.pub, env=env, **more)
 
     def bash(self, **env):
         """Starts a shell with job control here, which prompts with "here> "."""
@@ -5841,7 +5934,7 @@ class Terminal:
 
     def line(self, *options):
         """The shell's command for cexec, -t unless options are given."""
-        return " ".join(map(shlex.quote, [*TOOL, "cexec", *(options or ["-t"]), self.room.pub]))
+        return " ".join(map(shlex.quote, [*program(), "cexec", *(options or ["-t"]), self.room.pub]))
 
     def type(self, text):
         octets = text if isinstance(text, bytes) else text.encode()
@@ -5923,8 +6016,11 @@ def wait_gone(*pids):
 
 
 def wait_stopped(pid):
+    """Waits until every thread is stopped: one that is not yet may still take a key, though no user types so fast."""
     def holds():
-        assert stat_fields(pid)[:1] == ["T"], stat_fields(pid)[:1]
+        threads = os.listdir("/proc/%d/task" % pid)
+        states = {proc(pid, "task/%s/stat" % thread).rpartition(") ")[2][:1] for thread in threads}
+        assert states == {"T"}, states
     wait_until(holds, PATIENCE)
 
 
@@ -6027,7 +6123,8 @@ def odd_modes(terminal):
 
 
 def test_the_job_has_a_terminal_like_the_users(room, terminal):
-    serve_sh(room, "tty; tty <&1; tty <&2; (: >/dev/tty) && stty size </dev/tty; echo $TERM; stty -a; exit 7")
+    serve_sh(room, "tty; tty <&1; tty <&2; stty size </dev/tty; echo $TERM.$LINES.$COLUMNS; stty -a; exit 7",
+             TERM="vt52", LINES="5", COLUMNS="6")     # the worker's own, which are not the job's
     modes = odd_modes(terminal)
     terminal.resize(33, 77)
     cexec = terminal.cexec(env={"TERM": "xterm-odd"})
@@ -6035,7 +6132,7 @@ def test_the_job_has_a_terminal_like_the_users(room, terminal):
     assert terminal.modes() == modes
     names = [terminal.wait("\r\n") for _ in range(3)]
     assert len(set(names)) == 1 and names[0].startswith("/dev/pts/") and names[0] != terminal.name
-    assert [terminal.wait("\r\n") for _ in range(2)] == ["33 77", "xterm-odd"]
+    assert [terminal.wait("\r\n") for _ in range(2)] == ["33 77", "xterm-odd.."]
     described = terminal.wait("echoke").split()
     for word in "-ixon", "ixany", "-echoe", "icanon", "isig", "echo", "opost":
         assert word in described
@@ -6054,13 +6151,6 @@ def test_the_jobs_terminal_has_the_size_of_the_users_at_any_time(room, terminal)
     terminal.wait("52 100\r\n")
     terminal.type("\x03")
     assert cexec.wait(PATIENCE) == 9
-
-
-def test_the_workers_own_window_and_terminal_type_are_not_the_jobs(room, terminal):
-    serve_sh(room, "echo $TERM.$LINES.$COLUMNS.", TERM="vt52", LINES="5", COLUMNS="6")
-    cexec = terminal.cexec(env={"TERM": "xterm"})
-    terminal.wait("xterm...\r\n")
-    assert cexec.wait(PATIENCE) == 0
 
 
 def test_a_signal_key_acts_on_what_runs_in_the_jobs_shell(room, terminal):
@@ -6090,16 +6180,6 @@ def test_a_signal_key_acts_on_what_runs_in_the_jobs_shell(room, terminal):
     assert terminal.modes() == modes
 
 
-def test_end_of_file_is_a_key_like_any_other(room, terminal):
-    serve_sh(room, "cat; echo more; cat; exit 4")
-    cexec = terminal.cexec()
-    terminal.wait_raw()
-    terminal.type("\x04")
-    terminal.wait("more\r\n")
-    terminal.type("\x04")
-    assert cexec.wait(PATIENCE) == 4
-
-
 def test_a_job_may_close_its_terminal_and_open_it_again(room, terminal):
     serve_sh(room, "exec <&- >&- 2>&-; sleep 0.2; echo late >/dev/tty; read x </dev/tty; echo got $x >/dev/tty; exit 6")
     cexec = terminal.cexec()
@@ -6124,18 +6204,19 @@ def test_who_left_the_jobs_session_does_not_keep_the_users_terminal(room, termin
 # ---------------------------------------------------------------- terminals: beside them
 
 def test_other_streams_are_carried_beside_the_terminal(room, terminal, tmp_path):
-    serve_sh(room, "tty; tty <&1; test -t 2 || echo err >&2; printf 'three\\n' >&3; cat <&4")
+    serve_sh(room, "tty; tty <&1; tty <&5; test -t 2 || echo err >&2; printf 'three\\n' >&3; cat <&4")
     reading, writing = os.pipe()
     four, source = os.pipe()
     os.write(source, b"four\n")
     os.close(source)
     with open(str(tmp_path / "errors"), "wb") as errors:
-        cexec = terminal.cexec(stderr=errors, places={writing: 3, four: 4})
-        os.close(writing)
-        os.close(four)
+        five = os.dup(terminal.slave)
+        cexec = terminal.cexec(stderr=errors, places={writing: 3, four: 4, five: 5})
+        for each in writing, four, five:
+            os.close(each)
     assert cexec.wait(PATIENCE) == 0
-    assert terminal.wait("\r\n") == terminal.wait("\r\n")
-    terminal.wait("four\n")
+    assert len({terminal.wait("\r\n") for _ in range(3)}) == 1
+    terminal.wait("four\r\n")
     assert (tmp_path / "errors").read_bytes() == b"err\n"
     with open(reading, "rb") as three:
         assert three.read() == b"three\n"
@@ -6171,10 +6252,7 @@ def test_without_t_a_terminal_changes_nothing(room, terminal, tmp_path):
     modes = terminal.modes()
     with open(str(tmp_path / "in"), "rb") as stdin, open(str(tmp_path / "out"), "wb") as stdout:
         assert terminal.cexec("--", stdin=stdin, stdout=stdout).wait(PATIENCE) == 0
-    assert (tmp_path / "out").read_bytes() == octets and not terminal.shown
-    cexec = terminal.cexec("--", stdin=subprocess.DEVNULL)
-    assert cexec.wait(PATIENCE) == 0
-    assert terminal.modes() == modes
+    assert (tmp_path / "out").read_bytes() == octets and not terminal.shown and terminal.modes() == modes
 
 
 def test_t_without_a_terminal_is_refused(room):
@@ -6209,6 +6287,24 @@ def test_ten_megabytes_arrive_complete(room, terminal):
         assert len(terminal.shown) >= len(expected)
     wait_until(holds, PATIENCE)
     assert terminal.shown == expected
+
+
+def test_the_last_words_arrive_however_late_the_user_reads(room, terminal, tmp_path):
+    """They wait in the job's terminal, beyond all credit, when the job has long ended."""
+    size = cexec.WINDOW_START + 2000
+    serve_sh(room, "stty -onlcr; echo $$; while ! test -e %s/go; do sleep 0.05; done;"
+             "head -c %d /dev/zero | tr '\\0' x; exit 3" % (tmp_path, size))
+    slow = terminal.cexec()
+    pid = int(terminal.wait("\n"))
+    slow.signal(signal.SIGSTOP)
+    (tmp_path / "go").write_text("")
+    wait_gone(pid)
+    slow.signal(signal.SIGCONT)
+    assert slow.wait(PATIENCE) == 3
+
+    def holds():
+        assert terminal.shown.count(b"x") == size
+    wait_until(holds, PATIENCE)
 
 
 def test_an_interrupt_acts_in_the_middle_of_a_flood(room, terminal):
@@ -6348,15 +6444,17 @@ def test_the_escape_ends_a_hung_session(room, terminal):
     relay.towards, relay.at, relay.fault = "worker", relay.carried["worker"][-1], "stall"
     terminal.type("lost\r")
     terminal.type("~.")
+    terminal.wait("by the escape sequence")
     assert cexec.wait(PATIENCE) == 111
     assert terminal.modes() == modes
-    wait_gone(pid)          # once its silence is noticed
+    wait_gone(pid)          # once the silence is noticed there
 
 
-def background_jobs(terminal):
-    """Starts, in the job's shell, jobs of every kind that a terminal's end must reach; their pids."""
-    asks = ["sleep 61 & sleep 62 | sleep 63 &", "(trap '' HUP TERM; exec sleep 64) &", "nohup sleep 65 >/dev/null 2>&1 &"]
-    for ask in asks:
+def background_jobs(terminal, first=""):
+    """Starts, in the job's shell, jobs of every kind that a terminal's end must reach; their pids.
+
+    first: what one of them does before it sleeps."""
+    for ask in "sleep 61 & sleep 62 | sleep 63 &", "nohup sleep 64 >/dev/null 2>&1 &", "(%s exec sleep 65) &" % first:
         terminal.ask(ask)
     terminal.type("sh -c 'echo $((40+2)); exec sleep 66'\r")
     terminal.wait("42\r\n")
@@ -6387,7 +6485,7 @@ def test_when_cexec_is_killed_the_jobs_whole_session_ends(room, terminal):
     serve_bash(room)
     cexec = terminal.cexec()
     terminal.wait("there> ")
-    pids = background_jobs(terminal)
+    pids = background_jobs(terminal, "trap '' HUP TERM;")
     cexec.kill()
     wait_gone(*pids)
 
@@ -6425,7 +6523,7 @@ def test_whoever_ignores_the_hang_up_goes_on(room, terminal, tmp_path):
     serve_sh(room, "trap 'echo hung up; exit 1' HUP; echo begun; cat; echo end")
     reading, writing = os.pipe()
     with open(str(tmp_path / "out"), "wb") as out:
-        started = terminal.start(shutil.which("sh"), "-c", "trap '' HUP; exec \"$@\"", "sh", *TOOL, "cexec", room.pub,
+        started = terminal.start(shutil.which("sh"), "-c", "trap '' HUP; exec \"$@\"", "sh", *program(), "cexec", room.pub,
                                  stdin=reading, stdout=out, stderr=out)
     os.close(reading)
 
@@ -6455,6 +6553,7 @@ def test_cexec_is_suspended_and_goes_on(room, terminal, tmp_path):
     terminal.wait("Stopped")
     terminal.wait("here> ")
     assert terminal.ask("stty -g", "here> ") == modes
+    modes = terminal.ask("stty erase ^H -ixon; stty -g", "here> ")      # a change that must last
     wait_stopped(the_cexec_of(shell))
     start = counter.stat().st_size
     terminal.resize(41, 101)
@@ -6475,31 +6574,19 @@ def test_cexec_is_suspended_and_goes_on(room, terminal, tmp_path):
     assert terminal.ask("stty -g", "here> ") == modes
 
 
-def test_modes_that_were_changed_while_it_was_suspended_stay(room, terminal):
-    serve_bash(room)
-    terminal.bash()
-    terminal.type(terminal.line() + "\r")
-    terminal.wait("there> ")
-    terminal.type("~\x1a")
-    terminal.wait("Stopped")
-    terminal.wait("here> ")
-    modes = terminal.ask("stty erase ^H -ixon; stty -g", "here> ")
-    terminal.type("fg\r")
-    terminal.wait(room.pub)
-    terminal.wait_raw()
-    terminal.type("exit\r")
-    terminal.wait("here> ")
-    assert terminal.ask("stty -g", "here> ") == modes
-
-
 def test_a_suspended_script_is_suspended_as_a_whole(room, terminal):
     serve_bash(room)
-    terminal.bash()
+    shell = terminal.bash()
+    modes = terminal.ask("stty -g", "here> ")
     terminal.type("sh -c '%s; echo after $?'\r" % terminal.line())
     terminal.wait("there> ")
+    script, = children(shell.pid)
+    pid, = children(script)
     terminal.type("~\x1a")
     terminal.wait("Stopped")
     terminal.wait("here> ")
+    wait_stopped(pid)
+    assert terminal.ask("stty -g", "here> ") == modes
     terminal.type("fg\r")
     terminal.wait(room.pub)
     terminal.wait_raw()
@@ -6530,7 +6617,7 @@ def test_who_reads_a_terminal_from_the_background_stops(room, terminal, option):
     serve_sh(room, "read x; echo got $x; exit 3")
     shell = terminal.bash()
     modes = terminal.ask("stty -g", "here> ")
-    for _ in range(3):
+    for _ in range(2):
         terminal.ask(terminal.line(option) + " &", "here> ")
         pid = the_cexec_of(shell)
         wait_stopped(pid)
@@ -6595,12 +6682,12 @@ def test_without_a_terminal_of_its_own_the_job_stops_with_cexec(room, terminal):
 
 DOER = "sh", "-c", 'eval "$PEER_DO"'
 LINUX_ONLY = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
-TROUBLE = r"cexec: worker %s: %s\n  (run it again|its output had begun, .*)\n\Z"    # address, words: the whole of stderr
+TROUBLE = r"cexec: worker %s: %s\n  (run it again|its output had begun, .*)\n\Z"  # address, words: all of stderr
 
 FORKER = r"""
 import array, json, os, resource, signal, socket, sys, traceback
 sys.path.insert(0, sys.argv[1])
-import cexec, pwd, tempfile
+import cexec, pty, pwd, ssl, tempfile, termios, tty
 
 def become(request, fds):
     os.setsid()
@@ -6610,7 +6697,7 @@ def become(request, fds):
         os.dup2(fd, number)
         os.close(fd)
     for name, value in request["limits"].items():
-        resource.setrlimit(getattr(resource, name), (value, value))
+        resource.setrlimit(getattr(resource, name), (value, resource.getrlimit(getattr(resource, name))[1]))
     if request["user"]:
         os.setgroups([])
         os.setgid(request["user"])
@@ -6692,7 +6779,7 @@ class Forker:
 
     def __init__(self, start):
         self.door, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.lock = threading.Lock()
+        self.lock, self.started = threading.Lock(), []
         with far:
             self.process = start(sys.executable, "-c", FORKER, HERE, stdin=far)
         self.process.ready()
@@ -6706,7 +6793,16 @@ class Forker:
         with self.lock:
             self.door.sendmsg([json.dumps(request).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
         os.close(writing)
-        return Forked(argv, open(reading, "rb", 0))
+        forked = Forked(argv, open(reading, "rb", 0))
+        self.started.append(forked)
+        return forked
+
+    def end(self):
+        """Kills what a failed test has left running."""
+        for forked in self.started:
+            if forked.status is None and forked.alive():
+                forked.signal(signal.SIGKILL)
+                forked.wait()
 
     def run(self, *argv, input=b"", seconds=30, **options):
         """(status, output, errors) of one run from file to file."""
@@ -6762,7 +6858,29 @@ class Forked:
 
 @pytest.fixture
 def forker(room):
-    return Forker(lambda *argv, **popen: room.start(*argv, **popen))
+    forker = Forker(lambda *argv, **popen: room.start(*argv, **popen))
+    yield forker
+    forker.end()
+
+
+def forked_worker(forker, room, *words, key=None, limits=None, user=None, patch=None, **env):
+    """A worker, ready, run by the forker: a Forked whose .errors has the log."""
+    worker = forker.submit("cservice", *words, key or room.key, *DOER, env=room.settings(env), limits=limits,
+                           user=user, patch=patch)
+
+    wait_until(lambda: assert_contains(worker.errors, b"ready"))
+    return worker
+
+
+def assert_contains(octets, words):
+    assert words in octets.octets
+
+
+def drained(worker):
+    """It ends as it should, and has never been surprised."""
+    worker.signal(signal.SIGTERM)
+    assert worker.wait() == 0
+    assert b"Traceback" not in worker.errors.octets and b"handler:" not in worker.errors.octets
 
 
 def quick(forker, room, *pairs, env=None, key=None, group=None, **options):
@@ -6796,6 +6914,118 @@ def wait_for_lines(path, count=1):
         assert len(pids_in(path)) >= count
         return pids_in(path)
     return wait_until(look)
+
+
+class Impostor:
+    """A submitter or worker out of the program's own parts, to misbehave in ways that the program never would.
+
+    It holds the key of the room, or another one; each step is a method."""
+
+    def __init__(self, room, key=None):
+        self.room, self.connections = room, []
+        self.public = cexec.load_key(key or room.pub, "public")[0]
+        self.udp = self._hold(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        self.udp.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        self.udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.listener = self._hold(socket.socket())
+        self.listener.bind(("127.0.0.1", 0))
+        self.listener.listen(512)
+        self.listener.settimeout(10)
+        self.port, self.nonce = self.listener.getsockname()[1], None
+
+    def _hold(self, made):
+        self.connections.append(made)
+        return made
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for each in self.connections:
+            each.close()
+
+    # -- as a submitter
+    def send(self, octets):
+        self.udp.sendto(octets, ("127.255.255.255", self.room.port))
+
+    def announce(self):
+        self.nonce = os.urandom(8)
+        octets = cexec.encode_datagram(self.public.udp, cexec.ANNOUNCE, self.public.id, self.nonce, 1,
+                                       cexec.ANNOUNCE_BODY.pack(0, 0, 4000), self.port)
+        self.send(octets)
+        return octets
+
+    def accept(self):
+        """A worker that has answered, past its preamble."""
+        connection = self._hold(self.listener.accept()[0])
+        connection.settimeout(10)
+        octets = b""
+        while len(octets) < cexec.PREAMBLE_SIZE:
+            part = connection.recv(cexec.PREAMBLE_SIZE - len(octets))
+            assert part
+            octets += part
+        cexec.parse_preamble(self.public.udp, self.nonce, octets)
+        return connection
+
+    def secure(self, connection, key, server):
+        """The connection in TLS, with the key that is given."""
+        secured = cexec.tls_context(key, server).wrap_socket(connection, server_side=server)
+        return self._hold(secured)
+
+    def employ(self):
+        """Announces until a worker is connected in TLS."""
+        self.announce()
+        connection = self.accept()
+        connection.sendall(cexec.GO)
+        return self.secure(connection, self.public, True)
+
+    # -- as a worker
+    def hear(self):
+        """(address, port, nonce) of the next announcement in the room."""
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as ear:
+            ear.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            ear.bind(("", self.room.port))
+            ear.settimeout(10)
+            while True:
+                octets, source = ear.recvfrom(2048)
+                if len(octets) > 24 and octets[5] == cexec.ANNOUNCE:
+                    return source[0], struct.unpack(">H", octets[6:8])[0], octets[12:20]
+
+    def answer(self, heard, preamble=None):
+        """Connects to a submitter and says the preamble of an idle worker."""
+        connection = self._hold(socket.create_connection(heard[:2], 10))
+        connection.sendall(preamble or cexec.encode_preamble(self.public.udp, heard[2], -3.0, 0.0, 1.0, False))
+        return connection
+
+    def apply(self, heard, key):
+        """Answers, and goes through the handshake with this key; OSError when it is not wanted."""
+        connection = self.answer(heard)
+        if connection.recv(1) != cexec.GO:
+            raise ConnectionError
+        return self.secure(connection, key, False)
+
+
+def drain(connection):
+    """Reads what the peer says until it closes."""
+    octets = b""
+    try:
+        while True:
+            part = connection.recv(1 << 16)
+            if not part:
+                return octets
+            octets += part
+    except OSError:
+        return octets
+
+
+def submit_and_hear(forker, room, impostor, *pairs, env=None, **options):
+    """(the cexec, what it announced)."""
+    heard = []
+    ear = threading.Thread(target=lambda: heard.append(impostor.hear()))
+    ear.start()
+    job = forker.submit("cexec", room.pub, *pairs, env=room.settings(env), **options)
+    ear.join()
+    return job, heard[0]
 
 
 # -- the matrix: who dies or lies, and when
@@ -6837,6 +7067,7 @@ class Case:
 
     def arrive(self):
         self.job, = wait_for_lines(self.pids)
+        self.id = re.search("CEXEC_JOB=([0-9a-f]{16})", proc(self.job, "environ")).group(1)
         self.cexec.out.wait(len(self.visible))
         if self.moment == "after the end of data":
             self.cexec.out.wait_end()
@@ -6845,18 +7076,29 @@ class Case:
     def victim(self, who):
         return {"handler": self.handler, "cexec": self.cexec.pid, "job": self.job}[who]
 
+    def told(self, first, verdict):
+        """What crat has of this job: whether its first worker was ratted out, and how the last one completed it."""
+        if first:
+            self.cluster.crat.out.wait("10.99.0.1 rats out 10.99.0.2 for app.pub job %s" % self.id)
+        if verdict is not None:
+            self.cluster.crat.out.wait("for app.pub exit code %d job %s" % (verdict, self.id))
+        expected = bool(first) + (verdict is not None)
+        assert len(self.cluster.crat.out.having(self.id)) == expected, str(self.cluster.crat.out)
+
     # -- the promised results
-    def goes_on(self):
+    def goes_on(self, words=None):
         """The fault is no fault: once the job is let go it ends as it would have."""
         assert self.cexec.alive()
         self.go.touch()
         assert self.cexec.result() == (self.status, INPUT, ""), self.moment
         assert len(pids_in(self.pids)) == 1
+        self.told(False, self.status)
 
     def is_replaced(self, words=None):
         """Nobody notices: started again, with the same input."""
         assert self.cexec.result() == (self.status, INPUT, ""), self.moment
         assert len(pids_in(self.pids)) == 2
+        self.told(True, self.status)
 
     def is_lost(self, words):
         """One line and a hint, a temporary failure, what was shown stays shown once, and no second start."""
@@ -6864,15 +7106,18 @@ class Case:
         assert (status, output) == (111, self.visible), (self.moment, errors)
         assert re.match(TROUBLE % (r"10\.99\.0\.2", words), errors), errors
         assert len(pids_in(self.pids)) == 1
+        self.told(True, None)
 
     def is_killed(self, words=None):
         """As a local program that died of SIGKILL."""
         assert self.cexec.result() == (128 + signal.SIGKILL, self.visible, ""), self.moment
         assert len(pids_in(self.pids)) == 1
+        self.told(False, 128 + signal.SIGKILL)
 
     def is_silent(self, words=None):
         """cexec itself was killed."""
         assert self.cexec.wait() == -signal.SIGKILL
+        self.told(False, None)
 
 
 class Cluster:
@@ -6881,6 +7126,7 @@ class Cluster:
 
     def __init__(self, network, key):
         self.network, self.key, self.workers = network, key, {}
+        self.crat = network.tool("sub", "crat", "app.pub", cwd=os.path.dirname(key), stdout=LINES)
         self.serve("one")
 
     def serve(self, host):
@@ -6889,7 +7135,8 @@ class Cluster:
         return worker.ready()
 
     def submit(self, *pairs, **options):
-        env = {"CEXEC_TIMEOUT_PINGPONG": 1, "CEXEC_TIMEOUT_ACCEPT": 15, MARK: self.network.mark, **options.pop("env", {})}
+        env = {"CEXEC_TIMEOUT_PINGPONG": 1, "CEXEC_TIMEOUT_ACCEPT": 15, MARK: self.network.mark}
+        env.update(options.pop("env", {}))
         return self.network.forker.submit("cexec", self.key + ".pub", *pairs, env=env, **options)
 
     def serves_in_all_slots(self, host, path):
@@ -6900,8 +7147,8 @@ class Cluster:
         assert [job.result() for job in jobs] == [(0, b"", "")] * len(MOMENTS)
 
     def end(self):
-        for worker in self.workers.values():
-            worker.end()
+        for process in [self.crat, *self.workers.values()]:
+            process.end()
 
 
 @pytest.fixture
@@ -6911,7 +7158,9 @@ def cluster(network, key):
     cluster.end()
 
 
-RESETS = b"table inet faulty { chain input { type filter hook input priority 0; meta l4proto tcp reject with tcp reset; }; }"
+RESETS = b"""table inet faulty {
+    chain input { type filter hook input priority 0; meta l4proto tcp reject with tcp reset; }
+}"""
 
 
 CLOSED = r"(the connection was closed|the connection broke: .*|the channel broke: .*)"
@@ -6991,7 +7240,7 @@ def test_fault_matrix(cluster, who, what, tmp_path):
     strike(cluster, cases, who, what)
     mend(cluster, cases, who, what)
     for case, result in zip(cases, results):
-        result(case, words) if words or result is not ON else result(case)
+        result(case, words)
     assert_gone(*[case.job for case in cases])
     if (who, what) == ("daemon", "KILL"):
         one.wait()
@@ -7000,32 +7249,19 @@ def test_fault_matrix(cluster, who, what, tmp_path):
     assert_no_handlers(one)
     cluster.serves_in_all_slots("one", tmp_path / "all")
     if logged:
-        assert len([line for line in one.log.lines if re.search(r"job [0-9a-f]{16}: %s" % logged, line)]) >= len(cases), \
-            str(one.log)
+        lines = [line for line in one.log.lines if re.search(r"job [0-9a-f]{16}: %s" % logged, line)]
+        assert len(lines) >= len(cases), str(one.log)
     assert "Traceback" not in str(one.log) and "Error" not in str(one.log)
 
 
 # -- before the welcome: the connection is there, the job is not
 
-class Hurry:
-    """Time limits that no setting changes, shortened, for a tool that is run by the forker."""
-    WORKER = {"Dial.WORD": 1.0, "Handler.PATIENCE": 1.0}
-    SUBMITTER = {"Caller.PATIENCE": 1.0}
-
-
-def hurried_worker(forker, room, *command, **env):
-    """A worker with short limits: a Forked whose .errors has the log."""
-    worker = forker.submit("cservice", room.key, *(command or DOER), env=room.settings(env), patch=Hurry.WORKER)
-
-    def ready():
-        assert b"ready" in worker.errors.octets
-    wait_until(ready)
-    return worker
+HURRY = {"Dial.WORD": 1.0, "Handler.PATIENCE": 1.0}     # a worker's time limits that no setting changes, shortened
 
 
 def stalled_before_welcome(forker, room):
     """(worker, cexec, relay, handler): the worker has got the word to go on, and nothing more."""
-    worker = hurried_worker(forker, room, CONCURRENCY=1)
+    worker = forked_worker(forker, room, patch=HURRY, CONCURRENCY=1)
     relay = room.relay(fault="stall", at=1, towards="worker", connections=1)
     cexec = forker.submit("cexec", room.pub, "DO=cat", input=b"data", env=room.settings({}, relay.group))
 
@@ -7058,9 +7294,7 @@ def test_fault_before_the_welcome(room, forker, who, what):
     assert_gone(handler)
     if (who, what) != ("daemon", "KILL"):
         assert_serving(forker, room)
-        assert worker.errors.octets.count(b"Traceback") == 0
-        worker.signal(signal.SIGTERM)
-        assert worker.wait() == 0
+        drained(worker)
 
 
 # -- a network that changes or cuts the stream
@@ -7142,11 +7376,12 @@ REPLACED = 'echo $$ >>"$PEER_PIDS"; if [ $(wc -l <"$PEER_PIDS") = 1 ]; then %s; 
 
 
 def lose_the_first(cluster, path, before, given, **env):
-    """(status, output, errors) of a job whose first handler kills itself after `before`, with the input of Popen's stdin."""
+    """(status, output, errors) of a job that kills its first handler after `before`.  given: input or stdin."""
     cluster.serve("two")
-    command = cluster.network.inside("sub") + [*TOOL, "cexec", cluster.key + ".pub", "DO=" + REPLACED % before, "PIDS=%s" % path]
+    command = [*cluster.network.inside("sub"), *program(), "cexec", cluster.key + ".pub", "DO=" + REPLACED % before]
     env = {"CEXEC_TIMEOUT_ACCEPT": 15, MARK: cluster.network.mark, **env}
-    done = run_command(*command, env=env, **given)
+    done = run_command(*command, "PIDS=%s" % path, env=env, **given)
+    assert_gone(*pids_in(path))
     return done.returncode, done.stdout, done.stderr.decode()
 
 
@@ -7156,7 +7391,8 @@ NEAR_ALL = "head -c 2500000 >/dev/null"
 
 @LINUX_ONLY
 @pytest.mark.parametrize("kind, env", [
-    ("file", {}), ("file", {"CEXEC_SPILL": "0"}), ("file at an offset", {}), ("pipe", {}), ("pipe", {"CEXEC_SPILL": "3"})])
+    ("file", {}), ("file", {"CEXEC_SPILL": "0"}), ("file at an offset", {}), ("pipe", {}),
+    ("pipe", {"CEXEC_SPILL": "3"})])
 def test_the_input_of_a_lost_job_is_given_again(cluster, tmp_path, kind, env):
     (tmp_path / "big").write_bytes(BIG)
     with open(str(tmp_path / "big"), "rb", 0) as file:
@@ -7205,7 +7441,8 @@ import os, resource, signal, sys
 sys.path.insert(0, sys.argv[1])
 import cexec
 reading, writing = os.pipe()
-tape = cexec.Tape(cexec.Loop(), reading, lambda: None, 64 << 20, *[True] * int(sys.argv[2]))
+tape = cexec.Tape(cexec.Loop(), reading, lambda: None)
+tape.cap = 64 << 20
 resource.setrlimit(resource.RLIMIT_FSIZE, (1500000, 1500000))
 buffer, rounds = bytearray(65536), 0
 while rounds < 23:          # the disk takes a part of the last
@@ -7229,28 +7466,29 @@ sys.exit(again != b"".join(b"%08d" % n * 8192 for n in range(rounds)))
 
 @LINUX_ONLY
 def test_a_disk_that_takes_a_part_leaves_no_damaged_memory_of_the_input(tmp_path):
-    retries = cexec.Tape.__init__.__code__.co_argcount - 5
-    done = run_command(sys.executable, "-c", TAPE, HERE, retries, env={"TMPDIR": tmp_path})
+    done = run_command(sys.executable, "-c", TAPE, HERE, env={"TMPDIR": tmp_path})
     assert (done.returncode, done.stderr) == (0, b"")
 
 
 # -- orphans
 
-STUBBORN_JOB = ('trap "" HUP TERM; (trap "" HUP TERM; echo $(exec sh -c "echo \\$PPID") >>"$PEER_PIDS"; while :; do sleep 1; done) & '
-            'echo $$ >>"$PEER_PIDS"; while :; do sleep 1; done')
+STUBBORN_JOB = """trap "" HUP TERM
+(echo $(exec sh -c 'echo $PPID') >>"$PEER_PIDS"; while :; do sleep 1; done) &
+echo $$ >>"$PEER_PIDS"
+while :; do sleep 1; done"""
 
 
 @LINUX_ONLY
 @pytest.mark.parametrize("who", ["cexec", "handler", "daemon", "drain"])
 def test_a_stubborn_job_ends_with_whoever_it_was_for(room, forker, who, tmp_path):
-    worker = room.serve(*DOER)
+    worker = forked_worker(forker, room, patch={"KILL_GRACE": 0.5})
     job = forker.submit("cexec", room.pub, "DO=" + STUBBORN_JOB, "PIDS=%s" % (tmp_path / "pids"),
                         env=room.settings({"CEXEC_RETRIES": 0}))
     pids = wait_for_lines(tmp_path / "pids", 2)
     handler, = children(worker.pid)
     if who == "drain":
         worker.signal(signal.SIGTERM)
-        worker.log.wait("no new jobs, 1 running")
+        wait_until(lambda: assert_contains(worker.errors, b"no new jobs, 1 running"))
         worker.signal(signal.SIGTERM)
     else:
         os.kill({"cexec": job.pid, "handler": handler, "daemon": worker.pid}[who], signal.SIGKILL)
@@ -7262,6 +7500,26 @@ def test_a_stubborn_job_ends_with_whoever_it_was_for(room, forker, who, tmp_path
         assert_serving(forker, room)
     else:
         assert worker.wait() == (0 if who == "drain" else -signal.SIGKILL)
+
+
+@LINUX_ONLY
+def test_an_error_is_told_even_after_the_job_has_closed_its_standard_error(room, forker):
+    room.serve(*DOER)
+    status, output, errors = quick(forker, room, "DO=exec 2>&-; sleep 0.3; kill -9 $PPID; sleep 60")
+    assert (status, output) == (111, b"") and re.match(TROUBLE % (r"127\.0\.0\.1", CLOSED), errors), errors
+
+
+@LINUX_ONLY
+def test_a_handler_killed_at_once_leaves_no_job(room, forker, tmp_path):
+    """Whatever it had told its daemon by then."""
+    worker = room.serve(*DOER, CONCURRENCY=8)
+    jobs = [forker.submit("cexec", room.pub, 'DO=echo $$ >>"$PEER_PIDS"; kill -9 $PPID; sleep 60',
+                          "PIDS=%s" % (tmp_path / "pids"), env=room.settings({"CEXEC_RETRIES": 0})) for _ in range(24)]
+    assert [job.wait() for job in jobs] == [111] * len(jobs)
+    assert len(pids_in(tmp_path / "pids")) == len(jobs)
+    assert_gone(*pids_in(tmp_path / "pids"))
+    assert_no_handlers(worker)
+    assert_serving(forker, room)
 
 
 # -- what can run out
@@ -7297,7 +7555,8 @@ def in_a_tiny_file_system(place):
 def test_a_disk_that_fills_up_is_an_error(room, tmp_path):
     room.serve(*DOER)
     command = in_a_tiny_file_system(tmp_path)
-    done = run_command(*command, "sh", "-c", '"$@" >"$0/out"; echo $? $(wc -c <"$0/out")', tmp_path, *TOOL, "cexec", room.pub,
+    script = '"$@" >"$0/out"; echo $? $(wc -c <"$0/out")'
+    done = run_command(*command, "sh", "-c", script, tmp_path, *program(), "cexec", room.pub,
                        "DO=head -c 1000000 /dev/zero; sleep 60", env=room.settings({}))
     assert done.stdout == b"111 65536\n"
     assert done.stderr == b"cexec: standard output: No space left on device\n  what the job wrote there is incomplete\n"
@@ -7306,67 +7565,63 @@ def test_a_disk_that_fills_up_is_an_error(room, tmp_path):
 @LINUX_ONLY
 def test_a_full_temporary_directory_costs_only_the_second_chance(room, tmp_path):
     room.serve(*DOER)
-    done = run_command(*in_a_tiny_file_system(tmp_path), *TOOL, "cexec", room.pub, "DO=cat", input=BIG,
+    done = run_command(*in_a_tiny_file_system(tmp_path), *program(), "cexec", room.pub, "DO=cat", input=BIG,
                        env=room.settings({"TMPDIR": tmp_path}))
     assert (done.returncode, done.stdout == BIG, done.stderr) == (0, True, b"")
 
 
 @LINUX_ONLY
 def test_a_submitter_short_of_descriptors_says_so_or_succeeds(room, forker):
-    """Whatever number it has: the job's own result, or one line and no traceback."""
+    """Whatever number it may have open: the job's own result, or one line and no traceback."""
     room.serve(*DOER, CONCURRENCY=4)
     seen = set()
-    for limit in range(3, 24):
-        with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
-            given.write(b"data")
-            given.seek(0)
-            job = forker.start("cexec", room.pub, "DO=cat", env=room.settings({"CEXEC_TIMEOUT_ACCEPT": 1}),
-                               fds={0: given.fileno(), 1: out.fileno(), 2: errors.fileno()}, limits={"RLIMIT_NOFILE": limit})
-            status = job.wait()
-            out.seek(0)
-            errors.seek(0)
-            result = status, out.read(), errors.read().decode()
+    for limit in [*range(3, 16), 20, 40, *range(62, 74), 80]:
+        status, output, errors = quick(forker, room, "DO=cat", input=b"data", env={"CEXEC_TIMEOUT_ACCEPT": 1},
+                                       limits={"RLIMIT_NOFILE": limit})
         seen.add(status)
         if status == 0:
-            assert result == (0, b"data", ""), limit
+            assert (output, errors) == (b"data", ""), limit
         else:
-            assert status == 111 and re.match(r"cexec: .+\n(  .+\n)?\Z", result[2]), (limit, result)
+            assert status == 111 and re.match(r"cexec: .+\n(  .+\n)?\Z", errors), (limit, status, errors)
     assert seen == {0, 111}
 
 
 @LINUX_ONLY
 def test_a_worker_short_of_descriptors_refuses_politely_and_goes_on(room, forker):
-    worker = forker.submit("cservice", room.key, *DOER, env=room.settings({"CONCURRENCY": 8}), limits={"RLIMIT_NOFILE": 24})
+    worker = forked_worker(forker, room, CONCURRENCY=8, limits={"RLIMIT_NOFILE": 80})
     assert_serving(forker, room)
-    reading, writing = os.pipe()
-    greedy = {number: reading for number in range(3, 23)}
-    with open(os.devnull, "r+b") as null, tempfile.TemporaryFile() as errors, tempfile.TemporaryFile() as file:
-        pipes = [os.pipe() for _ in range(20)]
+    pipes = [os.pipe() for _ in range(30)]
+    with open(os.devnull, "r+b") as null, tempfile.TemporaryFile() as errors:
         fds = {0: null.fileno(), 1: null.fileno(), 2: errors.fileno()}
         fds.update({3 + number: pipe[0] for number, pipe in enumerate(pipes)})
-        status = forker.start("cexec", room.pub, "DO=true", env=room.settings({"CEXEC_TIMEOUT_ACCEPT": 2}), fds=fds).wait()
+        env = room.settings({"CEXEC_TIMEOUT_ACCEPT": 1, "CEXEC_MAXFD": 40})
+        status = forker.start("cexec", room.pub, "DO=true", env=env, fds=fds).wait()
         errors.seek(0)
         text = errors.read().decode()
-        for pipe in pipes + [(reading, writing)]:
-            os.close(pipe[0])
-            os.close(pipe[1])
+    for fd in itertools.chain(*pipes):
+        os.close(fd)
     assert status == 111
-    assert re.match(r"cexec: no worker: .*refused: /\S+: Too many open files\n  .*\n\Z", text), text
+    reason = r"(Too many open files|descriptor \d+ is too high .*)"
+    assert re.match(r"cexec: no worker: .*refused: /\S+: %s\n  .*\n\Z" % reason, text), text
     assert_serving(forker, room)
-    assert worker.errors.octets.count(b"refused to 127.0.0.1") >= 1 and b"Traceback" not in worker.errors.octets
-    worker.signal(signal.SIGTERM)
-    assert worker.wait() == 0
+    assert b"refused to 127.0.0.1" in worker.errors.octets
+    drained(worker)
 
 
 @LINUX_ONLY
 def test_a_worker_that_has_no_descriptor_for_another_connection_goes_on(room, forker):
-    """More jobs at once than it has descriptors for: each waits its turn."""
-    worker = forker.submit("cservice", room.key, *DOER, env=room.settings({"CONCURRENCY": 40}), limits={"RLIMIT_NOFILE": 20})
-    jobs = [forker.submit("cexec", room.pub, "DO=cat; sleep 0.2", input=b"x", env=room.settings({})) for _ in range(24)]
-    assert [job.result(30) for job in jobs] == [(0, b"x", "")] * len(jobs)
-    assert b"Traceback" not in worker.errors.octets
-    worker.signal(signal.SIGTERM)
-    assert worker.wait() == 0
+    """Announcements that draw it to a port where nobody speaks."""
+    worker = forked_worker(forker, room, CONCURRENCY=200, limits={"RLIMIT_NOFILE": 80})
+    with Impostor(room) as impostor:
+        for _ in range(100):
+            impostor.announce()
+
+        def full():
+            assert len(open_fds(worker.pid)) > 70
+        wait_until(full)
+    assert_serving(forker, room)
+    assert len(open_fds(worker.pid)) < 20
+    drained(worker)
 
 
 def only_root():
@@ -7388,32 +7643,32 @@ def users_key(key):
 
 @LINUX_ONLY
 def test_a_worker_that_may_not_fork_says_so_and_serves_again_when_it_may(room, forker, users_key):
+    """Others of its user's processes take up all that the user may have, for a while."""
     path, user = users_key
-    worker = forker.submit("cservice", path, *DOER, env=room.settings({"CONCURRENCY": 1}), user=user,
-                           limits={"RLIMIT_NPROC": 1})
-    status, output, errors = quick(forker, room, "DO=true", env={"CEXEC_TIMEOUT_ACCEPT": 2})
-    assert (status, output) == (111, b"") and errors.startswith("cexec: no worker: nobody answered within 2 s")
-    assert re.search(rb"no process for a job from 127\.0\.0\.1: Resource temporarily unavailable\n", worker.errors.octets)
-    import resource
-    resource.prlimit(worker.pid, resource.RLIMIT_NPROC, (100, 100))
+    limits = {"RLIMIT_NPROC": 5}
+    others = [forker.submit("crat", env=room.settings({}), user=user) for _ in range(4)]
+    worker = forked_worker(forker, room, key=path, user=user, limits=limits, CONCURRENCY=1)
+    status, output, errors = quick(forker, room, "DO=true", env={"CEXEC_TIMEOUT_ACCEPT": 1})
+    assert (status, output) == (111, b"") and errors.startswith("cexec: no worker: nobody answered within 1 s")
+    assert_contains(worker.errors, b"no process for a job from 127.0.0.1: Resource temporarily unavailable\n")
+    for other in others:
+        other.signal(signal.SIGTERM)
+        other.wait()
     assert_serving(forker, room)
-    assert b"Traceback" not in worker.errors.octets
-    worker.signal(signal.SIGTERM)
-    assert worker.wait() == 0
+    drained(worker)
 
 
 @LINUX_ONLY
 def test_a_job_that_cannot_be_forked_is_refused(room, forker):
     only_root()
-    worker = forker.submit("cservice", "--user", "nobody", room.key, *DOER, env=room.settings({}), limits={"RLIMIT_NPROC": 0})
+    worker = forked_worker(forker, room, "--user", "nobody", limits={"RLIMIT_NPROC": 0})
     status, output, errors = quick(forker, room, "DO=true", env={"CEXEC_TIMEOUT_ACCEPT": 2})
     assert (status, output) == (111, b"")
     assert re.match(r"cexec: no worker: .*refused: /\S+: Resource temporarily unavailable\n  .*\n\Z", errors), errors
     import resource
-    resource.prlimit(worker.pid, resource.RLIMIT_NPROC, (1000, 1000))
+    resource.prlimit(worker.pid, resource.RLIMIT_NPROC, (1000, resource.getrlimit(resource.RLIMIT_NPROC)[1]))
     assert_serving(forker, room)
-    worker.signal(signal.SIGTERM)
-    assert worker.wait() == 0
+    drained(worker)
 
 
 # -- other users
@@ -7427,13 +7682,467 @@ def test_a_worker_of_root_says_so_and_user_gives_up_everything(room, forker):
     assert room.cexec().stdout.startswith(b"0\n0\n")
     worker.stop()
     nobody = pwd.getpwnam("nobody")
-    worker = room.tool("cservice", "--user", "nobody", room.key, *worker.argv[4:]).ready()
+    worker = room.tool("cservice", "--user", "nobody", room.key, *worker.argv[4:],
+                       preexec_fn=lambda: os.setgroups([0, 12345])).ready()
     lines = room.cexec().stdout.decode().split("\n")
     assert lines[:2] == [str(nobody.pw_uid), str(nobody.pw_gid)]
     assert set(map(int, lines[2].split())) == set(os.getgrouplist("nobody", nobody.pw_gid))
     assert lines[3].split()[1:] == [str(nobody.pw_uid)] * 4 and lines[4].split()[1:] == [str(nobody.pw_gid)] * 4
     assert lines[6] == "CapEff:\t" + "0" * 16
     assert "jobs run as nobody" in str(worker.log) and "warning" not in str(worker.log)
+
+
+# -- peers that have the key and do what the protocol does not allow
+
+def message(name, number=0, body=b""):
+    return cexec.frame(getattr(cexec, name), number, body)
+
+
+OWN_HELLO = message("HELLO", 0, cexec.pack_texts([b"1", b"127.0.0.1", b"0123456789abcdef"]))
+TOO_MUCH = bytes(cexec.WINDOW_START + 1)
+ACCEPTED, ENDS = message("ACCEPTED"), message("END", 1) + message("END", 2)
+WHOLE_EXIT = message("EXIT", 0, cexec.EXIT_BODY.pack(0, 0, 1, 1, 1))
+WRONG_EXIT = message("EXIT", 0, cexec.EXIT_BODY.pack(1, 200, 1, 1, 1))
+
+# What a worker says once it has the job (descriptor 0 goes to it, 1 and 2 come from it), and what cexec says of it.
+LYING_WORKERS = {
+    "data for no descriptor": (ACCEPTED + message("DATA", 9, b"x"), "a message for descriptor 9, .*"),
+    "data for what is open for reading": (ACCEPTED + message("DATA", 0, b"x"), "a message for descriptor 0, .*"),
+    "an end of no descriptor": (ACCEPTED + message("END", 7), "a message for descriptor 7, .*"),
+    "data beyond the credit": (ACCEPTED + message("DATA", 1, TOO_MUCH), "data beyond the credit .*"),
+    "data after the end": (ACCEPTED + message("END", 1) + message("DATA", 1, b"x"), "data after the end .*"),
+    "a second end": (ACCEPTED + message("END", 1) * 2, "a second end .*"),
+    "an exit before the end": (ACCEPTED + message("END", 1) + WHOLE_EXIT, "an exit before the end .*"),
+    "an exit without an end": (ACCEPTED + WHOLE_EXIT, "an exit before the end .*"),
+    "a short exit": (ACCEPTED + message("EXIT", 0, b"x"), "an exit message .*"),
+    "an exit by signal 200": (ACCEPTED + WRONG_EXIT, "an exit message .*"),
+    "an unknown type": (ACCEPTED + struct.pack(">BBHI", 77, 0, 0, 0), "a message of unknown type 77"),
+    "an octet that must be 0": (ACCEPTED + struct.pack(">BBHI", cexec.PING, 1, 0, 0), ".*unknown.*"),
+    "data of 4 GiB": (ACCEPTED + struct.pack(">BBHI", cexec.DATA, 0, 1, 0xffffffff), "a data message of .* octets"),
+    "a pong of 1 GiB": (ACCEPTED + struct.pack(">BBHI", cexec.PONG, 0, 0, 1 << 30), "a pong message of .* octets"),
+    "a signal": (ACCEPTED + message("SIGNAL", 1), "a signal message to a submitter in phase running"),
+    "a job": (ACCEPTED + message("JOB"), "a job message .*"),
+    "a welcome": (ACCEPTED + message("WELCOME"), "a welcome message .*"),
+    "a farewell": (ACCEPTED + message("BYE"), "a bye message .*"),
+    "a second hello": (message("HELLO", 0, b"\0\0\0\0" * 2), "a hello message .*"),
+    "accepted twice": (ACCEPTED * 2, "an? accepted message .*"),
+    "refused after accepted": (ACCEPTED + message("REFUSED", 0, b"no"), "a refused message .*"),
+    "data before accepted": (message("DATA", 1, b"x"), "a data message .* phase offered"),
+    "stop for what it writes itself": (ACCEPTED + message("STOP", 1), "a message for descriptor 1, .*"),
+    "a short credit": (ACCEPTED + message("CREDIT", 0, b"abc"), "a credit message of 3 octets"),
+    "endless credit": (ACCEPTED + message("CREDIT", 0, b"\xff" * 4), "credit beyond .*"),
+    "noise": (bytes(range(200, 256)) * 10, "a message of unknown type .*"),
+}
+
+
+@pytest.fixture(scope="module")
+def private_key(key):
+    return cexec.load_key(key, "private")[0]
+
+
+@LINUX_ONLY
+@pytest.mark.parametrize("lie", LYING_WORKERS)
+def test_a_worker_that_breaks_the_protocol_is_found_out(shared_room, private_key, lie):
+    said, words = LYING_WORKERS[lie]
+    status, output, errors = lie_to_cexec(*shared_room, private_key, said)
+    assert (status, output) == (111, b"")
+    assert re.match(TROUBLE % (r"127\.0\.0\.1", "protocol broken: " + words), errors), errors
+
+
+def lie_to_cexec(room, forker, key, said, before=b""):
+    """(status, output, errors) of a cexec whose only worker says all this."""
+    with Impostor(room) as impostor:
+        job, heard = submit_and_hear(forker, room, impostor, input=b"data",
+                                     env={"CEXEC_RETRIES": 0, "CEXEC_TIMEOUT_ACCEPT": 2})
+        worker = impostor.apply(heard, key)
+        worker.sendall(OWN_HELLO + before)
+        if not before:
+            assert worker.recv(1 << 16)
+        try:
+            worker.sendall(said)
+        except OSError:
+            pass            # it had heard enough
+        result = job.result(8)
+        drain(worker)
+        return result
+
+
+@pytest.fixture(scope="module")
+def shared_room(key):
+    """A room and a forker that many small tests share."""
+    room = Room(key)
+    forker = Forker(lambda *argv, **popen: room.start(*argv, **popen))
+    yield room, forker
+    forker.end()
+    room.end()
+
+
+@LINUX_ONLY
+def test_a_worker_that_answers_before_it_is_asked_gets_no_job(shared_room, private_key):
+    """All of a session in one piece with the hello."""
+    status, output, errors = lie_to_cexec(*shared_room, private_key, b"", ACCEPTED + ENDS + WHOLE_EXIT)
+    assert (status, output) == (111, b"")
+    words = "protocol broken: an? accepted message to a submitter in phase idle"
+    assert re.match(r"cexec: no worker: .*%s.*\n  .*\n\Z" % words, errors), errors
+
+
+@LINUX_ONLY
+def test_what_a_worker_says_cannot_drive_the_terminal(shared_room, private_key):
+    words = b"\x1b[2J\nforged: line"
+    for said in message("REFUSED", 0, words), ACCEPTED + message("ABORT", 0, words):
+        status, output, errors = lie_to_cexec(*shared_room, private_key, said)
+        assert status == 111 and errors.count("\n") == 2 and "\\x1b[2J\\nforged: line" in errors, errors
+        assert "\x1b" not in errors
+
+
+@LINUX_ONLY
+@pytest.mark.parametrize("side", ["worker", "submitter"])
+def test_pings_that_are_not_listened_to_cost_no_memory(room, forker, private_key, side):
+    """A peer that sends pings without end and reads nothing."""
+    flood = message("PING", 0, bytes(8)) * 65536
+    with Impostor(room) as impostor:
+        if side == "worker":
+            victim = room.serve(*DOER)
+            peer = impostor.employ()
+            peer.sendall(a_job({0: cexec.IN, 1: cexec.OUT}, "cat"))
+            victim.log.wait("start from")
+            pid = children(victim.pid)[0]
+        else:
+            job, heard = submit_and_hear(forker, room, impostor, env={"CEXEC_RETRIES": 0})
+            peer = impostor.apply(heard, private_key)
+            peer.sendall(OWN_HELLO)
+            peer.recv(1 << 16)
+            peer.sendall(ACCEPTED)
+            pid = job.pid
+        before, most = rss(pid), 0
+        peer.settimeout(1)
+        try:
+            for _ in range(24):
+                peer.sendall(flood)
+                most = max(most, rss(pid))
+        except OSError:
+            pass            # it does not listen any more, or has hung up
+    assert most - before < 8 << 20
+
+
+def a_job(descriptors, do="true", names=(), **changes):
+    """The opening of a submitter: welcome and job, as octets."""
+    job = cexec.Job("0123456789abcdef", descriptors, [(b"DO", do.encode()), *names], 5.0, None)._replace(**changes)
+    return message("WELCOME", 0, cexec.pack_texts([b"1", b"127.0.0.1"])) + message("JOB", 0, cexec.encode_job(job))
+
+
+def texts_job(identity=b"0123456789abcdef", descriptors=b"0r 1w 2w", timeout=b"5000", terminal=b"", names=b""):
+    """A job message out of raw fields, behind a welcome."""
+    return message("WELCOME", 0, cexec.pack_texts([b"1", b"127.0.0.1"])) + message(
+        "JOB", 0, cexec.pack_texts([identity, descriptors, timeout, terminal, names]))
+
+
+SLEEPING = a_job({0: cexec.IN, 1: cexec.OUT}, "sleep 60")
+WAITING = "(from 127.0.0.1|job [0-9a-f]{16}: submitter lost): protocol broken: "
+
+# What a submitter says to a worker whose hello it has, and what the worker's log says of it.
+LYING_SUBMITTERS = {
+    "a job without a welcome": (message("JOB"), WAITING + "a job message .*"),
+    "a welcome without an address": (message("WELCOME"), WAITING + "a welcome .*"),
+    "a welcome from nowhere": (message("WELCOME", 0, cexec.pack_texts([b"1", b"\x1b[2J"])), WAITING + "a welcome .*"),
+    "a second welcome": (a_job({})[:8 + 18] + message("WELCOME"), WAITING + "a .*"),
+    "a second job": (SLEEPING + message("JOB"), WAITING + "a job message .*"),
+    "a job cut short": (texts_job()[:-20] + bytes(40), WAITING + ".*"),
+    "an improper id": (texts_job(identity=b"../../etc/passwd"), WAITING + "a job without a proper id"),
+    "an improper name": (texts_job(names=cexec.pack_texts([b"A B=c"])), WAITING + "a job with an improper NAME=VALUE"),
+    "a value with a zero": (texts_job(names=cexec.pack_texts([b"A=c\0d"])), WAITING + "a job with an improper .*"),
+    "an improper descriptor": (texts_job(descriptors=b"99999999r"), WAITING + "the number .*"),
+    "a descriptor below zero": (texts_job(descriptors=b"-1r"), WAITING + "the number .*"),
+    "a descriptor in other digits": (texts_job(descriptors="\u0663r".encode()), WAITING + "the number .*"),
+    "a descriptor twice": (texts_job(descriptors=b"3r 3w"), WAITING + "descriptor 3 twice"),
+    "a descriptor that shares itself": (texts_job(descriptors=b"3=3"), WAITING + "descriptor 3 shares .*"),
+    "a timeout of nothing": (texts_job(timeout=b"0"), WAITING + "the number .*"),
+    "a terminal cut short": (texts_job(terminal=cexec.pack_texts([b"1"])), WAITING + "a terminal cut short"),
+    "a descriptor too many": (texts_job(descriptors=b"20000r"), "job [0-9a-f]{16}: refused .*"),
+    "ten thousand descriptors": (texts_job(descriptors=b" ".join(b"%dw" % n for n in range(9000))),
+                                 "job [0-9a-f]{16}: (refused|submitter lost|start) .*"),
+    "data for what it reads itself": (SLEEPING + message("DATA", 1, b"x"), WAITING + "a message for descriptor 1, .*"),
+    "data beyond the credit": (SLEEPING + message("DATA", 0, TOO_MUCH), WAITING + "data beyond .*"),
+    "data after the end": (SLEEPING + message("END", 0) + message("DATA", 0, b"x"), WAITING + "data after the end .*"),
+    "a signal that is not passed on": (SLEEPING + message("SIGNAL", 200), WAITING + "signal 200, .*"),
+    "an exit": (SLEEPING + WHOLE_EXIT, WAITING + "an? exit message .*"),
+    "a hello": (SLEEPING + message("HELLO"), WAITING + "a hello message .*"),
+    "accepted": (SLEEPING + ACCEPTED, WAITING + "an? accepted message .*"),
+    "a farewell too early": (SLEEPING + message("BYE"), WAITING + "a bye message .*"),
+    "a short window": (SLEEPING + message("WINDOW", 0, b"x"), WAITING + "a window message .*"),
+    "an unknown type": (SLEEPING + struct.pack(">BBHI", 99, 0, 0, 0), WAITING + "a message of unknown type 99"),
+    "a ping of 1 GiB": (SLEEPING + struct.pack(">BBHI", cexec.PING, 0, 0, 1 << 30), WAITING + "a ping message of .*"),
+    "noise": (bytes(range(200, 256)) * 10, WAITING + "a message of unknown type .*"),
+    "nothing at all": (b"", None),
+}
+
+
+@LINUX_ONLY
+def test_submitters_that_break_the_protocol_cost_the_worker_nothing(room, forker):
+    """All of them, one after the other: each is named in the log, and nothing of them stays."""
+    worker = room.serve(*DOER, CONCURRENCY=2)
+    assert_serving(forker, room)
+    assert_no_handlers(worker)
+    fds, memory_before = len(open_fds(worker.pid)), rss(worker.pid)
+    for lie, (said, words) in LYING_SUBMITTERS.items():
+        seen = len(worker.log.lines)
+        with Impostor(room) as impostor:
+            peer = impostor.employ()
+            try:
+                peer.sendall(said) if said else peer.close()
+            except OSError:
+                pass        # it had heard enough
+            if words:
+                wait_until(lambda: assert_logged(worker, seen, words, lie))
+        wait_until(lambda: assert_tidy(worker, fds))
+    assert_serving(forker, room)
+    assert rss(worker.pid) - memory_before < 2 << 20
+    assert "Traceback" not in str(worker.log) and "handler:" not in str(worker.log), str(worker.log)
+    assert "\x1b" not in str(worker.log)
+
+
+def assert_logged(worker, seen, words, lie):
+    lines = worker.log.lines[seen:]
+    assert any(re.search(" cservice: %s(; the job ends)?\\Z" % words, line) for line in lines), (lie, lines)
+
+
+def assert_tidy(worker, fds):
+    assert children(worker.pid) == [] and zombies(worker.pid) == [] and len(open_fds(worker.pid)) <= fds
+
+
+# -- strangers
+
+def hello_of_tls_1_2():
+    """The first octets of a client that can do no better."""
+    import ssl
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    given, wanted = ssl.MemoryBIO(), ssl.MemoryBIO()
+    try:
+        context.wrap_bio(given, wanted).do_handshake()
+    except ssl.SSLWantReadError:
+        return wanted.read()
+
+
+class Strangers:
+    """Many who connect to a submitter's port; each of a kind."""
+
+    def __init__(self, impostor, heard, other_key):
+        self.impostor, self.heard, self.other = impostor, heard, other_key
+        self.hello = hello_of_tls_1_2()
+
+    def come(self, count):
+        """So many who know nothing, and a few who hold the key and know the preamble."""
+        kinds = [self.silent, self.silent, self.garbage, self.web, self.tls12, self.half, self.wrong_version,
+                 self.no_key]
+        few = [self.silent_after_preamble, self.tls12_after_preamble] * 4
+        for number, kind in enumerate((kinds * count)[:count] + few):
+            try:
+                kind()
+            except OSError:
+                pass        # turned away
+
+    def connect(self, octets=b""):
+        made = self.impostor._hold(socket.create_connection(self.heard[:2], 10))
+        made.sendall(octets)
+        return made
+
+    def silent(self):
+        self.connect()
+
+    def garbage(self):
+        self.connect(os.urandom(4000))
+
+    def web(self):
+        self.connect(b"GET / HTTP/1.1\r\n\r\n")
+
+    def tls12(self):
+        self.connect(self.hello)
+
+    def preamble(self):
+        return cexec.encode_preamble(self.impostor.public.udp, self.heard[2], 1.0, 0.0, 1.0, False)
+
+    def half(self):
+        self.connect(self.preamble()[:20])
+
+    def silent_after_preamble(self):
+        self.connect(self.preamble())
+
+    def wrong_version(self):
+        octets = self.preamble()
+        self.connect(octets[:4] + bytes([octets[4] + 1]) + octets[5:])
+
+    def no_key(self):
+        self.connect(cexec.encode_preamble(self.other.udp, self.heard[2], -5.0, 0.0, 1.0, False))
+
+    def tls12_after_preamble(self):
+        self.connect(self.preamble() + self.hello)
+
+
+@pytest.fixture(scope="module")
+def other_key(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("other") / "other")
+    assert run("ckeygen", path).returncode == 0
+    return cexec.load_key(path, "private")[0]
+
+
+@LINUX_ONLY
+def test_hundreds_of_strangers_delay_a_job_a_little(room, forker, other_key, tmp_path):
+    """While it is being placed, and while it runs."""
+    with Impostor(room) as impostor:
+        job, heard = submit_and_hear(forker, room, impostor, "DO=echo started; %s; cat" % WAIT,
+                                     "GO=%s" % (tmp_path / "go"), input=b"data")
+        strangers = Strangers(impostor, heard, other_key)
+        strangers.come(300)
+        assert len(open_fds(job.pid)) < 300
+        began = time.monotonic()
+        room.serve(*DOER)
+        job.out.wait(8, 20)
+        assert time.monotonic() - began < 8
+        strangers.come(300)
+        fds, memory_then = len(open_fds(job.pid)), rss(job.pid)
+        strangers.come(300)
+        assert len(open_fds(job.pid)) <= 320 and rss(job.pid) - memory_then < 4 << 20
+        (tmp_path / "go").touch()
+        assert job.result() == (0, b"started\ndata", "")
+
+
+@LINUX_ONLY
+@pytest.mark.parametrize("kind", [
+    "silent after its preamble", "silent after TLS", "of another version", "of another key"])
+def test_a_worker_that_is_none_costs_no_pause(room, forker, private_key, other_key, kind):
+    worker = room.serve(*DOER, BOOST=100000)
+    with Impostor(room) as impostor:
+        job, heard = submit_and_hear(forker, room, impostor, "DO=cat", input=b"data")
+        began = time.monotonic()
+        try:
+            if kind == "silent after TLS":
+                impostor.apply(heard, private_key)
+            elif kind == "of another version":
+                octets = cexec.encode_preamble(impostor.public.udp, heard[2], -3.0, 0.0, 1.0, False)
+                impostor.answer(heard, octets[:4] + b"\x63" + octets[5:])
+            elif kind == "of another key":
+                impostor.apply(heard, other_key)
+            else:
+                impostor.answer(heard)
+        except OSError:
+            pass            # it was found out
+        assert job.result() == (0, b"data", "")
+        assert time.monotonic() - began < 3
+        assert worker.log.wait("end, status 0")
+
+
+@LINUX_ONLY
+def test_who_holds_the_public_half_cannot_pose_as_a_worker(room, forker, other_key):
+    """Neither with its own certificate, nor with another key's, nor with none."""
+    with Impostor(room) as impostor:
+        job, heard = submit_and_hear(forker, room, impostor, env={"CEXEC_TIMEOUT_ACCEPT": 2})
+        for key in impostor.public, other_key:
+            try:
+                posing = impostor.apply(heard, key)
+                posing.sendall(OWN_HELLO)
+                assert drain(posing) == b""
+            except OSError:
+                pass
+        posing = impostor.answer(heard)
+        assert posing.recv(1) == cexec.GO
+        import ssl
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        try:
+            posing = impostor._hold(context.wrap_socket(posing))
+            posing.sendall(OWN_HELLO)
+            assert drain(posing) == b""
+        except OSError:
+            pass
+        status, output, errors = job.result()
+    assert (status, output) == (111, b"") and errors.startswith("cexec: no worker: nobody answered within 2 s")
+    assert errors.count("\n") == 2
+
+
+@LINUX_ONLY
+def test_datagrams_of_any_content_cost_a_worker_nothing(room, forker):
+    """Noise, forgeries, and the replay of a real announcement with other ports: no job, no memory, hardly a line."""
+    worker = room.serve(*DOER, CONCURRENCY=4)
+    assert_serving(forker, room)
+    with Impostor(room) as impostor:
+        real = impostor.announce()
+        impostor.accept().close()
+        assert_tidy_soon(worker)
+        fds, memory_before, lines = len(open_fds(worker.pid)), rss(worker.pid), len(worker.log.lines)
+        for number in range(6000):
+            kind = number % 6
+            if kind == 0:
+                impostor.send(os.urandom(number % 1500))
+            elif kind == 1:
+                impostor.send(real[:8] + os.urandom(number % 1400))
+            elif kind == 2:
+                impostor.send(real[:6] + struct.pack(">H", 1 + number) + real[8:])
+            elif kind == 3:
+                impostor.send(real[:4] + bytes([number % 256]) + real[5:])
+            elif kind == 4:
+                impostor.send(real[:number // 6 % len(real)])
+            else:
+                place = number // 6 % len(real)
+                impostor.send(real[:place] + bytes([real[place] ^ 1 << number % 8]) + real[place + 1:])
+    assert_serving(forker, room)
+    assert_tidy_soon(worker)
+    assert len(open_fds(worker.pid)) <= fds + 1 and rss(worker.pid) - memory_before < 2 << 20
+    assert len(worker.log.lines) - lines <= 5 and "Traceback" not in str(worker.log)
+
+
+def assert_tidy_soon(worker):
+    wait_until(lambda: assert_tidy(worker, 1000))
+
+
+def test_a_frozen_worker_is_passed_over(room, forker):
+    frozen = room.serve(*DOER)
+    room.serve(*DOER, BOOST=50000)
+    frozen.signal(signal.SIGSTOP)
+    began = time.monotonic()
+    assert_serving(forker, room)
+    assert time.monotonic() - began < 3
+    frozen.signal(signal.SIGCONT)
+
+
+FLOOD = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import cexec
+log, began = cexec.Log("cservice"), time.monotonic()
+for number in range(20000):
+    log("line %d" % number)
+print(time.monotonic() - began)
+time.sleep(0.1)
+log("the last")
+"""
+
+
+def test_the_log_never_floods():
+    done = run_command(sys.executable, "-c", FLOOD, HERE)
+    lines = done.stderr.decode().splitlines()
+    assert len(lines) <= cexec.Log.BURST + cexec.Log.PER_SECOND * (float(done.stdout) + 1)
+    assert re.search(r"the last \(\d+ lines before this one were dropped\)\Z", lines[-1])
+
+
+@LINUX_ONLY
+def test_a_slot_is_not_kept_for_a_submitter_that_falls_silent_in_the_handshake(room, forker):
+    """Half-open connections, before the word to go on and after it."""
+    worker = forked_worker(forker, room, patch=HURRY, CONCURRENCY=2)
+    with Impostor(room) as impostor:
+        impostor.announce()
+        impostor.accept()
+        impostor.announce()
+        impostor.accept().sendall(cexec.GO)
+        wait_until(lambda: assert_one_handler(worker))
+        assert_serving(forker, room)
+        wait_until(lambda: assert_tidy(worker, 1000))
+    drained(worker)
+
+
+def assert_one_handler(worker):
+    assert len(children(worker.pid)) == 1
 
 
 # ---------------------------------------------------------------- alerts and crat
@@ -7684,7 +8393,7 @@ def test_a_full_disk_is_a_failure_of_crat(room, foo):
 
 
 def test_crat_with_a_closed_standard_output_refuses_to_start(room):
-    done = run_command("sh", "-c", 'exec "$0" "$@" >&-', sys.executable, CEXEC, "crat", env={"GROUP": room.group})
+    done = run_command("sh", "-c", 'exec "$0" "$@" >&-', *program(), "crat", env={"GROUP": room.group})
     assert (done.returncode, done.stderr) == (2, b"crat: standard output: Bad file descriptor\n")
 
 
@@ -8122,7 +8831,7 @@ def test_a_proxy_short_of_descriptors_goes_on(room, foo):
     limited = [sys.executable, "-c", "import os, resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))\n"
                "os.execv(sys.executable, [sys.executable] + sys.argv[1:])"]
     target = "127.255.255.255:%d" % free_port()
-    proxy = room.start(*limited, CEXEC, "cproxy", "127.0.0.1", target, env=room.settings({})).ready()
+    proxy = room.start(*limited, program()[1], "cproxy", "127.0.0.1", target, env=room.settings({})).ready()
     mouth = cexec.GroupSocket(cexec.parse_group(room.group), False)
     ear, door = cexec.GroupSocket(cexec.parse_group(target), True), cexec.open_listener(cexec.parse_group(room.group))
     with mouth.socket, ear.socket, door:
@@ -8454,7 +9163,8 @@ def test_descriptors_and_signals_cross(joined, key):
     os.close(writing)
     back, out = os.pipe()
     script = 'C=cat /dev/fd/%d >/dev/fd/%d; trap "echo stopped; exit 9" USR1; echo ready; while :; do sleep 0.1; done' % (reading, out)
-    job = joined.tool("s", "cexec", key + ".pub", script, stdout=LINES, pass_fds=(reading, out))
+    job = joined.tool("s", "cexec", key + ".pub", script, stdout=LINES, pass_fds=(reading, out),
+                      env={"CEXEC_MAXFD": max(reading, out)})
     os.close(reading)
     os.close(out)
     job.out.wait("ready", 20)
@@ -8506,7 +9216,7 @@ def test_cproxy_killed_in_the_middle_of_a_job(joined, key):
     for proxy in proxies:
         os.kill(the_cexec(proxy), signal.SIGKILL)
     assert job.wait(20) == 111
-    assert str(job.log).startswith("cexec: worker 10.98.0.2: the connection was closed")
+    assert job.log.wait("cexec: worker ") == "cexec: worker 10.98.0.2: the connection was closed"
     worker.log.wait("submitter lost", 20)
     for proxy in joined.proxies():
         proxy.ready()
