@@ -87,7 +87,7 @@ MESSAGE_NAMES = dict(enumerate(
     "welcome hello job accepted refused data end stop credit signal window ping pong exit abort bye".split()))
 
 # Sizes, octets.
-FRAME_MAX = 1 << 20         # longest data message; four windows' worth of slack for a peer that batches
+FRAME_MAX = 1 << 22         # longest data message: the largest window at once
 CONTROL_MAX = 1 << 16       # longest other message: a job with a thousand NAME=VALUE fits, a flood does not
 WINDOW_START = 1 << 20      # credit at the start: its quarters, as they come back, fill one buffer each
 WINDOW_MAX = 1 << 22        # credit on a long path (40 ms at 100 MB/s), bounded in sum by WINDOWS_MAX

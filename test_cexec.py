@@ -467,7 +467,8 @@ def stat_fields(pid):
 
 def children(pid):
     """The pids of its living children, zombies left out."""
-    return [other for other in all_pids() if stat_fields(other)[1:2] == [str(pid)] and stat_fields(other)[0] != "Z"]
+    found = {other: stat_fields(other)[:2] for other in all_pids()}
+    return [other for other, fields in found.items() if fields[1:] == [str(pid)] and fields[0] != "Z"]
 
 
 def zombies(pid):
@@ -4420,9 +4421,13 @@ def serve_alone(room, tmp_path, queue=1, cpus=None, **env):
 
 def test_the_idle_one_of_four_workers_gets_the_jobs(room, tmp_path):
     busy = []
-    for number in range(3):     # with one job each: the newest is idle until it has its own
+    for _ in range(3):          # with one job each, for the others are asleep when it starts
         busy.append(serve_alone(room, tmp_path, CONCURRENCY=2))
+        for other in busy[:-1]:
+            other.signal(signal.SIGSTOP)
         occupied(room, None, 1)
+        for other in busy[:-1]:
+            other.signal(signal.SIGCONT)
     assert [jobs_of(worker) for worker in busy] == [1, 1, 1]
     idle = serve_alone(room, tmp_path, CONCURRENCY=2)
     shares = []
