@@ -136,6 +136,11 @@ def say(prefix, text, descriptor=2):
         pass
 
 
+def has_room():
+    """Whether a line can be written to standard error without waiting for who reads it."""
+    return bool(select.select([], [2], [], 0)[1])
+
+
 # ---------------------------------------------------------------- groups
 
 GROUP_FORMS = "an address, not a name: 255.255.255.255, 224.0.1.9, ff02::1%eth0, 10.0.0.7, " \
@@ -4224,7 +4229,7 @@ class Log:
         now = time.monotonic()
         self.tokens = min(self.BURST, self.tokens + (now - self.stamp) * self.PER_SECOND)
         self.stamp = now
-        if (self.tokens < 1 and not always) or not select.select([], [2], [], 0)[1]:
+        if (self.tokens < 1 and not always) or not has_room():
             self.dropped += 1
             return
         self.tokens -= 1
@@ -4446,6 +4451,9 @@ class Service:
         link.setblocking(False)
         worker = self.workers[pid] = Worker(pid, link, call.bid, address)
         self.loop.watch(link.fileno(), read=lambda: self._told(worker))
+        self.recent[call.bid.nonce] = True      # before any alert about it can be here
+        while len(self.recent) > self.SPENT:
+            self.recent.popitem(last=False)
 
     def _forget_all(self):
         """In a handler: lets go of everything that is the daemon's."""
@@ -4476,9 +4484,6 @@ class Service:
     def _told_won(self, worker, job):
         worker.won, worker.job = True, job
         self.bidder.won(worker.bid.nonce)
-        self.recent[worker.bid.nonce] = job
-        while len(self.recent) > self.SPENT:
-            self.recent.popitem(last=False)
 
     def _told_group(self, worker, group):
         worker.group = int(group)
@@ -4523,10 +4528,12 @@ class Service:
             end = GroupEnd(self.loop, worker.group, lambda: self._group_ended(worker, end))
             self.ends.add(end)
             return
-        self._free(worker)
-        if worker.won and os.WIFSIGNALED(status):
+        if worker.won and not worker.ended and os.WIFSIGNALED(status):
             for wait in 0.0, 0.1, 1.0:      # its job may be anywhere between fork and exec
                 self.loop.later(wait, lambda: self._end_strays(worker.job))
+            self.loop.later(1.0 + KILL_GRACE, lambda: self._group_ended(worker, None))
+        else:
+            self._free(worker)
 
     def _end_strays(self, job):
         """The handler was killed before it could say which group its job has."""
@@ -4701,7 +4708,7 @@ class Handler:
             connection = self._shake()
         except (OSError, ValueError) as error:
             if isinstance(error, ssl.SSLError) and not isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):
-                self.log("from %s: %s" % (self.peer_text(), connection_words(error)))
+                self.log("from %s: %s" % (self.peer[0], connection_words(error)))
             return 1        # a connection that just ends was not needed any more
         for number in (signal.SIGTERM, signal.SIGINT):
             self.loop.on_signal(number, lambda number: self.give_up("the worker was told to stop"))
@@ -4724,12 +4731,6 @@ class Handler:
         connection.do_handshake()
         check_peer(connection, self.key)
         return connection
-
-    def peer_text(self):
-        try:
-            return self.raw.getpeername()[0]
-        except OSError:
-            return "a submitter that has gone"
 
     def tell(self, words):
         try:
@@ -5101,7 +5102,8 @@ class Notes:
             self.held[topic] = self.held.get(topic, 0) + 1
             return
         more, self.last[topic] = self.held.pop(topic, 0), now
-        say(self.prefix, text + (" (and %d more such since the last note)" % more if more else ""))
+        if has_room():
+            say(self.prefix, text + (" (and %d more such since the last note)" % more if more else ""))
 
     def dropped(self, heard):
         """Notes what the kernel threw away of what this GroupSocket should have heard."""
@@ -5329,8 +5331,9 @@ class Crat:
                 self.loop.on_signal(number, lambda number: self.loop.stop(None))
             self.loop.watch(self.socket.fileno(), read=self._hear)
             self.loop.later(REFRESH_EVERY, self._refresh)
-            say("crat", "ready: hears %s, %d key%s" % (
-                self.settings.group, len(self.reader.keys), "" if len(self.reader.keys) == 1 else "s"))
+            if has_room():
+                say("crat", "ready: hears %s, %d key%s" % (
+                    self.settings.group, len(self.reader.keys), "" if len(self.reader.keys) == 1 else "s"))
             error = self.loop.run()
             if error is None:
                 self.writer.finish(self.FINISH)
@@ -5670,7 +5673,8 @@ class Cproxy:
         return 0
 
     def log(self, text):
-        say("cproxy", text)
+        if has_room():
+            say("cproxy", text)
 
     def _drain(self, number):
         """The first signal lets what is running end, the second does not."""

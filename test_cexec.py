@@ -53,6 +53,7 @@ import termios
 import threading
 import time
 import tty
+import types
 import importlib.util
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -1190,6 +1191,7 @@ def test_both_files_serve_openssl_as_they_are(tmp_path):
 
 @pytest.mark.parametrize("stranger", ["server", "client"])
 def test_another_key_does_not_shake_hands(tmp_path, stranger):
+    """S1, S2: each side wants exactly the other's certificate."""
     private, public = key_files(tmp_path)
     texts = (PRIVATE, OTHER_PUBLIC) if stranger == "server" else (OTHER_PRIVATE, PUBLIC)
     key_files(tmp_path, *texts)
@@ -1199,6 +1201,7 @@ def test_another_key_does_not_shake_hands(tmp_path, stranger):
 
 
 def test_a_public_half_cannot_pose_as_a_worker(tmp_path):
+    """S1: its certificate is not the worker's, and TLS sees that."""
     _, public = key_files(tmp_path)
     client = cexec.parse_key(PUBLIC, "k")
     with pytest.raises(ssl.SSLError):
@@ -1216,6 +1219,79 @@ def test_openssl_finds_nothing_wrong(tmp_path):
         alone.write_text(ssl.DER_cert_to_PEM_cert(cexec.parse_key(path.read_bytes(), "k").own_der))
         subprocess.run(["openssl", "verify", "-x509_strict", "-check_ss_sig", "-CAfile", str(alone), str(alone)],
                        stdout=subprocess.DEVNULL, check=True)
+
+
+def first_flights(server, client):
+    """(ClientHello, the server's answer) of a fresh handshake, as octets."""
+    up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = client.wrap_bio(down, up), server.wrap_bio(up, down, server_side=True)
+    flights = []
+    for end, out in zip(ends, (up, down)):
+        with pytest.raises(ssl.SSLWantReadError):
+            end.do_handshake()
+        flights.append(out.read())
+        out.write(flights[-1])
+    return flights
+
+
+def server_hello_extensions(octets):
+    """{number: content} of the ServerHello that these octets begin with (RFC 8446, 4.1.3)."""
+    assert octets[0] == 22 and octets[5] == 2
+    at = 5 + 4 + 2 + 32
+    at += 1 + octets[at] + 2 + 1
+    end = at + 2 + int.from_bytes(octets[at:at + 2], "big")
+    at, found = at + 2, {}
+    while at < end:
+        number, size = struct.unpack_from(">HH", octets, at)
+        found[number] = octets[at + 4:at + 4 + size]
+        at += 4 + size
+    return found
+
+
+def test_every_connection_agrees_on_keys_of_its_own(key):
+    """S6: all secrets come from a fresh key exchange, none from what is in the key files or from an earlier session."""
+    server = cexec.tls_context(cexec.load_key(key + ".pub", "public")[0], True)
+    client = cexec.tls_context(cexec.load_key(key, "private")[0], False)
+    supported_versions, key_share, pre_shared_key = 43, 51, 41
+    shares = set()
+    for _ in range(3):
+        found = server_hello_extensions(first_flights(server, client)[1])
+        assert found[supported_versions] == b"\3\4" and pre_shared_key not in found
+        shares.add(found[key_share])
+    assert len(shares) == 3 and server.num_tickets == 0
+
+
+@pytest.mark.parametrize("order", [(1, 0), (0, 0), (1,), (0, 2)], ids=["swapped", "repeated", "left out", "a gap"])
+def test_records_that_come_in_another_order_break_the_channel(key, order):
+    """S10: octets that are reordered, repeated or left out are a failure."""
+    server = cexec.tls_context(cexec.load_key(key + ".pub", "public")[0], True)
+    client = cexec.tls_context(cexec.load_key(key, "private")[0], False)
+    up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
+    taking, giving = ends = server.wrap_bio(up, down, server_side=True), client.wrap_bio(down, up)
+    for _ in range(3):
+        for end in ends:
+            with contextlib.suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+    records = []
+    for words in b"one", b"two", b"three":
+        giving.write(words)
+        records.append(up.read())
+    for number in order:
+        up.write(records[number])
+    with pytest.raises(ssl.SSLError) as caught:
+        while taking.read(5):
+            pass
+    assert not isinstance(caught.value, ssl.SSLWantReadError)
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_KEEPIDLE"), reason="this system has no settings for it")
+def test_a_peer_whose_machine_has_gone_is_noticed_even_while_it_may_be_silent():
+    """R8: by the system, two minutes after the last octet of a suspended peer."""
+    with socket.socket() as connection:
+        cexec.tune(connection)
+        idle, gap, count = (connection.getsockopt(socket.IPPROTO_TCP, number) for number in (
+            socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT))
+        assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) and idle + gap * count == 120
 
 
 def need_scrypt():
@@ -1236,6 +1312,7 @@ def test_a_text_becomes_a_secret_by_scrypt():
     (b"abcdefghabcdefg\n", True), (b" " * 99 + b"abcdefg", True), (bytes(1 << 17) + PHRASE, True),
     (b"abcdefghabcdefgh", False), (PHRASE, False), (b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x03>", False)])
 def test_texts_that_are_easily_guessed_are_refused(monkeypatch, text, guessable):
+    """S18: and only those."""
     monkeypatch.setattr(cexec, "stretch", lambda digest: digest)
     if not guessable:
         assert cexec.master_from_text(text) == hashlib.sha512(text).digest()
@@ -1328,6 +1405,7 @@ def mode_of(path):
 
 
 def test_ckeygen_makes_both_halves_and_tells(tmp_path):
+    """S18: with mode 0600."""
     done = run("ckeygen", "app", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, b"")
     private, public = (tmp_path / "app").read_bytes(), (tmp_path / "app.pub").read_bytes()
@@ -1436,6 +1514,7 @@ def test_a_key_is_made_once_however_many_try(tmp_path):
 
 @pytest.mark.parametrize("links", [True, False])
 def test_a_name_taken_in_the_meantime_is_kept(tmp_path, monkeypatch, links):
+    """S18: a private key is never overwritten, whenever it came."""
     def link(source, target):
         raise PermissionError(1, "no links here")
     if not links:
@@ -1453,6 +1532,7 @@ def test_a_name_taken_in_the_meantime_is_kept(tmp_path, monkeypatch, links):
 @pytest.mark.parametrize("number, status", [(28, 103), (24, 111)])       # no space left; too many open files
 @pytest.mark.parametrize("call", ["fsync", "open", "link"])
 def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch, call, number, status):
+    """R23: whichever step it was."""
     def fail(*arguments):
         raise OSError(number, "made to fail")
     monkeypatch.setattr(os, call, fail)
@@ -1464,6 +1544,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch, call, number, 
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
+    """R23: no part of a file."""
     def interrupt(*arguments):
         raise KeyboardInterrupt()
     monkeypatch.setattr(os, "fsync", interrupt)
@@ -2000,6 +2081,7 @@ def test_nothing_above_the_line_touches_the_world():
     ("plain words", "plain words"), ("caf\u00e9", "caf\u00e9"), ("a\nb", "a\\nb"), ("\x1b[2J", "\\x1b[2J"),
     ("\udcff", "\\udcff"), (b"\xff\r", "\\\\xff\\r"[1:]), ("\u202egnp", "\\u202egnp"), ("\x85", "\\x85")])
 def test_what_strangers_sent_cannot_drive_a_terminal(text, shown):
+    """S14: every control character is escaped."""
     assert cexec.printable(text) == shown
 
 
@@ -2163,6 +2245,7 @@ def test_datagrams_both_ways(kind, body):
 
 
 def test_every_changed_bit_of_a_datagram_shows_but_for_the_port():
+    """S3: the tag covers all the rest."""
     for kind, body in BODIES[:3] + BODIES[-3:]:
         for bit, octets in flipped(datagram(kind, body)):
             try:
@@ -2455,6 +2538,7 @@ def wire(name, number=None, body=None):
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("phase", EVERY_PHASE)
 def test_every_message_in_every_phase(role, phase):
+    """S11: what is not in the table is an error."""
     allowed = dict(entry.split(":") for entry in ALLOWED.get((role, phase), "").split())
     for name in cexec.MESSAGE_NAMES.values():
         for parts in [wire(name)], [bytes([octet]) for octet in wire(name)]:
@@ -2565,7 +2649,7 @@ def test_a_job_from_hello_to_bye():
 @pytest.mark.parametrize("kind, upward, downward", [
     (cexec.IN, True, False), (cexec.OUT, False, True), (cexec.BOTH, True, True)])
 def test_a_descriptor_is_open_only_the_way_the_job_said(kind, upward, downward):
-    """A worker can neither write to what was not open for writing nor stop what was not open for reading."""
+    """S9: a worker can neither write to what was not open for writing nor stop what was not open for reading."""
     for role, receives, sends in ("submitter", downward, upward), ("worker", upward, downward):
         for name, fine in ("data", receives), ("end", receives), ("stop", sends), ("credit", sends):
             session = session_in(role, "running", {3: kind})
@@ -2612,7 +2696,7 @@ def test_a_sender_keeps_to_its_credit_and_to_the_longest_message():
     assert session.may_send(3) == cexec.WINDOW_START
     session.data(bytearray(8), 0, 3, cexec.WINDOW_START - 10)
     assert session.may_send(3) == 10
-    list(session.receive(wire("credit", body=struct.pack(">I", 3 << 20)), NOW))
+    list(session.receive(wire("credit", body=struct.pack(">I", cexec.WINDOW_MAX - 10)), NOW))
     assert session.may_send(3) == cexec.FRAME_MAX
     session.end(3)
     assert session.may_send(3) == 0
@@ -2767,6 +2851,7 @@ def quiet_until(session, seconds, step=0.25):
 
 
 def test_a_silent_peer_is_pinged_and_lost_in_time():
+    """R7: within the timeout and a look's distance."""
     session = session_in("submitter", "running")
     session.timeout = 8.0
     lost = quiet_until(session, 20)
@@ -2784,6 +2869,7 @@ def test_any_octet_counts_as_life():
 
 
 def test_a_session_that_was_paused_waits_for_ever():
+    """R8: until it is continued."""
     session = session_in("worker", "running")
     session.timeout = 8.0
     assert events_of(session, wire("signal", cexec.SIGNALS.index("TSTP"))) == [("signal", 6, "TSTP")]
@@ -2795,6 +2881,7 @@ def test_a_session_that_was_paused_waits_for_ever():
 
 
 def test_a_process_that_slept_itself_blames_nobody():
+    """R8: its own silence is not the peer's."""
     session = session_in("submitter", "running")
     session.timeout = 8.0
     assert not session.tick(NOW + 1) and not session.tick(NOW + 3600)
@@ -3926,6 +4013,7 @@ def test_nobody_starves(source):
 
 @pytest.mark.parametrize("stalled", [3, 9])
 def test_a_worker_that_stalls_in_the_handshake_costs_little(stalled):
+    """R18: it makes room for another."""
     room = Crowd(10, stalled=range(stalled), slots=100)
     extra = [job.extra for job in room.place(60)[20:]]
     assert share(extra, 95) < 60 if stalled == 3 else max(extra) < 500
@@ -4028,6 +4116,7 @@ def test_a_faster_worker_starts_out_as_any_other():
 
 
 def test_no_second_connection_for_duplicates_and_replays():
+    """S4: once answered, an announcement is worth nothing."""
     worker = bidder(slots=4)
     for end in (lambda: worker.taken(0.0, "n", None), lambda: worker.won("n"), lambda: worker.lost("n", True)):
         for attempt in range(3):
@@ -4158,6 +4247,7 @@ def test_dead_submitters_make_room_for_new_ones_of_their_host():
 
 
 def test_no_more_than_a_thousand_connections_in_a_second():
+    """S4: however many announcements are authentic."""
     worker = bidder(slots=10**6)
     made = 0
     for n in range(5000):
@@ -4330,6 +4420,7 @@ def test_a_good_worker_that_goes_before_the_choice_does_not_win():
 
 
 def test_a_fifth_worker_gets_the_place_of_a_stalled_one():
+    """R18: after 20 ms."""
     chooser = submitter()
     arrives(chooser, 1.0, *"abcde")
     assert chooser.next_due() == 20.0
@@ -4476,7 +4567,7 @@ def test_boost_overrides_the_load(room):
 
 
 def test_a_burst_beyond_all_slots_is_served_by_all_and_over_nowhere(room):
-    """24 one-second jobs on four workers of two slots: three rounds."""
+    """R15, R16: 24 one-second jobs on four workers of two slots: three rounds."""
     workers = [room.serve(*EVAL, CONCURRENCY=2) for _ in range(4)]
     script = "C=sleep 1"
     began = time.monotonic()
@@ -4522,6 +4613,7 @@ def test_few_workers_connect_for_each_job(room):
 
 
 def test_a_freed_slot_is_used_at_once(room):
+    """R15, R16: by one of those who wait."""
     worker = room.serve(*EVAL, CONCURRENCY=1)
     first = room.submit("C=echo on; read line", stdin=subprocess.PIPE, stdout=LINES)
     first.out.wait("on")
@@ -4607,6 +4699,7 @@ def test_accept_and_reject_server(net, key):
 
 
 def test_thirty_percent_loss_and_every_job_runs_once(net, key):
+    """R17: none is lost and none runs twice."""
     net.host("s", "10.99.0.1/24")
     net.host("w1", "10.99.0.2/24")
     net.host("w2", "10.99.0.3/24")
@@ -5003,9 +5096,24 @@ def test_a_command_that_vanished_is_refused_in_words(room, tmp_path):
     worker.log.wait("refused to 127.0.0.1: %s: No such file or directory" % path)
 
 
+def test_a_job_that_one_worker_refuses_runs_on_another(room, tmp_path):
+    """R6: with all of its input, and nobody is told of a failure."""
+    path = tmp_path / "command"
+    path.write_text("#!/bin/sh\n")
+    path.chmod(0o755)
+    refusing = room.serve(path, BOOST=0)
+    path.unlink()
+    room.serve("cat", BOOST=30000)
+    octets = random_octets(300000)
+    done = room.cexec(input=octets)
+    assert (done.returncode, done.stdout == octets, done.stderr) == (0, True, b"")
+    refusing.log.wait("refused to 127.0.0.1")
+
+
 # ---------------------------------------------------------------- what a job finds
 
 def test_the_environment_of_a_job(room):
+    """S7: NAME=VALUE becomes PEER_NAME."""
     worker = room.serve("env", PEER_LEFT="over", KEPT="x y")
     done = room.cexec("NAME=a b", "_2=", "MORE=x=y", "NAME=later")
     found = dict(line.split("=", 1) for line in done.stdout.decode().splitlines())
@@ -5015,6 +5123,23 @@ def test_the_environment_of_a_job(room):
     assert 1024 <= int(found["REMOTE_PORT"]) <= 65535 and 1024 <= int(found["SERVER_PORT"]) <= 65535
     assert re.match("[0-9a-f]{16}$", found["CEXEC_JOB"])
     worker.log.wait("job %s: end" % found["CEXEC_JOB"])
+
+
+def test_a_submitter_sets_nothing_else_in_a_job(room):
+    """S7: two jobs' environments differ in the names that the man page gives, and their arguments not at all."""
+    room.serve("sh", "-c", 'printf "%s\\0" "$0" "$@"; exec env -0', "zero", "one", TERM="mine")
+
+    def found(*names, **env):
+        words = room.cexec(*names, env=env).stdout.split(b"\0")[:-1]
+        return words[:2], dict(word.split(b"=", 1) for word in words[2:])
+    arguments, plain = found()
+    names = "PATH", "LD_PRELOAD", "TERM", "IFS", "SERVER_ADDR"
+    again, changed = found(*(name + "=/forged" for name in names), LD_LIBRARY_PATH="/forged", TERM="forged", NEW="1")
+    assert arguments == again == [b"zero", b"one"] and changed[b"TERM"] == b"mine"
+    differing = {name for name in set(plain) | set(changed) if plain.get(name) != changed.get(name)}
+    assert {b"PEER_" + name.encode() for name in names} <= differing
+    assert {name for name in differing if not name.startswith(b"PEER_")} <= {
+        b"CEXEC_JOB", b"REMOTE_ADDR", b"REMOTE_PORT", b"SERVER_PORT"}
 
 
 LOOK = """
@@ -5038,7 +5163,7 @@ def looked(done):
 
 
 def test_a_job_is_alone_with_its_descriptors_and_default_signals(room):
-    """Nothing of the daemon, of other jobs, or of what the daemon itself inherited."""
+    """S8: nothing of the daemon, of other jobs, or of what the daemon itself inherited."""
     reading, writing = os.pipe()
     code = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, [10, 12]); signal.signal(1, signal.SIG_IGN);" \
         "signal.signal(17, signal.SIG_IGN); import os, sys; os.execv(sys.argv[1], sys.argv[1:])"
@@ -5083,6 +5208,7 @@ def test_descriptors_3_4_and_5_carry_data_both_ways(shell):
     ({5: 2, 6: 2}, {"CEXEC_MAXFD": 5}, [0, 1, 2, 5]), ({40: 2}, {"MAXFD": 100}, [0, 1, 2, 40]),
     ({0: None}, {}, [1, 2]), ({2: None}, {}, [0, 1]), ({0: None, 2: None}, {}, [1])])
 def test_a_job_sees_the_descriptors_of_its_submitter_and_no_other(shell, fds, env, seen):
+    """S8: the same numbers, up to CEXEC_MAXFD, and nothing between them."""
     job = start_placed(shell, fds, *python_job(LOOK), env=env, stdout=LINES)
     assert job.complete() == 0, str(job.log)
     assert ast.literal_eval(job.out.lines[0])[0] == seen
@@ -5162,6 +5288,7 @@ def test_an_input_that_the_job_closes_is_closed_for_its_local_writer(shell):
 # ---------------------------------------------------------------- much data
 
 def test_a_job_may_read_its_descriptors_in_any_order(shell):
+    """R14: all of the last one first."""
     three, four = random_octets(30 * MB), random_octets(30 * MB)
     job = start_placed(shell, {3: pipe_in(three), 4: pipe_in(four)}, "RUN=cksum <&4; cksum <&3", stdout=LINES)
     assert job.complete(60) == 0
@@ -5177,6 +5304,7 @@ def read_exactly(fd, size):
 
 
 def test_a_reader_that_stalls_holds_up_no_other(shell):
+    """R14: one output is read to its end while another is not read at all."""
     stalled, writing = os.pipe()
     job = start_placed(shell, {3: writing}, "RUN=(head -c 30000000 /dev/zero >&3; echo done >&2) & exec 3>&-; "
                        "head -c 30000000 /dev/zero; wait", stdout=subprocess.PIPE)
@@ -5216,6 +5344,7 @@ LIMIT = 60 * MB
 
 
 def test_a_long_output_against_a_blocked_reader_takes_little_memory(shell):
+    """R14: neither the handler nor cexec grows with the stream."""
     job = shell.submit("RUN=exec head -c 400000000 /dev/zero", stdout=subprocess.PIPE)
     stands_still(job_process(shell, "head"))
     sizes = memory_of(shell)
@@ -5228,6 +5357,7 @@ def test_a_long_output_against_a_blocked_reader_takes_little_memory(shell):
 
 
 def test_a_long_input_against_a_job_that_does_not_read_takes_little_memory(shell):
+    """R14: neither the handler nor cexec grows with the stream."""
     head = subprocess.Popen(["head", "-c", "400000000", "/dev/zero"], stdout=subprocess.PIPE)
     release, hold = os.pipe()
     job = start_placed(shell, {3: release}, "RUN=read go <&3; exec wc -c", stdin=head.stdout, stdout=LINES)
@@ -5282,6 +5412,7 @@ def test_much_data_from_socket_to_socket(room, hundred):
 
 
 def test_yes_ends_when_its_reader_goes(shell):
+    """R12: the job sees that nobody reads."""
     job = shell.submit("RUN=exec yes", stdout=subprocess.PIPE)
     assert os.read(job.stdout.fileno(), 2) == b"y\n"
     job.stdout.close()
@@ -5405,7 +5536,7 @@ def shared_pair(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["pipe", "fifo", "socket", "terminal"])
 def test_the_flags_of_shared_descriptors_are_never_changed(shell, tmp_path, kind):
-    """Neither while data flows, nor while it stalls, nor after a kill -9."""
+    """R13: neither while data flows, nor while it stalls, nor after a kill -9."""
     near_in, far_in, far_out, near_out = shared_pair(kind, tmp_path)
     job = shell.submit("RUN=exec cat", stdin=far_in, stdout=far_out)
     flags = Flags(far_in, far_out)
@@ -5565,6 +5696,7 @@ def only_handler(worker):
 
 
 def test_killing_the_handler_ends_the_job_and_frees_its_slot(room):
+    """R10, R11: the next job runs in it."""
     worker = room.serve(*RUN_SHELL, CONCURRENCY=1)
     job = stubborn_job(room)
     os.kill(only_handler(worker), signal.SIGKILL)
@@ -5590,6 +5722,7 @@ def test_what_a_job_leaves_in_its_group_ends_with_it(shell):
 
 
 def test_no_zombies(shell):
+    """R11: after jobs that leave children behind."""
     assert statuses(shell, [(b"RUN", b"true & exit %d" % number) for number in range(30)])
     wait_until(lambda: nothing_below(shell.worker))
 
@@ -5614,6 +5747,7 @@ def test_a_job_whose_output_is_over_before_itself_still_tells_its_status(shell):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_worker_that_is_told_to_stop_lets_jobs_finish(shell, number):
+    """R21: and takes no new one."""
     job = shell.submit("RUN=echo ready; exec cat", stdin=subprocess.PIPE, stdout=LINES)
     job.out.wait("ready")
     shell.worker.signal(number)
@@ -5670,6 +5804,7 @@ def test_a_signal_that_ended_a_job_is_in_the_log(shell):
 
 
 def test_a_worker_goes_on_when_nobody_reads_its_log(room):
+    """R20: the lines are dropped."""
     reading, writing = os.pipe()
     fill(writing)
     worker = room.tool("cservice", room.key, *RUN_SHELL, stderr=writing, env={"CONCURRENCY": 8})
@@ -6438,6 +6573,20 @@ def test_another_workers_job_finds_the_same_terminal(room, terminal):
     assert terminal.modes() == modes
 
 
+def test_what_was_typed_cannot_be_given_to_another_worker(room, terminal, tmp_path):
+    """R3: a job of -t that has been typed to is not started again, even if nothing of it was seen yet."""
+    first = serve_sh(room, "stty -echo; >%s; read x; >%s; exec sleep 60" % (tmp_path / "ready", tmp_path / "heard"))
+    cexec = terminal.cexec()
+    terminal.wait_raw()
+    wait_until(lambda: must((tmp_path / "ready").exists()), PATIENCE)
+    terminal.type("secret\r")
+    wait_until(lambda: must((tmp_path / "heard").exists()), PATIENCE)
+    serve_sh(room, "exit 0")
+    first.kill()
+    assert cexec.wait(PATIENCE) == 111
+    terminal.wait("run it again")
+
+
 # ---------------------------------------------------------------- terminals: hung sessions, hang-ups
 
 def test_the_escape_ends_a_hung_session(room, terminal):
@@ -6487,6 +6636,7 @@ def test_when_the_users_terminal_hangs_up_the_jobs_whole_session_ends(room, term
 
 
 def test_when_cexec_is_killed_the_jobs_whole_session_ends(room, terminal):
+    """R9: the other groups of its session too."""
     serve_bash(room)
     cexec = terminal.cexec()
     terminal.wait("there> ")
@@ -6546,6 +6696,7 @@ def test_whoever_ignores_the_hang_up_goes_on(room, terminal, tmp_path):
 # ---------------------------------------------------------------- terminals: under a shell with job control
 
 def test_cexec_is_suspended_and_goes_on(room, terminal, tmp_path):
+    """R8: for longer than the silence that means a lost worker."""
     serve_bash(room)
     shell = terminal.bash(CEXEC_TIMEOUT_PINGPONG="1")
     modes = terminal.ask("stty -g", "here> ")
@@ -6658,6 +6809,7 @@ def test_in_the_background_it_does_not_touch_the_terminal_of_others(room, termin
 
 
 def test_without_a_terminal_of_its_own_the_job_stops_with_cexec(room, terminal):
+    """R8: and goes on with it."""
     serve_sh(room, "echo $$; exec sleep 60")
     shell = terminal.bash()
     terminal.type(terminal.line("--") + " </dev/null\r")
@@ -7236,6 +7388,7 @@ def longer_than_the_timeout():
 @LINUX_ONLY
 @pytest.mark.parametrize("who, what", MATRIX)
 def test_fault_matrix(cluster, who, what, tmp_path):
+    """R1, R2, R4, R7, R9, R10, R11: each fault at each moment, with what is promised for it."""
     *results, words, logged = MATRIX[who, what]
     one = cluster.workers["one"]
     cases = [Case(cluster, moment, tmp_path) for moment in MOMENTS]
@@ -7365,6 +7518,7 @@ class Sweep:
 @LINUX_ONLY
 @pytest.mark.parametrize("fault", ["flip", "cut", "reset"])
 def test_a_stream_harmed_at_many_places(room, forker, fault):
+    """S10, R1: the output is whole, or it is a beginning of it and the status is 111."""
     workers = [room.serve(*DOER, CONCURRENCY=16) for _ in range(3)]
     sweep = Sweep(room, forker, fault)
     sweep.run(200 if fault != "reset" else 50)
@@ -7399,6 +7553,7 @@ NEAR_ALL = "head -c 2500000 >/dev/null"
     ("file", {}), ("file", {"CEXEC_SPILL": "0"}), ("file at an offset", {}), ("pipe", {}),
     ("pipe", {"CEXEC_SPILL": "3"})])
 def test_the_input_of_a_lost_job_is_given_again(cluster, tmp_path, kind, env):
+    """R3: a file by seeking, a pipe from what was kept."""
     (tmp_path / "big").write_bytes(BIG)
     with open(str(tmp_path / "big"), "rb", 0) as file:
         file.seek(1000 if kind == "file at an offset" else 0)
@@ -7414,8 +7569,10 @@ def test_the_input_of_a_lost_job_is_given_again(cluster, tmp_path, kind, env):
     (":", {"CEXEC_RETRIES": "0"}, b""),
     ("printf x; sleep 0.3", {}, b"x"),                  # somebody may have read it
     ("exec >&-; sleep 0.3", {}, b""),                   # an end counts as much as an octet
-], ids=["the input is too long", "turned off", "after an octet", "after a close"])
+    ("exec <&-; sleep 0.3", {}, b""),                   # and so does an input that nobody reads any more
+], ids=["the input is too long", "turned off", "after an octet", "after a close", "after an input's close"])
 def test_a_job_that_may_not_start_again_is_lost(cluster, tmp_path, before, env, output):
+    """R3, R4, R5: too much input, none of the retries, or something to be seen already."""
     status, out, errors = lose_the_first(cluster, tmp_path / "pids", before, dict(input=BIG), **env)
     assert (status, out) == (111, output)
     assert re.match(TROUBLE % (r"10\.99\.0\.\d", CLOSED), errors), errors
@@ -7424,6 +7581,7 @@ def test_a_job_that_may_not_start_again_is_lost(cluster, tmp_path, before, env, 
 
 @LINUX_ONLY
 def test_a_job_that_loses_every_worker_ends_after_so_many_attempts(cluster, tmp_path):
+    """R2: CEXEC_RETRIES of them."""
     cluster.serve("two")
     job = cluster.submit("DO=echo $$ >>$PEER_PIDS; kill -9 $PPID; sleep 60", "PIDS=%s" % (tmp_path / "pids"),
                          env={"CEXEC_RETRIES": 1})
@@ -7486,6 +7644,7 @@ while :; do sleep 1; done"""
 @LINUX_ONLY
 @pytest.mark.parametrize("who", ["cexec", "handler", "daemon", "drain"])
 def test_a_stubborn_job_ends_with_whoever_it_was_for(room, forker, who, tmp_path):
+    """R9, R10: with the submitter, the handler, the daemon, or at a second signal to it."""
     worker = forked_worker(forker, room, patch={"KILL_GRACE": 0.5})
     job = forker.submit("cexec", room.pub, "DO=" + STUBBORN_JOB, "PIDS=%s" % (tmp_path / "pids"),
                         env=room.settings({"CEXEC_RETRIES": 0}))
@@ -7516,7 +7675,7 @@ def test_an_error_is_told_even_after_the_job_has_closed_its_standard_error(room,
 
 @LINUX_ONLY
 def test_a_handler_killed_at_once_leaves_no_job(room, forker, tmp_path):
-    """Whatever it had told its daemon by then."""
+    """R10: whatever it had told its daemon by then."""
     worker = room.serve(*DOER, CONCURRENCY=8)
     jobs = [forker.submit("cexec", room.pub, 'DO=echo $$ >>"$PEER_PIDS"; kill -9 $PPID; sleep 60',
                           "PIDS=%s" % (tmp_path / "pids"), env=room.settings({"CEXEC_RETRIES": 0})) for _ in range(24)]
@@ -7532,6 +7691,7 @@ def test_a_handler_killed_at_once_leaves_no_job(room, forker, tmp_path):
 @LINUX_ONLY
 @pytest.mark.parametrize("descriptor, name", [(1, "standard output"), (2, "standard error"), (5, "descriptor 5")])
 def test_a_full_disk_is_an_error(room, forker, descriptor, name):
+    """R12: for every output."""
     worker = room.serve(*DOER)
     with open("/dev/full", "wb") as full, tempfile.TemporaryFile() as errors, open(os.devnull, "r+b") as null:
         fds = {0: null.fileno(), 1: null.fileno(), 2: null.fileno(), descriptor: full.fileno()}
@@ -7558,6 +7718,7 @@ def in_a_tiny_file_system(place):
 
 @LINUX_ONLY
 def test_a_disk_that_fills_up_is_an_error(room, tmp_path):
+    """R12: after a part was written."""
     room.serve(*DOER)
     command = in_a_tiny_file_system(tmp_path)
     script = '"$@" >"$0/out"; echo $? $(wc -c <"$0/out")'
@@ -7569,6 +7730,7 @@ def test_a_disk_that_fills_up_is_an_error(room, tmp_path):
 
 @LINUX_ONLY
 def test_a_full_temporary_directory_costs_only_the_second_chance(room, tmp_path):
+    """R3: not the job."""
     room.serve(*DOER)
     done = run_command(*in_a_tiny_file_system(tmp_path), *program(), "cexec", room.pub, "DO=cat", input=BIG,
                        env=room.settings({"TMPDIR": tmp_path}))
@@ -7593,6 +7755,7 @@ def test_a_submitter_short_of_descriptors_says_so_or_succeeds(room, forker):
 
 @LINUX_ONLY
 def test_a_worker_short_of_descriptors_refuses_politely_and_goes_on(room, forker):
+    """R19: a job with too many of them."""
     worker = forked_worker(forker, room, CONCURRENCY=8, limits={"RLIMIT_NOFILE": 80})
     assert_serving(forker, room)
     pipes = [os.pipe() for _ in range(30)]
@@ -7615,7 +7778,7 @@ def test_a_worker_short_of_descriptors_refuses_politely_and_goes_on(room, forker
 
 @LINUX_ONLY
 def test_a_worker_that_has_no_descriptor_for_another_connection_goes_on(room, forker):
-    """Announcements that draw it to a port where nobody speaks."""
+    """R19: announcements that draw it to a port where nobody speaks."""
     worker = forked_worker(forker, room, CONCURRENCY=200, limits={"RLIMIT_NOFILE": 80})
     with Impostor(room) as impostor:
         for _ in range(100):
@@ -7648,7 +7811,7 @@ def users_key(key):
 
 @LINUX_ONLY
 def test_a_worker_that_may_not_fork_says_so_and_serves_again_when_it_may(room, forker, users_key):
-    """Others of its user's processes take up all that the user may have, for a while."""
+    """R19: others of its user's processes take up all that the user may have, for a while."""
     path, user = users_key
     limits = {"RLIMIT_NPROC": 5}
     others = [forker.submit("crat", env=room.settings({}), user=user) for _ in range(4)]
@@ -7665,6 +7828,7 @@ def test_a_worker_that_may_not_fork_says_so_and_serves_again_when_it_may(room, f
 
 @LINUX_ONLY
 def test_a_job_that_cannot_be_forked_is_refused(room, forker):
+    """R19: and the worker serves again when it may."""
     only_root()
     worker = forked_worker(forker, room, "--user", "nobody", limits={"RLIMIT_NPROC": 0})
     status, output, errors = quick(forker, room, "DO=true", env={"CEXEC_TIMEOUT_ACCEPT": 2})
@@ -7680,6 +7844,7 @@ def test_a_job_that_cannot_be_forked_is_refused(room, forker):
 
 @LINUX_ONLY
 def test_a_worker_of_root_says_so_and_user_gives_up_everything(room, forker):
+    """S19: user, groups and rights."""
     only_root()
     import pwd
     worker = room.serve("sh", "-c", "id -u; id -g; id -G; grep -E '^(Uid|Gid|Groups|CapEff)' /proc/self/status")
@@ -7748,6 +7913,7 @@ def private_key(key):
 @LINUX_ONLY
 @pytest.mark.parametrize("lie", LYING_WORKERS)
 def test_a_worker_that_breaks_the_protocol_is_found_out(shared_room, private_key, lie):
+    """S9, S11, R1: whatever it says out of order, too long, beyond its credit or the wrong way."""
     said, words = LYING_WORKERS[lie]
     status, output, errors = lie_to_cexec(*shared_room, private_key, said)
     assert (status, output) == (111, b"")
@@ -7793,6 +7959,7 @@ def test_a_worker_that_answers_before_it_is_asked_gets_no_job(shared_room, priva
 
 @LINUX_ONLY
 def test_what_a_worker_says_cannot_drive_the_terminal(shared_room, private_key):
+    """S14: in the reason of a refusal and of an end."""
     words = b"\x1b[2J\nforged: line"
     for said in message("REFUSED", 0, words), ACCEPTED + message("ABORT", 0, words):
         status, output, errors = lie_to_cexec(*shared_room, private_key, said)
@@ -7884,7 +8051,7 @@ LYING_SUBMITTERS = {
 
 @LINUX_ONLY
 def test_submitters_that_break_the_protocol_cost_the_worker_nothing(room, forker):
-    """All of them, one after the other: each is named in the log, and nothing of them stays."""
+    """S11, S14: all of them, one after the other: each is named in the log, and nothing of them stays."""
     worker = room.serve(*DOER, CONCURRENCY=2)
     assert_serving(forker, room)
     assert_no_handlers(worker)
@@ -7994,7 +8161,7 @@ def other_key(tmp_path_factory):
 
 @LINUX_ONLY
 def test_hundreds_of_strangers_delay_a_job_a_little(room, forker, other_key, tmp_path):
-    """While it is being placed, and while it runs."""
+    """S16: while it is being placed, and while it runs."""
     with Impostor(room) as impostor:
         job, heard = submit_and_hear(forker, room, impostor, "DO=echo started; %s; cat" % WAIT,
                                      "GO=%s" % (tmp_path / "go"), input=b"data")
@@ -8040,7 +8207,7 @@ def test_a_worker_that_is_none_costs_no_pause(room, forker, private_key, other_k
 
 @LINUX_ONLY
 def test_who_holds_the_public_half_cannot_pose_as_a_worker(room, forker, other_key):
-    """Neither with its own certificate, nor with another key's, nor with none."""
+    """S1: neither with its own certificate, nor with another key's, nor with none."""
     with Impostor(room) as impostor:
         job, heard = submit_and_hear(forker, room, impostor, env={"CEXEC_TIMEOUT_ACCEPT": 2})
         for key in impostor.public, other_key:
@@ -8067,8 +8234,197 @@ def test_who_holds_the_public_half_cannot_pose_as_a_worker(room, forker, other_k
 
 
 @LINUX_ONLY
+@pytest.mark.parametrize("kind", ["another key", "the worker's own certificate", "an older TLS"])
+def test_who_cannot_show_the_clients_certificate_gets_nothing_run(room, tmp_path, kind):
+    """S2: even where the announcement and all before TLS are authentic."""
+    worker = room.serve("touch", tmp_path / "ran")
+    other = tmp_path / "other.pub"
+    other.write_bytes(OTHER_PUBLIC)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain({"another key": str(other), "an older TLS": room.pub}.get(kind, room.key))
+    if kind == "an older TLS":
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
+    with Impostor(room) as impostor:
+        impostor.announce()
+        connection = impostor.accept()
+        connection.sendall(cexec.GO)
+        with contextlib.suppress(OSError):
+            peer = impostor._hold(context.wrap_socket(connection, server_side=True))
+            peer.sendall(a_job({}))
+            assert drain(peer) == b""
+        worker.log.wait("cservice: from ")
+    assert_no_handlers(worker)
+    assert jobs_of(worker) == 0 and not (tmp_path / "ran").exists()
+    assert room.cexec().returncode == 0 and (tmp_path / "ran").exists()
+
+
+@LINUX_ONLY
+def test_a_stranger_has_ten_seconds_in_all(shared_room):
+    """S16: whoever is silent, and whoever says an octet now and then."""
+    room, forker = shared_room
+    assert cexec.Caller.PATIENCE == 10.0
+    with Impostor(room) as impostor:
+        job, heard = submit_and_hear(forker, room, impostor, patch={"Caller.PATIENCE": 0.3})
+        began = time.monotonic()
+        silent = impostor._hold(socket.create_connection(heard[:2], 10))
+        slow = impostor._hold(socket.create_connection(heard[:2], 10))
+        with contextlib.suppress(OSError):
+            for octet in cexec.encode_preamble(impostor.public.udp, heard[2], 0.0, 0.0, 1.0, False):
+                slow.sendall(bytes([octet]))
+                time.sleep(0.05)
+        assert drain(slow) == drain(silent) == b""
+        assert time.monotonic() - began < 1.5       # the preamble alone would have taken two
+        job.signal(signal.SIGTERM)
+        assert job.wait() == 128 + signal.SIGTERM
+
+
+# -- workers that fail, refuse and dawdle
+
+@LINUX_ONLY
+def test_a_chosen_worker_that_does_not_start_the_job_is_replaced(shared_room, private_key):
+    """R18: after a second; here after a part of it."""
+    room, forker = shared_room
+    assert cexec.Submission.START_PATIENCE == 1.0
+    with Impostor(room) as impostor:
+        job, heard = submit_and_hear(forker, room, impostor, "DO=cat", input=b"data",
+                                     patch={"Submission.START_PATIENCE": 0.2})
+        idle = impostor.apply(heard, private_key)
+        idle.sendall(OWN_HELLO)
+        assert idle.recv(1 << 16)
+        worker = forked_worker(forker, room)
+        assert job.result() == (0, b"data", "")
+        worker.signal(signal.SIGTERM)
+        assert worker.wait() == 0
+
+
+@LINUX_ONLY
+@pytest.mark.parametrize("said, gaps", [(message("REFUSED", 0, b"no"), (0.25, 0.25)), (b"", (0.5, 1.0))],
+                         ids=["refuses", "fails"])
+def test_a_worker_is_passed_over_for_a_while_and_then_may_have_the_job_again(shared_room, private_key, said, gaps):
+    """R18: a quarter of a second after a refusal, which doubles with each failure."""
+    room, forker = shared_room
+    with Impostor(room) as impostor:
+        job, heard = submit_and_hear(forker, room, impostor)
+        offered = []
+        while len(offered) < 3:
+            with contextlib.suppress(OSError):
+                worker = impostor.apply(heard, private_key)
+                worker.sendall(OWN_HELLO)
+                if worker.recv(1 << 16):
+                    offered.append(time.monotonic())
+                    worker.sendall(said)
+                worker.close()
+            heard = impostor.hear() if len(offered) < 3 else None
+        job.signal(signal.SIGKILL)
+        job.wait()
+    for one, two, gap in zip(offered, offered[1:], gaps):
+        assert gap <= two - one < gap + 1
+
+
+# -- a daemon that hears what the test says, without a network
+
+class Deaf(cexec.Service):
+    """A worker's daemon that has no sockets; what it would do next is left to the test."""
+
+    def __init__(self, key):
+        self.key, self.draining, self.lines, self.versions_heard = key, False, [], 0
+        self.log, self.bidder = self.lines.append, bidder()
+        self.places, self.recent = collections.OrderedDict(), collections.OrderedDict()
+
+    def consider(self):
+        """Nothing happens until the test looks."""
+
+
+HERE_FROM = "10.0.0.9", 3010
+
+
+def test_a_worker_calls_back_only_where_a_true_announcement_came_from():
+    """S4, S3: no changed bit, no other key, no port of the system's."""
+    service, octets = Deaf(FOO), announcement(FOO, port=1024)
+    for bit, changed in flipped(octets):
+        if bit // 8 not in (6, 7):      # the port, which a proxy may change
+            service._datagram(changed, HERE_FROM)
+    for port in 0, 1, 80, 1023:
+        service._datagram(announcement(FOO, port=port), HERE_FROM)
+    service._datagram(announcement(BAR), HERE_FROM)
+    assert not service.places and not service.bidder.calls
+    service._datagram(octets, HERE_FROM)
+    assert service.places == {b"noncenon": [("10.0.0.9", 1024)]} and list(service.bidder.calls) == [b"noncenon"]
+
+
+def test_a_worker_holds_back_only_for_a_true_alert_about_its_own_job_and_once():
+    """S13: not for a changed bit, another key, another job or a repetition."""
+    service, octets = Deaf(FOO), alert_octets(FOO, verdict=cexec.RATTED_OUT, words="lost")
+    service._datagram(octets, HERE_FROM)        # about a job that it never had
+    service.recent[b"noncenon"] = "1a2b3c4d"
+    for bit, changed in flipped(octets):
+        if bit // 8 not in (6, 7):
+            service._datagram(changed, HERE_FROM)
+    service._datagram(alert_octets(FOO, nonce=b"othernon", verdict=cexec.RATTED_OUT), HERE_FROM)
+    service._datagram(alert_octets(BAR, verdict=cexec.RATTED_OUT), HERE_FROM)
+    assert service.bidder.penalty_until == -math.inf
+    before = cexec.now_ms()
+    service._datagram(octets, HERE_FROM)
+    assert before + 10000 <= service.bidder.penalty_until <= cexec.now_ms() + 10000
+    assert service.lines[-1] == "ratted out by 10.0.0.6: lost; holding back for 10 s"
+    count = len(service.lines)
+    service.bidder.penalise(0, 0)
+    service._datagram(octets, HERE_FROM)
+    assert service.bidder.penalty_until == 0 and len(service.lines) == count
+
+
+@pytest.mark.parametrize("number", [errno.ENOMEM, errno.EAGAIN, errno.EMFILE])
+def test_a_daemon_without_room_for_another_process_goes_on(monkeypatch, number):
+    """R19: the connection is closed, the slot is free again, and a line says why."""
+    def fork():
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(os, "fork", fork)
+    service = Deaf(FOO)
+    hears(service.bidder, b"noncenon")
+    bid, = service.bidder.due(1e3)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        service.fork(types.SimpleNamespace(place=("10.0.0.9", 4000), socket=ours, bid=bid))
+        assert theirs.recv(1) == b""
+    assert service.bidder.running == 0
+    assert service.lines == ["no process for a job from 10.0.0.9: %s" % os.strerror(number)]
+
+
+# -- datagrams that are lost and doubled
+
+class Postman:
+    """Takes the place of a relay's UDP socket: each datagram goes on as often as copies(job, number) says, both
+    counted from 0."""
+
+    def __init__(self, relay, copies):
+        self.udp, self.copies, self.carried = relay.udp, copies, {}
+        relay.udp = self
+
+    def recvfrom(self, size):
+        return self.udp.recvfrom(size)
+
+    def sendto(self, octets, place):
+        numbers = self.carried.setdefault(octets[12:20], [len(self.carried), -1])
+        numbers[1] += 1
+        for _ in range(self.copies(*numbers)):
+            self.udp.sendto(octets, place)
+
+
+@LINUX_ONLY
+def test_a_lost_datagram_and_doubled_ones_lose_no_job_and_no_line(room, forker):
+    """R17: the first job loses its first datagram, the second its second ...; all the others arrive twice."""
+    worker, crat, relay = room.serve(*DOER), room.crat(room.pub).ready(), room.relay()
+    postman = Postman(relay, lambda job, number: 0 if number == job else 2)
+    for job in range(9):
+        assert quick(forker, room, "DO=cat; exit %d" % job, input=b"data", group=relay.group) == (job, b"data", "")
+        crat.out.wait("exit code %d job" % job)
+    assert jobs_of(worker) == len(crat.out.lines) == len(postman.carried) == 9
+    assert sum(octets[5] == cexec.ALERT for octets in relay.datagrams) == 27
+
+
+@LINUX_ONLY
 def test_datagrams_of_any_content_cost_a_worker_nothing(room, forker):
-    """Noise, forgeries, and the replay of a real announcement with other ports: no job, no memory, hardly a line."""
+    """S3, S4, S17: noise, forgeries, a real announcement with other ports: no job, no memory, hardly a line."""
     worker = room.serve(*DOER, CONCURRENCY=4)
     assert_serving(forker, room)
     with Impostor(room) as impostor:
@@ -8216,7 +8572,7 @@ def test_the_record_of_an_alert_in_json():
 
 
 def test_an_alert_gives_one_line_however_often_it_comes():
-    """Copies of one alert may differ in their sequence; two jobs of one moment differ in the nonce."""
+    """S12: copies of one alert may differ in their sequence; two jobs of one moment differ in the nonce."""
     book = reader(FOO)
     copies = [alert_octets(FOO, clock=CLOCK, sequence=sequence) for sequence in (1, 1, 2, 3)]
     others = [alert_octets(FOO, clock=CLOCK, nonce=b"othernon"), alert_octets(FOO, clock=CLOCK, verdict=2)]
@@ -8232,6 +8588,7 @@ def test_an_alert_gives_one_line_however_often_it_comes():
     (CLOCK - 20000, dict(max_skew=10, started=MOMENT - 2000), False), ((1 << 64) - 1, {}, False), (0, {}, False),
 ])
 def test_an_alert_of_another_time_is_noted_and_not_shown(clock, options, shown):
+    """S12: neither of another clock nor from before the start."""
     report, remark = reader(FOO, **options).read(alert_octets(FOO, clock=clock), "10.9.9.9", MOMENT)
     assert bool(report) is shown
     if not shown:
@@ -8239,6 +8596,7 @@ def test_an_alert_of_another_time_is_noted_and_not_shown(clock, options, shown):
 
 
 def test_what_was_shown_is_never_shown_again_even_when_it_is_long_forgotten(monkeypatch):
+    """S12, S17: and what is remembered of it is bounded."""
     monkeypatch.setattr(cexec, "ALERTS_KEPT", 50)
     book = reader(FOO, started=0)
     alerts = [alert_octets(FOO, clock=CLOCK + number) for number in range(500)]
@@ -8248,6 +8606,7 @@ def test_what_was_shown_is_never_shown_again_even_when_it_is_long_forgotten(monk
 
 
 def test_alerts_of_unknown_keys_push_no_known_one_out_and_are_limited():
+    """S12: a burst, and then so many a second."""
     book = reader(FOO)
     known = alert_octets(FOO, clock=CLOCK)
     assert book.read(known, "10.0.0.6", MOMENT)[0]
@@ -8258,7 +8617,7 @@ def test_alerts_of_unknown_keys_push_no_known_one_out_and_are_limited():
 
 
 def test_no_changed_bit_of_a_known_keys_alert_gives_a_line_for_it():
-    """A bit of the key's id makes it an unknown key's; any other makes it nobody's."""
+    """S12: a bit of the key's id makes it an unknown key's; any other makes it nobody's."""
     octets = alert_octets(FOO, clock=CLOCK)
     for bit in range(len(octets) * 8):
         changed = bytearray(octets)
@@ -8285,7 +8644,7 @@ def test_two_keys_with_the_same_id_are_told_apart():
 
 
 def test_no_datagram_whatever_breaks_the_reader():
-    """Seeded: noise, cuts, changed octets, authentic nonsense.  Every line that comes out is one safe line."""
+    """S14, S17: seeded noise, cuts, changed octets, authentic nonsense.  Every line that comes out is one safe line."""
     chance, book, lines = random.Random(4), reader(FOO, max_skew=0), 0
     whole = alert_octets(FOO, clock=CLOCK, words="x" * 90)
     for number in range(60000):
@@ -8347,8 +8706,32 @@ def test_several_crat_on_one_host_hear_the_same(room, foo):
     assert [each.stop() for each in crats] == [0, 0, 0]
 
 
+@pytest.mark.parametrize("tool", [("crat",), ("cproxy", "127.0.0.1", "127.0.0.1:%d")])
+def test_crat_and_cproxy_with_a_full_standard_error_heed_signals(room, tool):
+    """R20: a pipe that nobody reads, full from the start, stops neither."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writing, bytes(4096))
+    os.set_blocking(writing, True)
+    process = room.tool(*[word % free_port() if "%" in word else word for word in tool], stderr=writing)
+    os.close(writing)
+
+    def serving():
+        assert [fd for fd, leads in open_fds(process.pid).items() if leads.startswith("socket:")]
+        with open("/proc/%d/status" % process.pid) as file:     # its handler for SIGTERM is there
+            caught = [int(line.split()[1], 16) for line in file if line.startswith("SigCgt:")]
+        assert caught[0] >> (signal.SIGTERM - 1) & 1
+    wait_until(serving)
+    process.signal(signal.SIGTERM)
+    assert process.wait(10) == 0
+    os.close(reading)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_crat_ends_at_once_even_when_nobody_reads_its_output(room, foo, number):
+    """R20: the lines wait, and are dropped at the end."""
     inside, outside = os.pipe()
     crat = room.tool("crat", room.pub, stdout=outside).ready()
     os.close(outside)
@@ -8403,7 +8786,7 @@ def test_crat_with_a_closed_standard_output_refuses_to_start(room):
 
 
 def test_crat_goes_on_after_anything(room, foo):
-    """Noise, forged and replayed alerts give no line of the key and few notes."""
+    """S17: noise, forged and replayed alerts give no line of the key and few notes."""
     crat, chance = room.crat(room.pub).ready(), random.Random(9)
     stale = alert_octets(foo, clock=1)
     fresh = alert_octets(foo)
@@ -8466,6 +8849,7 @@ def other_datagram(key, kind, nonce=b"noncenon", sequence=1, body=bytes(40)):
 
 
 def test_a_datagram_passes_once_and_an_alert_three_times_whatever_its_port():
+    """R22: so loops die out."""
     echoes, announce = cexec.Echoes(), announcement(FOO)
     alert = other_datagram(FOO, cexec.ALERT)
     passed = [echoes.may_pass(cexec.parse_datagram(cexec.with_port(announce, port)), 0) for port in range(3000, 3010)]
@@ -8588,6 +8972,7 @@ def far(room, foo):
 
 
 def test_an_announcement_passes_with_another_port_and_stays_authentic(far, foo):
+    """S15: the port is all that a proxy changes, and all that it could."""
     heard, source = far.announce()
     sent = cexec.parse_datagram(announcement(foo, port=far.port))
     assert heard.authentic(foo.udp) and heard.port not in (0, far.port)
@@ -8690,6 +9075,7 @@ def test_a_blocked_reader_costs_bounded_memory_and_loses_nothing(far):
 @pytest.mark.parametrize("opening", [b"GET / HTTP/1.0\r\n\r\n", b"\x16\x03\x01", b"cxec\1othernon" + bytes(29), b"c",
                                      b""])
 def test_only_what_answers_the_announcement_reaches_the_submitter(far, opening):
+    """S15: nothing else is relayed."""
     stranger = far.worker(far.announce()[0].port, opening)
     assert far.nobody_at_the_door()
     with contextlib.suppress(OSError):      # most have their reset by now
@@ -8804,7 +9190,7 @@ def test_a_second_signal_ends_what_is_running(far):
 
 
 def test_a_flood_of_forged_announcements_is_bounded(far):
-    """Nobody's datagrams are carried on in large numbers, cost little, and leave room for true ones."""
+    """S17: nobody's datagrams are carried on in large numbers, cost little, and leave room for true ones."""
     chance = random.Random(3)
     for number in range(20000):
         far.mouth.send(announcement(FOO, chance.getrandbits(64).to_bytes(8, "big"), number, 2000 + number))
@@ -9055,6 +9441,7 @@ def test_two_proxies_carry_both_ways(bridge, key):
 
 
 def test_facing_proxies_make_a_handful_of_datagrams(bridge, key):
+    """R22: four proxies between two networks."""
     for own in "10.2.0.1", "10.1.0.1":
         proxy(bridge, "mid", own)
     bridge.host("second", "10.1.0.9/24", switch="one")
@@ -9212,6 +9599,7 @@ def test_the_log_of_the_worker_names_the_submitter_and_the_proxy(joined, key):
 
 
 def test_cproxy_killed_in_the_middle_of_a_job(joined, key):
+    """R22: that job ends, and the next one runs."""
     worker = far_worker(joined, key)
     proxies = joined.proxies()
     for proxy in proxies:
@@ -9221,7 +9609,7 @@ def test_cproxy_killed_in_the_middle_of_a_job(joined, key):
     for proxy in proxies:
         os.kill(the_cexec(proxy), signal.SIGKILL)
     assert job.wait(20) == 111
-    assert job.log.wait("cexec: worker ") == "cexec: worker 10.98.0.2: the connection was closed"
+    job.log.wait("cexec: worker 10.98.0.2: the connection ")        # was closed, or broke
     worker.log.wait("submitter lost", 20)
     for proxy in joined.proxies():
         proxy.ready()
@@ -9297,7 +9685,7 @@ print(count)
 
 
 def test_what_was_captured_does_nothing_when_it_is_sent_again(net, key, tmp_path):
-    """Every datagram of two jobs, one that fails, from a stranger's host: as it was, and with each bit changed."""
+    """S3, S5, S13: all datagrams of two jobs, sent again by a stranger, as they were and with each bit changed."""
     net.host("s", "10.99.0.1/24")
     net.host("w", "10.99.0.2/24")
     net.host("x", "10.99.0.66/24")
@@ -9313,6 +9701,7 @@ def test_what_was_captured_does_nothing_when_it_is_sent_again(net, key, tmp_path
     assert failed.returncode == 111
     crat.out.wait("rats out", 10)
     worker.log.wait("ratted out", 10)
+    wait_until(lambda: must(len(worker.log.having("ratted out")) == len(crat.out.having("rats out"))))
     lines, muted, jobs = str(crat.out), len(worker.log.having("ratted out")), jobs_of(worker)
     capture = [line for line in str(recorder.out).splitlines() if line != "listening"]
     assert len(capture) >= 6
