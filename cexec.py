@@ -1,14 +1,18 @@
 #!/bin/sh
 "exec" "python3" "-IS" "-c" '''
-import _frozen_importlib_external as importing, os, sys
+import _frozen_importlib_external as importing, _signal, os, sys
+if _signal.getsignal(_signal.SIGINT) is not _signal.SIG_IGN:
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 del sys.argv[0]
 path = os.path.realpath(sys.argv[0])
 try:
     places = [os.stat(place) for place in (os.path.dirname(path), os.path.dirname(importing.cache_from_source(path)))
               if os.path.exists(place)]
+    mask = os.umask(0o22)
     safe = all(not place.st_mode & 0o22 and place.st_uid in (0, os.geteuid()) for place in places)
     code = (importing.SourceFileLoader("__main__", path).get_code("__main__") if safe else
             compile(open(path, "rb").read(), path, "exec", dont_inherit=True))
+    os.umask(mask)
 except OSError as error:
     sys.exit("%s: %s" % (sys.argv[0], error))
 sys.modules["__main__"].__file__ = path
@@ -134,11 +138,6 @@ def say(prefix, text, descriptor=2):
         os.write(descriptor, line.encode("utf-8", "replace"))
     except OSError:
         pass
-
-
-def has_room():
-    """Whether a line can be written to standard error without waiting for who reads it."""
-    return bool(select.select([], [2], [], 0)[1])
 
 
 # ---------------------------------------------------------------- groups
@@ -293,7 +292,7 @@ def whole_number(low, high):
 def seconds(low, high):
     def parse(text):
         try:
-            value = float(text)
+            value = float(text) if set(text) <= set("0123456789.") else -1
         except ValueError:
             value = -1
         if not low <= value <= high:
@@ -317,7 +316,9 @@ def parse_hosts(text):
 
 
 def numeric_address(word):
-    address, _, scope = word.strip("[]").partition("%")
+    address, percent, scope = word.strip("[]").partition("%")
+    if percent and not (":" in address and device_name(scope)):
+        raise ValueError("numeric addresses, separated by spaces")
     for family in (socket.AF_INET, socket.AF_INET6):
         try:
             return socket.inet_ntop(family, socket.inet_pton(family, address)) + ("%" + scope if scope else "")
@@ -1844,12 +1845,19 @@ def tune(connection):
     """Small messages go at once; a peer whose machine has gone is noticed in two minutes even while it may be silent."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if MACOS:
+        connection.setsockopt(socket.IPPROTO_TCP, 0x10, 60)     # TCP_KEEPALIVE, what others call TCP_KEEPIDLE
     for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
         if hasattr(socket, name):
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 # ---------------------------------------------------------------- event loop
+
+def has_room():
+    """Whether a line can be written to standard error without waiting for who reads it."""
+    return bool(select.select([], [2], [], 0)[1])
+
 
 class Timer:
     """One call in the future; cancel() is for ever and may be repeated."""
@@ -1964,7 +1972,7 @@ class Loop:
                 if current and events & current.events & bit and current.data[which]:
                     current.data[which]()
         self._due()
-        while self.calls:
+        for _ in range(len(self.calls)):    # what these add waits until descriptors and timers have had their turn
             self.calls.popleft()()
 
     def _patience(self):
@@ -2402,9 +2410,9 @@ def is_stream(fd):
 
 
 def access_of(fd):
-    """IN, OUT or BOTH, as the descriptor was opened."""
+    """IN, OUT or BOTH, as the descriptor was opened; None for one that is good for ioctl only."""
     mode = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
-    return {os.O_RDONLY: IN, os.O_WRONLY: OUT, os.O_RDWR: BOTH}[mode]
+    return {os.O_RDONLY: IN, os.O_WRONLY: OUT, os.O_RDWR: BOTH}.get(mode)
 
 
 def open_descriptors(highest):
@@ -2431,6 +2439,8 @@ def carried_descriptors(highest):
         if kind is None:
             continue
         access = access_of(fd)
+        if access is None:
+            continue
         if kind is TERMINAL:
             access = _terminal_access(fd, access, terminals)
         same = [other for other, known in result.items() if known == access and _same_open_file(fd, other, kind)]
@@ -2475,8 +2485,9 @@ def _shares_offset(one, two, offset):
 def park(fd):
     """Closes a descriptor but keeps its number occupied, so that nothing of ours ever gets to stand there."""
     null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, fd)
-    os.close(null)
+    if null != fd:
+        os.dup2(null, fd)
+        os.close(null)
 
 
 def is_memory(fd):
@@ -2536,11 +2547,20 @@ class SocketSource(Source):
         try:
             return self.socket.recv_into(view, 0, socket.MSG_DONTWAIT)
         except ConnectionResetError:
-            return 0
+            if self.socket.family in (socket.AF_INET, socket.AF_INET6):
+                raise           # the input may have been cut short
+            return 0            # a job that ended with input unread resets its socket pair
 
     def close(self):
         super().close()
         self.socket.close()
+
+
+def wait_for(fd, event):
+    """Waits in a helper thread for a descriptor of any number."""
+    poll = select.poll()
+    poll.register(fd, event)
+    poll.poll()
 
 
 class ThreadSource(Source):
@@ -2582,7 +2602,7 @@ class ThreadSource(Source):
             try:
                 return os.read(self.fd, self.CHUNK)
             except BlockingIOError:     # somebody else set O_NONBLOCK on it
-                select.select([self.fd], [], [])
+                wait_for(self.fd, select.POLLIN)
             except OSError as error:
                 return error
 
@@ -2817,7 +2837,7 @@ class ThreadSink(Sink):
             try:
                 view = view[os.write(self.fd, view[:self.CHUNK]):]
             except BlockingIOError:     # somebody else set O_NONBLOCK on it
-                select.select([], [self.fd], [])
+                wait_for(self.fd, select.POLLOUT)
             except OSError as error:
                 return error
         return None
@@ -2914,8 +2934,9 @@ class Carrier:
                 self._send()
         except (ssl.SSLWantWriteError, ssl.SSLWantReadError):
             pass
-        except (OSError, ValueError) as error:
-            self.lost(connection_words(error))
+        except (OSError, ValueError):
+            self.blocked = True         # nothing goes out any more; what came in before the end is still heard
+            self.loop.soon(self.readable)
             return
         self.blocked = True
         self.loop.watch(self.fd, read=self.readable, write=self._writable)
@@ -3223,12 +3244,12 @@ def session_groups(leader):
 
 
 class GroupEnd:
-    """Ends a job's session, all its process groups: TERM (and CONT, for the stopped), then KILL after a grace; then
+    """Ends a job's session, all its process groups, or only the leader's own unless it is to be the whole: TERM (and CONT, for the stopped), then KILL after a grace; then
     calls done(), once."""
     LOOK = 0.02
 
-    def __init__(self, loop, leader, done, reap=lambda: None):
-        self.loop, self.leader, self.done, self.reap = loop, leader, done, reap
+    def __init__(self, loop, leader, done, reap=lambda: None, whole=True):
+        self.loop, self.leader, self.done, self.reap, self.whole = loop, leader, done, reap, whole
         self.deadline, self.killed = time.monotonic() + KILL_GRACE, False
         self.send(signal.SIGTERM, signal.SIGHUP, signal.SIGCONT)
         loop.soon(self._look)
@@ -3236,7 +3257,8 @@ class GroupEnd:
     def send(self, *numbers):
         """Sends the signals to every group; returns whether there was any process."""
         found = False
-        for group in session_groups(self.leader):
+        groups = session_groups(self.leader)
+        for group in groups if self.whole else groups & {self.leader}:
             for number in numbers:
                 found = signal_group(group, number) or found
         return found
@@ -3787,6 +3809,7 @@ class Submission:
     on_done(status, failure) is called once; failure is None when the status is the job's own.
     """
     START_PATIENCE = 1.0    # seconds from the offer to the job's start; doubled with each attempt
+    TERMINAL_MAX = 2048     # octets kept free in the job message for a terminal's description
     SIGNAL_GRACE = 10.0     # seconds a job has after INT or TERM
     AVOID = 0.25            # seconds that a worker which failed the job is passed over, doubled with each attempt
 
@@ -3800,6 +3823,11 @@ class Submission:
         self.tapes, self.sinks, self.locals, self.owned = {}, {}, {}, {}
         self.finished_tapes, self.finished_sinks = set(), set()
         self.deadline, self.began, self.signalled, self.timers = None, time.monotonic(), None, []
+        self.signals_waiting = []
+        size = len(encode_job(Job(self.id, descriptors, names, 1, None)))
+        if size > CONTROL_MAX - self.TERMINAL_MAX:
+            raise Failure("NAME=VALUE", "%d octets in all, at most %d go along" % (size, CONTROL_MAX - self.TERMINAL_MAX),
+                          "send what is long through a descriptor", EXIT_USAGE)
         self._open_local()
         self._look_for_worker()
 
@@ -3853,7 +3881,8 @@ class Submission:
     def _sink_failed(self, fd, error):
         if self.descriptors[fd] == TTY and error.errno == errno.EIO:
             return self.hang_up()
-        if error.errno not in (errno.EPIPE, errno.ECONNRESET):
+        reset = error.errno == errno.ECONNRESET and fd in self.tapes and not self.tapes[fd].ended
+        if error.errno not in (errno.EPIPE, errno.ECONNRESET) or reset:     # its input may be cut short
             self._fail(Failure("the terminal" if self.descriptors[fd] == TTY else name_of(fd), reason_of(error),
                                "what the job wrote there is incomplete"))
             return
@@ -3928,6 +3957,8 @@ class Submission:
     def _started(self):
         self._start_timer.cancel()
         self.carrier.session.ping(time.monotonic())
+        while self.signals_waiting:
+            self.carrier.session.signal(self.signals_waiting.pop(0))
         for tape in self.tapes.values():
             tape.accepted(self.settings.spill << 20 if self.settings.retries else None)
         if self.terminal:
@@ -4065,6 +4096,8 @@ class Submission:
         if not self.is_running() or (ends and self.signalled):
             if ends or name in ("HUP", "QUIT"):
                 self._finish(128 + getattr(signal, "SIG" + name), None)
+            elif name in ("USR1", "USR2"):
+                self.signals_waiting.append(name)
             return
         if ends:
             self.signalled = name
@@ -4244,7 +4277,7 @@ class Dial:
 
     def __init__(self, service, bid, place):
         self.service, self.loop, self.bid, self.done = service, service.loop, bid, False
-        self.place = place
+        self.place, self.began = place, time.monotonic()
         self.socket = socket.socket(socket.AF_INET6 if ":" in place[0] else socket.AF_INET, socket.SOCK_STREAM)
         self.timer = self.loop.later(self.CONNECT, lambda: self.end(False))
         try:
@@ -4309,6 +4342,7 @@ class Worker:
 class Service:
     """The worker's daemon: hears announcements, answers the ones the rule picks, forks a handler for each job."""
     SPENT = 512             # nonces of the own connections that an alert may still speak of
+    STALE = 1.0             # seconds after which a silent submitter makes room
     MUTE = 10000.0          # milliseconds that a ratted out worker holds back
     PLACES = 2048           # announcements whose addresses are remembered; above what the bidder remembers
 
@@ -4325,8 +4359,9 @@ class Service:
         self.versions_heard = 0
         loop.watch(self.group.fileno(), read=self._heard)
         loop.on_signal(signal.SIGCHLD, lambda number: self._reap())
-        loop.on_signal(signal.SIGTERM, self._stop)
-        loop.on_signal(signal.SIGINT, self._stop)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) is not signal.SIG_IGN:      # as in the background of a script
+                loop.on_signal(number, self._stop)
         loop.on_signal(signal.SIGHUP, lambda number: None)
         loop.later(1.0, self._sample)
         self._refresh()
@@ -4416,7 +4451,15 @@ class Service:
         except OSError:                         # out of descriptors, for one
             self.loop.soon(lambda: self.bidder.lost(bid.nonce))
 
+    def _drop_stale(self):
+        """Who was called a while ago and gives no word keeps no slot from those who wait: he may only have recorded
+        somebody's announcements."""
+        if self.bidder.calls and self.bidder.running >= self.bidder.slots:
+            for call in [call for call in self.calls if time.monotonic() - call.began > self.STALE]:
+                call.end(False)
+
     def _sample(self):
+        self._drop_stale()
         self.bidder.load(now_ms(), self.meter.read([worker.group for worker in self.workers.values() if worker.group]))
         self.loop.later(1.0, self._sample)
 
@@ -4439,6 +4482,7 @@ class Service:
         if pid == 0:
             status = 1
             try:
+                os.setsid()         # a Ctrl-C at the daemon's terminal is for the daemon
                 link.close()
                 self._forget_all()
                 status = Handler(self, call.socket, call.bid.nonce, far).run()
@@ -4666,14 +4710,17 @@ def cpu_ticks(pid):
 
 
 def measured_speed():
-    """This machine's speed by a tiny computation, in steps of the square root of two; 1 is a laptop of 2020."""
-    block, best = bytes(1 << 16), float("inf")
-    for _ in range(12):
+    """This machine's speed by a tiny computation; 1 is a laptop of 2020.
+
+    The best of many short looks, each too short to be interrupted often.  Not rounded: two machines of a kind would
+    fall on two sides of a step, and then the slower one's name would weigh more than a job.
+    """
+    block, best = bytes(1 << 14), float("inf")
+    for _ in range(200):
         start = time.perf_counter()
         hashlib.blake2b(block).digest()
         best = min(best, time.perf_counter() - start)
-    steps = round(2 * math.log(70e-6 / best, 2))
-    return 2 ** (max(-6, min(6, steps)) / 2)
+    return max(0.125, min(8.0, 17e-6 / best))
 
 
 def find_command(name):
@@ -4686,7 +4733,7 @@ def find_command(name):
             found = found or path
             if os.access(path, os.X_OK):
                 return os.path.abspath(path)
-    raise Failure(name, "not executable: %s" % found if found else "command not found",
+    raise Failure(name or "an empty COMMAND", "not executable: %s" % found if found else "command not found",
                   "COMMAND is a program of this machine, run without a shell", EXIT_USAGE)
 
 
@@ -4764,7 +4811,7 @@ class Handler:
     def signal(self, name):
         """A terminal's job is not stopped when only its user's cexec is suspended.  Another one is stopped for good:
         its group has no parent in its session, and for such an orphan TSTP has no effect."""
-        if self.pid and not (self.job.terminal and name in ("TSTP", "CONT")):
+        if self.has_group() and not (self.job.terminal and name in ("TSTP", "CONT")):
             signal_group(self.pid, signal.SIGSTOP if name == "TSTP" else getattr(signal, "SIG" + name))
 
     def start(self, job):
@@ -4927,10 +4974,16 @@ class Handler:
         if self.slave is not None and self.remains is None:
             self.remains = GroupEnd(self.loop, self.pid, self.cleared)
         elif all(stream.state == "ended" for stream in session.sending.values()):
-            if self.remains is None and signal_group(self.pid, 0):
-                self.remains = GroupEnd(self.loop, self.pid, self.cleared)
+            if self.remains is None and self.has_group():
+                self.remains = GroupEnd(self.loop, self.pid, self.cleared, whole=False)
             elif self.remains in (None, True):
                 self.report()
+
+    def has_group(self):
+        """Whether the job's group is there.  When its leader has ended its number may be somebody else's by now."""
+        if not self.pid or (self.ended and not signal_group(self.pid, 0)):
+            return False
+        return not self.ended or self.pid in session_groups(self.pid)
 
     def cleared(self):
         """Nothing of the job is left."""
@@ -4952,7 +5005,8 @@ class Handler:
             carrier.received_total, carrier.sent_total))
         self.tell("over")
         carrier.flush()
-        self.loop.later(self.PATIENCE, lambda: self.finish(0))
+        # The slot is free already; a submitter that is slow, or asleep, still gets all that the job wrote.
+        self.loop.later(max(self.PATIENCE, 2 * carrier.session.timeout), lambda: self.finish(0))
 
     # -- when something breaks
     def lost(self, words):
@@ -5081,6 +5135,8 @@ def close_strays():
         highest = max(int(name) for name in os.listdir("/dev/fd"))
     except (OSError, ValueError):
         highest = FD_SETSIZE
+    if not LINUX and not MACOS:         # there the folder may list the first few only
+        highest = max(highest, min(os.sysconf("SC_OPEN_MAX"), 1 << 20))
     os.closerange(3, highest + 1)
 
 
@@ -5328,7 +5384,8 @@ class Crat:
         """Returns None when told to stop, or the error of standard output."""
         try:
             for number in (signal.SIGTERM, signal.SIGINT):
-                self.loop.on_signal(number, lambda number: self.loop.stop(None))
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self.loop.on_signal(number, lambda number: self.loop.stop(None))
             self.loop.watch(self.socket.fileno(), read=self._hear)
             self.loop.later(REFRESH_EVERY, self._refresh)
             if has_room():
@@ -5390,7 +5447,7 @@ def crat(arguments, settings):
 
 DOORS_MAX = 256             # doors open at once: searches going on; the one silent for longest makes room
 DOORS_PER_SOURCE = 64       # of these, for one submitting host: a stranger's flood must not close all the others'
-DOOR_SECONDS = 30.0         # a door stays so long after the last announcement: cexec repeats its own every 10 s at most
+DOOR_SECONDS = 30.0         # a door stays so long after the last announcement: cexec repeats its own every 5 s at most
 ACTIVE_PER_DOOR = 4         # relayed at once for one announcement, as many as cexec shakes hands with; others wait
 CALLERS_PER_DOOR = 64       # connections kept for one announcement, waiting ones included
 RELAYS_MAX = 2000           # connections in all, as far as descriptors suffice
@@ -5627,8 +5684,10 @@ class ProxyRelay:
 
 
 def keep_alive(connection):
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    try:
+        tune(connection)
+    except OSError:
+        pass        # it has been reset already: reading will tell
 
 
 def close_socket(connection, reset=False):
@@ -5662,7 +5721,8 @@ class Cproxy:
     def run(self, group):
         try:
             for number in (signal.SIGTERM, signal.SIGINT):
-                self.loop.on_signal(number, self._drain)
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self.loop.on_signal(number, self._drain)
             self.loop.watch(self.inside.fileno(), read=self._hear)
             self.loop.later(REFRESH_EVERY, self._refresh)
             self.loop.later(SWEEP_SECONDS, self._sweep)
@@ -5971,6 +6031,8 @@ def ckeygen(arguments, settings):
     if found not in (None, private):
         raise Failure("%s exists and is another key" % private_path, "the text given does not lead to it",
                       "it was left as it is; choose another name", EXIT_OTHER_KEY)
+    if not found:
+        spare_foreign_public(public_path, public_half(private))
     key = parse_key(private, private_path)
     write_halves(private_path, public_path, private, not found)
     report(private_path, public_path, key, not found)
@@ -6033,6 +6095,17 @@ def existing_private(path):
     if exposure(path, mode):
         say("ckeygen", exposure(path, mode))
     return text
+
+
+def spare_foreign_public(path, public):
+    """Failure 102 where a new key's public half would replace that of another key, perhaps the only copy here."""
+    try:
+        text, _ = read_key_file(path)
+    except OSError:
+        return          # check_public has seen to what matters
+    if text and text != public:
+        raise Failure("cannot write %s" % path, "it exists and is the public half of another key",
+                      "it was left as it is; name another file, or move it away", EXIT_NO_PUBLIC)
 
 
 def check_public(path):
@@ -6344,7 +6417,10 @@ def main(argv, environment=os.environ):
             return print_out(overview())
         if arguments[:1] == ["--version"]:
             return print_out("cexec %s\n" % VERSION)
-        os.write(2, overview().encode())
+        try:
+            os.write(2, overview().encode())
+        except OSError:
+            pass
         return EXIT_USAGE
     if arguments[:1] in (["-h"], ["--help"]):
         return print_out(usage(tool))
@@ -6357,6 +6433,8 @@ def run_tool(tool, arguments, environment):
     """Every error that a user must hear ends up here."""
     settings = None
     try:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:       # as the head left it
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         if tool in ("ckeygen", "demo"):
             return TOOLS[tool][0](arguments, None)
         settings, arguments = read_settings(tool, arguments, environment)
@@ -6369,6 +6447,8 @@ def run_tool(tool, arguments, environment):
         return report_failure(tool, Failure("out of memory"), settings)
     except OSError as error:
         return report_failure(tool, Failure("the system refused", reason_of(error)), settings)
+    except Exception as error:      # never a status that could be the job's own
+        return report_failure(tool, Failure("internal error", "%s: %s" % (type(error).__name__, error)), settings)
 
 
 def report_failure(tool, failure, settings):
