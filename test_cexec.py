@@ -10363,8 +10363,19 @@ def bench_memory(lab):
     lab.stop(server)
 
 
+def bench_choice(lab):
+    """The rule's own code over a simulated network: connections for each job, and what the choice adds."""
+    jobs = max(2, lab.options.runs * 4)
+    for workers in (4, 200) if lab.options.quick else (4, 200, 10000):
+        found = simulate(workers, jobs, 8)
+        lab.row("choice", "%d workers" % workers, connections=found["mean"], added=found["median"])
+        lab.target("choice", "connections for each job, %d workers" % workers, found["mean"], 3, most=True)
+    lab.show("choice", "one job on an idle cluster, simulated", [
+        ("connections", lambda row: "%.2f" % row["connections"]), ("added", lambda row: "%.2f ms" % row["added"])])
+
+
 CASES = {"stream": bench_stream, "tiny": bench_tiny, "many": bench_many, "cluster": bench_cluster,
-         "proxy": bench_proxy, "memory": bench_memory}
+         "proxy": bench_proxy, "memory": bench_memory, "choice": bench_choice}
 
 
 if __name__ == "__main__":
