@@ -19,9 +19,10 @@ sys.modules["__main__"].__file__ = path
 exec(code, sys.modules["__main__"].__dict__)
 ''' "$0" "$@"
 
-# The lines above are for both languages.  A script is compiled anew at every start, which takes longer than a small job;
-# so sh hands it to Python as a module, whose bytecode Python keeps beside it.  Where others could write the folder,
-# and so plant bytecode, there is no keeping.  Started as `python3 cexec.py` all this is one string without effect.
+# The lines above are for both languages.  A script is compiled anew at every start, which takes longer than a small
+# job; so sh hands it to Python as a module, whose bytecode Python keeps beside it.  Where others could write the
+# folder, and so plant bytecode, there is no keeping.  Started as `python3 cexec.py` all this is one string without
+# effect.
 
 # SPDX-License-Identifier: MIT
 # Copyright (c) 2026 the cexec authors
@@ -86,7 +87,8 @@ DATAGRAM_NAMES = {ANNOUNCE: "announce", HOLD: "hold", TAKEN: "taken", ALERT: "al
 DATAGRAM_MAX = 1200         # octets; fits every link's packet, so nothing is ever fragmented
 
 # Session messages.
-WELCOME, HELLO, JOB, ACCEPTED, REFUSED, DATA, END, STOP, CREDIT, SIGNAL, WINDOW, PING, PONG, EXIT, ABORT, BYE = range(16)
+(WELCOME, HELLO, JOB, ACCEPTED, REFUSED, DATA, END, STOP,
+ CREDIT, SIGNAL, WINDOW, PING, PONG, EXIT, ABORT, BYE) = range(16)
 MESSAGE_NAMES = dict(enumerate(
     "welcome hello job accepted refused data end stop credit signal window ping pong exit abort bye".split()))
 
@@ -1175,7 +1177,8 @@ SIGNAL_NAMES = {number.name[3:]: number for number in signal.Signals}
 
 
 def encode_exit(ended):
-    return EXIT_BODY.pack(ended.signalled, ended.number, *(min(n, 0xffffffff) for n in ended[2:5])) + ended.name.encode()
+    measured = [min(number, 0xffffffff) for number in ended[2:5]]
+    return EXIT_BODY.pack(ended.signalled, ended.number, *measured) + ended.name.encode()
 
 
 def parse_exit(octets):
@@ -1256,7 +1259,8 @@ class Session:
             for kind, number, body, size in self.reader.read(octets):
                 phase = PHASES.get((self.role, self.phase, kind))
                 if phase is None:
-                    raise ProtocolError("a %s message to a %s in phase %s" % (MESSAGE_NAMES[kind], self.role, self.phase))
+                    raise ProtocolError("a %s message to a %s in phase %s" % (
+                        MESSAGE_NAMES[kind], self.role, self.phase))
                 self.phase = phase
                 event = self.HANDLERS[kind](self, kind, number, body, size, now)
                 if event:
@@ -1454,7 +1458,7 @@ class Session:
         return quiet > self.timeout
 
 
-# ---- choice: which worker runs the job
+# ---------------------------------------------------------------- choice: which worker runs the job
 #
 # Every worker hears an announcement and sets a timer that grows with its cost, plus a little chance. The first ones to
 # fire connect; the submitter tells the rest to hold, takes the first good one and tells all that the job is taken.
@@ -1469,7 +1473,7 @@ HIGH_HALF_LIFE = 600e3  # the highest offset is forgotten by halves
 QUIET = 2000.0          # after so long without a job the cluster may have become idle, so start near the highest offset
 QUIET_REST = 6.0
 SETTLED = 0.2           # a wait that has grown by less than this since the timer was set does not matter
-HOLD_TIME = 20.0             # longer than a handshake on a busy machine, short enough to replace a stalled worker unnoticed
+HOLD_TIME = 20.0        # longer than a handshake on a busy machine, too short for a stalled worker to be noticed
 HOLD_MOST = 1000.0
 SPEAK_GAP = 0.3         # holds and takens closer together than this tell nothing new
 LOAD_LAG = 5000.0       # the outside load is smoothed over this time
@@ -1842,7 +1846,7 @@ def check_peer(connection, key):
 
 
 def tune(connection):
-    """Small messages go at once; a peer whose machine has gone is noticed in two minutes even while it may be silent."""
+    """Small messages go at once; a peer whose machine has gone is noticed in two minutes though it may be silent."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     if MACOS:
@@ -3244,8 +3248,8 @@ def session_groups(leader):
 
 
 class GroupEnd:
-    """Ends a job's session, all its process groups, or only the leader's own unless it is to be the whole: TERM (and CONT, for the stopped), then KILL after a grace; then
-    calls done(), once."""
+    """Ends a job's session, the whole of it or only its leader's group: TERM (and CONT, for the stopped), then KILL
+    after a grace; then calls done(), once."""
     LOOK = 0.02
 
     def __init__(self, loop, leader, done, reap=lambda: None, whole=True):
@@ -3826,7 +3830,8 @@ class Submission:
         self.signals_waiting = []
         size = len(encode_job(Job(self.id, descriptors, names, 1, None)))
         if size > CONTROL_MAX - self.TERMINAL_MAX:
-            raise Failure("NAME=VALUE", "%d octets in all, at most %d go along" % (size, CONTROL_MAX - self.TERMINAL_MAX),
+            raise Failure("NAME=VALUE", "%d octets in all, at most %d go along" % (
+                              size, CONTROL_MAX - self.TERMINAL_MAX),
                           "send what is long through a descriptor", EXIT_USAGE)
         self._open_local()
         self._look_for_worker()
@@ -3938,7 +3943,8 @@ class Submission:
         self.submitter = local.partition("%")[0]
         session = caller.session
         terminal = self.terminal.describe() if self.terminal else None
-        session.offer(Job(self.id, self.descriptors, self.names, self.settings.timeout_pingpong, terminal), self.submitter)
+        timeout = self.settings.timeout_pingpong
+        session.offer(Job(self.id, self.descriptors, self.names, timeout, terminal), self.submitter)
         self.carrier = Carrier(self.loop, connection, session, self._event, self._lost)
         self.carrier.deliver = self._deliver
         self.carrier.on_read_error = self._read_error
@@ -4073,7 +4079,8 @@ class Submission:
             for tape in self.tapes.values():
                 tape.rewind()
         except OSError as error:
-            self._fail(Failure("worker %s" % self.caller.name, words, "the input cannot be read again: %s" % reason_of(error)))
+            self._fail(Failure("worker %s" % self.caller.name, words,
+                               "the input cannot be read again: %s" % reason_of(error)))
             return
         self.carrier = None
         self._look_for_worker()
@@ -4084,7 +4091,8 @@ class Submission:
                       self.caller.name, words)
         search = self.search
         search.sequence[ALERT] += 1
-        octets = encode_datagram(self.key.udp, ALERT, self.key.id, search.nonce, search.sequence[ALERT], encode_alert(alert))
+        octets = encode_datagram(self.key.udp, ALERT, self.key.id, search.nonce, search.sequence[ALERT],
+                                 encode_alert(alert))
         self.alert_again = lambda: search.group and search.group.send(octets)
         self.alert_again()      # the same datagram several times, so that a lost one loses no line
         self.alert_again()
@@ -4201,7 +4209,7 @@ def run_submission(key, settings, descriptors, names, terminal):
 
 
 def suspend(submission, terminal, number, whom=None):
-    """Stops this process, or whom, as if nothing had caught the signal; without a terminal of its own the job stops too."""
+    """Stops this process, or whom, as if nothing had caught the signal; a job without a terminal stops too."""
     submission.signal("TSTP")
     if terminal:
         terminal.restore()
@@ -4296,7 +4304,7 @@ class Dial:
         if problem:
             return self.end(problem == errno.ECONNREFUSED)
         try:
-            self.socket.send(encode_preamble(self.service.key.udp, bid.nonce, bid.cost, bid.offset, bid.waited, bid.queued))
+            self.socket.send(encode_preamble(self.service.key.udp, *bid))
         except OSError:
             return self.end(False)
         self.timer.cancel()
@@ -4598,7 +4606,8 @@ class Service:
             return
         self.draining = True
         running = sum(1 for worker in self.workers.values() if worker.won and not worker.ended)
-        self.log("%s: no new jobs, %d running; again to kill them" % (signal.Signals(number).name, running), always=True)
+        name = signal.Signals(number).name
+        self.log("%s: no new jobs, %d running; again to kill them" % (name, running), always=True)
         self.loop.watch(self.group.fileno())
         for call in list(self.calls):
             call.end(False)
@@ -4903,7 +4912,8 @@ class Handler:
     def attach(self):
         for fd, ours in list(self.ends.items()):
             kind = self.job.descriptors[fd]
-            source, sink = {BOTH: (SocketSource, SocketSink), TTY: (TerminalSource, TerminalSink)}.get(kind, (Source, Sink))
+            source, sink = {BOTH: (SocketSource, SocketSink),
+                            TTY: (TerminalSource, TerminalSink)}.get(kind, (Source, Sink))
             if kind in UPWARD:
                 self.carrier.sinks[fd] = sink(self.loop, ours, lambda size, fd=fd: self.carrier.consumed(fd, size),
                                               lambda error, fd=fd: self.sink_failed(fd),
@@ -6032,7 +6042,7 @@ def ckeygen(arguments, settings):
         raise Failure("%s exists and is another key" % private_path, "the text given does not lead to it",
                       "it was left as it is; choose another name", EXIT_OTHER_KEY)
     if not found:
-        spare_foreign_public(public_path, public_half(private))
+        spare_foreign_public(private_path, public_path, public_half(private))
     key = parse_key(private, private_path)
     write_halves(private_path, public_path, private, not found)
     report(private_path, public_path, key, not found)
@@ -6097,13 +6107,13 @@ def existing_private(path):
     return text
 
 
-def spare_foreign_public(path, public):
+def spare_foreign_public(private_path, path, public):
     """Failure 102 where a new key's public half would replace that of another key, perhaps the only copy here."""
     try:
         text, _ = read_key_file(path)
     except OSError:
         return          # check_public has seen to what matters
-    if text and text != public:
+    if text and text != public and not os.path.lexists(private_path):   # else another ckeygen was faster by a moment
         raise Failure("cannot write %s" % path, "it exists and is the public half of another key",
                       "it was left as it is; name another file, or move it away", EXIT_NO_PUBLIC)
 
@@ -6241,10 +6251,11 @@ class Demo:
 
     def run(self):
         text = " ".join(self.command)
-        self.tell("$ export GROUP=%s      # only for the demo: keeps everything on this machine" % self.environment["GROUP"])
+        self.tell("$ export GROUP=%s      # only here: keeps the demo on this machine" % self.environment["GROUP"])
         self.tell("$ ckeygen app app.pub")
         for name, half in zip(("app", "app.pub"), make_keypair(os.urandom(32))):
-            with open(os.open(os.path.join(self.folder, name), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            path = os.path.join(self.folder, name)
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
                 file.write(half)
         for number in (1, 2):
             self.tell("$ cservice app %s      # worker %d" % (text, number))

@@ -1502,6 +1502,16 @@ def test_ckeygen_says_that_standard_input_is_closed(tmp_path):
     assert files_below(tmp_path) == []
 
 
+def test_a_new_key_does_not_replace_the_public_half_of_another(tmp_path):
+    """On a machine that only submits, `ckeygen app` by mistake."""
+    assert run("ckeygen", "app", cwd=str(tmp_path)).returncode == 0
+    (tmp_path / "app").unlink()
+    before = (tmp_path / "app.pub").read_bytes()
+    done = run("ckeygen", "app", cwd=str(tmp_path))
+    assert done.returncode == 102 and b"public half of another key" in done.stderr
+    assert (tmp_path / "app.pub").read_bytes() == before and files_below(tmp_path) == ["app.pub"]
+
+
 def test_a_key_is_made_once_however_many_try(tmp_path):
     command = [sys.executable, os.path.abspath(cexec.__file__), "ckeygen", "app"]
     tries = [subprocess.Popen(command, cwd=str(tmp_path), stderr=subprocess.PIPE) for _ in range(8)]
@@ -3694,7 +3704,7 @@ def stopped(pid):
     assert stat_fields(pid)[:1] == ["T"]
 
 
-# ---- choice: a simulated room
+# ---------------------------------------------------------------- choice: a simulated room
 
 INF = math.inf
 
@@ -3912,7 +3922,7 @@ def simulate(workers, jobs=100, warm=20, **world):
                 served=sum(job.start is not None for job in done))
 
 
-# ---- choice: the cluster as a whole
+# ---------------------------------------------------------------- choice: the cluster as a whole
 
 def room_of(workers, **world):
     """A room whose workers know their offset."""
@@ -4079,7 +4089,7 @@ def test_the_offset_follows_the_load_within_a_few_jobs():
     assert statistics.mean(made[2:]) <= 8
 
 
-# ---- choice: one worker
+# ---------------------------------------------------------------- choice: one worker
 
 def bidder(slots=2, luck=1.0, **options):
     """A worker whose chance is always luck."""
@@ -4343,7 +4353,7 @@ def bidder_wait(worker, nonce):
     return worker.calls[nonce].wait
 
 
-# ---- choice: one submitter
+# ---------------------------------------------------------------- choice: one submitter
 
 def submitter():
     chooser = cexec.Chooser(0.0, lambda: 0.5)
