@@ -10375,9 +10375,8 @@ def bench_memory(lab):
 
 def bench_choice(lab):
     """The rule's own code over a simulated network: connections for each job, and what the choice adds."""
-    jobs = max(2, lab.options.runs * 4)
     for workers in (4, 200) if lab.options.quick else (4, 200, 10000):
-        found = simulate(workers, jobs, 8)
+        found = simulate(workers, 60, 20) if workers <= 200 else simulate(workers, 12, 8)
         lab.row("choice", "%d workers" % workers, connections=found["mean"], added=found["median"])
         lab.target("choice", "connections for each job, %d workers" % workers, found["mean"], 3, most=True)
     lab.show("choice", "one job on an idle cluster, simulated", [
