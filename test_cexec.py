@@ -4560,7 +4560,9 @@ def test_of_two_workers_with_unequal_slots_and_cores_the_freer_is_preferred(room
     small = serve_alone(room, tmp_path, cpus="0", CONCURRENCY=2)
     occupied(room, None, 1)
     large = serve_alone(room, tmp_path, CONCURRENCY=16)
+    small.signal(signal.SIGSTOP)
     occupied(room, None, 1)
+    small.signal(signal.SIGCONT)
     assert jobs_of(large) == 1
     for _ in range(10):
         room.cexec("C=true")
@@ -7819,19 +7821,26 @@ def users_key(key):
         yield os.path.join(place, "app"), 64321
 
 
+def processes_of(user):
+    """How many processes run with this user id."""
+    lines = [line for pid in all_pids() for line in proc(pid, "status").splitlines() if line.startswith("Uid:")]
+    return sum(line.split()[1] == str(user) for line in lines)
+
+
 @LINUX_ONLY
 def test_a_worker_that_may_not_fork_says_so_and_serves_again_when_it_may(room, forker, users_key):
     """R19: others of its user's processes take up all that the user may have, for a while."""
     path, user = users_key
     limits = {"RLIMIT_NPROC": 5}
-    others = [forker.submit("crat", env=room.settings({}), user=user) for _ in range(4)]
+    others = [room.start("sleep", "600", preexec_fn=lambda: os.setuid(user)) for _ in range(4)]
+    wait_until(lambda: must(processes_of(user) >= 4))
     worker = forked_worker(forker, room, key=path, user=user, limits=limits, CONCURRENCY=1)
     status, output, errors = quick(forker, room, "DO=true", env={"CEXEC_TIMEOUT_ACCEPT": 1})
     assert (status, output) == (111, b"") and errors.startswith("cexec: no worker: nobody answered within 1 s")
     assert_contains(worker.errors, b"no process for a job from 127.0.0.1: Resource temporarily unavailable\n")
     for other in others:
         other.signal(signal.SIGTERM)
-        other.wait()
+        assert other.wait() == -signal.SIGTERM
     assert_serving(forker, room)
     drained(worker)
 
