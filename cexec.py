@@ -3826,7 +3826,7 @@ class Submission:
         self.search = self.carrier = self.caller = self.exit = self.giving_up = None
         self.tapes, self.sinks, self.locals, self.owned = {}, {}, {}, {}
         self.finished_tapes, self.finished_sinks = set(), set()
-        self.deadline, self.began, self.signalled, self.timers = None, time.monotonic(), None, []
+        self.deadline, self.began, self.signalled = None, time.monotonic(), None
         self.signals_waiting = []
         size = len(encode_job(Job(self.id, descriptors, names, 1, None)))
         if size > CONTROL_MAX - self.TERMINAL_MAX:
