@@ -1,6 +1,7 @@
 #!/bin/sh
 "exec" "python3" "-IS" "-c" '''
-import _frozen_importlib_external as importing, _signal, os, sys
+import _frozen_importlib_external as importing, _signal, gc, os, sys
+gc.disable()
 if _signal.getsignal(_signal.SIGINT) is not _signal.SIG_IGN:
     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 del sys.argv[0]
@@ -21,8 +22,9 @@ exec(code, sys.modules["__main__"].__dict__)
 
 # The lines above are for both languages.  A script is compiled anew at every start, which takes longer than a small
 # job; so sh hands it to Python as a module, whose bytecode Python keeps beside it.  Where others could write the
-# folder, and so plant bytecode, there is no keeping.  Started as `python3 cexec.py` all this is one string without
-# effect.
+# folder, and so plant bytecode, there is no keeping.  The collector of cycles would look through all that is imported
+# several times over; whoever runs for longer turns it on again.  Started as `python3 cexec.py` all this is one string
+# without effect.
 
 # SPDX-License-Identifier: MIT
 # Copyright (c) 2026 the cexec authors
@@ -54,13 +56,13 @@ import binascii
 import collections
 import errno
 import fcntl
+import gc
 import hashlib
 import heapq
 import hmac
 import math
 import os
 import select
-import selectors
 import signal
 import socket
 import stat
@@ -473,7 +475,7 @@ TAG_SIZE = 16
 
 def tag(secret, *parts):
     """HMAC-SHA256 (RFC 2104) over the parts, cut to 16 octets: forging one needs 2^128 tries in place."""
-    return hmac.new(secret, b"".join(parts), "sha256").digest()[:TAG_SIZE]
+    return hmac.digest(secret, b"".join(parts), "sha256")[:TAG_SIZE]
 
 
 class Datagram:
@@ -1495,7 +1497,7 @@ PATIENCE_GROWTH = 1.25  # each time, for in a distant cluster every handshake ta
 CANDIDATES = 64         # connections that are kept at once
 PREFER_GAP = 0.1        # a connected worker that is cheaper by this is worth waiting for
 PREFER_WAIT = 1.5
-TAKEN_AGAIN = (4.0, 8.0)    # before the hold runs out
+TAKEN_AGAIN = (4.0, 8.0)      # before the hold runs out
 CROWDED = 2.0           # more than two connections are too many: the offset rises by this, times the log of the ratio
 
 SERVED, LEARNT = 1 << 40, 1 << 41   # beyond any attempt: the announcement is over; and its offset has been used
@@ -1886,7 +1888,7 @@ class Loop:
     """
 
     def __init__(self):
-        self.selector = selectors.SelectSelector()
+        self.reads, self.writes, self.poll = {}, {}, None       # {descriptor: what to call}; poll once it is needed
         self.timers, self.calls, self.signals, self.old_handlers = [], collections.deque(), {}, {}
         self.result, self.running = None, True
         self.wake_in, self.wake_out = os.pipe()
@@ -1897,26 +1899,25 @@ class Loop:
     # -- what to wait for
     def watch(self, fd, read=None, write=None):
         """Calls read() or write() whenever fd is ready for it; None stops that direction, both None forget fd."""
-        events = (selectors.EVENT_READ if read else 0) | (selectors.EVENT_WRITE if write else 0)
         if fd < 0:
             return              # a socket that has been closed already
-        known = self.selector.get_map().get(fd)
-        if not events:
-            if known:
-                self.selector.unregister(fd)
-        elif not known:
-            if fd >= FD_SETSIZE:
-                self._use_poll()
-            self.selector.register(fd, events, (read, write))
-        elif known.events != events or known.data != (read, write):
-            self.selector.modify(fd, events, (read, write))
+        for calls, call in (self.reads, read), (self.writes, write):
+            if call:
+                calls[fd] = call
+            else:
+                calls.pop(fd, None)
+        if self.poll:
+            self._register(fd)
+        elif fd >= FD_SETSIZE and (read or write):
+            self.poll = select.poll()
+            for each in set(self.reads).union(self.writes):
+                self._register(each)
 
-    def _use_poll(self):
-        old = self.selector
-        if not isinstance(old, selectors.PollSelector):
-            self.selector = selectors.PollSelector()
-            for key in old.get_map().values():
-                self.selector.register(key.fd, key.events, key.data)
+    def _register(self, fd):
+        events = (select.POLLIN if fd in self.reads else 0) | (select.POLLOUT if fd in self.writes else 0)
+        self.poll.register(fd, events)
+        if not events:
+            self.poll.unregister(fd)
 
     def at(self, when, callback):
         timer = Timer(when, callback)
@@ -1969,15 +1970,22 @@ class Loop:
 
     def step(self):
         """Waits for the next thing that happens and makes its calls."""
-        for key, events in self.selector.select(self._patience()):
-            # An earlier call of this round may have changed its mind about this descriptor.
-            for bit, which in ((selectors.EVENT_READ, 0), (selectors.EVENT_WRITE, 1)):
-                current = self.selector.get_map().get(key.fd)
-                if current and events & current.events & bit and current.data[which]:
-                    current.data[which]()
+        for calls, ready in zip((self.reads, self.writes), self._ready(self._patience())):
+            for fd in ready:
+                call = calls.get(fd)    # an earlier call of this round may have changed its mind about this descriptor
+                if call:
+                    call()
         self._due()
         for _ in range(len(self.calls)):    # what these add waits until descriptors and timers have had their turn
             self.calls.popleft()()
+
+    def _ready(self, patience):
+        """(descriptors to read, descriptors to write); what is broken is ready for both."""
+        if not self.poll:
+            return select.select(self.reads, self.writes, (), patience)[:2]
+        found = self.poll.poll(None if patience is None else math.ceil(patience * 1000))
+        return ([fd for fd, events in found if events & ~select.POLLOUT],
+                [fd for fd, events in found if events & ~select.POLLIN])
 
     def _patience(self):
         while self.timers and self.timers[0].callback is None:
@@ -2001,7 +2009,6 @@ class Loop:
             signal.set_wakeup_fd(-1)
         except ValueError:
             pass        # not the main thread
-        self.selector.close()
         os.close(self.wake_in)
         os.close(self.wake_out)
         self.wake_out = -1      # a helper thread may still call soon()
@@ -2016,8 +2023,10 @@ IP_PKTINFO = 8 if LINUX else 26
 IP_BOUND_IF, IPV6_BOUND_IF = 25, 125                # macOS
 IP_MULTICAST_ALL, IPV6_MULTICAST_ALL = 49, 29       # Linux
 IPV6_RECVPKTINFO, IPV6_PKTINFO = getattr(socket, "IPV6_RECVPKTINFO", 61), getattr(socket, "IPV6_PKTINFO", 46)   # macOS
-SO_RXQ_OVFL = 40                                    # Linux
+SO_RXQ_OVFL, SO_ATTACH_FILTER = 40, 26              # Linux
+LOAD_WORD, LOAD_OCTET, JUMP_EQUAL, RETURN = 0x20, 0x30, 0x15, 0x06      # Linux's socket filters
 TENTATIVE, DUPLICATE = 0x40, 0x08                   # flags of an IPv6 address that cannot be used
+TRUNCATED = int(socket.MSG_TRUNC)                   # the enumeration's own arithmetic is slow
 
 PKTINFO = struct.Struct("@i4s4s")       # interface, source address, -
 PKTINFO6 = struct.Struct("@16sI")       # source address, interface
@@ -2307,7 +2316,7 @@ class GroupSocket:
             index = self._note(notes)
             # This host's own datagrams to one of its own addresses pass through loopback, whatever the device.
             here = not self.group.only or index == self.index or index in self.loopback_indexes
-            if here and not flags & socket.MSG_TRUNC:
+            if here and not flags & TRUNCATED:
                 return octets, source, index
         return None
 
@@ -2323,11 +2332,38 @@ class GroupSocket:
                 self.dropped = struct.unpack("@I", value)[0]
         return index
 
+    def pass_only(self, key_id, kinds):
+        """From now on the kernel passes, if it can, only datagrams of this key and these kinds, and those of other
+        protocol versions: the rest wakes nobody."""
+        if not LINUX:
+            return
+        import array
+        program = array.array("B", datagram_filter(key_id, kinds))
+        try:
+            self.socket.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER,
+                                   struct.pack("@HP", len(program) // 8, program.buffer_info()[0]))
+        except OSError:
+            pass        # forbidden: then all datagrams come, as everywhere else
+
     def fileno(self):
         return self.socket.fileno()
 
     def close(self):
         self.socket.close()
+
+
+def datagram_filter(key_id, kinds):
+    """The octets of a socket filter for pass_only (classic BPF, see the kernel's networking/filter).  Loads count from
+    the UDP header, 8 octets before the datagram; one beyond the end rejects it."""
+    conditions = len(kinds)
+    reject, accept = 7 + conditions, 8 + conditions     # positions; a jump counts from the instruction behind it
+    program = [(LOAD_WORD, 0, 0, 8), (JUMP_EQUAL, 0, reject - 2, int.from_bytes(MAGIC, "big")),
+               (LOAD_OCTET, 0, 0, 12), (JUMP_EQUAL, 0, accept - 4, WIRE_VERSION),
+               (LOAD_WORD, 0, 0, 16), (JUMP_EQUAL, 0, reject - 6, int.from_bytes(key_id, "big")),
+               (LOAD_OCTET, 0, 0, 13)]
+    program += [(JUMP_EQUAL, accept - 8 - place, 0, kind) for place, kind in enumerate(kinds)]
+    program += [(RETURN, 0, 0, 0), (RETURN, 0, 0, 1 << 16)]
+    return b"".join(struct.pack("@HBBI", *instruction) for instruction in program)
 
 
 # ---------------------------------------------------------------- TCP listeners
@@ -2951,8 +2987,16 @@ class Carrier:
         self.flush()
 
     def _send(self):
-        while self.pending:
-            self.pending = self.pending[self.connection.send(self.pending):]
+        """Several records leave in large packets where the system can be told to wait for more."""
+        corked = LINUX and len(self.pending) > RECORD
+        if corked:
+            self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
+        try:
+            while self.pending:
+                self.pending = self.pending[self.connection.send(self.pending):]
+        finally:
+            if corked:
+                self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
 
     def _flushed(self):
         if self.on_flushed and not self.session.outbox:
@@ -3821,7 +3865,7 @@ class Submission:
         self.loop, self.key, self.settings, self.names, self.on_done = loop, key, settings, names, on_done
         self.descriptors, self.terminal, self.id = descriptors, terminal, os.urandom(8).hex()
         self.attempts, self.avoid, self.refusals, self.committed, self.done = 0, set(), {}, False, False
-        self.alert_again = lambda: None
+        self.alerts = []
         self.patience_from = time.monotonic()
         self.search = self.carrier = self.caller = self.exit = self.giving_up = None
         self.tapes, self.sinks, self.locals, self.owned = {}, {}, {}, {}
@@ -4093,9 +4137,9 @@ class Submission:
         search.sequence[ALERT] += 1
         octets = encode_datagram(self.key.udp, ALERT, self.key.id, search.nonce, search.sequence[ALERT],
                                  encode_alert(alert))
-        self.alert_again = lambda: search.group and search.group.send(octets)
-        self.alert_again()      # the same datagram several times, so that a lost one loses no line
-        self.alert_again()
+        self.alerts.append(octets)
+        for _ in range(2 if verdict == RATTED_OUT else 1):
+            search.group.send(octets)
 
     # -- signals and the end
     def signal(self, name):
@@ -4134,7 +4178,8 @@ class Submission:
         if self.done:
             return
         self.done = True
-        self.alert_again()
+        for octets in self.alerts:      # again, so that a lost datagram loses no line
+            self.search.group.send(octets)
         if self.deadline:
             self.deadline.cancel()
         if self.carrier:
@@ -4161,6 +4206,7 @@ def nobody_answered(search, settings, refusals):
                    "do firewalls pass UDP port %d to it and TCP back?" % (search.key.fingerprint, settings.group.port))
 
 
+COLLECT_AFTER = 1.0         # seconds; a job that ends before leaves its garbage to the system
 DESCRIPTOR_FLOOR = 64       # where duplicates of our own go: out of the way of what the user numbers
 
 
@@ -4205,6 +4251,7 @@ def run_submission(key, settings, descriptors, names, terminal):
     for number, call in calls.items():
         if signal.getsignal(number) is not signal.SIG_IGN:      # nohup and the shells mean it
             loop.on_signal(number, call)
+    loop.later(COLLECT_AFTER, gc.enable)
     return loop.run()
 
 
@@ -4364,7 +4411,8 @@ class Service:
         self.places, self.recent = collections.OrderedDict(), collections.OrderedDict()
         self.calls, self.workers, self.ends, self.timer = set(), {}, set(), None
         self.instance, self.draining = os.urandom(8).hex(), False
-        self.versions_heard = 0
+        self.versions_heard, self.hears_alerts = 0, None
+        self._choose_datagrams()
         loop.watch(self.group.fileno(), read=self._heard)
         loop.on_signal(signal.SIGCHLD, lambda number: self._reap())
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -4383,29 +4431,42 @@ class Service:
 
     # -- the network
     def _heard(self):
+        changed = False
         for _ in range(256):
             received = self.group.receive()
             if received is None:
                 break
-            self._datagram(*received[:2])
-        self.consider()
+            changed = self._datagram(*received[:2]) or changed
+        if changed:
+            self.consider()
 
     def _datagram(self, octets, source):
+        """Acts on one datagram; returns whether it was worth anything."""
         try:
             datagram = parse_datagram(octets)
             if datagram.key_id == self.key.id and self._matters(datagram) and datagram.authentic(self.key.udp):
                 getattr(self, "_" + DATAGRAM_NAMES[datagram.kind])(datagram, source)
+                return True
         except ProtocolError as error:
             if octets[:4] == MAGIC and octets[4:5] != bytes([WIRE_VERSION]):
                 self.versions_heard += 1
                 if self.versions_heard == 1:
                     self.log("from %s: %s" % (source[0], error))
+        return False
 
     def _matters(self, datagram):
         """Most of what a worker hears is about jobs of others, and not worth an HMAC."""
         if datagram.kind == HOLD:
             return datagram.nonce in self.bidder.calls
+        if datagram.kind == TAKEN:
+            return self.bidder.spent.get(datagram.nonce) != LEARNT
         return datagram.kind != ALERT or datagram.nonce in self.recent
+
+    def _choose_datagrams(self):
+        """Alerts concern only a worker that has had a job which none has spoken of yet."""
+        if self.hears_alerts != bool(self.recent):
+            self.hears_alerts = bool(self.recent)
+            self.group.pass_only(self.key.id, (ANNOUNCE, HOLD, TAKEN) + (ALERT,) * self.hears_alerts)
 
     def _announce(self, datagram, source):
         attempt, waited, interval = unpack_body(ANNOUNCE_BODY, datagram)
@@ -4431,6 +4492,7 @@ class Service:
         alert = parse_alert(datagram)
         if self.recent.pop(datagram.nonce, None) is None or alert.words == "test":
             return
+        self._choose_datagrams()
         self.bidder.penalise(now_ms(), self.MUTE if alert.verdict == RATTED_OUT else 0)
         if alert.verdict == RATTED_OUT:
             self.log("ratted out by %s: %s; holding back for %d s" % (alert.submitter, alert.words, self.MUTE / 1000))
@@ -4506,6 +4568,7 @@ class Service:
         self.recent[call.bid.nonce] = True      # before any alert about it can be here
         while len(self.recent) > self.SPENT:
             self.recent.popitem(last=False)
+        self._choose_datagrams()
 
     def _forget_all(self):
         """In a handler: lets go of everything that is the daemon's."""
@@ -5128,6 +5191,7 @@ def cservice(arguments, settings):
     if warning:
         log(warning)
     service = Service(loop, key, settings, arguments[1:], log)
+    gc.freeze()         # what is here stays; a handler that does not look at it shares its memory
     service.ready()
     return loop.run()
 
@@ -6446,6 +6510,8 @@ def run_tool(tool, arguments, environment):
     try:
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:       # as the head left it
             signal.signal(signal.SIGINT, signal.default_int_handler)
+        if tool != CEXEC:
+            gc.enable()
         if tool in ("ckeygen", "demo"):
             return TOOLS[tool][0](arguments, None)
         settings, arguments = read_settings(tool, arguments, environment)
@@ -6472,7 +6538,42 @@ def report_failure(tool, failure, settings):
     return failure.status
 
 
+BEGIN_ANEW = """
+import _signal, marshal, sys
+if _signal.getsignal(_signal.SIGINT) is not _signal.SIG_IGN:
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+_signal.pthread_sigmask(_signal.SIG_UNBLOCK, [_signal.SIGINT])
+main = sys.modules["__main__"]
+main.anew, main.__file__ = True, sys.argv[2]
+with open(int(sys.argv[1]), "rb") as file:
+    del sys.argv[:3]
+    code = marshal.load(file)
+exec(code, main.__dict__)
+"""
+
+
+def begin_anew(code):
+    """Starts this process over, with `code`, the module compiled: what compiling took, as much memory as all the rest,
+    would stay for good, and be copied with every fork.  Returns only where it cannot."""
+    import marshal
+    import tempfile
+    if not sys.executable:
+        return
+    try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])      # no traceback from Python's own start
+        with tempfile.TemporaryFile() as file:
+            marshal.dump(code, file)
+            file.seek(0)
+            os.set_inheritable(file.fileno(), True)
+            os.execv(sys.executable, [sys.executable, "-IS", "-c", BEGIN_ANEW, str(file.fileno()),
+                                      os.path.abspath(__file__)] + sys.argv)
+    except OSError:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+
+
 if __name__ == "__main__":
+    if tool_of(sys.argv)[0] in (CSERVICE, CRAT, CPROXY) and "anew" not in globals() and not __file__.endswith(".pyc"):
+        begin_anew(sys._getframe().f_code)
     try:
         code = main(sys.argv)
     except SystemExit as end:
