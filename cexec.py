@@ -4138,8 +4138,12 @@ class Submission:
         octets = encode_datagram(self.key.udp, ALERT, self.key.id, search.nonce, search.sequence[ALERT],
                                  encode_alert(alert))
         self.alerts.append(octets)
-        for _ in range(2 if verdict == RATTED_OUT else 1):
-            search.group.send(octets)
+        self._send_alerts([octets] * (2 if verdict == RATTED_OUT else 1))
+
+    def _send_alerts(self, alerts):
+        group = self.search and self.search.group       # None when a new search could not even begin
+        for octets in alerts if group else ():
+            group.send(octets)
 
     # -- signals and the end
     def signal(self, name):
@@ -4178,8 +4182,7 @@ class Submission:
         if self.done:
             return
         self.done = True
-        for octets in self.alerts:      # again, so that a lost datagram loses no line
-            self.search.group.send(octets)
+        self._send_alerts(self.alerts)      # again, so that a lost datagram loses no line
         if self.deadline:
             self.deadline.cancel()
         if self.carrier:
@@ -4640,26 +4643,30 @@ class Service:
         worker.link.close()
         if worker.group:
             self.log("job %s: its handler was killed; the job ends" % worker.job)
-            end = GroupEnd(self.loop, worker.group, lambda: self._group_ended(worker, end))
-            self.ends.add(end)
-            return
-        if worker.won and not worker.ended and os.WIFSIGNALED(status):
-            for wait in 0.0, 0.1, 1.0:      # its job may be anywhere between fork and exec
+            self._end_group(worker.group, worker)
+        elif worker.won and not worker.ended and os.WIFSIGNALED(status):
+            self.ends.add(worker)               # a drain waits for this too
+            for wait in 0.0, 0.1, 1.0:          # its job may be anywhere between fork and exec
                 self.loop.later(wait, lambda: self._end_strays(worker.job))
-            self.loop.later(1.0 + KILL_GRACE, lambda: self._group_ended(worker, None))
+            self.loop.later(1.0 + KILL_GRACE, lambda: self._group_ended(worker, worker))
         else:
             self._free(worker)
 
     def _end_strays(self, job):
         """The handler was killed before it could say which group its job has."""
         for leader in sessions_of(job):
-            end = GroupEnd(self.loop, leader, lambda: self.ends.discard(end))
-            self.ends.add(end)
+            self._end_group(leader, None)
 
-    def _group_ended(self, worker, end):
+    def _end_group(self, leader, worker):
+        end = GroupEnd(self.loop, leader, lambda: self._group_ended(end, worker))
+        self.ends.add(end)
+
+    def _group_ended(self, end, worker):
+        """worker, if any, is the one whose slot this gives back."""
         self.ends.discard(end)
-        self._free(worker)
-        self.consider()
+        if worker:
+            self._free(worker)
+            self.consider()
         self._maybe_over()
 
     # -- the end

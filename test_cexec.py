@@ -5697,6 +5697,20 @@ def test_a_job_that_ignores_the_signal_is_left_after_a_while(shell, monkeypatch)
     wait_until(lambda: no_job_left(shell))
 
 
+def test_input_that_cannot_be_read_again_is_the_end_and_is_said(shell, monkeypatch):
+    def rewind(tape):
+        raise OSError(errno.EIO, "the disk is gone")
+    monkeypatch.setattr(cexec.Tape, "rewind", rewind)
+    settings = cexec.read_settings("cexec", [], {"GROUP": shell.group})[0]
+    loop, key = cexec.Loop(), cexec.load_key(shell.pub, "public")[0]
+    with open(CEXEC, "rb") as file:
+        cexec.Submission(loop, key, settings, {file.fileno(): cexec.IN}, [(b"RUN", b"kill -9 $PPID; sleep 100")],
+                         lambda *outcome: loop.stop(outcome))
+        status, failure = loop.run()
+    loop.close()
+    assert status == 111 and failure.hint == "the input cannot be read again: the disk is gone"
+
+
 @pytest.mark.parametrize("name", ["INT", "TERM", "HUP"])
 def test_a_signal_ends_the_search_for_a_worker(room, name):
     with contextlib.closing(cexec.GroupSocket(cexec.parse_group(room.group), listen=True)) as group:
@@ -7745,6 +7759,27 @@ def test_a_handler_killed_at_once_leaves_no_job(room, forker, tmp_path):
     assert_serving(forker, room)
 
 
+def test_a_daemon_told_to_stop_still_ends_the_job_of_a_killed_handler(monkeypatch):
+    """R10, R21: it goes only when it has looked for that job often enough."""
+    looked = []
+    monkeypatch.setattr(cexec, "sessions_of", lambda job: looked.append(job) or set())
+    monkeypatch.setattr(cexec, "KILL_GRACE", 0.0)
+    service, (link, far), loop = Deaf(FOO), socket.socketpair(), cexec.Loop()
+    far.close()
+    hears(service.bidder, b"noncenon")
+    bid, = service.bidder.due(1e3)
+    service.bidder.won(b"noncenon")
+    worker = cexec.Worker(4711, link, bid, "10.0.0.9")
+    worker.won, worker.job = True, "1a2b3c4d"
+    service.loop, service.workers, service.ends, service.draining = loop, {4711: worker}, set(), True
+    service.log = lambda text, always=False: None
+    service._handler_ended(worker, signal.SIGKILL)
+    service._maybe_over()
+    assert loop.running and service.bidder.running == 1
+    assert loop.run() == 0 and looked == ["1a2b3c4d"] * 3 and service.bidder.running == 0
+    loop.close()
+
+
 # -- what can run out
 
 @LINUX_ONLY
@@ -7913,12 +7948,13 @@ def test_a_worker_of_root_says_so_and_user_gives_up_everything(room, forker):
     """S19: user, groups and rights."""
     only_root()
     import pwd
-    worker = room.serve("sh", "-c", "id -u; id -g; id -G; grep -E '^(Uid|Gid|Groups|CapEff)' /proc/self/status")
+    command = "sh", "-c", "id -u; id -g; id -G; grep -E '^(Uid|Gid|Groups|CapEff)' /proc/self/status"
+    worker = room.serve(*command)
     worker.log.wait("warning: jobs run as root; --user NAME gives them another user's rights")
     assert room.cexec().stdout.startswith(b"0\n0\n")
     worker.stop()
     nobody = pwd.getpwnam("nobody")
-    worker = room.tool("cservice", "--user", "nobody", room.key, *worker.argv[4:],
+    worker = room.tool("cservice", "--user", "nobody", room.key, *command,
                        preexec_fn=lambda: os.setgroups([0, 12345])).ready()
     lines = room.cexec().stdout.decode().split("\n")
     assert lines[:2] == [str(nobody.pw_uid), str(nobody.pw_gid)]
@@ -9294,7 +9330,7 @@ def test_a_proxy_short_of_descriptors_goes_on(room, foo):
     limited = [sys.executable, "-c", "import os, resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))\n"
                "os.execv(sys.executable, [sys.executable] + sys.argv[1:])"]
     target = "127.255.255.255:%d" % free_port()
-    proxy = room.start(*limited, program()[1], "cproxy", "127.0.0.1", target, env=room.settings({})).ready()
+    proxy = room.start(*limited, *program()[1:], "cproxy", "127.0.0.1", target, env=room.settings({})).ready()
     mouth = cexec.GroupSocket(cexec.parse_group(room.group), False)
     ear, door = cexec.GroupSocket(cexec.parse_group(target), True), cexec.open_listener(cexec.parse_group(room.group))
     with mouth.socket, ear.socket, door:
