@@ -2122,7 +2122,7 @@ class GroupSocket:
     source   local address to send from, as parse_address gives it, for a host that stands in several networks
     home     the interface that was named, or that has the source address; None if there is none
     tried    names of the interfaces that the last send used, "" for the system's own choice
-    dropped  datagrams that the kernel threw away because nobody fetched them
+    dropped  datagrams that the kernel threw away because nobody fetched them, or because of pass_only
     """
 
     def __init__(self, group, listen, source=None):
@@ -2343,7 +2343,7 @@ class GroupSocket:
             self.socket.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER,
                                    struct.pack("@HP", len(program) // 8, program.buffer_info()[0]))
         except OSError:
-            pass        # forbidden: then all datagrams come, as everywhere else
+            pass        # forbidden, or no memory for it: whoever listens passes over the rest by himself
 
     def fileno(self):
         return self.socket.fileno()
@@ -2987,16 +2987,23 @@ class Carrier:
         self.flush()
 
     def _send(self):
-        """Several records leave in large packets where the system can be told to wait for more."""
-        corked = LINUX and len(self.pending) > RECORD
-        if corked:
-            self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
+        several = len(self.pending) > RECORD
+        if several:
+            self._cork(1)
         try:
             while self.pending:
                 self.pending = self.pending[self.connection.send(self.pending):]
         finally:
-            if corked:
-                self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
+            if several:
+                self._cork(0)
+
+    def _cork(self, on):
+        """Several records leave in large packets where the system can be told to wait for more."""
+        try:
+            if LINUX:
+                self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, on)
+        except OSError:
+            pass        # a system that is Linux in name only
 
     def _flushed(self):
         if self.on_flushed and not self.session.outbox:
@@ -3286,19 +3293,23 @@ def session_groups(leader):
                 fields = file.read().rpartition(b")")[2].split()
             if int(fields[3]) == leader and fields[0] != b"Z":
                 groups.add(int(fields[2]))
-        except (OSError, ValueError, IndexError):
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                return {leader}     # no way to look
+        except (ValueError, IndexError):
             pass        # it has ended meanwhile
     return groups
 
 
 class GroupEnd:
     """Ends a job's session, the whole of it or only its leader's group: TERM (and CONT, for the stopped), then KILL
-    after a grace; then calls done(), once."""
+    after a grace; then calls done(), once.  It must have found nobody twice: a look at /proc takes a while, and may
+    miss who is just being born."""
     LOOK = 0.02
 
     def __init__(self, loop, leader, done, reap=lambda: None, whole=True):
         self.loop, self.leader, self.done, self.reap, self.whole = loop, leader, done, reap, whole
-        self.deadline, self.killed = time.monotonic() + KILL_GRACE, False
+        self.deadline, self.killed, self.seen = time.monotonic() + KILL_GRACE, False, True
         self.send(signal.SIGTERM, signal.SIGHUP, signal.SIGCONT)
         loop.soon(self._look)
 
@@ -3314,7 +3325,8 @@ class GroupEnd:
     def _look(self):
         self.reap()
         late = time.monotonic() - self.deadline
-        if not self.send(0) or (self.killed and late > KILL_GRACE):
+        before, self.seen = self.seen, self.send(0)
+        if not (before or self.seen) or (self.killed and late > KILL_GRACE):
             self.done()
             return
         if late >= 0 and not self.killed:
@@ -3865,7 +3877,7 @@ class Submission:
         self.loop, self.key, self.settings, self.names, self.on_done = loop, key, settings, names, on_done
         self.descriptors, self.terminal, self.id = descriptors, terminal, os.urandom(8).hex()
         self.attempts, self.avoid, self.refusals, self.committed, self.done = 0, set(), {}, False, False
-        self.alerts = []
+        self.alert = None           # the last one sent
         self.patience_from = time.monotonic()
         self.search = self.carrier = self.caller = self.exit = self.giving_up = None
         self.tapes, self.sinks, self.locals, self.owned = {}, {}, {}, {}
@@ -4137,13 +4149,9 @@ class Submission:
         search.sequence[ALERT] += 1
         octets = encode_datagram(self.key.udp, ALERT, self.key.id, search.nonce, search.sequence[ALERT],
                                  encode_alert(alert))
-        self.alerts.append(octets)
-        self._send_alerts([octets] * (2 if verdict == RATTED_OUT else 1))
-
-    def _send_alerts(self, alerts):
-        group = self.search and self.search.group       # None when a new search could not even begin
-        for octets in alerts if group else ():
-            group.send(octets)
+        self.alert = octets
+        for _ in range(2 if verdict == RATTED_OUT else 1):
+            search.group.send(octets)
 
     # -- signals and the end
     def signal(self, name):
@@ -4182,7 +4190,8 @@ class Submission:
         if self.done:
             return
         self.done = True
-        self._send_alerts(self.alerts)      # again, so that a lost datagram loses no line
+        if self.alert and self.search.group:
+            self.search.group.send(self.alert)      # again, so that a lost datagram loses no line
         if self.deadline:
             self.deadline.cancel()
         if self.carrier:
@@ -4493,9 +4502,10 @@ class Service:
     def _alert(self, datagram, source):
         """Only an alert about a connection that this worker really made counts, and each of those once."""
         alert = parse_alert(datagram)
-        if self.recent.pop(datagram.nonce, None) is None or alert.words == "test":
-            return
+        known = self.recent.pop(datagram.nonce, None)
         self._choose_datagrams()
+        if known is None or alert.words == "test":
+            return
         self.bidder.penalise(now_ms(), self.MUTE if alert.verdict == RATTED_OUT else 0)
         if alert.verdict == RATTED_OUT:
             self.log("ratted out by %s: %s; holding back for %d s" % (alert.submitter, alert.words, self.MUTE / 1000))
@@ -4522,7 +4532,11 @@ class Service:
             places.append(places.pop(0))        # the next attempt tries the next address
             self.calls.add(Dial(self, bid, places[-1]))
         except OSError:                         # out of descriptors, for one
-            self.loop.soon(lambda: self.bidder.lost(bid.nonce))
+            self.loop.soon(lambda: self._not_connected(bid))
+
+    def _not_connected(self, bid):
+        self.bidder.lost(bid.nonce)
+        self.consider()
 
     def _drop_stale(self):
         """Who was called a while ago and gives no word keeps no slot from those who wait: he may only have recorded
@@ -4544,6 +4558,10 @@ class Service:
     def fork(self, call):
         """The submitter has given the word: a process of its own goes on from here."""
         address = call.place[0]
+        self.recent[call.bid.nonce] = True      # before any alert about it can be here
+        while len(self.recent) > self.SPENT:
+            self.recent.popitem(last=False)
+        self._choose_datagrams()
         try:
             link, far = socket.socketpair()
             pid = os.fork()
@@ -4551,6 +4569,7 @@ class Service:
             self.log("no process for a job from %s: %s" % (address, reason_of(error)))
             call.socket.close()
             self.bidder.lost(call.bid.nonce)
+            self.consider()
             return
         if pid == 0:
             status = 1
@@ -4568,10 +4587,6 @@ class Service:
         link.setblocking(False)
         worker = self.workers[pid] = Worker(pid, link, call.bid, address)
         self.loop.watch(link.fileno(), read=lambda: self._told(worker))
-        self.recent[call.bid.nonce] = True      # before any alert about it can be here
-        while len(self.recent) > self.SPENT:
-            self.recent.popitem(last=False)
-        self._choose_datagrams()
 
     def _forget_all(self):
         """In a handler: lets go of everything that is the daemon's."""
@@ -6559,28 +6574,40 @@ exec(code, main.__dict__)
 """
 
 
-def begin_anew(code):
-    """Starts this process over, with `code`, the module compiled: what compiling took, as much memory as all the rest,
-    would stay for good, and be copied with every fork.  Returns only where it cannot."""
+LEAN = 20 << 20             # octets that a tool has resident before it has loaded TLS; compiling takes it to 30 MiB
+
+
+def begin_anew(path, code):
+    """Starts this process over with `code`, the module compiled, if it has compiled that itself: the memory it took,
+    as much as all the rest, would stay for good, and be copied with every fork.  Returns where it need not or cannot."""
     import marshal
     import tempfile
-    if not sys.executable:
-        return
     try:
+        if (not is_large() or not os.path.isfile(path) or getattr(sys, "frozen", False) or "PYTHONHOME" in os.environ
+                or not os.path.samefile(sys.executable, "/proc/self/exe")):
+            return
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])      # no traceback from Python's own start
         with tempfile.TemporaryFile() as file:
             marshal.dump(code, file)
             file.seek(0)
             os.set_inheritable(file.fileno(), True)
             os.execv(sys.executable, [sys.executable, "-IS", "-c", BEGIN_ANEW, str(file.fileno()),
-                                      os.path.abspath(__file__)] + sys.argv)
+                                      os.path.abspath(path)] + sys.argv)
     except OSError:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
 
+def is_large():
+    """Whether this process has more memory than it needs (Linux)."""
+    if not LINUX or "anew" in globals():
+        return False
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") > LEAN
+
+
 if __name__ == "__main__":
-    if tool_of(sys.argv)[0] in (CSERVICE, CRAT, CPROXY) and "anew" not in globals() and not __file__.endswith(".pyc"):
-        begin_anew(sys._getframe().f_code)
+    if tool_of(sys.argv)[0] in (CSERVICE, CRAT, CPROXY):
+        begin_anew(globals().get("__file__", ""), sys._getframe().f_code)
     try:
         code = main(sys.argv)
     except SystemExit as end:
