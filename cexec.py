@@ -1497,7 +1497,7 @@ PATIENCE_GROWTH = 1.25  # each time, for in a distant cluster every handshake ta
 CANDIDATES = 64         # connections that are kept at once
 PREFER_GAP = 0.1        # a connected worker that is cheaper by this is worth waiting for
 PREFER_WAIT = 1.5
-TAKEN_AGAIN = (4.0, 8.0)      # before the hold runs out
+TAKEN_AGAIN = (4.0, 8.0)    # before the hold runs out
 CROWDED = 2.0           # more than two connections are too many: the offset rises by this, times the log of the ratio
 
 SERVED, LEARNT = 1 << 40, 1 << 41   # beyond any attempt: the announcement is over; and its offset has been used
@@ -3295,9 +3295,9 @@ def session_groups(leader):
                 groups.add(int(fields[2]))
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-                return {leader}     # no way to look
+                return {leader}     # there is no way to look; else it has ended meanwhile
         except (ValueError, IndexError):
-            pass        # it has ended meanwhile
+            pass
     return groups
 
 
@@ -5213,7 +5213,8 @@ def cservice(arguments, settings):
     if warning:
         log(warning)
     service = Service(loop, key, settings, arguments[1:], log)
-    gc.freeze()         # what is here stays; a handler that does not look at it shares its memory
+    if hasattr(gc, "freeze"):       # PyPy has none
+        gc.freeze()     # what is here stays, and a handler that does not look at it shares its memory
     service.ready()
     return loop.run()
 
