@@ -6581,12 +6581,12 @@ LEAN = 20 << 20             # octets that a tool has resident before it has load
 def begin_anew(path, code):
     """Starts this process over with `code`, the module compiled, if it has compiled that itself: the memory it took,
     as much as all the rest, would stay for good, and be copied with every fork.  Returns where it need not or cannot."""
-    import marshal
-    import tempfile
     try:
         if (not is_large() or not os.path.isfile(path) or getattr(sys, "frozen", False) or "PYTHONHOME" in os.environ
                 or not os.path.samefile(sys.executable, "/proc/self/exe")):
             return
+        import marshal
+        import tempfile
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])      # no traceback from Python's own start
         with tempfile.TemporaryFile() as file:
             marshal.dump(code, file)
