@@ -97,7 +97,7 @@ MESSAGE_NAMES = dict(enumerate(
 # Sizes, octets.
 FRAME_MAX = 1 << 22         # longest data message: the largest window at once
 CONTROL_MAX = 1 << 16       # longest other message: a job with a thousand NAME=VALUE fits, a flood does not
-WINDOW_START = 1 << 20      # credit at the start: its quarters, as they come back, fill one buffer each
+WINDOW_START = 1 << 19     # credit at the start, two buffers: more is no faster on a short path, and costs memory
 WINDOW_MAX = 1 << 22        # credit on a long path (40 ms at 100 MB/s), bounded in sum by WINDOWS_MAX
 WINDOWS_MAX = 1 << 24       # sum of one receiver's windows; what a blocked reader can cost in memory
 RECORD = 1 << 14            # the most that one record of TLS carries
@@ -6580,7 +6580,7 @@ LEAN = 20 << 20             # octets that a tool has resident before it has load
 
 def begin_anew(path, code):
     """Starts this process over with `code`, the module compiled, if it has compiled that itself: the memory it took,
-    as much as all the rest, would stay for good, and be copied with every fork.  Returns where it need not or cannot."""
+    as much as all the rest, would stay for good and be copied with every fork.  Returns where that cannot be."""
     try:
         if (not is_large() or not os.path.isfile(path) or getattr(sys, "frozen", False) or "PYTHONHOME" in os.environ
                 or not os.path.samefile(sys.executable, "/proc/self/exe")):
