@@ -97,7 +97,7 @@ MESSAGE_NAMES = dict(enumerate(
 # Sizes, octets.
 FRAME_MAX = 1 << 22         # longest data message: the largest window at once
 CONTROL_MAX = 1 << 16       # longest other message: a job with a thousand NAME=VALUE fits, a flood does not
-WINDOW_START = 1 << 19     # credit at the start, two buffers: more is no faster on a short path, and costs memory
+WINDOW_START = 1 << 19      # credit at the start, two buffers: more is no faster on a short path and costs memory
 WINDOW_MAX = 1 << 22        # credit on a long path (40 ms at 100 MB/s), bounded in sum by WINDOWS_MAX
 WINDOWS_MAX = 1 << 24       # sum of one receiver's windows; what a blocked reader can cost in memory
 RECORD = 1 << 14            # the most that one record of TLS carries
@@ -1941,6 +1941,11 @@ class Loop:
         self.signals[number] = callback
         signal.signal(number, self._signalled)
 
+    def heed(self, number, callback):
+        """As on_signal, unless the signal has been ignored from the start: nohup and the shells mean that."""
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            self.on_signal(number, callback)
+
     def _signalled(self, number, frame):
         self.calls.append(lambda: self.signals[number](number) if number in self.signals else None)
 
@@ -3277,13 +3282,18 @@ def signal_group(group, number):
     return True
 
 
+def process_ids():
+    """The pids, as text, of all processes that can be seen; none where there is no /proc as Linux has it."""
+    try:
+        return [name for name in os.listdir("/proc") if name.isdigit()] if LINUX else []
+    except OSError:
+        return []
+
+
 def session_groups(leader):
     """The process groups of a session, those of zombies alone left out.  Where there is no /proc as Linux has it, the
     leader's own group."""
-    try:
-        pids = [name for name in os.listdir("/proc") if name.isdigit()] if LINUX else []
-    except OSError:
-        pids = []
+    pids = process_ids()
     if str(os.getpid()) not in pids:
         return {leader}
     groups = set()
@@ -3879,11 +3889,10 @@ class Submission:
         self.attempts, self.avoid, self.refusals, self.committed, self.done = 0, set(), {}, False, False
         self.alert = None           # the last one sent
         self.patience_from = time.monotonic()
-        self.search = self.carrier = self.caller = self.exit = self.giving_up = None
+        self.search = self.carrier = self.caller = self.exit = None
         self.tapes, self.sinks, self.locals, self.owned = {}, {}, {}, {}
         self.finished_tapes, self.finished_sinks = set(), set()
-        self.deadline, self.began, self.signalled = None, time.monotonic(), None
-        self.signals_waiting = []
+        self.deadline, self.signalled, self.signals_waiting = None, None, []
         size = len(encode_job(Job(self.id, descriptors, names, 1, None)))
         if size > CONTROL_MAX - self.TERMINAL_MAX:
             raise Failure("NAME=VALUE", "%d octets in all, at most %d go along" % (
@@ -4261,8 +4270,7 @@ def run_submission(key, settings, descriptors, names, terminal):
     if terminal and terminal.tty is not None:
         calls[signal.SIGWINCH] = lambda number: submission.resize(*terminal.size())
     for number, call in calls.items():
-        if signal.getsignal(number) is not signal.SIG_IGN:      # nohup and the shells mean it
-            loop.on_signal(number, call)
+        loop.heed(number, call)
     loop.later(COLLECT_AFTER, gc.enable)
     return loop.run()
 
@@ -4393,8 +4401,7 @@ class Dial:
         if not self.done:
             self.release()
             self.socket.close()
-            self.service.bidder.lost(self.bid.nonce, refused)
-            self.service.consider()
+            self.service.lost(self.bid, refused)
 
 
 class Worker:
@@ -4428,8 +4435,7 @@ class Service:
         loop.watch(self.group.fileno(), read=self._heard)
         loop.on_signal(signal.SIGCHLD, lambda number: self._reap())
         for number in (signal.SIGTERM, signal.SIGINT):
-            if signal.getsignal(number) is not signal.SIG_IGN:      # as in the background of a script
-                loop.on_signal(number, self._stop)
+            loop.heed(number, self._stop)
         loop.on_signal(signal.SIGHUP, lambda number: None)
         loop.later(1.0, self._sample)
         self._refresh()
@@ -4532,10 +4538,11 @@ class Service:
             places.append(places.pop(0))        # the next attempt tries the next address
             self.calls.add(Dial(self, bid, places[-1]))
         except OSError:                         # out of descriptors, for one
-            self.loop.soon(lambda: self._not_connected(bid))
+            self.loop.soon(lambda: self.lost(bid))
 
-    def _not_connected(self, bid):
-        self.bidder.lost(bid.nonce)
+    def lost(self, bid, refused=False):
+        """No job has come of this connection."""
+        self.bidder.lost(bid.nonce, refused)
         self.consider()
 
     def _drop_stale(self):
@@ -4558,35 +4565,40 @@ class Service:
     def fork(self, call):
         """The submitter has given the word: a process of its own goes on from here."""
         address = call.place[0]
-        self.recent[call.bid.nonce] = True      # before any alert about it can be here
-        while len(self.recent) > self.SPENT:
-            self.recent.popitem(last=False)
-        self._choose_datagrams()
+        self._expect_alert(call.bid.nonce)      # before any can be here
         try:
             link, far = socket.socketpair()
             pid = os.fork()
         except OSError as error:
             self.log("no process for a job from %s: %s" % (address, reason_of(error)))
             call.socket.close()
-            self.bidder.lost(call.bid.nonce)
-            self.consider()
-            return
+            return self.lost(call.bid)
         if pid == 0:
-            status = 1
-            try:
-                os.setsid()         # a Ctrl-C at the daemon's terminal is for the daemon
-                link.close()
-                self._forget_all()
-                status = Handler(self, call.socket, call.bid.nonce, far).run()
-            except BaseException as error:
-                say("cservice", "handler: %s: %s" % (type(error).__name__, error))
-            finally:
-                os._exit(status)
+            self._become_handler(call, link, far)
         far.close()
         call.socket.close()
         link.setblocking(False)
         worker = self.workers[pid] = Worker(pid, link, call.bid, address)
         self.loop.watch(link.fileno(), read=lambda: self._told(worker))
+
+    def _expect_alert(self, nonce):
+        self.recent[nonce] = True
+        while len(self.recent) > self.SPENT:
+            self.recent.popitem(last=False)
+        self._choose_datagrams()
+
+    def _become_handler(self, call, link, far):
+        """In the forked child: runs the job and ends.  Nothing here may raise or return."""
+        status = 1
+        try:
+            os.setsid()         # a Ctrl-C at the daemon's terminal is for the daemon
+            link.close()
+            self._forget_all()
+            status = Handler(self, call.socket, call.bid.nonce, far).run()
+        except BaseException as error:
+            say("cservice", "handler: %s: %s" % (type(error).__name__, error))
+        finally:
+            os._exit(status)
 
     def _forget_all(self):
         """In a handler: lets go of everything that is the daemon's."""
@@ -4714,7 +4726,7 @@ class Service:
 def sessions_of(job):
     """The sessions whose processes have this job's id in their environment (Linux)."""
     mark, found = b"CEXEC_JOB=" + job.encode(), set()
-    for pid in filter(str.isdigit, os.listdir("/proc") if LINUX else ()):
+    for pid in process_ids():
         try:
             with open("/proc/%s/environ" % pid, "rb") as file:
                 if mark in file.read().split(b"\0"):
@@ -5243,6 +5255,12 @@ NOTE_PAUSE = 10.0           # seconds between two notes on one topic: strangers 
 REFRESH_EVERY = 10.0        # seconds between two looks at the interfaces
 
 
+def remark(prefix, text):
+    """As say, on standard error; the line is lost when it would have to wait for who reads that."""
+    if has_room():
+        say(prefix, text)
+
+
 class Notes:
     """Remarks on standard error: of each topic at once the first, then at most one in NOTE_PAUSE with their number."""
 
@@ -5255,8 +5273,7 @@ class Notes:
             self.held[topic] = self.held.get(topic, 0) + 1
             return
         more, self.last[topic] = self.held.pop(topic, 0), now
-        if has_room():
-            say(self.prefix, text + (" (and %d more such since the last note)" % more if more else ""))
+        remark(self.prefix, text + (" (and %d more such since the last note)" % more if more else ""))
 
     def dropped(self, heard):
         """Notes what the kernel threw away of what this GroupSocket should have heard."""
@@ -5455,10 +5472,7 @@ class LineWriter:
             try:
                 octets = octets[os.write(self.descriptor, octets):]
             except BlockingIOError:
-                # Somebody who shares it made it non-blocking.
-                poll = select.poll()
-                poll.register(self.descriptor, select.POLLOUT)
-                poll.poll()
+                wait_for(self.descriptor, select.POLLOUT)       # somebody who shares it made it non-blocking
 
     def finish(self, seconds):
         """Waits until all is written, or no longer."""
@@ -5481,13 +5495,11 @@ class Crat:
         """Returns None when told to stop, or the error of standard output."""
         try:
             for number in (signal.SIGTERM, signal.SIGINT):
-                if signal.getsignal(number) is not signal.SIG_IGN:
-                    self.loop.on_signal(number, lambda number: self.loop.stop(None))
+                self.loop.heed(number, lambda number: self.loop.stop(None))
             self.loop.watch(self.socket.fileno(), read=self._hear)
             self.loop.later(REFRESH_EVERY, self._refresh)
-            if has_room():
-                say("crat", "ready: hears %s, %d key%s" % (
-                    self.settings.group, len(self.reader.keys), "" if len(self.reader.keys) == 1 else "s"))
+            remark("crat", "ready: hears %s, %d key%s" % (
+                self.settings.group, len(self.reader.keys), "" if len(self.reader.keys) == 1 else "s"))
             error = self.loop.run()
             if error is None:
                 self.writer.finish(self.FINISH)
@@ -5818,8 +5830,7 @@ class Cproxy:
     def run(self, group):
         try:
             for number in (signal.SIGTERM, signal.SIGINT):
-                if signal.getsignal(number) is not signal.SIG_IGN:
-                    self.loop.on_signal(number, self._drain)
+                self.loop.heed(number, self._drain)
             self.loop.watch(self.inside.fileno(), read=self._hear)
             self.loop.later(REFRESH_EVERY, self._refresh)
             self.loop.later(SWEEP_SECONDS, self._sweep)
@@ -5830,8 +5841,7 @@ class Cproxy:
         return 0
 
     def log(self, text):
-        if has_room():
-            say("cproxy", text)
+        remark("cproxy", text)
 
     def _drain(self, number):
         """The first signal lets what is running end, the second does not."""
