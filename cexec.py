@@ -47,7 +47,7 @@ How a job flows:
     tells how it went             - GROUP ->       crat prints a line
 
 The order of the sections: numbers, errors, groups, settings, datagrams, keys, frames, the job's description, the
-session, the choice of a worker (all of them pure: octets, times and chance come in as arguments); then, touching the
+session, the choice of a worker (all of them pure: bytes, times and chance come in as arguments); then, touching the
 world: TLS, event loop, group sockets, descriptors, carrier, children, and the tools: cexec, cservice, crat, cproxy,
 ckeygen, demo; at the end the table of tools and main.
 """
@@ -79,22 +79,9 @@ EXIT_USAGE = 2
 EXIT_TEMPORARY = 111        # the cluster failed, try again later: the old convention of qmail and its kin
 
 PORT = 3010                 # UDP, announcements and alerts
-WIRE_VERSION = 1            # one number for datagrams, preamble and session: they change together
-
 LINUX, MACOS = sys.platform.startswith("linux"), sys.platform == "darwin"
 
-# Datagram types.
-ANNOUNCE, HOLD, TAKEN, ALERT = 1, 2, 3, 4
-DATAGRAM_NAMES = {ANNOUNCE: "announce", HOLD: "hold", TAKEN: "taken", ALERT: "alert"}
-DATAGRAM_MAX = 1200         # octets; fits every link's packet, so nothing is ever fragmented
-
-# Session messages.
-(WELCOME, HELLO, JOB, ACCEPTED, REFUSED, DATA, END, STOP,
- CREDIT, SIGNAL, WINDOW, PING, PONG, EXIT, ABORT, BYE) = range(16)
-MESSAGE_NAMES = dict(enumerate(
-    "welcome hello job accepted refused data end stop credit signal window ping pong exit abort bye".split()))
-
-# Sizes, octets.
+# Sizes, bytes.
 FRAME_MAX = 1 << 22         # longest data message: the largest window at once
 CONTROL_MAX = 1 << 16       # longest other message: a job with a thousand NAME=VALUE fits, a flood does not
 WINDOW_START = 1 << 19      # credit at the start, two buffers: more is no faster on a short path and costs memory
@@ -120,7 +107,7 @@ class Failure(Exception):
 
 
 class ProtocolError(Exception):
-    """Octets from a peer that the protocol does not allow.  The only error of the pure parsers."""
+    """Bytes from a peer that the protocol does not allow.  The only error of the pure parsers."""
 
 
 def printable(text):
@@ -149,7 +136,7 @@ def say(prefix, text, descriptor=2):
 GROUP_FORMS = "an address, not a name: 255.255.255.255, 224.0.1.9, ff02::1%eth0, 10.0.0.7, " \
     "with a port as 10.0.0.7:3010 or [ff02::1%eth0]:3010, with a device as eth0:255.255.255.255"
 PORTS_FORMS = "ports from 1024 to 65535, as 4000 or 4000,4002 or 4000-4010"
-DEVICE_MAX = 15             # octets of an interface's name, a limit of every kernel
+DEVICE_MAX = 15             # bytes of an interface's name, a limit of every kernel
 ALL_HOSTS = "255.255.255.255"
 
 
@@ -455,70 +442,104 @@ def _read_options(tool, arguments):
     return given, flags, arguments
 
 
-# ---------------------------------------------------------------- datagrams
+# ---------------------------------------------------------------- wire
+#
+# Everything that two machines say to each other, each encoder beside its decoder.  A decoder raises ProtocolError for
+# what no encoder could have made, and nothing else.  Numbers are big-endian.
+
+WIRE_VERSION = 2            # one number for datagrams, preamble and session: they change together
+MAGIC = b"cxec"
+TAG_SIZE = 16
+
+ANNOUNCE, HOLD, TAKEN, ALERT, ASK, HERE = 1, 2, 3, 4, 5, 6
+DATAGRAM_NAMES = {ANNOUNCE: "announce", HOLD: "hold", TAKEN: "taken", ALERT: "alert", ASK: "ask", HERE: "here"}
+DATAGRAM_MAX = 1200         # bytes; fits every link's packet, so nothing is ever fragmented
+
+(WELCOME, HELLO, JOB, ACCEPTED, REFUSED, DATA, END, STOP,
+ CREDIT, SIGNAL, WINDOW, PING, PONG, EXIT, ABORT, BYE) = range(16)
+MESSAGE_NAMES = dict(enumerate(
+    "welcome hello job accepted refused data end stop credit signal window ping pong exit abort bye".split()))
+
+
+def tag(secret, *parts):
+    """HMAC-SHA256 (RFC 2104) over the parts, cut to 16 bytes: forging one needs 2^128 tries in place."""
+    return hmac.digest(secret, b"".join(parts), "sha256")[:TAG_SIZE]
+
+
+def pack_short_texts(texts):
+    """Texts (str), each behind its length in one byte; what is longer than 255 bytes is cut."""
+    encoded = [text.encode("utf-8", "replace")[:255] for text in texts]
+    return b"".join(bytes([len(text)]) + text for text in encoded)
+
+
+def unpack_short_texts(data, at, count):
+    """(list of `count` texts, position behind them) of what pack_short_texts wrote."""
+    texts = []
+    for _ in range(count):
+        size = data[at] if at < len(data) else -1
+        if not 0 <= size <= len(data) - at - 1:
+            raise ProtocolError("a list of texts cut short")
+        texts.append(data[at + 1:at + 1 + size].decode("utf-8", "replace"))
+        at += 1 + size
+    return texts, at
+
+
+# Datagrams.
 #
 # offset  size  field
 #      0     4  magic "cxec"
 #      4     1  version
 #      5     1  type
-#      6     2  TCP port to connect back to (announce), else 0: outside the authentication, a proxy rewrites it
+#      6     2  TCP port to connect back to (announce, ask), else 0: outside the authentication, a proxy rewrites it
 #      8     4  key id
-#     12     8  nonce: names one search for a worker; random
+#     12     8  nonce: names one search for a worker or one roll call; random
 #     20     4  sequence: counts the sender's datagrams of this type and nonce
 #     24     n  body, by type
-#   24+n    16  HMAC-SHA256 by K_udp over all but the port, cut to 16
+#   24+n    16  tag over all but the port
 
-MAGIC = b"cxec"
 DATAGRAM_HEAD = struct.Struct(">4sBBH4s8sI")
-TAG_SIZE = 16
-
-
-def tag(secret, *parts):
-    """HMAC-SHA256 (RFC 2104) over the parts, cut to 16 octets: forging one needs 2^128 tries in place."""
-    return hmac.digest(secret, b"".join(parts), "sha256")[:TAG_SIZE]
 
 
 class Datagram:
     """One datagram, parsed but not yet believed: `authentic` says whether the key's holder made it."""
-    __slots__ = ("kind", "port", "key_id", "nonce", "sequence", "body", "octets")
+    __slots__ = ("kind", "port", "key_id", "nonce", "sequence", "body", "data")
 
-    def __init__(self, kind, port, key_id, nonce, sequence, body, octets):
-        self.kind, self.port, self.key_id, self.nonce = kind, port, key_id, nonce
-        self.sequence, self.body, self.octets = sequence, body, octets
+    def __init__(self, kind, port, key_id, nonce, sequence, body, data):
+        self.kind = kind
+        self.port = port
+        self.key_id = key_id
+        self.nonce = nonce
+        self.sequence = sequence
+        self.body = body
+        self.data = data
 
     def authentic(self, secret):
-        signed, mark = self.octets[:-TAG_SIZE], self.octets[-TAG_SIZE:]
+        signed, mark = self.data[:-TAG_SIZE], self.data[-TAG_SIZE:]
         return hmac.compare_digest(tag(secret, signed[:6], signed[8:]), mark)
 
 
 def encode_datagram(secret, kind, key_id, nonce, sequence, body=b"", port=0):
-    head = DATAGRAM_HEAD.pack(MAGIC, WIRE_VERSION, kind, port, key_id, nonce, sequence)
-    octets = head + body
-    return octets + tag(secret, octets[:6], octets[8:])
+    data = DATAGRAM_HEAD.pack(MAGIC, WIRE_VERSION, kind, port, key_id, nonce, sequence) + body
+    return data + tag(secret, data[:6], data[8:])
 
 
-def parse_datagram(octets):
-    """The Datagram in these octets.  ProtocolError on anything else; says nothing about who made it."""
-    if not DATAGRAM_HEAD.size + TAG_SIZE <= len(octets) <= DATAGRAM_MAX:
-        raise ProtocolError("a datagram of %d octets" % len(octets))
-    magic, version, kind, port, key_id, nonce, sequence = DATAGRAM_HEAD.unpack_from(octets)
+def parse_datagram(data):
+    """The Datagram in these bytes; says nothing about who made it."""
+    if not DATAGRAM_HEAD.size + TAG_SIZE <= len(data) <= DATAGRAM_MAX:
+        raise ProtocolError("a datagram of %d bytes" % len(data))
+    magic, version, kind, port, key_id, nonce, sequence = DATAGRAM_HEAD.unpack_from(data)
     if magic != MAGIC:
         raise ProtocolError("a datagram of another program")
     if version != WIRE_VERSION:
         raise ProtocolError("a datagram of protocol version %d, this program speaks %d" % (version, WIRE_VERSION))
     if kind not in DATAGRAM_NAMES:
         raise ProtocolError("a datagram of unknown type %d" % kind)
-    return Datagram(kind, port, key_id, nonce, sequence, octets[DATAGRAM_HEAD.size:-TAG_SIZE], octets)
+    return Datagram(kind, port, key_id, nonce, sequence, data[DATAGRAM_HEAD.size:-TAG_SIZE], data)
 
 
-def with_port(octets, port):
+def with_port(data, port):
     """The same datagram with another port to connect back to: all that a proxy may change."""
-    return octets[:6] + struct.pack(">H", port) + octets[8:]
-
-
-ANNOUNCE_BODY = struct.Struct(">HII")   # attempt; milliseconds waited so far; milliseconds to the next announcement
-HOLD_BODY = struct.Struct(">H")         # milliseconds
-TAKEN_BODY = struct.Struct(">f")         # the new shared offset, NaN for none
+    return data[:6] + struct.pack(">H", port) + data[8:]
 
 
 def unpack_body(form, datagram):
@@ -528,10 +549,60 @@ def unpack_body(form, datagram):
     return form.unpack_from(datagram.body)
 
 
-# Alert body: status class, status, milliseconds, sender's clock, then texts with a length octet each:
-# job id, submitter, worker, words.
+ANNOUNCE_BODY = struct.Struct(">HIIB8s")    # attempt; ms waited so far; ms to the next announcement; flags; room
+TELL_BUSY = 1               # flag: whoever has no free slot says so
+HOLD_BODY = struct.Struct(">H")             # milliseconds
+TAKEN_BODY = struct.Struct(">f")            # the new shared offset, NaN for none
+ASK_BODY = struct.Struct(">HB")             # ms over which the answers are to be spread; flags
+CONNECT = 1                 # flag: try to connect back to the port as well
+
+
+class Announcement(collections.namedtuple("Announcement", "attempt waited interval flags room")):
+    """attempt: counts from 0.  waited, interval: milliseconds.  room: 8 bytes that name the submitting process."""
+    __slots__ = ()
+
+
+def encode_announcement(announcement):
+    attempt, waited, interval, flags, room = announcement
+    return ANNOUNCE_BODY.pack(min(attempt, 65535), int(min(waited, 1 << 31)), int(interval), flags, room)
+
+
+def parse_announcement(datagram):
+    return Announcement(*unpack_body(ANNOUNCE_BODY, datagram))
+
+
+def encode_hold(milliseconds):
+    return HOLD_BODY.pack(int(milliseconds))
+
+
+def parse_hold(datagram):
+    return unpack_body(HOLD_BODY, datagram)[0]
+
+
+def encode_taken(offset):
+    """offset: the shared offset from now on, or None."""
+    return TAKEN_BODY.pack(math.nan if offset is None else offset)
+
+
+def parse_taken(datagram):
+    offset, = unpack_body(TAKEN_BODY, datagram)
+    return None if math.isnan(offset) else offset
+
+
+def encode_ask(spread, flags):
+    return ASK_BODY.pack(int(spread), flags)
+
+
+def parse_ask(datagram):
+    """(milliseconds over which to spread the answers, flags)."""
+    return unpack_body(ASK_BODY, datagram)
+
+
+# An alert datagram's body is one or more alerts, one behind the other.
 COMPLETED, RATTED_OUT = 1, 2
 ALERT_BODY = struct.Struct(">BBIQ")     # verdict; exit status; milliseconds the job took; UNIX time in milliseconds
+ALERT_TEXTS = 4
+ALERTS_ROOM = DATAGRAM_MAX - DATAGRAM_HEAD.size - TAG_SIZE
 
 
 class Alert(collections.namedtuple("Alert", "verdict status milliseconds clock job submitter worker words")):
@@ -540,46 +611,377 @@ class Alert(collections.namedtuple("Alert", "verdict status milliseconds clock j
 
 
 def encode_alert(alert):
-    texts = [text.encode("utf-8", "replace")[:255] for text in alert[4:]]
-    return ALERT_BODY.pack(*alert[:4]) + b"".join(bytes([len(text)]) + text for text in texts)
+    return ALERT_BODY.pack(*alert[:4]) + pack_short_texts(alert[4:])
 
 
-def parse_alert(datagram):
-    """The Alert in an authentic alert datagram; ProtocolError when cut short."""
-    fields, at, texts = unpack_body(ALERT_BODY, datagram), ALERT_BODY.size, []
-    for _ in range(4):
-        size = datagram.body[at] if at < len(datagram.body) else -1
-        if not 0 <= size <= len(datagram.body) - at - 1:
+def pack_alerts(entries):
+    """[body of one datagram, ...] that hold these encoded alerts in order, as many in each as fit."""
+    bodies = [b""]
+    for entry in entries:
+        if len(bodies[-1]) + len(entry) > ALERTS_ROOM:
+            bodies.append(b"")
+        bodies[-1] += entry
+    return bodies
+
+
+def parse_alerts(datagram):
+    """[Alert, ...] in an alert datagram; ProtocolError when one is cut short or of an unknown kind."""
+    alerts, at, body = [], 0, datagram.body
+    while at < len(body) or not alerts:
+        if len(body) - at < ALERT_BODY.size:
             raise ProtocolError("a short alert datagram")
-        texts.append(datagram.body[at + 1:at + 1 + size].decode("utf-8", "replace"))
-        at += 1 + size
-    return Alert(*fields, *texts)
+        fields = ALERT_BODY.unpack_from(body, at)
+        if fields[0] not in (COMPLETED, RATTED_OUT):
+            raise ProtocolError("an alert of unknown kind %d" % fields[0])
+        texts, at = unpack_short_texts(body, at + ALERT_BODY.size, ALERT_TEXTS)
+        alerts.append(Alert(*fields, *texts))
+    return alerts
 
 
-# The plain preamble, the first octets of a worker's connection: it lets cexec rank the candidates
-# before any of them has cost it a handshake.  Magic, version, nonce, cost l, offset B, wait t (ms), from queue, tag.
-PREAMBLE = struct.Struct(">4sB8sfff?")
+FREE, BUSY, DRAINING, VETOED, UNREACHABLE = range(5)
+STATE_NAMES = {FREE: "free", BUSY: "busy", DRAINING: "draining", VETOED: "vetoed", UNREACHABLE: "cannot connect"}
+# State; slots, running, waiting, CPUs; load, cost; seconds up, jobs done; port it could not connect to.
+HERE_BODY = struct.Struct(">BHHHHffIIH")
+HERE_TEXTS = 8
+
+
+class Here(collections.namedtuple(
+        "Here", "state slots running waiting cpus load cost up done port "
+                "address instance host version python digest command error")):
+    """A worker's answer to a roll call, or to an announcement that it cannot serve now.
+
+    state: FREE ... UNREACHABLE.  waiting: submitters it knows of.  load: processes that other work wants to run.
+    cost: as in the preamble.  port, error: where it could not connect back and why, if it tried.
+    digest: of the command's basename and arguments.
+    """
+    __slots__ = ()
+
+
+def encode_here(here):
+    short = [min(number, 65535) for number in here[1:5]]
+    return HERE_BODY.pack(here.state, *short, here.load, here.cost, min(here.up, 0xffffffff),
+                          min(here.done, 0xffffffff), here.port) + pack_short_texts(
+                              [text[:80] for text in here[10:]])
+
+
+def parse_here(datagram):
+    fields = unpack_body(HERE_BODY, datagram)
+    if fields[0] not in STATE_NAMES:
+        raise ProtocolError("a worker in unknown state %d" % fields[0])
+    texts, _ = unpack_short_texts(datagram.body, HERE_BODY.size, HERE_TEXTS)
+    return Here(*fields, *texts)
+
+
+# The preamble, the first bytes of a worker's connection, in plain: it lets cexec rank the candidates before any of
+# them has cost it a handshake.  The answer is GO, a tag over the very preamble: whoever cannot say it gets no process.
+PREAMBLE = struct.Struct(">4sB8sfff?8s")    # magic, version, nonce, cost, offset, wait (ms), from a queue, random
 PREAMBLE_SIZE = PREAMBLE.size + TAG_SIZE
+GO_SIZE = TAG_SIZE
 
 
-def encode_preamble(secret, nonce, cost, offset, waited, queued):
-    octets = PREAMBLE.pack(MAGIC, WIRE_VERSION, nonce, cost, offset, waited, queued)
-    return octets + tag(secret, b"preamble", octets)
+class Answer(collections.namedtuple("Answer", "nonce cost offset waited queued")):
+    """What a worker says when it connects.  waited: milliseconds, 0 where the wait says nothing about the offset.
+    queued: whether it had no free slot when its time came."""
+    __slots__ = ()
 
 
-def parse_preamble(secret, nonce, octets):
-    """(cost, offset, waited, queued) of a worker's opening octets; ProtocolError for a stranger's."""
-    octets = bytes(octets)
-    if len(octets) != PREAMBLE_SIZE or octets[:4] != MAGIC:
+def encode_preamble(secret, answer, random):
+    """random: 8 bytes, new for each connection."""
+    data = PREAMBLE.pack(MAGIC, WIRE_VERSION, *answer, random)
+    return data + tag(secret, b"preamble", data)
+
+
+def preamble_may_follow(data, nonce=b""):
+    """Whether these first bytes of a connection can be the beginning of a preamble for this nonce."""
+    expected = MAGIC + bytes([WIRE_VERSION]) + nonce
+    return data[:len(expected)] == expected[:len(data)]
+
+
+def parse_preamble(secret, nonce, data):
+    """(Answer, random) of a worker's opening bytes; ProtocolError for a stranger's."""
+    data = bytes(data)
+    if len(data) != PREAMBLE_SIZE or data[:4] != MAGIC:
         raise ProtocolError("not a worker")
-    if octets[4] != WIRE_VERSION:
-        raise ProtocolError("a worker of protocol version %d, this program speaks %d" % (octets[4], WIRE_VERSION))
-    if not hmac.compare_digest(tag(secret, b"preamble", octets[:-TAG_SIZE]), octets[-TAG_SIZE:]):
+    if data[4] != WIRE_VERSION:
+        raise ProtocolError("a worker of protocol version %d, this program speaks %d" % (data[4], WIRE_VERSION))
+    if not hmac.compare_digest(tag(secret, b"preamble", data[:-TAG_SIZE]), data[-TAG_SIZE:]):
         raise ProtocolError("a worker of another key")
-    _, _, answered, cost, offset, waited, queued = PREAMBLE.unpack_from(octets)
-    if answered != nonce:
+    _, _, *fields, random = PREAMBLE.unpack_from(data)
+    if fields[0] != nonce:
         raise ProtocolError("a worker that answers another announcement")
-    return cost, offset, waited, queued
+    return Answer(*fields), random
+
+
+def encode_go(secret, preamble):
+    return tag(secret, b"go", preamble)
+
+
+# Over TLS both sides send messages: type (1 byte), 0 (1), descriptor or number (2), length (4), then so many bytes.
+
+FRAME_HEAD = struct.Struct(">BBHI")
+HEAD_SIZE = FRAME_HEAD.size
+
+
+def frame(kind, number=0, body=b""):
+    return FRAME_HEAD.pack(kind, 0, number, len(body)) + body
+
+
+class FrameReader:
+    """Cuts a stream of bytes into messages.  Data comes out as it arrives, in views of the caller's buffer;
+    every other message comes out whole, as bytes."""
+
+    def __init__(self):
+        self.head = bytearray()
+        self.body = bytearray()
+        self.kind = None
+        self.number = 0
+        self.left = 0
+
+    def read(self, data):
+        """Yields (type, number, body, bytes announced): for data one or more parts, and the size only with the first
+        (an empty part of data opens each message)."""
+        view = memoryview(data)
+        while True:
+            if self.kind is None:
+                if not self.head and len(view) >= HEAD_SIZE:
+                    head, view = view[:HEAD_SIZE], view[HEAD_SIZE:]
+                else:
+                    part = view[:HEAD_SIZE - len(self.head)]
+                    self.head += part
+                    view = view[len(part):]
+                    if len(self.head) < HEAD_SIZE:
+                        return
+                    head, self.head = self.head, bytearray()
+                self._open(head)
+                if self.kind == DATA:
+                    yield DATA, self.number, b"", self.left
+            part = view[:self.left]
+            view = view[len(part):]
+            self.left -= len(part)
+            if self.kind == DATA:
+                if part:
+                    yield DATA, self.number, part, 0
+            else:
+                self.body += part
+            if self.left:
+                return
+            if self.kind != DATA:
+                yield self.kind, self.number, bytes(self.body), 0
+                self.body.clear()
+            self.kind = None
+
+    def _open(self, head):
+        kind, zero, self.number, self.left = FRAME_HEAD.unpack(head)
+        if kind not in MESSAGE_NAMES or zero:
+            raise ProtocolError("a message of unknown type %d" % kind)
+        if self.left > (FRAME_MAX if kind == DATA else CONTROL_MAX):
+            raise ProtocolError("a %s message of %d bytes" % (MESSAGE_NAMES[kind], self.left))
+        self.kind = kind
+
+
+def pack_texts(texts):
+    """Texts (bytes), each behind its length in 4 bytes."""
+    return b"".join(struct.pack(">I", len(text)) + text for text in texts)
+
+
+def unpack_texts(data):
+    """What pack_texts packed; ProtocolError when the lengths do not add up."""
+    texts, at = [], 0
+    while at < len(data):
+        size = struct.unpack_from(">I", data, at)[0] if len(data) - at >= 4 else len(data)
+        at += 4
+        if size > len(data) - at:
+            raise ProtocolError("a list cut short")
+        texts.append(bytes(data[at:at + size]))
+        at += size
+    return texts
+
+
+def encode_welcome(address):
+    """address: the submitter's own, on the network it speaks from."""
+    return pack_texts([b"%d" % WIRE_VERSION, address.encode()])
+
+
+def parse_welcome(body):
+    """The submitter's address, as it says it, without a scope."""
+    return parse_own_address(unpack_texts(body), "a welcome")
+
+
+def encode_hello(address, instance):
+    """The worker's first words: its address on the network it called from, and which run of cservice it is."""
+    return pack_texts([b"%d" % WIRE_VERSION, address.encode(), instance.encode()])
+
+
+def parse_hello(body):
+    """(address, instance)."""
+    texts = unpack_texts(body)
+    if len(texts) < 3:
+        raise ProtocolError("a hello cut short")
+    return parse_own_address(texts, "a hello"), texts[2].decode("ascii", "replace")
+
+
+def parse_own_address(texts, what):
+    address = parse_address(texts[1].decode("ascii", "replace")) if len(texts) > 1 else None
+    if not address or address[2]:
+        raise ProtocolError("%s without an address" % what)
+    return address[0]
+
+
+# What a job does with a descriptor: reads, writes, both; it is the terminal; it shares another one.
+IN, OUT, BOTH, TTY, ALIAS = b"r", b"w", b"b", b"t", b"="
+UPWARD, DOWNWARD = (IN, BOTH, TTY), (OUT, BOTH, TTY)
+SIGNALS = ("INT", "TERM", "HUP", "QUIT", "USR1", "USR2", "TSTP", "CONT")    # position = number on the wire
+
+
+class Job(collections.namedtuple("Job", "id descriptors names timeout terminal")):
+    """What the submitter asks for.
+
+    id: 16 hexadecimal digits.  descriptors: {number: IN, OUT, BOTH, TTY, or the lower number it shares}.
+    names: [(name, value)] as bytes.  timeout: seconds of silence that mean loss.
+    terminal: None, or what the TTY is: (rows, columns, type, {mode: number}), type and modes as bytes.
+    """
+    __slots__ = ()
+
+
+def encode_job(job):
+    descriptors = ["%d%s" % (fd, kind.decode()) if isinstance(kind, bytes) else "%d=%d" % (fd, kind)
+                   for fd, kind in sorted(job.descriptors.items())]
+    terminal = []
+    if job.terminal:
+        rows, columns, name, modes = job.terminal
+        terminal = [b"%d" % rows, b"%d" % columns, name, b" ".join(b"%s=%d" % mode for mode in sorted(modes.items()))]
+    return pack_texts([job.id.encode(), " ".join(descriptors).encode(), b"%d" % (job.timeout * 1000),
+                       pack_texts(terminal), pack_texts([name + b"=" + value for name, value in job.names])])
+
+
+def parse_job(data):
+    texts = unpack_texts(data)
+    if len(texts) < 5:
+        raise ProtocolError("a job cut short")
+    identity, descriptors, timeout, terminal, names = texts[:5]
+    if len(identity) != 16 or identity.strip(b"0123456789abcdef"):
+        raise ProtocolError("a job without a proper id")
+    names = unpack_texts(names)
+    pairs = [text.partition(b"=")[::2] for text in names]
+    for text, (name, value) in zip(names, pairs):
+        if b"=" not in text or not is_name(name) or b"\0" in value:
+            raise ProtocolError("a job with an improper NAME=VALUE")
+    terminal = _parse_terminal(unpack_texts(terminal))
+    return Job(identity.decode(), _parse_descriptors(descriptors, terminal), pairs,
+               _whole(timeout, 1, 86400000) / 1000, terminal)
+
+
+def is_name(name):
+    """Whether these bytes are an environment variable's name as POSIX shells take it."""
+    return name.isascii() and name.decode().isidentifier()
+
+
+def _whole(text, low, high):
+    if not text.isdigit() or len(text) > 10 or not low <= int(text) <= high:
+        raise ProtocolError("the number %s where %d to %d belong" % (printable(text[:20]), low, high))
+    return int(text)
+
+
+def _parse_descriptors(text, terminal):
+    result, has_terminal = {}, False
+    for entry in text.split():
+        number, kind = entry[:-1], entry[-1:]
+        if kind in (IN, OUT, BOTH) or (kind == TTY and terminal and not has_terminal):
+            fd = _whole(number, 0, DESCRIPTOR_MAX)
+            has_terminal = has_terminal or kind == TTY
+        else:
+            number, _, shared = entry.partition(ALIAS)
+            fd, kind = _whole(number, 0, DESCRIPTOR_MAX), _whole(shared, 0, DESCRIPTOR_MAX)
+            if not isinstance(result.get(kind), bytes):
+                raise ProtocolError("descriptor %d shares one that is not there" % fd)
+        if fd in result:
+            raise ProtocolError("descriptor %d twice" % fd)
+        result[fd] = kind
+    return result
+
+
+def _parse_terminal(texts):
+    if not texts:
+        return None
+    if len(texts) != 4:
+        raise ProtocolError("a terminal cut short")
+    rows, columns, name, modes = texts
+    if b"\0" in name or len(name) > 64:
+        raise ProtocolError("a terminal of an improper type")
+    pairs = [mode.partition(b"=")[::2] for mode in modes.split()]
+    return (_whole(rows, 0, 65535), _whole(columns, 0, 65535), name,
+            {mode: _whole(value, 0, 255) for mode, value in pairs})
+
+
+COUNT = struct.Struct(">Q")             # bytes of an input that the job has read, in a worker's stop
+UNKNOWN = 0xffffffffffffffff            # the worker cannot tell
+EXIT_BODY = struct.Struct(">BBHIII")    # 1 if a signal ended it; 1 if last; status or signal; ms; CPU ms; peak KiB
+EXIT_COUNT = struct.Struct(">HQ")       # input, bytes of it that the job has read
+SIGNAL_NAMES = {number.name[3:]: number for number in signal.Signals}
+
+
+class ExitReport(collections.namedtuple("ExitReport", "signalled last number milliseconds cpu peak name consumed")):
+    """How a job ended.
+
+    last: whether the worker takes no more jobs on this connection.  number: the status, or the signal's number there.
+    name: the signal's, for systems that number them otherwise.  cpu: milliseconds.  peak: KiB.
+    consumed: {descriptor: bytes of that input that the job has read, or UNKNOWN}.
+    """
+    __slots__ = ()
+
+    @property
+    def status(self):
+        """What a shell would report: the exit status, or 128 and the signal."""
+        return 128 + SIGNAL_NAMES.get(self.name, self.number) if self.signalled else self.number
+
+
+def encode_exit(report):
+    measured = [min(number, 0xffffffff) for number in report[3:6]]
+    return (EXIT_BODY.pack(report.signalled, report.last, report.number, *measured) + pack_short_texts([report.name])
+            + b"".join(EXIT_COUNT.pack(*item) for item in report.consumed.items()))
+
+
+def parse_exit(data):
+    if len(data) < EXIT_BODY.size:
+        raise ProtocolError("an exit message cut short")
+    signalled, last, number, *measured = EXIT_BODY.unpack_from(data)
+    if max(signalled, last) > 1 or not signalled <= number <= (127 if signalled else 255):
+        raise ProtocolError("an exit message of a status that does not exist")
+    (name,), at = unpack_short_texts(data, EXIT_BODY.size, 1)
+    if (len(data) - at) % EXIT_COUNT.size:
+        raise ProtocolError("an exit message cut short")
+    return ExitReport(bool(signalled), bool(last), number, *measured, name, dict(EXIT_COUNT.iter_unpack(data[at:])))
+
+
+class EscapeFilter:
+    """What a user types, on its way to the job: commands to cexec stand behind the escape character, which counts
+    only at the beginning of a line."""
+    COMMANDS = {b".": "end", b"\x1a": "suspend"}
+
+    def __init__(self, character):
+        self.character = character
+        self.fresh = True
+        self.held = False
+
+    def filter(self, data):
+        """(bytes for the job, commands)."""
+        if not self.character:
+            return data, []
+        result, commands = bytearray(), []
+        for byte in (data[i:i + 1] for i in range(len(data))):
+            if self.held:
+                self.held = False
+                if byte in self.COMMANDS:
+                    commands.append(self.COMMANDS[byte])
+                    continue
+                if byte != self.character:
+                    result += self.character
+            elif self.fresh and byte == self.character:
+                self.held = True
+                continue
+            result += byte
+            self.fresh = byte in (b"\r", b"\n")
+        return bytes(result), commands
 
 
 # ---------------------------------------------------------------- keys
@@ -963,239 +1365,9 @@ def parse_public(blocks, path):
     return Key(path, False, worker_point, client, blocks[1], blocks[2])
 
 
-# ---------------------------------------------------------------- frames
-#
-# Over TLS both sides send messages: type (1 octet), 0 (1), descriptor or number (2), length (4), then so many octets.
-
-FRAME_HEAD = struct.Struct(">BBHI")
-HEAD_SIZE = FRAME_HEAD.size
-
-
-def frame(kind, number=0, body=b""):
-    return FRAME_HEAD.pack(kind, 0, number, len(body)) + body
-
-
-def pack_texts(texts):
-    """Texts (octets), each behind its length in 4 octets."""
-    return b"".join(struct.pack(">I", len(text)) + text for text in texts)
-
-
-def unpack_texts(octets):
-    """What pack_texts packed; ProtocolError when the lengths do not add up."""
-    texts, at = [], 0
-    while at < len(octets):
-        if len(octets) - at < 4:
-            raise ProtocolError("a list cut short")
-        size, = struct.unpack_from(">I", octets, at)
-        at += 4
-        if size > len(octets) - at:
-            raise ProtocolError("a list cut short")
-        texts.append(bytes(octets[at:at + size]))
-        at += size
-    return texts
-
-
-class FrameReader:
-    """Cuts a stream of octets into messages.  Data comes out as it arrives, in views of the caller's buffer;
-    every other message comes out whole, as bytes."""
-
-    def __init__(self):
-        self.head, self.body = bytearray(), bytearray()
-        self.kind, self.number, self.left = None, 0, 0
-
-    def read(self, octets):
-        """Yields (type, number, body, octets announced): for data one or more parts, and the size only with the first
-        (an empty part of data opens each message)."""
-        view = memoryview(octets)
-        while True:
-            if self.kind is None:
-                taken = view[:HEAD_SIZE - len(self.head)]
-                self.head += taken
-                view = view[len(taken):]
-                if len(self.head) < HEAD_SIZE:
-                    return
-                self._open()
-                if self.kind == DATA:
-                    yield DATA, self.number, b"", self.left
-            part = view[:self.left]
-            view = view[len(part):]
-            self.left -= len(part)
-            if self.kind == DATA:
-                if part:
-                    yield DATA, self.number, part, 0
-            else:
-                self.body += part
-            if self.left:
-                return
-            if self.kind != DATA:
-                yield self.kind, self.number, bytes(self.body), 0
-                self.body.clear()
-            self.kind = None
-
-    def _open(self):
-        kind, zero, self.number, self.left = FRAME_HEAD.unpack(self.head)
-        self.head.clear()
-        if kind not in MESSAGE_NAMES or zero:
-            raise ProtocolError("a message of unknown type %d" % kind)
-        if self.left > (FRAME_MAX if kind == DATA else CONTROL_MAX):
-            raise ProtocolError("a %s message of %d octets" % (MESSAGE_NAMES[kind], self.left))
-        self.kind = kind
-
-
-# ---------------------------------------------------------------- the job's description
-
-SIGNALS = ("INT", "TERM", "HUP", "QUIT", "USR1", "USR2", "TSTP", "CONT")    # position = number on the wire
-
-# What a job does with a descriptor: reads, writes, both; it is the terminal; it shares another one.
-IN, OUT, BOTH, TTY, ALIAS = b"r", b"w", b"b", b"t", b"="
-UPWARD, DOWNWARD = (IN, BOTH, TTY), (OUT, BOTH, TTY)
-
-
-class Job(collections.namedtuple("Job", "id descriptors names timeout terminal")):
-    """What the submitter asks for.
-
-    id: 16 hexadecimal digits.  descriptors: {number: IN, OUT, BOTH, TTY, or the lower number it shares}.
-    names: [(name, value)] of octets.  timeout: seconds of silence that mean loss.
-    terminal: None, or what the TTY is: (rows, columns, type, {mode: number}), type and modes as octets.
-    """
-    __slots__ = ()
-
-
-def encode_job(job):
-    descriptors = ["%d%s" % (fd, kind.decode()) if isinstance(kind, bytes) else "%d=%d" % (fd, kind)
-                   for fd, kind in sorted(job.descriptors.items())]
-    terminal = []
-    if job.terminal:
-        rows, columns, name, modes = job.terminal
-        terminal = [b"%d" % rows, b"%d" % columns, name, b" ".join(b"%s=%d" % mode for mode in sorted(modes.items()))]
-    return pack_texts([job.id.encode(), " ".join(descriptors).encode(), b"%d" % (job.timeout * 1000),
-                       pack_texts(terminal), pack_texts([name + b"=" + value for name, value in job.names])])
-
-
-def parse_job(octets):
-    """The Job in a message's body; ProtocolError for any that a submitter of this program could not have sent."""
-    texts = unpack_texts(octets)
-    if len(texts) < 5:
-        raise ProtocolError("a job cut short")
-    identity, descriptors, timeout, terminal, names = texts[:5]
-    if len(identity) != 16 or identity.strip(b"0123456789abcdef"):
-        raise ProtocolError("a job without a proper id")
-    names = unpack_texts(names)
-    pairs = [text.partition(b"=")[::2] for text in names]
-    for text, (name, value) in zip(names, pairs):
-        if b"=" not in text or not is_name(name) or b"\0" in value:
-            raise ProtocolError("a job with an improper NAME=VALUE")
-    terminal = _parse_terminal(unpack_texts(terminal))
-    return Job(identity.decode(), _parse_descriptors(descriptors, terminal), pairs,
-               _whole(timeout, 1, 86400000) / 1000, terminal)
-
-
-def is_name(name):
-    """Whether these octets are an environment variable's name as POSIX shells take it."""
-    return name.isascii() and name.decode().isidentifier()
-
-
-def _whole(text, low, high):
-    if not text.isdigit() or len(text) > 10 or not low <= int(text) <= high:
-        raise ProtocolError("the number %s where %d to %d belong" % (printable(text[:20]), low, high))
-    return int(text)
-
-
-def _parse_descriptors(text, terminal):
-    result = {}
-    for entry in text.split():
-        number, kind = entry[:-1], entry[-1:]
-        if kind in (IN, OUT, BOTH) or (kind == TTY and terminal and TTY not in result.values()):
-            fd = _whole(number, 0, DESCRIPTOR_MAX)
-        else:
-            number, _, shared = entry.partition(ALIAS)
-            fd, kind = _whole(number, 0, DESCRIPTOR_MAX), _whole(shared, 0, DESCRIPTOR_MAX)
-            if not isinstance(result.get(kind), bytes):
-                raise ProtocolError("descriptor %d shares one that is not there" % fd)
-        if fd in result:
-            raise ProtocolError("descriptor %d twice" % fd)
-        result[fd] = kind
-    return result
-
-
-def _parse_terminal(texts):
-    if not texts:
-        return None
-    if len(texts) != 4:
-        raise ProtocolError("a terminal cut short")
-    rows, columns, name, modes = texts
-    if b"\0" in name or len(name) > 64:
-        raise ProtocolError("a terminal of an improper type")
-    pairs = [mode.partition(b"=")[::2] for mode in modes.split()]
-    return (_whole(rows, 0, 65535), _whole(columns, 0, 65535), name,
-            {mode: _whole(value, 0, 255) for mode, value in pairs})
-
-
-class Escapes:
-    """What a user types, on its way to the job: commands to cexec stand behind the escape character, which counts
-    only at the beginning of a line."""
-    COMMANDS = {b".": "end", b"\x1a": "suspend"}
-
-    def __init__(self, character):
-        self.character, self.fresh, self.held = character, True, False
-
-    def filter(self, octets):
-        """(octets for the job, commands)."""
-        if not self.character:
-            return octets, []
-        result, commands = bytearray(), []
-        for octet in (octets[i:i + 1] for i in range(len(octets))):
-            if self.held:
-                self.held = False
-                if octet in self.COMMANDS:
-                    commands.append(self.COMMANDS[octet])
-                    continue
-                if octet != self.character:
-                    result += self.character
-            elif self.fresh and octet == self.character:
-                self.held = True
-                continue
-            result += octet
-            self.fresh = octet in (b"\r", b"\n")
-        return bytes(result), commands
-
-
-EXIT_BODY = struct.Struct(">BHIII")     # 1 if a signal ended it; status or signal; milliseconds; CPU ms; peak KiB
-
-
-class Ended(collections.namedtuple("Ended", "signalled number milliseconds cpu peak name")):
-    """How the job ended.  name: the signal's, for systems that number them otherwise."""
-    __slots__ = ()
-
-    @property
-    def status(self):
-        """What a shell would report: the exit status, or 128 and the signal."""
-        if not self.signalled:
-            return self.number
-        return 128 + getattr(signal, "SIG" + self.name, self.number) if self.name in SIGNAL_NAMES else 128 + self.number
-
-
-SIGNAL_NAMES = {number.name[3:]: number for number in signal.Signals}
-
-
-def encode_exit(ended):
-    measured = [min(number, 0xffffffff) for number in ended[2:5]]
-    return EXIT_BODY.pack(ended.signalled, ended.number, *measured) + ended.name.encode()
-
-
-def parse_exit(octets):
-    if len(octets) < EXIT_BODY.size:
-        raise ProtocolError("an exit message cut short")
-    fields = EXIT_BODY.unpack_from(octets)
-    name = octets[EXIT_BODY.size:].decode("ascii", "replace")
-    if fields[0] > 1 or not fields[0] <= fields[1] <= (127 if fields[0] else 255):
-        raise ProtocolError("an exit message of a status that does not exist")
-    return Ended(*fields, name)
-
-
 # ---------------------------------------------------------------- session
 #
-# Pure: octets and times in, events and octets out.  A session has a phase; a message moves it along the table, and
+# Pure: bytes and times in, events and bytes out.  A session has a phase; a message moves it along the table, and
 # a message that has no entry for the role and the phase is an error.  In the phases STARTING and RUNNING each
 # descriptor has up to two streams, which open, stop and end each by itself.
 
@@ -1235,7 +1407,7 @@ class Stream:
 
     def __init__(self):
         self.state = "open"
-        self.credit = WINDOW_START      # octets that may still be sent
+        self.credit = WINDOW_START      # bytes that may still be sent
         self.window = WINDOW_START      # receiver: credit given out in all when everything is consumed
         self.returned = 0               # receiver: consumed, not yet given back
         self.stamp = 0.0                # receiver: when credit was last given back
@@ -1244,7 +1416,7 @@ class Stream:
 class Session:
     """One job's conversation, one side of it.
 
-    receive(octets, now) yields events (type, number, body); what must go to the peer gathers in `outbox`.
+    receive(bytes, now) yields events (type, number, body); what must go to the peer gathers in `outbox`.
     now is monotonic seconds.  After ProtocolError the session is OVER.
     """
 
@@ -1255,10 +1427,10 @@ class Session:
         self.heard, self.pinged, self.ticked, self.round_trip, self.paused = now, now, now, None, False
 
     # -- from the peer
-    def receive(self, octets, now):
+    def receive(self, data, now):
         self.heard = now
         try:
-            for kind, number, body, size in self.reader.read(octets):
+            for kind, number, body, size in self.reader.read(data):
                 phase = PHASES.get((self.role, self.phase, kind))
                 if phase is None:
                     raise ProtocolError("a %s message to a %s in phase %s" % (
@@ -1317,7 +1489,7 @@ class Session:
     def _credit(self, kind, number, body, size, now):
         stream = self._stream(self.sending, number)
         if len(body) != 4:
-            raise ProtocolError("a credit message of %d octets" % len(body))
+            raise ProtocolError("a credit message of %d bytes" % len(body))
         stream.credit += struct.unpack(">I", body)[0]
         if stream.credit > WINDOW_MAX:
             raise ProtocolError("credit beyond %d on descriptor %d" % (WINDOW_MAX, number))
@@ -1332,7 +1504,7 @@ class Session:
 
     def _window(self, kind, number, body, size, now):
         if len(body) != 4:
-            raise ProtocolError("a window message of %d octets" % len(body))
+            raise ProtocolError("a window message of %d bytes" % len(body))
         return WINDOW, number, struct.unpack(">HH", body)
 
     def _ping(self, kind, number, body, size, now):
@@ -1362,11 +1534,11 @@ class Session:
 
     def hello(self, address, instance):
         """The worker's first words: its address on the network it called from, and which run of cservice it is."""
-        self.outbox += frame(HELLO, 0, pack_texts([b"%d" % WIRE_VERSION, address.encode(), instance.encode()]))
+        self.outbox += frame(HELLO, 0, encode_hello(address, instance))
 
     def offer(self, job, address):
         """The submitter's choice falls on this worker."""
-        self.outbox += frame(WELCOME, 0, pack_texts([b"%d" % WIRE_VERSION, address.encode()]))
+        self.outbox += frame(WELCOME, 0, encode_welcome(address))
         self.outbox += frame(JOB, 0, encode_job(job))
         self.open_streams(job.descriptors)
         self.phase = OFFERED
@@ -1403,12 +1575,12 @@ class Session:
         self.outbox += frame(PING, 0, struct.pack(">d", now))
 
     def may_send(self, number):
-        """How many octets of data the peer takes on this descriptor now."""
+        """How many bytes of data the peer takes on this descriptor now."""
         stream = self.sending[number]
         return min(stream.credit, FRAME_MAX) if stream.state == "open" else 0
 
     def data(self, buffer, at, number, size):
-        """Writes the header of a data message into the buffer; its `size` octets follow there already."""
+        """Writes the header of a data message into the buffer; its `size` bytes follow there already."""
         self.sending[number].credit -= size
         FRAME_HEAD.pack_into(buffer, at, DATA, 0, number, size)
 
@@ -1481,8 +1653,8 @@ SPEAK_GAP = 0.3         # holds and takens closer together than this tell nothin
 LOAD_LAG = 5000.0       # the outside load is smoothed over this time
 PENALTY = 3.0           # added to the cost of a ratted-out worker: any other goes first, a lone one still serves
 PER_SOURCE = 128        # announcements remembered for one submitting host, the oldest jobs first
-CALLS_MOST = 1024       # and in all; each event looks through them, which takes a tenth of a millisecond at worst
-SPENT_MOST = 1024       # nonces that get no second connection
+PENDING_MOST = 1024       # and in all; each event looks through them, which takes a tenth of a millisecond at worst
+ANSWERED_MOST = 1024       # nonces that get no second connection
 FORGET = 2.5            # a waiting submitter not heard for so many of its intervals is gone
 INTERVAL_RANGE = (40.0, 10000.0)
 CONNECT_GAP = 1.0       # connections per worker: a thousand in a second, so that nobody can use workers as a hammer
@@ -1502,7 +1674,6 @@ CROWDED = 2.0           # more than two connections are too many: the offset ris
 
 SERVED, LEARNT = 1 << 40, 1 << 41   # beyond any attempt: the announcement is over; and its offset has been used
 
-Bid = collections.namedtuple("Bid", "nonce cost offset waited queued")
 
 
 def clamp(value, low, high):
@@ -1510,16 +1681,16 @@ def clamp(value, low, high):
     return min(value, high) if value >= low else low
 
 
-class Call:
+class PendingAnnouncement:
     """One announcement as one worker remembers it."""
-    __slots__ = "nonce source attempt since until base luck cost wait fire queued".split()
+    __slots__ = "nonce source attempt since until base jitter cost wait fire queued".split()
 
     def __init__(self, nonce, source, since):
         self.nonce, self.source, self.since = nonce, source, since
         self.queued = False
 
 
-class Bidder:
+class Responder:
     """When one worker answers which announcement.
 
     slots, cores: jobs at once, processors; speed: 1.0 is usual; uniform() returns a number in (0, 1];
@@ -1529,13 +1700,13 @@ class Bidder:
         self.slots, self.cores, self.speed, self.uniform, self.boost = slots, cores, speed, uniform, boost
         self.running = 0
         self.calls = collections.OrderedDict()      # nonce -> Call, the least recently heard first
-        self.spent = collections.OrderedDict()      # nonce -> the last attempt that gets no answer any more
-        self.bids = {}                              # nonce -> attempt, for connections under way
+        self.answered = collections.OrderedDict()      # nonce -> the last attempt that gets no answer any more
+        self.answers = {}                              # nonce -> attempt, for connections under way
         self.offset = OFFSET_UNSET + PER_COST * math.log(speed)
         self.offset_high = self.offset_at = None
         self.outside, self.outside_at = 0.0, None
         self.penalty_until = -math.inf
-        self.paced = -math.inf
+        self.next_connect_at = -math.inf
 
     def load(self, now, outside):
         """Take one sample of how many processes, the own jobs left out, want a processor."""
@@ -1549,12 +1720,12 @@ class Bidder:
 
     def announced(self, now, nonce, source, attempt, waited, interval):
         """Heard an announcement: attempt counts from 0; its submitter has waited so long, repeats after interval."""
-        if nonce in self.bids or attempt <= self.spent.get(nonce, -1):
+        if nonce in self.answers or attempt <= self.answered.get(nonce, -1):
             return
         call = self.calls.get(nonce)
         if call is None:
             self._make_room(now, source)
-            call = self.calls[nonce] = Call(nonce, source, now - clamp(waited, 0.0, 1e9))
+            call = self.calls[nonce] = PendingAnnouncement(nonce, source, now - clamp(waited, 0.0, 1e9))
             self._rise_when_quiet(now)
             self._wait(now, now, call)
         elif attempt <= call.attempt:
@@ -1578,30 +1749,30 @@ class Bidder:
         """The job has found its worker; offset: the shared offset from now on, or None."""
         self.calls.pop(nonce, None)
         usable = offset is not None and offset == offset
-        if usable and self.spent.get(nonce) != LEARNT:
+        if usable and self.answered.get(nonce) != LEARNT:
             self._learn(now, clamp(offset, *OFFSET_RANGE))
         self._spend(nonce, LEARNT if usable else SERVED)
 
     def due(self, now):
         """The connections to make now. Each has reserved a slot until won and freed, or lost."""
         full = self.running >= self.slots
-        ripe = [call for call in self.calls.values() if call.fire <= now and not (full and call.queued)]
-        self.paced = max(self.paced, now - CONNECT_BURST * CONNECT_GAP)
-        bids = []
-        for call in sorted(ripe, key=lambda call: call.since):
+        expired = [call for call in self.calls.values() if call.fire <= now and not (full and call.queued)]
+        self.next_connect_at = max(self.next_connect_at, now - CONNECT_BURST * CONNECT_GAP)
+        answers = []
+        for call in sorted(expired, key=lambda call: call.since):
             if call.until <= now:
                 del self.calls[call.nonce]
             elif self.running >= self.slots:
                 call.queued = True
-            elif self.paced <= now and (call.queued or self._settled(now, call)):
-                bids.append(self._bid(call))
-        return bids
+            elif self.next_connect_at <= now and (call.queued or self._settled(now, call)):
+                answers.append(self._answer(call))
+        return answers
 
     def next_due(self):
         """When to ask due() again, or None."""
         full = self.running >= self.slots
         times = [call.fire for call in self.calls.values() if not (full and call.queued)]
-        return max(min(times), self.paced) if times else None
+        return max(min(times), self.next_connect_at) if times else None
 
     def won(self, nonce):
         """The connection for nonce has become a job, which keeps the slot until freed()."""
@@ -1625,11 +1796,11 @@ class Bidder:
     def _delay(self, call):
         if self.boost is not None:
             return self.boost / 1000.0
-        return max(0.0, self.offset + PER_COST * call.cost + call.luck)
+        return max(0.0, self.offset + PER_COST * call.cost + call.jitter)
 
     def _wait(self, now, base, call):
         """Set the timer of call: a fresh wait that begins at base."""
-        call.luck = CHANCE * math.log(self.uniform())
+        call.jitter = CHANCE * math.log(self.uniform())
         call.base, call.cost = base, self._cost(now)
         call.wait = self._delay(call)
         call.fire = base + call.wait
@@ -1641,22 +1812,22 @@ class Bidder:
         call.fire = call.base + call.wait
         return call.fire <= now + SETTLED
 
-    def _bid(self, call):
+    def _answer(self, call):
         del self.calls[call.nonce]
-        self.bids[call.nonce] = call.attempt
+        self.answers[call.nonce] = call.attempt
         self.running += 1
-        self.paced += CONNECT_GAP
+        self.next_connect_at += CONNECT_GAP
         waited = 0.0 if self.boost is not None else call.wait   # a fixed wait says nothing about the offset
-        return Bid(call.nonce, call.cost, self.offset, waited, call.queued)
+        return Answer(call.nonce, call.cost, self.offset, waited, call.queued)
 
     def _close(self, nonce, attempt):
         """The connection is over. A later attempt may be answered again: the submitter is still looking."""
-        self._spend(nonce, max(attempt, self.bids.pop(nonce)))
+        self._spend(nonce, max(attempt, self.answers.pop(nonce)))
 
     def _spend(self, nonce, attempt):
-        self.spent[nonce] = max(attempt, self.spent.get(nonce, 0))
-        if len(self.spent) > SPENT_MOST:
-            self.spent.popitem(last=False)
+        self.answered[nonce] = max(attempt, self.answered.get(nonce, 0))
+        if len(self.answered) > ANSWERED_MOST:
+            self.answered.popitem(last=False)
 
     def _make_room(self, now, source):
         """Before one more announcement of source: those that are gone or young go first."""
@@ -1666,7 +1837,7 @@ class Bidder:
         if len(same) >= PER_SOURCE:
             last = max(same, key=lambda call: (call.until <= now, call.since))
             del self.calls[last.nonce]
-        elif len(self.calls) >= CALLS_MOST:
+        elif len(self.calls) >= PENDING_MOST:
             self.calls.popitem(last=False)
 
     def _rise_when_quiet(self, now):
@@ -1689,7 +1860,7 @@ class Candidate:
         self.began, self.good = None, False
 
 
-class Chooser:
+class Selection:
     """Which of the workers that connect gets one job, and what the cluster is told.
 
     Call poll() after every event and when next_due() has come, also for a while after the choice."""
@@ -1919,13 +2090,13 @@ class Loop:
         if not events:
             self.poll.unregister(fd)
 
-    def at(self, when, callback):
+    def call_at(self, when, callback):
         timer = Timer(when, callback)
         heapq.heappush(self.timers, timer)
         return timer
 
-    def later(self, seconds, callback):
-        return self.at(time.monotonic() + seconds, callback)
+    def call_later(self, seconds, callback):
+        return self.call_at(time.monotonic() + seconds, callback)
 
     def on_signal(self, number, callback):
         """callback(number) in the loop for every delivery of the signal; None restores what was there before."""
@@ -1941,7 +2112,7 @@ class Loop:
         self.signals[number] = callback
         signal.signal(number, self._signalled)
 
-    def heed(self, number, callback):
+    def on_signal_unless_ignored(self, number, callback):
         """As on_signal, unless the signal has been ignored from the start: nohup and the shells mean that."""
         if signal.getsignal(number) is not signal.SIG_IGN:
             self.on_signal(number, callback)
@@ -1949,7 +2120,7 @@ class Loop:
     def _signalled(self, number, frame):
         self.calls.append(lambda: self.signals[number](number) if number in self.signals else None)
 
-    def soon(self, callback):
+    def call_soon_threadsafe(self, callback):
         """From any thread: calls back in the loop's thread."""
         self.calls.append(callback)
         try:
@@ -2036,7 +2207,7 @@ TRUNCATED = int(socket.MSG_TRUNC)                   # the enumeration's own arit
 PKTINFO = struct.Struct("@i4s4s")       # interface, source address, -
 PKTINFO6 = struct.Struct("@16sI")       # source address, interface
 HOPS = 31                   # multicast: across a campus, not across the world
-RECEIVE_BUFFER = 1 << 20    # octets the kernel may keep for us, if its own limit lets it: a burst of 1,000 datagrams
+RECEIVE_BUFFER = 1 << 20    # bytes the kernel may keep for us, if its own limit lets it: a burst of 1,000 datagrams
 REJECTS_MAX = 64            # unwanted datagrams passed over in one call: a flood of them must not hold the loop
 REFRESH_PAUSE = 1.0         # seconds between two looks at the interfaces that failed sends ask for
 BACKLOG = 512               # connections the kernel keeps while we are busy: a cold cluster's first answers
@@ -2267,13 +2438,13 @@ class GroupSocket:
         return None
 
     # -- sending
-    def send(self, octets):
+    def send(self, data):
         """Sends one datagram to the group out of every interface in use.  Returns the problems, one text for each
         interface that failed; it reached nobody when there are as many as were tried."""
         self.tried, problems = [interface.name if interface else "" for interface in self.targets], []
         for interface in self.targets:
             try:
-                self._send(octets, interface)
+                self._send(data, interface)
             except OSError as error:
                 problems.append("%s%s" % (interface.name + ": " if interface else "", reason_of(error)))
         if not self.targets:
@@ -2282,7 +2453,7 @@ class GroupSocket:
             self.refresh()
         return problems
 
-    def _send(self, octets, interface):
+    def _send(self, data, interface):
         group, index = self.group, interface.index if interface else 0
         if group.family == socket.AF_INET6:
             place = (group.address, group.port, 0, index)
@@ -2294,7 +2465,7 @@ class GroupSocket:
             note = (socket.IPPROTO_IP, IP_PKTINFO, PKTINFO.pack(index, source, bytes(4)))
         if interface and not LINUX:
             note = self._steer(index)
-        self.socket.sendmsg([octets], [note] if interface and note else [], 0, place)
+        self.socket.sendmsg([data], [note] if interface and note else [], 0, place)
 
     def _steer(self, index):
         """Names the interface for the next datagram where no note beside the datagram can."""
@@ -2309,11 +2480,11 @@ class GroupSocket:
 
     # -- hearing
     def receive(self):
-        """The next datagram, as (octets, source address as the kernel gives it, interface number); None when there is
+        """The next datagram, as (bytes, source address as the kernel gives it, interface number); None when there is
         no more for now.  Passes over what is too long, came in by another device, or is only news of an error."""
         for _ in range(REJECTS_MAX):
             try:
-                octets, notes, flags, source = self.socket.recvmsg(DATAGRAM_MAX, 128)
+                data, notes, flags, source = self.socket.recvmsg(DATAGRAM_MAX, 128)
             except BlockingIOError:
                 return None
             except OSError:
@@ -2322,7 +2493,7 @@ class GroupSocket:
             # This host's own datagrams to one of its own addresses pass through loopback, whatever the device.
             here = not self.group.only or index == self.index or index in self.loopback_indexes
             if here and not flags & TRUNCATED:
-                return octets, source, index
+                return data, source, index
         return None
 
     def _note(self, notes):
@@ -2358,8 +2529,8 @@ class GroupSocket:
 
 
 def datagram_filter(key_id, kinds):
-    """The octets of a socket filter for pass_only (classic BPF, see the kernel's networking/filter).  Loads count from
-    the UDP header, 8 octets before the datagram; one beyond the end rejects it."""
+    """The bytes of a socket filter for pass_only (classic BPF, see the kernel's networking/filter).  Loads count from
+    the UDP header, 8 bytes before the datagram; one beyond the end rejects it."""
     conditions = len(kinds)
     reject, accept = 7 + conditions, 8 + conditions     # positions; a jump counts from the instruction behind it
     program = [(LOAD_WORD, 0, 0, 8), (JUMP_EQUAL, 0, reject - 2, int.from_bytes(MAGIC, "big")),
@@ -2554,7 +2725,7 @@ def enlarge_pipe(fd):
 
 
 class Source:
-    """Something to read.  read_into(view) returns octets read, 0 at the end, or None when there is nothing now and
+    """Something to read.  read_into(view) returns bytes read, 0 at the end, or None when there is nothing now and
     `ready` will be called once there is."""
 
     def __init__(self, loop, fd, ready):
@@ -2640,7 +2811,7 @@ class ThreadSource(Source):
             self.wanted.acquire()
             if self.closed:
                 return
-            self.loop.soon(lambda result=self._fetch(): self._arrived(result))
+            self.loop.call_soon_threadsafe(lambda result=self._fetch(): self._arrived(result))
 
     def _fetch(self):
         while True:
@@ -2704,7 +2875,7 @@ def open_source(loop, fd, ready):
 
 class Sink:
     """Something to write to.  feed(view) takes data (the view only until it returns, unless it is large);
-    consumed(n) is called when octets have left this process, failed(error) once when nobody takes any more.
+    consumed(n) is called when bytes have left this process, failed(error) once when nobody takes any more.
     finish() ends it behind what is still queued, then calls finished()."""
     KEEP = 1 << 16          # a view at least this long is kept, a shorter one copied: it would pin a whole buffer
 
@@ -2874,7 +3045,7 @@ class ThreadSink(Sink):
             view = items.popleft()
             if view is None:
                 return
-            self.loop.soon(lambda error=self._write_all(view): self._written(error))
+            self.loop.call_soon_threadsafe(lambda error=self._write_all(view): self._written(error))
 
     def _write_all(self, view):
         view = memoryview(view)
@@ -2921,8 +3092,8 @@ def open_sink(loop, fd, *calls):
 
 # ---------------------------------------------------------------- carrier
 
-class Carrier:
-    """Moves octets between one TLS connection, its session and the local descriptors, in both directions.
+class Channel:
+    """Moves bytes between one TLS connection, its session and the local descriptors, in both directions.
 
     on_event(type, number, body) hears what the session does not settle by itself; on_lost(words) is called once when
     the connection ends before the session is over.
@@ -2940,10 +3111,10 @@ class Carrier:
         self.sources, self.ready, self.sinks = {}, collections.deque(), {}
         self.on_flushed, self.closed, self.filling, self.blocked, self.processing = None, False, False, False, False
         self.sent_total = self.received_total = 0
-        self.timer = loop.later(0, self.tick)       # nothing is sent before the owner has what the events may need
+        self.timer = loop.call_later(0, self.tick)       # nothing is sent before the owner has what the events may need
         connection.setblocking(False)
         loop.watch(self.fd, read=self.readable)
-        loop.soon(self.readable)        # the handshake may have decrypted more than its own
+        loop.call_soon_threadsafe(self.readable)        # the handshake may have decrypted more than its own
 
     # -- descriptors
     def add_source(self, number, source):
@@ -2981,7 +3152,7 @@ class Carrier:
             pass
         except (OSError, ValueError):
             self.blocked = True         # nothing goes out any more; what came in before the end is still heard
-            self.loop.soon(self.readable)
+            self.loop.call_soon_threadsafe(self.readable)
             return
         self.blocked = True
         self.loop.watch(self.fd, read=self.readable, write=self._writable)
@@ -3088,12 +3259,12 @@ class Carrier:
                     self.lost(verdict)
                 break
         else:
-            self.loop.soon(self.readable)       # what TLS holds decrypted wakes no select
+            self.loop.call_soon_threadsafe(self.readable)       # what TLS holds decrypted wakes no select
         if not self.closed:
             self.flush()
 
     def _receive(self):
-        """(octets read, None for more to come, "" for nothing more now, or the words of a lost connection)."""
+        """(bytes read, None for more to come, "" for nothing more now, or the words of a lost connection)."""
         filled = 0
         try:
             while filled < BUFFER:
@@ -3142,7 +3313,7 @@ class Carrier:
             self.lost("silent for %g seconds" % self.session.timeout)
             return
         self.flush()
-        self.timer = self.loop.at(now + max(self.TICK, min(15, self.session.timeout / 8)), self.tick)
+        self.timer = self.loop.call_at(now + max(self.TICK, min(15, self.session.timeout / 8)), self.tick)
 
     def lost(self, words):
         if not self.closed:
@@ -3311,7 +3482,7 @@ def session_groups(leader):
     return groups
 
 
-class GroupEnd:
+class GroupKill:
     """Ends a job's session, the whole of it or only its leader's group: TERM (and CONT, for the stopped), then KILL
     after a grace; then calls done(), once.  It must have found nobody twice: a look at /proc takes a while, and may
     miss who is just being born."""
@@ -3321,7 +3492,7 @@ class GroupEnd:
         self.loop, self.leader, self.done, self.reap, self.whole = loop, leader, done, reap, whole
         self.deadline, self.killed, self.seen = time.monotonic() + KILL_GRACE, False, True
         self.send(signal.SIGTERM, signal.SIGHUP, signal.SIGCONT)
-        loop.soon(self._look)
+        loop.call_soon_threadsafe(self._look)
 
     def send(self, *numbers):
         """Sends the signals to every group; returns whether there was any process."""
@@ -3341,7 +3512,7 @@ class GroupEnd:
             return
         if late >= 0 and not self.killed:
             self.kill()
-        self.loop.later(self.LOOK, self._look)
+        self.loop.call_later(self.LOOK, self._look)
 
     def kill(self):
         self.killed = True
@@ -3462,11 +3633,11 @@ class LocalTerminal:
             return error.errno == errno.ENOTTY
 
 
-class Keyboard:
+class EscapeSource:
     """A source: what the user types, less the commands to cexec, which go to on_command(name)."""
 
     def __init__(self, loop, fd, ready, character, on_command):
-        self.live, self.escapes, self.on_command = open_source(loop, fd, ready), Escapes(character), on_command
+        self.live, self.escapes, self.on_command = open_source(loop, fd, ready), EscapeFilter(character), on_command
         self.buffer, self.touched = b"", False
 
     def read_into(self, view):
@@ -3478,7 +3649,7 @@ class Keyboard:
             self.touched = True
             self.buffer, commands = self.escapes.filter(bytes(part[:size]))
             for command in commands:
-                self.live.loop.soon(lambda command=command: self.on_command(command))
+                self.live.loop.call_soon_threadsafe(lambda command=command: self.on_command(command))
         size = min(len(view), len(self.buffer))
         view[:size], self.buffer = self.buffer[:size], self.buffer[size:]
         return size
@@ -3504,40 +3675,40 @@ class Keyboard:
 
 # ---------------------------------------------------------------- cexec
 
-class Caller:
+class WorkerConnection:
     """A connection that came in after an announcement: a worker, if it can show it.
 
-    It says its preamble in plain, waits for the octet GO, and shows the rest of itself in TLS.
+    It says its preamble in plain, waits for the byte GO, and shows the rest of itself in TLS.
     """
     PATIENCE = 10.0         # seconds for everything up to the worker's hello
 
     def __init__(self, search, connection, address):
         self.search, self.loop, self.address = search, search.loop, address[0]
-        self.connection, self.octets, self.session, self.closed, self.known = connection, b"", None, False, False
+        self.connection, self.data, self.session, self.closed, self.known = connection, b"", None, False, False
         self.name = self.address        # until it has said its own in TLS
         connection.setblocking(False)
-        self.timer = self.loop.later(self.PATIENCE, lambda: self.close("silent in the handshake"))
+        self.timer = self.loop.call_later(self.PATIENCE, lambda: self.close("silent in the handshake"))
         self.loop.watch(connection.fileno(), read=self._preamble)
 
     def _preamble(self):
         try:
-            part = self.connection.recv(PREAMBLE_SIZE - len(self.octets))
+            part = self.connection.recv(PREAMBLE_SIZE - len(self.data))
         except BlockingIOError:
             return
         except OSError as error:
             return self.close(reason_of(error))
-        self.octets += part
+        self.data += part
         if not part:
             return self.close("closed before it said who it was")
-        if len(self.octets) < PREAMBLE_SIZE and self.octets[:4] == MAGIC[:len(self.octets)]:
+        if len(self.data) < PREAMBLE_SIZE and self.data[:4] == MAGIC[:len(self.data)]:
             return
         try:
-            offer = parse_preamble(self.search.key.udp, self.search.nonce, self.octets)
+            offer, _ = parse_preamble(self.search.key.udp, self.search.nonce, self.data)
         except ProtocolError as error:
             return self.close(str(error))
         self.known = True
         self.loop.watch(self.connection.fileno(), read=self._too_early)
-        self.search.connected(self, offer)
+        self.search.connected(self, offer[1:])
 
     def _too_early(self):
         """Nothing may come before GO but the end."""
@@ -3554,7 +3725,7 @@ class Caller:
         self.loop.watch(self.connection.fileno())
         try:
             tune(self.connection)
-            self.connection.send(GO)        # while the worker makes ready, so does this side
+            self.connection.send(encode_go(self.search.key.udp, self.data))   # while the worker makes ready, so does this side
             self.connection = self.search.context().wrap_socket(
                 self.connection, server_side=True, do_handshake_on_connect=False)
         except (OSError, ValueError) as error:
@@ -3579,12 +3750,12 @@ class Caller:
     def _hello(self):
         """Reads up to the worker's hello, which also proves that its process is awake."""
         try:
-            octets = self.connection.recv(CONTROL_MAX)
+            data = self.connection.recv(CONTROL_MAX)
             # All of it before the job is offered: nothing may follow the hello unasked.
-            for kind, _, body in list(self.session.receive(octets, time.monotonic())):
+            for kind, _, body in list(self.session.receive(data, time.monotonic())):
                 if kind == HELLO:
                     self._authenticated(body)
-            if not octets:
+            if not data:
                 self.close("closed in the handshake")
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             pass
@@ -3594,13 +3765,7 @@ class Caller:
             self.close("protocol broken: %s" % error)
 
     def _authenticated(self, body):
-        texts = unpack_texts(body)
-        if len(texts) < 3:
-            raise ProtocolError("a hello cut short")
-        try:
-            self.name, self.instance = numeric_address(texts[1].decode("ascii", "replace")), texts[2]
-        except ValueError:
-            raise ProtocolError("a hello without an address") from None
+        self.name, self.instance = parse_hello(body)
         if not self.search.wanted(self.address, self.name):
             self.close("excluded by CEXEC_ACCEPT_SERVER or CEXEC_REJECT_SERVERS")
         elif self.instance in self.search.avoid:
@@ -3625,11 +3790,10 @@ class Caller:
         self.search.gone(self, why)
 
 
-GO = b"G"
-CALLERS_MAX = 256           # connections at once at a submitter's port; a stranger's flood ends there
+CONNECTIONS_MAX = 256           # connections at once at a submitter's port; a stranger's flood ends there
 
 
-class Search:
+class Discovery:
     """One round of looking for a worker: announcement, candidates, choice.  on_found(caller) is called once."""
     IDLE = 0.01             # seconds: when nobody has come by then, there is time to prepare the channel
 
@@ -3637,7 +3801,7 @@ class Search:
         self.loop, self.key, self.settings, self.avoid, self.on_found = loop, key, settings, avoid, on_found
         self.nonce, self.sequence, self.problems, self.reasons = os.urandom(8), collections.Counter(), [], {}
         self.callers, self.found, self.tls = {}, None, None     # callers in the order of arrival
-        self.chooser = Chooser(now_ms(), uniform)
+        self.chooser = Selection(now_ms(), uniform)
         self.group = GroupSocket(settings.group, listen=False)
         try:
             self.listener = open_listener(settings.group, settings.listen_ports)
@@ -3647,7 +3811,7 @@ class Search:
         self.port = self.listener.getsockname()[1]
         self.timer = None
         loop.watch(self.listener.fileno(), read=self._accept)
-        loop.later(self.IDLE, self.context)
+        loop.call_later(self.IDLE, self.context)
         self._act()
 
     def context(self):
@@ -3667,12 +3831,12 @@ class Search:
             if not self.wanted(address[0]) or not self._make_room():
                 connection.close()
                 continue
-            self.callers[Caller(self, connection, address)] = None
+            self.callers[WorkerConnection(self, connection, address)] = None
         self._act()
 
     def _make_room(self):
         """A worker says who it is within a round trip, so whoever has waited longest without a word goes first."""
-        if len(self.callers) >= CALLERS_MAX:
+        if len(self.callers) >= CONNECTIONS_MAX:
             stranger = next((caller for caller in self.callers if not caller.known), None)
             if stranger is None:
                 return False
@@ -3682,7 +3846,7 @@ class Search:
     def _pause_accepting(self):
         """Out of descriptors: the connections wait in the backlog until some of ours have ended."""
         self.loop.watch(self.listener.fileno())
-        self.loop.later(0.1, lambda: self.group and self.loop.watch(self.listener.fileno(), read=self._accept))
+        self.loop.call_later(0.1, lambda: self.group and self.loop.watch(self.listener.fileno(), read=self._accept))
 
     def wanted(self, address, name=None):
         """Whether a worker may be used.  name: its own address, which differs from the connection's behind a proxy."""
@@ -3718,7 +3882,7 @@ class Search:
         if self.timer:
             self.timer.cancel()
         due = self.chooser.next_due()
-        self.timer = self.loop.at(due / 1000, self._act) if due is not None else None
+        self.timer = self.loop.call_at(due / 1000, self._act) if due is not None else None
 
     def again(self):
         """Announces now instead of when the timetable says."""
@@ -3727,14 +3891,14 @@ class Search:
             self._act()
 
     def _do_announce(self, attempt, waited, interval):
-        body = ANNOUNCE_BODY.pack(min(attempt, 65535), int(min(waited, 1 << 31)), int(interval))
+        body = encode_announcement(Announcement(attempt, waited, interval, 0, bytes(8)))
         self.send(ANNOUNCE, body, self.port)
 
     def _do_hold(self, milliseconds):
-        self.send(HOLD, HOLD_BODY.pack(int(milliseconds)))
+        self.send(HOLD, encode_hold(milliseconds))
 
     def _do_taken(self, offset):
-        self.send(TAKEN, TAKEN_BODY.pack(float("nan") if offset is None else offset))
+        self.send(TAKEN, encode_taken(offset))
 
     def _do_handshake(self, caller):
         caller.handshake()
@@ -3775,7 +3939,7 @@ def uniform():
     return (int.from_bytes(os.urandom(7), "big") + 1) / (1 << 56)
 
 
-class Tape:
+class ReplayableSource:
     """A source that can start again: a file by seeking, anything else by remembering what was read, up to a cap.
 
     Until a worker has accepted the job all is remembered, which the first window bounds: a refusal loses nothing.
@@ -3839,7 +4003,7 @@ class Tape:
         return self.store
 
     def accepted(self, cap):
-        """From now on up to cap octets are remembered; None for nothing."""
+        """From now on up to cap bytes are remembered; None for nothing."""
         self.cap = cap or 0
         if cap is None or self.length > self.cap:
             self.forget()
@@ -3879,7 +4043,7 @@ class Submission:
     on_done(status, failure) is called once; failure is None when the status is the job's own.
     """
     START_PATIENCE = 1.0    # seconds from the offer to the job's start; doubled with each attempt
-    TERMINAL_MAX = 2048     # octets kept free in the job message for a terminal's description
+    TERMINAL_MAX = 2048     # bytes kept free in the job message for a terminal's description
     SIGNAL_GRACE = 10.0     # seconds a job has after INT or TERM
     AVOID = 0.25            # seconds that a worker which failed the job is passed over, doubled with each attempt
 
@@ -3889,13 +4053,13 @@ class Submission:
         self.attempts, self.avoid, self.refusals, self.committed, self.done = 0, set(), {}, False, False
         self.alert = None           # the last one sent
         self.patience_from = time.monotonic()
-        self.search = self.carrier = self.caller = self.exit = None
-        self.tapes, self.sinks, self.locals, self.owned = {}, {}, {}, {}
-        self.finished_tapes, self.finished_sinks = set(), set()
+        self.search = self.channel = self.caller = self.exit = None
+        self.inputs, self.sinks, self.locals, self.owned = {}, {}, {}, {}
+        self.finished_inputs, self.finished_sinks = set(), set()
         self.deadline, self.signalled, self.signals_waiting = None, None, []
         size = len(encode_job(Job(self.id, descriptors, names, 1, None)))
         if size > CONTROL_MAX - self.TERMINAL_MAX:
-            raise Failure("NAME=VALUE", "%d octets in all, at most %d go along" % (
+            raise Failure("NAME=VALUE", "%d bytes in all, at most %d go along" % (
                               size, CONTROL_MAX - self.TERMINAL_MAX),
                           "send what is long through a descriptor", EXIT_USAGE)
         self._open_local()
@@ -3911,7 +4075,7 @@ class Submission:
             if kind == TTY:
                 self._open_terminal(fd)
             if kind in (IN, BOTH):
-                self.tapes[fd] = Tape(self.loop, fd, lambda fd=fd: self._source_ready(fd))
+                self.inputs[fd] = ReplayableSource(self.loop, fd, lambda fd=fd: self._source_ready(fd))
             if kind in (OUT, BOTH):
                 self._open_sink(fd, self._own(fd) if kind == BOTH else fd)
 
@@ -3927,7 +4091,7 @@ class Submission:
     def _open_terminal(self, fd):
         terminal = self.terminal
         if terminal.reading is not None:
-            self.tapes[fd] = Keyboard(self.loop, terminal.reading, lambda: self._source_ready(fd),
+            self.inputs[fd] = EscapeSource(self.loop, terminal.reading, lambda: self._source_ready(fd),
                                       self.settings.escape if terminal.tty is not None else b"", self._command)
         if terminal.writing is None:
             terminal.writing = os.open("/dev/tty" if terminal.tty is not None else os.devnull, os.O_WRONLY)
@@ -3941,26 +4105,26 @@ class Submission:
             suspend(self, self.terminal, signal.SIGTSTP, 0)     # the whole foreground group, as the key does elsewhere
 
     def _source_ready(self, fd):
-        if self.carrier:
-            self.carrier.source_ready(fd)
+        if self.channel:
+            self.channel.source_ready(fd)
 
     def _consumed(self, fd, size):
-        if self.carrier and not self.carrier.closed:
-            self.carrier.consumed(fd, size)
+        if self.channel and not self.channel.closed:
+            self.channel.consumed(fd, size)
 
     def _sink_failed(self, fd, error):
         if self.descriptors[fd] == TTY and error.errno == errno.EIO:
             return self.hang_up()
-        reset = error.errno == errno.ECONNRESET and fd in self.tapes and not self.tapes[fd].ended
+        reset = error.errno == errno.ECONNRESET and fd in self.inputs and not self.inputs[fd].ended
         if error.errno not in (errno.EPIPE, errno.ECONNRESET) or reset:     # its input may be cut short
             self._fail(Failure("the terminal" if self.descriptors[fd] == TTY else name_of(fd), reason_of(error),
                                "what the job wrote there is incomplete"))
             return
         self.finished_sinks.add(fd)
         self._let_go(fd)
-        if self.carrier and not self.carrier.closed and self.carrier.session.phase is RUNNING:
-            self.carrier.session.stop(fd)
-            self.carrier.flush()
+        if self.channel and not self.channel.closed and self.channel.session.phase is RUNNING:
+            self.channel.session.stop(fd)
+            self.channel.flush()
         self._maybe_done()
 
     def _sink_finished(self, fd):
@@ -3977,10 +4141,10 @@ class Submission:
         if error_descriptor(self.settings) in self.locals[fd]:
             return          # cexec's own last line may have to go there; it ends with the process
         writing = fd in self.sinks and fd not in self.finished_sinks
-        reading = fd in self.tapes and fd not in self.finished_tapes
+        reading = fd in self.inputs and fd not in self.finished_inputs
         if not writing and not reading:
-            if fd in self.tapes:
-                self.tapes[fd].end()
+            if fd in self.inputs:
+                self.inputs[fd].end()
             for number in self.locals[fd]:
                 park(number)
         elif reading and stream_kind(fd) is SOCKET:
@@ -3993,8 +4157,8 @@ class Submission:
     # -- finding a worker
     def _look_for_worker(self):
         limit = self.settings.timeout_accept
-        self.deadline = self.loop.at(self.patience_from + limit, self._nobody) if limit else None
-        self.search = Search(self.loop, self.key, self.settings, self.avoid, self._found)
+        self.deadline = self.loop.call_at(self.patience_from + limit, self._nobody) if limit else None
+        self.search = Discovery(self.loop, self.key, self.settings, self.avoid, self._found)
 
     def _nobody(self):
         self._fail(nobody_answered(self.search, self.settings, self.refusals))
@@ -4010,37 +4174,37 @@ class Submission:
         terminal = self.terminal.describe() if self.terminal else None
         timeout = self.settings.timeout_pingpong
         session.offer(Job(self.id, self.descriptors, self.names, timeout, terminal), self.submitter)
-        self.carrier = Carrier(self.loop, connection, session, self._event, self._lost)
-        self.carrier.deliver = self._deliver
-        self.carrier.on_read_error = self._read_error
-        self.carrier.sinks = self.sinks
+        self.channel = Channel(self.loop, connection, session, self._event, self._lost)
+        self.channel.deliver = self._deliver
+        self.channel.on_read_error = self._read_error
+        self.channel.sinks = self.sinks
         if self.settings.ratout_test:
             self._alert(RATTED_OUT, 0, "test")
         for fd in self.finished_sinks:
             session.stop(fd)        # its reader went while another worker had the job
         patience = self.START_PATIENCE * 2 ** self.attempts if self.settings.retries else self.settings.timeout_pingpong
-        self._start_timer = self.loop.later(patience, self._not_started)
-        for fd, tape in self.tapes.items():
+        self._start_timer = self.loop.call_later(patience, self._not_started)
+        for fd, replayable in self.inputs.items():
             if self.descriptors[fd] != TTY:
-                self.carrier.add_source(fd, tape)
-        self.carrier.flush()
+                self.channel.add_source(fd, replayable)
+        self.channel.flush()
 
     def _started(self):
         self._start_timer.cancel()
-        self.carrier.session.ping(time.monotonic())
+        self.channel.session.ping(time.monotonic())
         while self.signals_waiting:
-            self.carrier.session.signal(self.signals_waiting.pop(0))
-        for tape in self.tapes.values():
-            tape.accepted(self.settings.spill << 20 if self.settings.retries else None)
+            self.channel.session.signal(self.signals_waiting.pop(0))
+        for replayable in self.inputs.values():
+            replayable.accepted(self.settings.spill << 20 if self.settings.retries else None)
         if self.terminal:
             self.terminal.raw()
-            if self.terminal.number in self.tapes:
-                self.carrier.add_source(self.terminal.number, self.tapes[self.terminal.number])
-                self.carrier.flush()
+            if self.terminal.number in self.inputs:
+                self.channel.add_source(self.terminal.number, self.inputs[self.terminal.number])
+                self.channel.flush()
 
     def _not_started(self):
-        if self.carrier and not self.carrier.closed and self.carrier.session.phase is OFFERED:
-            self.carrier.lost("did not start the job")
+        if self.channel and not self.channel.closed and self.channel.session.phase is OFFERED:
+            self.channel.lost("did not start the job")
 
     # -- while the job runs
     def _event(self, kind, number, body):
@@ -4053,30 +4217,30 @@ class Submission:
             self.sinks[number].finish()
         elif kind == STOP:
             self._commit()
-            self.carrier.drop_source(number)
-            self.finished_tapes.add(number)
+            self.channel.drop_source(number)
+            self.finished_inputs.add(number)
             self._let_go(number)
         elif kind == EXIT:
             self._exited(body)
         elif kind == ABORT:
-            self.carrier.lost("gave the job up: %s" % printable(body))
+            self.channel.lost("gave the job up: %s" % printable(body))
             self._lost("gave the job up: %s" % printable(body))
 
     def _deliver(self, number, body):
         self._commit()
-        self.carrier.received_total += len(body)
+        self.channel.received_total += len(body)
         return self.sinks[number].feed(body)
 
     def _commit(self):
         """Something of the job has become visible here: it can never start again."""
         if not self.committed:
             self.committed = True
-            for tape in self.tapes.values():
-                tape.forget()
+            for replayable in self.inputs.values():
+                replayable.forget()
 
     def _read_error(self, number, error):
         if self.descriptors[number] == TTY and error.errno == errno.EIO:
-            self.loop.soon(self.hang_up)
+            self.loop.call_soon_threadsafe(self.hang_up)
             return None
         if error.errno != errno.EIO or stream_kind(number) is not TERMINAL:
             self._commit()
@@ -4084,16 +4248,16 @@ class Submission:
         return 0
 
     def _exited(self, ended):
-        missing = [fd for fd, stream in self.carrier.session.receiving.items() if stream.state == "open"]
+        missing = [fd for fd, stream in self.channel.session.receiving.items() if stream.state == "open"]
         if missing:
             self._lost("protocol broken: an exit before the end of descriptor %d" % missing[0])
             return
         self.exit = ended
         self._commit()
         self._alert(COMPLETED, ended.status & 255, "")
-        self.carrier.session.bye()
-        self.carrier.on_flushed = self.carrier.close
-        self.carrier.flush()
+        self.channel.session.bye()
+        self.channel.on_flushed = self.channel.close
+        self.channel.flush()
         self._maybe_done()
 
     def _maybe_done(self):
@@ -4103,19 +4267,19 @@ class Submission:
     # -- when a worker is lost
     def _refused(self, words):
         """The job has not started: looking again, as long as there is time, costs nothing."""
-        self.carrier.close()
+        self.channel.close()
         self.refusals[self.caller.name] = "refused: " + words
         self._again("refused the job: %s" % words)
 
     def _lost(self, words):
         if self.exit or self.done:
             return
-        self.carrier.close()
+        self.channel.close()
         self._start_timer.cancel()
         self._alert(RATTED_OUT, 0, words)
         self.attempts += 1
         if (self.committed or self.attempts > self.settings.retries or self.signalled
-                or not all(tape.can_rewind() for tape in self.tapes.values())):
+                or not all(replayable.can_rewind() for replayable in self.inputs.values())):
             self._fail(Failure("worker %s" % self.caller.name, words, self._advice()))
         else:
             self.patience_from = time.monotonic()
@@ -4138,16 +4302,16 @@ class Submission:
             self.terminal.restore()
         self.avoid.add(self.caller.instance)
         self._start_timer.cancel()
-        self.loop.later(self.AVOID * 2 ** self.attempts, lambda instance=self.caller.instance: self._forgive(instance))
+        self.loop.call_later(self.AVOID * 2 ** self.attempts, lambda instance=self.caller.instance: self._forgive(instance))
         self.search.stop()
         try:
-            for tape in self.tapes.values():
-                tape.rewind()
+            for replayable in self.inputs.values():
+                replayable.rewind()
         except OSError as error:
             self._fail(Failure("worker %s" % self.caller.name, words,
                                "the input cannot be read again: %s" % reason_of(error)))
             return
-        self.carrier = None
+        self.channel = None
         self._look_for_worker()
 
     def _alert(self, verdict, status, words):
@@ -4156,16 +4320,16 @@ class Submission:
                       self.caller.name, words)
         search = self.search
         search.sequence[ALERT] += 1
-        octets = encode_datagram(self.key.udp, ALERT, self.key.id, search.nonce, search.sequence[ALERT],
+        data = encode_datagram(self.key.udp, ALERT, self.key.id, search.nonce, search.sequence[ALERT],
                                  encode_alert(alert))
-        self.alert = octets
+        self.alert = data
         for _ in range(2 if verdict == RATTED_OUT else 1):
-            search.group.send(octets)
+            search.group.send(data)
 
     # -- signals and the end
     def signal(self, name):
         """The user's signal goes to the job; a second INT or TERM, or a job that ignores it, ends all the same."""
-        carrier, ends = self.carrier, name in ("INT", "TERM")
+        channel, ends = self.channel, name in ("INT", "TERM")
         if not self.is_running() or (ends and self.signalled):
             if ends or name in ("HUP", "QUIT"):
                 self._finish(128 + getattr(signal, "SIG" + name), None)
@@ -4174,12 +4338,12 @@ class Submission:
             return
         if ends:
             self.signalled = name
-            self.loop.later(self.SIGNAL_GRACE, lambda: self._finish(128 + getattr(signal, "SIG" + name), None))
-        carrier.session.signal(name)
-        carrier.flush()
+            self.loop.call_later(self.SIGNAL_GRACE, lambda: self._finish(128 + getattr(signal, "SIG" + name), None))
+        channel.session.signal(name)
+        channel.flush()
 
     def is_running(self):
-        return bool(self.carrier and not self.carrier.closed and self.carrier.session.phase in (OFFERED, RUNNING))
+        return bool(self.channel and not self.channel.closed and self.channel.session.phase in (OFFERED, RUNNING))
 
     def hang_up(self):
         """The user's terminal has gone.  A job that lives on it ends; another one decides for itself."""
@@ -4189,8 +4353,8 @@ class Submission:
 
     def resize(self, rows, columns):
         if self.is_running():
-            self.carrier.session.window(rows, columns)
-            self.carrier.flush()
+            self.channel.session.window(rows, columns)
+            self.channel.flush()
 
     def _fail(self, failure):
         self._finish(failure.status, failure)
@@ -4203,8 +4367,8 @@ class Submission:
             self.search.group.send(self.alert)      # again, so that a lost datagram loses no line
         if self.deadline:
             self.deadline.cancel()
-        if self.carrier:
-            self.carrier.close()
+        if self.channel:
+            self.channel.close()
         if self.search:
             self.search.stop()
         self.on_done(status, failure)
@@ -4270,8 +4434,8 @@ def run_submission(key, settings, descriptors, names, terminal):
     if terminal and terminal.tty is not None:
         calls[signal.SIGWINCH] = lambda number: submission.resize(*terminal.size())
     for number, call in calls.items():
-        loop.heed(number, call)
-    loop.later(COLLECT_AFTER, gc.enable)
+        loop.on_signal_unless_ignored(number, call)
+    loop.call_later(COLLECT_AFTER, gc.enable)
     return loop.run()
 
 
@@ -4346,15 +4510,17 @@ class Log:
         say("%s %s" % (time.strftime("%Y-%m-%dT%H:%M:%S"), self.name), text[:2000])
 
 
-class Dial:
+class SubmitterConnection:
     """A connection to a submitter that has not given the word yet."""
     CONNECT, WORD = 5.0, 15.0       # seconds to connect; to be told to go ahead or away
 
-    def __init__(self, service, bid, place):
-        self.service, self.loop, self.bid, self.done = service, service.loop, bid, False
+    def __init__(self, service, answer, place):
+        self.service, self.loop, self.answer, self.done = service, service.loop, answer, False
         self.place, self.began = place, time.monotonic()
+        self.preamble = encode_preamble(service.key.udp, answer, os.urandom(8))
+        self.word = b""
         self.socket = socket.socket(socket.AF_INET6 if ":" in place[0] else socket.AF_INET, socket.SOCK_STREAM)
-        self.timer = self.loop.later(self.CONNECT, lambda: self.end(False))
+        self.timer = self.loop.call_later(self.CONNECT, lambda: self.end(False))
         try:
             self.socket.setblocking(False)
             tune(self.socket)
@@ -4362,30 +4528,33 @@ class Dial:
         except OSError as error:
             problem = error.errno
         if problem not in (0, errno.EINPROGRESS):
-            self.loop.soon(lambda: self.end(problem == errno.ECONNREFUSED))
+            self.loop.call_soon_threadsafe(lambda: self.end(problem == errno.ECONNREFUSED))
         else:
             self.loop.watch(self.socket.fileno(), write=self._connected)
 
     def _connected(self):
-        bid, problem = self.bid, self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        answer, problem = self.answer, self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if problem:
             return self.end(problem == errno.ECONNREFUSED)
         try:
-            self.socket.send(encode_preamble(self.service.key.udp, *bid))
+            self.socket.send(self.preamble)
         except OSError:
             return self.end(False)
         self.timer.cancel()
-        self.timer = self.loop.later(self.WORD, lambda: self.end(False))
+        self.timer = self.loop.call_later(self.WORD, lambda: self.end(False))
         self.loop.watch(self.socket.fileno(), read=self._word)
 
     def _word(self):
         try:
-            word = self.socket.recv(1)
+            part = self.socket.recv(GO_SIZE - len(self.word))
         except BlockingIOError:
-            return
+            return None
         except OSError:
-            word = b""
-        if word != GO:
+            part = b""
+        self.word += part
+        if part and len(self.word) < GO_SIZE:
+            return None
+        if not hmac.compare_digest(self.word, encode_go(self.service.key.udp, self.preamble)):
             return self.end(False)
         self.release()
         self.service.fork(self)
@@ -4401,31 +4570,31 @@ class Dial:
         if not self.done:
             self.release()
             self.socket.close()
-            self.service.lost(self.bid, refused)
+            self.service.lost(self.answer, refused)
 
 
-class Worker:
+class HandlerProcess:
     """What the daemon knows of one handler process: its pid, the link to it, and its job's process group."""
 
-    def __init__(self, pid, link, bid, address):
-        self.pid, self.link, self.bid, self.address = pid, link, bid, address
+    def __init__(self, pid, link, answer, address):
+        self.pid, self.link, self.answer, self.address = pid, link, answer, address
         self.won = self.ended = False
         self.group, self.job, self.words = None, None, b""
 
 
-class Service:
+class Daemon:
     """The worker's daemon: hears announcements, answers the ones the rule picks, forks a handler for each job."""
-    SPENT = 512             # nonces of the own connections that an alert may still speak of
+    ANSWERED = 512             # nonces of the own connections that an alert may still speak of
     STALE = 1.0             # seconds after which a silent submitter makes room
     MUTE = 10000.0          # milliseconds that a ratted out worker holds back
-    PLACES = 2048           # announcements whose addresses are remembered; above what the bidder remembers
+    PLACES = 2048           # announcements whose addresses are remembered; above what the responder remembers
 
     def __init__(self, loop, key, settings, command, log):
         self.loop, self.key, self.settings, self.command, self.log = loop, key, settings, command, log
         self.path = find_command(command[0])
         self.context = tls_context(key, server_side=False)
         self.group = GroupSocket(settings.group, listen=True)
-        self.bidder = Bidder(settings.concurrency, usable_cpus(), measured_speed(), uniform, settings.boost)
+        self.responder = Responder(settings.concurrency, usable_cpus(), measured_speed(), uniform, settings.boost)
         self.meter = LoadMeter()
         self.places, self.recent = collections.OrderedDict(), collections.OrderedDict()
         self.calls, self.workers, self.ends, self.timer = set(), {}, set(), None
@@ -4435,9 +4604,9 @@ class Service:
         loop.watch(self.group.fileno(), read=self._heard)
         loop.on_signal(signal.SIGCHLD, lambda number: self._reap())
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.heed(number, self._stop)
+            loop.on_signal_unless_ignored(number, self._stop)
         loop.on_signal(signal.SIGHUP, lambda number: None)
-        loop.later(1.0, self._sample)
+        loop.call_later(1.0, self._sample)
         self._refresh()
 
     def ready(self):
@@ -4458,15 +4627,15 @@ class Service:
         if changed:
             self.consider()
 
-    def _datagram(self, octets, source):
+    def _datagram(self, data, source):
         """Acts on one datagram; returns whether it was worth anything."""
         try:
-            datagram = parse_datagram(octets)
+            datagram = parse_datagram(data)
             if datagram.key_id == self.key.id and self._matters(datagram) and datagram.authentic(self.key.udp):
                 getattr(self, "_" + DATAGRAM_NAMES[datagram.kind])(datagram, source)
                 return True
         except ProtocolError as error:
-            if octets[:4] == MAGIC and octets[4:5] != bytes([WIRE_VERSION]):
+            if data[:4] == MAGIC and data[4:5] != bytes([WIRE_VERSION]):
                 self.versions_heard += 1
                 if self.versions_heard == 1:
                     self.log("from %s: %s" % (source[0], error))
@@ -4475,9 +4644,9 @@ class Service:
     def _matters(self, datagram):
         """Most of what a worker hears is about jobs of others, and not worth an HMAC."""
         if datagram.kind == HOLD:
-            return datagram.nonce in self.bidder.calls
+            return datagram.nonce in self.responder.calls
         if datagram.kind == TAKEN:
-            return self.bidder.spent.get(datagram.nonce) != LEARNT
+            return self.responder.answered.get(datagram.nonce) != LEARNT
         return datagram.kind != ALERT or datagram.nonce in self.recent
 
     def _choose_datagrams(self):
@@ -4487,7 +4656,7 @@ class Service:
             self.group.pass_only(self.key.id, (ANNOUNCE, HOLD, TAKEN) + (ALERT,) * self.hears_alerts)
 
     def _announce(self, datagram, source):
-        attempt, waited, interval = unpack_body(ANNOUNCE_BODY, datagram)
+        attempt, waited, interval = parse_announcement(datagram)[:3]
         if datagram.port < 1024 or self.draining:
             return
         place = (source[0], datagram.port) + tuple(source[2:])
@@ -4496,23 +4665,22 @@ class Service:
             places.append(place)        # a host with several interfaces is heard by several addresses
         while len(self.places) > self.PLACES:
             self.places.popitem(last=False)
-        self.bidder.announced(now_ms(), datagram.nonce, source[0], attempt, waited, interval)
+        self.responder.announced(now_ms(), datagram.nonce, source[0], attempt, waited, interval)
 
     def _hold(self, datagram, source):
-        self.bidder.hold(now_ms(), datagram.nonce, unpack_body(HOLD_BODY, datagram)[0])
+        self.responder.hold(now_ms(), datagram.nonce, parse_hold(datagram))
 
     def _taken(self, datagram, source):
-        offset, = unpack_body(TAKEN_BODY, datagram)
-        self.bidder.taken(now_ms(), datagram.nonce, None if offset != offset else offset)
+        self.responder.taken(now_ms(), datagram.nonce, parse_taken(datagram))
 
     def _alert(self, datagram, source):
         """Only an alert about a connection that this worker really made counts, and each of those once."""
-        alert = parse_alert(datagram)
+        alert = parse_alerts(datagram)[0]
         known = self.recent.pop(datagram.nonce, None)
         self._choose_datagrams()
         if known is None or alert.words == "test":
             return
-        self.bidder.penalise(now_ms(), self.MUTE if alert.verdict == RATTED_OUT else 0)
+        self.responder.penalise(now_ms(), self.MUTE if alert.verdict == RATTED_OUT else 0)
         if alert.verdict == RATTED_OUT:
             self.log("ratted out by %s: %s; holding back for %d s" % (alert.submitter, alert.words, self.MUTE / 1000))
         self.consider()
@@ -4524,66 +4692,66 @@ class Service:
             self.timer = None
         if self.draining:
             return
-        for bid in self.bidder.due(now_ms()):
-            self._connect(bid)
-        due = self.bidder.next_due()
+        for answer in self.responder.due(now_ms()):
+            self._connect(answer)
+        due = self.responder.next_due()
         if due is not None:
-            self.timer = self.loop.at(due / 1000, self.consider)
+            self.timer = self.loop.call_at(due / 1000, self.consider)
 
-    def _connect(self, bid):
-        places = self.places.get(bid.nonce)
+    def _connect(self, answer):
+        places = self.places.get(answer.nonce)
         try:
             if not places:
                 raise OSError
             places.append(places.pop(0))        # the next attempt tries the next address
-            self.calls.add(Dial(self, bid, places[-1]))
+            self.calls.add(SubmitterConnection(self, answer, places[-1]))
         except OSError:                         # out of descriptors, for one
-            self.loop.soon(lambda: self.lost(bid))
+            self.loop.call_soon_threadsafe(lambda: self.lost(answer))
 
-    def lost(self, bid, refused=False):
+    def lost(self, answer, refused=False):
         """No job has come of this connection."""
-        self.bidder.lost(bid.nonce, refused)
+        self.responder.lost(answer.nonce, refused)
         self.consider()
 
     def _drop_stale(self):
         """Who was called a while ago and gives no word keeps no slot from those who wait: he may only have recorded
         somebody's announcements."""
-        if self.bidder.calls and self.bidder.running >= self.bidder.slots:
+        if self.responder.calls and self.responder.running >= self.responder.slots:
             for call in [call for call in self.calls if time.monotonic() - call.began > self.STALE]:
                 call.end(False)
 
     def _sample(self):
         self._drop_stale()
-        self.bidder.load(now_ms(), self.meter.read([worker.group for worker in self.workers.values() if worker.group]))
-        self.loop.later(1.0, self._sample)
+        self.responder.load(now_ms(), self.meter.read([worker.group for worker in self.workers.values() if worker.group]))
+        self.loop.call_later(1.0, self._sample)
 
     def _refresh(self):
         self.group.refresh()
-        self.loop.later(10.0, self._refresh)
+        self.loop.call_later(10.0, self._refresh)
 
     # -- handlers
     def fork(self, call):
         """The submitter has given the word: a process of its own goes on from here."""
         address = call.place[0]
-        self._expect_alert(call.bid.nonce)      # before any can be here
+        self._expect_alert(call.answer.nonce)      # before any can be here
         try:
             link, far = socket.socketpair()
             pid = os.fork()
         except OSError as error:
             self.log("no process for a job from %s: %s" % (address, reason_of(error)))
             call.socket.close()
-            return self.lost(call.bid)
+            return self.lost(call.answer)
         if pid == 0:
             self._become_handler(call, link, far)
         far.close()
         call.socket.close()
         link.setblocking(False)
-        worker = self.workers[pid] = Worker(pid, link, call.bid, address)
+        worker = self.workers[pid] = HandlerProcess(pid, link, call.answer, address)
         self.loop.watch(link.fileno(), read=lambda: self._told(worker))
 
     def _expect_alert(self, nonce):
         self.recent[nonce] = True
-        while len(self.recent) > self.SPENT:
+        while len(self.recent) > self.ANSWERED:
             self.recent.popitem(last=False)
         self._choose_datagrams()
 
@@ -4594,7 +4762,7 @@ class Service:
             os.setsid()         # a Ctrl-C at the daemon's terminal is for the daemon
             link.close()
             self._forget_all()
-            status = Handler(self, call.socket, call.bid.nonce, far).run()
+            status = Handler(self, call.socket, call.answer.nonce, far).run()
         except BaseException as error:
             say("cservice", "handler: %s: %s" % (type(error).__name__, error))
         finally:
@@ -4628,7 +4796,7 @@ class Service:
 
     def _told_won(self, worker, job):
         worker.won, worker.job = True, job
-        self.bidder.won(worker.bid.nonce)
+        self.responder.won(worker.answer.nonce)
 
     def _told_group(self, worker, group):
         worker.group = int(group)
@@ -4646,9 +4814,9 @@ class Service:
             return
         worker.ended = True
         if worker.won:
-            self.bidder.freed()
+            self.responder.freed()
         else:
-            self.bidder.lost(worker.bid.nonce)
+            self.responder.lost(worker.answer.nonce)
 
     def _reap(self):
         while True:
@@ -4674,8 +4842,8 @@ class Service:
         elif worker.won and not worker.ended and os.WIFSIGNALED(status):
             self.ends.add(worker)               # a drain waits for this too
             for wait in 0.0, 0.1, 1.0:          # its job may be anywhere between fork and exec
-                self.loop.later(wait, lambda: self._end_strays(worker.job))
-            self.loop.later(1.0 + KILL_GRACE, lambda: self._group_ended(worker, worker))
+                self.loop.call_later(wait, lambda: self._end_strays(worker.job))
+            self.loop.call_later(1.0 + KILL_GRACE, lambda: self._group_ended(worker, worker))
         else:
             self._free(worker)
 
@@ -4685,7 +4853,7 @@ class Service:
             self._end_group(leader, None)
 
     def _end_group(self, leader, worker):
-        end = GroupEnd(self.loop, leader, lambda: self._group_ended(end, worker))
+        end = GroupKill(self.loop, leader, lambda: self._group_ended(end, worker))
         self.ends.add(end)
 
     def _group_ended(self, end, worker):
@@ -4767,9 +4935,9 @@ class LoadMeter:
         with open("/proc/stat") as file:
             ticks = [int(word) for word in file.readline().split()[1:9]]
         total, busy = sum(ticks), sum(ticks) - ticks[3] - ticks[4]      # less idle, and idle with a disk to wait for
-        spent, passed = busy - self.busy, total - self.total
+        answered, passed = busy - self.busy, total - self.total
         self.busy, self.total = busy, total
-        return self.cpus * spent / passed if passed > 0 else 0.0
+        return self.cpus * answered / passed if passed > 0 else 0.0
 
     def _own(self, leaders):
         """CPUs that the own jobs kept busy: a job that sleeps takes nothing from the next one."""
@@ -4869,11 +5037,11 @@ class Handler:
         self.loop.on_signal(signal.SIGCHLD, lambda number: self.reap())
         session = Session(WORKER, 60.0, time.monotonic())
         session.hello(self.local.partition("%")[0], self.service.instance)
-        self.carrier = Carrier(self.loop, connection, session, self.event, self.lost)
-        self.carrier._source_ended = self.source_ended
+        self.channel = Channel(self.loop, connection, session, self.event, self.lost)
+        self.channel._source_ended = self.source_ended
         self.link.setblocking(False)
         self.loop.watch(self.link.fileno(), read=lambda: self.give_up("the worker was killed"))
-        self.timer = self.loop.later(self.PATIENCE, lambda: self.carrier.lost("no job came"))
+        self.timer = self.loop.call_later(self.PATIENCE, lambda: self.channel.lost("no job came"))
         return self.loop.run()
 
     def _shake(self):
@@ -4894,17 +5062,13 @@ class Handler:
     # -- events of the session
     def event(self, kind, number, body):
         if kind == WELCOME:
-            texts = unpack_texts(body)
-            try:
-                self.remote = numeric_address(texts[1].decode("ascii", "replace"))
-            except (IndexError, ValueError):
-                raise ProtocolError("a welcome without an address") from None
+            self.remote = parse_welcome(body)
         elif kind == JOB:
             self.start(body)
         elif kind == END:
-            self.carrier.sinks[number].finish()
+            self.channel.sinks[number].finish()
         elif kind == STOP:
-            self.carrier.drop_source(number)
+            self.channel.drop_source(number)
             self.close_end(number, reading=True)
             self.maybe_over()
         elif kind == SIGNAL:
@@ -4924,7 +5088,7 @@ class Handler:
         """Runs the command with the submitter's descriptors, or refuses."""
         self.job = job
         self.timer.cancel()
-        self.carrier.tick()         # the job has brought its own timeout
+        self.channel.tick()         # the job has brought its own timeout
         self.tell("won " + job.id)
         try:
             theirs = self.open_ends(job)
@@ -4942,9 +5106,9 @@ class Handler:
             self.closing = []
         self.tell("group %d" % self.pid)
         self.log("job %s: start from %s, pid %d" % (job.id, self.remote_text(), self.pid))
-        self.carrier.session.accept(time.monotonic())
+        self.channel.session.accept(time.monotonic())
         self.attach()
-        self.carrier.flush()
+        self.channel.flush()
 
     def remote_text(self):
         peer = self.peer[0].partition("%")[0]
@@ -4952,9 +5116,9 @@ class Handler:
 
     def refuse(self, words):
         self.log("job %s: refused to %s: %s" % (self.job.id, self.remote_text(), words))
-        self.carrier.session.refuse(words)
-        self.carrier.on_flushed = lambda: self.finish(0)
-        self.carrier.flush()
+        self.channel.session.refuse(words)
+        self.channel.on_flushed = lambda: self.finish(0)
+        self.channel.flush()
 
     def environment(self, job):
         environment = {name: value for name, value in os.environb.items() if not name.startswith(b"PEER_")}
@@ -5012,28 +5176,28 @@ class Handler:
             source, sink = {BOTH: (SocketSource, SocketSink),
                             TTY: (TerminalSource, TerminalSink)}.get(kind, (Source, Sink))
             if kind in UPWARD:
-                self.carrier.sinks[fd] = sink(self.loop, ours, lambda size, fd=fd: self.carrier.consumed(fd, size),
+                self.channel.sinks[fd] = sink(self.loop, ours, lambda size, fd=fd: self.channel.consumed(fd, size),
                                               lambda error, fd=fd: self.sink_failed(fd),
                                               lambda fd=fd: self.close_end(fd, writing=True))
-                self.carrier.sinks[fd].watch_other_side()
+                self.channel.sinks[fd].watch_other_side()
             if kind in DOWNWARD:
-                self.carrier.add_source(fd, source(self.loop, ours, lambda fd=fd: self.carrier.source_ready(fd)))
+                self.channel.add_source(fd, source(self.loop, ours, lambda fd=fd: self.channel.source_ready(fd)))
 
     def sink_failed(self, fd):
         """The job reads this descriptor no more."""
         self.close_end(fd, writing=True)
-        if not self.carrier.closed and self.carrier.session.phase is RUNNING:
-            self.carrier.session.stop(fd)
-            self.carrier.flush()
+        if not self.channel.closed and self.channel.session.phase is RUNNING:
+            self.channel.session.stop(fd)
+            self.channel.flush()
 
     def source_ended(self, number):
         """The job has closed its end, or shut down its half of a socket pair."""
-        carrier, both = self.carrier, self.job.descriptors[number] == BOTH
+        channel, both = self.channel, self.job.descriptors[number] == BOTH
         if both and number in self.ends and is_hung_up(self.ends[number]):
-            carrier.session.stop(number)
-            carrier.sinks[number].close()
-        carrier.drop_source(number)
-        carrier.session.end(number)
+            channel.session.stop(number)
+            channel.sinks[number].close()
+        channel.drop_source(number)
+        channel.session.end(number)
         if not both:
             self.close_end(number)
         self.maybe_over()
@@ -5066,23 +5230,23 @@ class Handler:
         signalled = os.WIFSIGNALED(status)
         number = os.WTERMSIG(status) if signalled else os.WEXITSTATUS(status)
         name = signal.Signals(number).name[3:] if signalled and number in signal.Signals.__members__.values() else ""
-        self.ended = Ended(signalled, number, int((time.monotonic() - self.began) * 1000),
+        self.ended = ExitReport(signalled, False, number, int((time.monotonic() - self.began) * 1000),
                            int((usage.ru_utime + usage.ru_stime) * 1000),
-                           usage.ru_maxrss // (1024 if sys.platform == "darwin" else 1), name)
+                           usage.ru_maxrss // (1024 if MACOS else 1), name, {})
         self.maybe_over()
 
     def maybe_over(self):
         """The job is over when its process has ended and every output is at its end and sent.
 
         A terminal's output ends when nobody has it open, so there the rest of the session ends first."""
-        session = self.carrier.session
-        if self.carrier.closed or not self.ended or session.phase is not RUNNING:
+        session = self.channel.session
+        if self.channel.closed or not self.ended or session.phase is not RUNNING:
             return
         if self.slave is not None and self.remains is None:
-            self.remains = GroupEnd(self.loop, self.pid, self.cleared)
+            self.remains = GroupKill(self.loop, self.pid, self.cleared)
         elif all(stream.state == "ended" for stream in session.sending.values()):
             if self.remains is None and self.has_group():
-                self.remains = GroupEnd(self.loop, self.pid, self.cleared, whole=False)
+                self.remains = GroupKill(self.loop, self.pid, self.cleared, whole=False)
             elif self.remains in (None, True):
                 self.report()
 
@@ -5095,30 +5259,30 @@ class Handler:
     def cleared(self):
         """Nothing of the job is left."""
         self.remains = True
-        for number, source in list(self.carrier.sources.items()):
+        for number, source in list(self.channel.sources.items()):
             if isinstance(source, TerminalSource):
                 source.ending = True
-                self.carrier.source_ready(number)
+                self.channel.source_ready(number)
         self.maybe_over()
 
     def report(self):
         """The last message.  The slot is free from here on."""
-        if self.carrier.closed:
+        if self.channel.closed:
             return self.finish(0)
-        carrier, ended = self.carrier, self.ended
-        carrier.session.exit(ended)
-        self.log("job %s: end, %s %d, %.3f s, %d octets in, %d out" % (
+        channel, ended = self.channel, self.ended
+        channel.session.exit(ended)
+        self.log("job %s: end, %s %d, %.3f s, %d bytes in, %d out" % (
             self.job.id, "signal" if ended.signalled else "status", ended.number, ended.milliseconds / 1000,
-            carrier.received_total, carrier.sent_total))
+            channel.received_total, channel.sent_total))
         self.tell("over")
-        carrier.flush()
+        channel.flush()
         # The slot is free already; a submitter that is slow, or asleep, still gets all that the job wrote.
-        self.loop.later(max(self.PATIENCE, 2 * carrier.session.timeout), lambda: self.finish(0))
+        self.loop.call_later(max(self.PATIENCE, 2 * channel.session.timeout), lambda: self.finish(0))
 
     # -- when something breaks
     def lost(self, words):
         """The submitter has gone or cannot be understood: its job ends."""
-        if self.carrier.session.phase is ENDED:
+        if self.channel.session.phase is ENDED:
             return self.finish(0)
         if self.job and self.pid:
             self.log("job %s: submitter lost: %s; the job ends" % (self.job.id, words))
@@ -5128,10 +5292,10 @@ class Handler:
 
     def give_up(self, words):
         self.loop.watch(self.link.fileno())
-        if self.job and self.pid and not self.carrier.closed and self.carrier.session.phase is RUNNING:
+        if self.job and self.pid and not self.channel.closed and self.channel.session.phase is RUNNING:
             self.log("job %s: %s; the job ends" % (self.job.id, words))
-            self.carrier.session.abort(words)
-            self.carrier.flush()
+            self.channel.session.abort(words)
+            self.channel.flush()
         self.end_job()
 
     def end_job(self):
@@ -5139,10 +5303,10 @@ class Handler:
             return self.finish(1)
         if self.ending:
             return self.ending.kill()
-        self.ending = GroupEnd(self.loop, self.pid, lambda: self.finish(1), self.reap)
-        self.carrier.close()
+        self.ending = GroupKill(self.loop, self.pid, lambda: self.finish(1), self.reap)
+        self.channel.close()
         for fd in list(self.ends):
-            self.carrier.sinks[fd].close() if fd in self.carrier.sinks else None
+            self.channel.sinks[fd].close() if fd in self.channel.sinks else None
             os.close(self.ends.pop(fd))
         if self.slave is not None:
             os.close(self.slave)
@@ -5150,7 +5314,7 @@ class Handler:
 
     def finish(self, status):
         self.tell("ended")
-        self.carrier.close()
+        self.channel.close()
         self.loop.stop(status)
 
 
@@ -5224,7 +5388,7 @@ def cservice(arguments, settings):
     log = Log(CSERVICE)
     if warning:
         log(warning)
-    service = Service(loop, key, settings, arguments[1:], log)
+    service = Daemon(loop, key, settings, arguments[1:], log)
     if hasattr(gc, "freeze"):       # PyPy has none
         gc.freeze()     # what is here stays, and a handler that does not look at it shares its memory
     service.ready()
@@ -5255,7 +5419,7 @@ NOTE_PAUSE = 10.0           # seconds between two notes on one topic: strangers 
 REFRESH_EVERY = 10.0        # seconds between two looks at the interfaces
 
 
-def remark(prefix, text):
+def say_unless_blocked(prefix, text):
     """As say, on standard error; the line is lost when it would have to wait for who reads that."""
     if has_room():
         say(prefix, text)
@@ -5273,7 +5437,7 @@ class Notes:
             self.held[topic] = self.held.get(topic, 0) + 1
             return
         more, self.last[topic] = self.held.pop(topic, 0), now
-        remark(self.prefix, text + (" (and %d more such since the last note)" % more if more else ""))
+        say_unless_blocked(self.prefix, text + (" (and %d more such since the last note)" % more if more else ""))
 
     def dropped(self, heard):
         """Notes what the kernel threw away of what this GroupSocket should have heard."""
@@ -5282,7 +5446,7 @@ class Notes:
             self.lost = heard.dropped
 
 
-class Allowance:
+class TokenBucket:
     """So many a second on average, so many at once."""
     __slots__ = ("rate", "burst", "left", "when")
 
@@ -5339,7 +5503,7 @@ class Report(collections.namedtuple(
             "reason": self.reason, "seconds": self.seconds})
 
 
-class Seen:
+class ReplayWindow:
     """Names seen, at most `limit`.  The oldest is forgotten first, and from then on all that is as old counts as seen:
     so nothing is new twice, however much came in between."""
 
@@ -5369,16 +5533,16 @@ class AlertReader:
         self.keys, self.max_skew, self.started = {}, max_skew, started
         for key in keys:
             self.keys.setdefault(key.id, []).append(key)
-        self.known, self.unknown, self.count = Seen(ALERTS_KEPT), Seen(ALERTS_KEPT), 0
-        self.allowance = Allowance(STRANGERS_RATE, STRANGERS_BURST)
+        self.known, self.unknown, self.count = ReplayWindow(ALERTS_KEPT), ReplayWindow(ALERTS_KEPT), 0
+        self.bucket = TokenBucket(STRANGERS_RATE, STRANGERS_BURST)
 
-    def read(self, octets, source, now):
+    def read(self, data, source, now):
         """(Report, None) for an alert to print, (None, (topic, text)) for what deserves a note, else (None, None).
         source is the sender's address; now is UNIX time."""
         try:
-            datagram = parse_datagram(octets)
+            datagram = parse_datagram(data)
         except ProtocolError as problem:
-            return None, ("foreign", "ignored from %s: %s" % (source, problem)) if octets[:4] == MAGIC else None
+            return None, ("foreign", "ignored from %s: %s" % (source, problem)) if data[:4] == MAGIC else None
         if datagram.kind != ALERT:
             return None, None
         keys = self.keys.get(datagram.key_id)
@@ -5387,9 +5551,7 @@ class AlertReader:
             return None, ("forged", "ignored from %s: an alert for %s that is forged or damaged"
                           % (source, printable(keys[0].name)))
         try:
-            alert = parse_alert(datagram)
-            if alert.verdict not in (COMPLETED, RATTED_OUT):
-                raise ProtocolError("an alert of unknown kind %d" % alert.verdict)
+            alert = parse_alerts(datagram)[0]
         except ProtocolError as problem:
             return None, ("foreign", "ignored from %s: %s" % (source, problem))
         refusal = self._refusal(datagram, alert, key, source, now)
@@ -5405,7 +5567,7 @@ class AlertReader:
         if not key:
             if not self.unknown.new(name, self.count):
                 return ()
-            few = self.allowance.take(now)
+            few = self.bucket.take(now)
             return None if few else ("strangers", "too many alerts of unknown keys: some not shown")
         if name in self.known.names:
             return ()
@@ -5467,10 +5629,10 @@ class LineWriter:
                 self.changed.notify_all()
             self.on_error(error)
 
-    def _write(self, octets):
-        while octets:
+    def _write(self, data):
+        while data:
             try:
-                octets = octets[os.write(self.descriptor, octets):]
+                data = data[os.write(self.descriptor, data):]
             except BlockingIOError:
                 wait_for(self.descriptor, select.POLLOUT)       # somebody who shares it made it non-blocking
 
@@ -5489,16 +5651,16 @@ class Crat:
         self.settings, self.notes = settings, Notes("crat")
         self.reader = AlertReader(keys, settings.max_skew, time.time())
         self.socket, self.loop = GroupSocket(settings.group, listen=True), Loop()
-        self.writer = LineWriter(1, lambda error: self.loop.soon(lambda: self.loop.stop(error)))
+        self.writer = LineWriter(1, lambda error: self.loop.call_soon_threadsafe(lambda: self.loop.stop(error)))
 
     def run(self):
         """Returns None when told to stop, or the error of standard output."""
         try:
             for number in (signal.SIGTERM, signal.SIGINT):
-                self.loop.heed(number, lambda number: self.loop.stop(None))
+                self.loop.on_signal_unless_ignored(number, lambda number: self.loop.stop(None))
             self.loop.watch(self.socket.fileno(), read=self._hear)
-            self.loop.later(REFRESH_EVERY, self._refresh)
-            remark("crat", "ready: hears %s, %d key%s" % (
+            self.loop.call_later(REFRESH_EVERY, self._refresh)
+            say_unless_blocked("crat", "ready: hears %s, %d key%s" % (
                 self.settings.group, len(self.reader.keys), "" if len(self.reader.keys) == 1 else "s"))
             error = self.loop.run()
             if error is None:
@@ -5510,17 +5672,17 @@ class Crat:
 
     def _refresh(self):
         self.socket.refresh()
-        self.loop.later(REFRESH_EVERY, self._refresh)
+        self.loop.call_later(REFRESH_EVERY, self._refresh)
 
     def _hear(self):
         for _ in range(RECEIVE_ROUND):
             heard = self.socket.receive()
             if heard is None:
                 break
-            octets, source, _ = heard
-            report, remark = self.reader.read(octets, source[0], time.time())
-            if remark:
-                self.notes.note(*remark)
+            data, source, _ = heard
+            report, say_unless_blocked = self.reader.read(data, source[0], time.time())
+            if say_unless_blocked:
+                self.notes.note(*say_unless_blocked)
             if report and not self.writer.put(report.json() if self.settings.json else report.line()):
                 self.notes.note("full", "standard output is not read: lines lost")
         self.notes.dropped(self.socket)
@@ -5551,32 +5713,32 @@ def crat(arguments, settings):
 
 # ---------------------------------------------------------------- cproxy
 # A datagram heard on GROUP is sent again to TARGET, the announcements with a port of ours: a "door" on the far side.
-# A worker that comes to a door is relayed to the submitter, once its first octets show that it answers that very
+# A worker that comes to a door is relayed to the submitter, once its first bytes show that it answers that very
 # announcement: so the proxy leads to nothing but submitters that ask for workers.
 
-DOORS_MAX = 256             # doors open at once: searches going on; the one silent for longest makes room
-DOORS_PER_SOURCE = 64       # of these, for one submitting host: a stranger's flood must not close all the others'
-DOOR_SECONDS = 30.0         # a door stays so long after the last announcement: cexec repeats its own every 5 s at most
-ACTIVE_PER_DOOR = 4         # relayed at once for one announcement, as many as cexec shakes hands with; others wait
-CALLERS_PER_DOOR = 64       # connections kept for one announcement, waiting ones included
+LISTENERS_MAX = 256             # doors open at once: searches going on; the one silent for longest makes room
+LISTENERS_PER_SOURCE = 64       # of these, for one submitting host: a stranger's flood must not close all the others'
+LISTENER_SECONDS = 30.0         # a door stays so long after the last announcement: cexec repeats its own every 5 s at most
+ACTIVE_PER_LISTENER = 4         # relayed at once for one announcement, as many as cexec shakes hands with; others wait
+CONNECTIONS_PER_LISTENER = 64       # connections kept for one announcement, waiting ones included
 RELAYS_MAX = 2000           # connections in all, as far as descriptors suffice
 DESCRIPTORS_PER_RELAY = 2
-KNOCK_SECONDS = 10.0        # to say the opening octets
+PREAMBLE_SECONDS = 10.0        # to say the opening bytes
 CONNECT_SECONDS = 5.0       # to reach the submitter
-ECHO_SECONDS = 60.0         # a datagram heard again within this time is the same one, come back around a loop
-ECHOES_MAX = 1 << 15        # datagrams remembered for that; more than SEND_RATE lets through while one goes around
+DUPLICATE_SECONDS = 60.0         # a datagram heard again within this time is the same one, come back around a loop
+DUPLICATES_MAX = 1 << 15        # datagrams remembered for that; more than SEND_RATE lets through while one goes around
 COPIES = {ALERT: 3}         # times that one datagram passes; else once.  cexec repeats alerts, against loss
 SEND_RATE, SEND_BURST = 2000, 2000          # datagrams a second in all: about 200 jobs a second
 SOURCE_RATE, SOURCE_BURST = 1000, 1000      # from one address
 SOURCES_MAX = 1024          # addresses whose rate is remembered
-PIECE = 1 << 18             # octets read at once; smaller ones cost speed
-HELD_MAX = 1 << 26          # octets held for slow readers in all, from which on only small pieces are read:
+PIECE = 1 << 18             # bytes read at once; smaller ones cost speed
+HELD_MAX = 1 << 26          # bytes held for slow readers in all, from which on only small pieces are read:
 SMALL_PIECE = 1 << 14       # then RELAYS_MAX relays hold as much again at most
 PUMP_ROUNDS = 8             # moves in a row before others get their turn
 SWEEP_SECONDS = 1.0
 
 
-class Echoes:
+class DuplicateFilter:
     """Which datagrams have passed already, for ECHO_SECONDS; at most ECHOES_MAX."""
 
     def __init__(self):
@@ -5584,8 +5746,8 @@ class Echoes:
 
     def may_pass(self, datagram, now):
         """Whether this datagram may pass (once more), whatever its port; counts it."""
-        name = hashlib.sha256(datagram.octets[:6] + datagram.octets[8:]).digest()[:16]
-        while self.passed and (len(self.passed) >= ECHOES_MAX or self._oldest() < now - ECHO_SECONDS):
+        name = hashlib.sha256(datagram.data[:6] + datagram.data[8:]).digest()[:16]
+        while self.passed and (len(self.passed) >= DUPLICATES_MAX or self._oldest() < now - DUPLICATE_SECONDS):
             self.passed.popitem(last=False)
         times, first = self.passed.get(name, (0, now))
         if times >= COPIES.get(datagram.kind, 1):
@@ -5598,7 +5760,7 @@ class Echoes:
 
 
 class Buffer:
-    """Room for one read, shared by all relays, and the count of the octets that they hold for slow readers."""
+    """Room for one read, shared by all relays, and the count of the bytes that they hold for slow readers."""
 
     def __init__(self):
         self.room, self.held = memoryview(bytearray(PIECE)), 0
@@ -5608,7 +5770,7 @@ class Buffer:
 
 
 class Pump:
-    """One direction of a relay: octets that came from `source` go to `sink`, at most PIECE of them held in between.
+    """One direction of a relay: bytes that came from `source` go to `sink`, at most PIECE of them held in between.
 
     They are copied: splicing them through a pipe is no faster here, and needs three times the descriptors.
     Raises OSError when a side is broken.
@@ -5647,7 +5809,7 @@ class Pump:
         self.pending, self.moved, self.buffer.held = self.pending[count:], self.moved + count, self.buffer.held - count
 
     def _fill(self):
-        """Octets from the source, on to the sink as far as it takes them; BlockingIOError when there are none yet."""
+        """Bytes from the source, on to the sink as far as it takes them; BlockingIOError when there are none yet."""
         place = self.buffer.place()
         size = self.source.recv_into(place)
         self.ended = not size
@@ -5665,7 +5827,7 @@ class Pump:
         self.pending = memoryview(b"")
 
 
-class Door:
+class ProxyListener:
     """The port on the far side that stands for one announcement's port."""
 
     def __init__(self, name, target, nonce, listening):
@@ -5680,35 +5842,35 @@ class ProxyRelay:
     knocking    the worker has yet to say that it answers this announcement
     waiting     enough others are active for this announcement
     connecting  to the submitter
-    running     octets pass
+    running     bytes pass
     over
     """
 
-    def __init__(self, proxy, number, door, worker, address):
-        self.proxy, self.loop, self.number, self.door, self.worker = proxy, proxy.loop, number, door, worker
+    def __init__(self, proxy, number, listener, worker, address):
+        self.proxy, self.loop, self.number, self.listener, self.worker = proxy, proxy.loop, number, listener, worker
         self.name, self.submitter, self.pumps, self.opening = place_text(address), None, (), b""
-        self.state, self.since, self.deadline = "knocking", time.monotonic(), time.monotonic() + KNOCK_SECONDS
+        self.state, self.since, self.deadline = "knocking", time.monotonic(), time.monotonic() + PREAMBLE_SECONDS
         worker.setblocking(False)
         keep_alive(worker)
-        self.loop.watch(worker.fileno(), read=self._knock)
+        self.loop.watch(worker.fileno(), read=self._read_preamble)
 
-    def _knock(self):
+    def _read_preamble(self):
         """Reads the worker's opening.  Its tag is the submitter's to judge; the nonce is in clear."""
         try:
-            octets = self.worker.recv(PREAMBLE_SIZE - len(self.opening))
+            data = self.worker.recv(PREAMBLE_SIZE - len(self.opening))
         except BlockingIOError:
             return
         except OSError as error:
             return self.end(reason_of(error))
-        self.opening += octets
-        expected = MAGIC + bytes([WIRE_VERSION]) + self.door.nonce
-        if not octets or self.opening[:len(expected)] != expected[:len(self.opening)]:
+        self.opening += data
+        expected = MAGIC + bytes([WIRE_VERSION]) + self.listener.nonce
+        if not data or self.opening[:len(expected)] != expected[:len(self.opening)]:
             return self.end("not an answer to this announcement")
         if len(self.opening) == PREAMBLE_SIZE:
             # From here on the worker says nothing before the submitter does: only its end can come.
             self.state, self.deadline = "waiting", None
             self.loop.watch(self.worker.fileno(), read=self._gone)
-            self.proxy.knocked(self)
+            self.proxy.preamble_read(self)
 
     def _gone(self):
         self.end("the worker has gone")
@@ -5717,12 +5879,12 @@ class ProxyRelay:
         """It is this one's turn."""
         self.state, self.deadline = "connecting", time.monotonic() + CONNECT_SECONDS
         self.loop.watch(self.worker.fileno())
-        family = socket.AF_INET6 if ":" in self.door.target[0] else socket.AF_INET
+        family = socket.AF_INET6 if ":" in self.listener.target[0] else socket.AF_INET
         try:
             self.submitter = socket.socket(family, socket.SOCK_STREAM)
             self.submitter.setblocking(False)
             keep_alive(self.submitter)
-            error = self.submitter.connect_ex(self.door.target)
+            error = self.submitter.connect_ex(self.listener.target)
         except OSError as problem:
             return self.end(reason_of(problem))
         if error not in (0, errno.EINPROGRESS):
@@ -5736,7 +5898,7 @@ class ProxyRelay:
         self.state, self.deadline = "running", time.monotonic() + self.proxy.idle
         self.pumps = (Pump(self.worker, self.submitter, self.proxy.buffer, self.opening),
                       Pump(self.submitter, self.worker, self.proxy.buffer))
-        self.proxy.log("relay %d: %s to %s" % (self.number, self.name, place_text(self.door.target)))
+        self.proxy.log("relay %d: %s to %s" % (self.number, self.name, place_text(self.listener.target)))
         self._pump_up()
 
     def _pump_up(self):
@@ -5772,7 +5934,7 @@ class ProxyRelay:
             pass
         if other.ended:
             # The side that refuses has ended its own direction before: it closed, as programs do that are done.
-            return self.end(None if pump.ended else "closed while octets were on their way")
+            return self.end(None if pump.ended else "closed while bytes were on their way")
         self.end(reason_of(error))
 
     def end(self, why=None):
@@ -5787,7 +5949,7 @@ class ProxyRelay:
             pump.close()
         if ran:
             up, down = [pump.moved for pump in self.pumps] or (0, 0)
-            self.proxy.log("relay %d: %s, %d octets to the submitter, %d to the worker, %.3f s" % (
+            self.proxy.log("relay %d: %s, %d bytes to the submitter, %d to the worker, %.3f s" % (
                 self.number, why or "ended", up, down, time.monotonic() - self.since))
         self.proxy.over(self)
 
@@ -5821,8 +5983,8 @@ class Cproxy:
         self.source, self.target, self.idle, self.notes = source, target, settings.idle, Notes("cproxy")
         self.inside, self.outside = GroupSocket(settings.group, listen=True), GroupSocket(target, False, source)
         self.own = self.outside.socket.getsockname()[:2]
-        self.echoes, self.rate, self.rates = Echoes(), Allowance(SEND_RATE, SEND_BURST), collections.OrderedDict()
-        self.doors, self.relays, self.count, self.draining = collections.OrderedDict(), set(), 0, False
+        self.duplicates, self.rate, self.rates = DuplicateFilter(), TokenBucket(SEND_RATE, SEND_BURST), collections.OrderedDict()
+        self.listeners, self.relays, self.count, self.draining = collections.OrderedDict(), set(), 0, False
         self.most, self.full = raise_descriptor_limit(), False
         self.buffer, self.spare = Buffer(), os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self.loop = Loop()
@@ -5830,10 +5992,10 @@ class Cproxy:
     def run(self, group):
         try:
             for number in (signal.SIGTERM, signal.SIGINT):
-                self.loop.heed(number, self._drain)
+                self.loop.on_signal_unless_ignored(number, self._drain)
             self.loop.watch(self.inside.fileno(), read=self._hear)
-            self.loop.later(REFRESH_EVERY, self._refresh)
-            self.loop.later(SWEEP_SECONDS, self._sweep)
+            self.loop.call_later(REFRESH_EVERY, self._refresh)
+            self.loop.call_later(SWEEP_SECONDS, self._sweep)
             self.log("ready: hears %s, tells %s from %s" % (group, self.target, self.source[0]))
             self.loop.run()
         finally:
@@ -5841,7 +6003,7 @@ class Cproxy:
         return 0
 
     def log(self, text):
-        remark("cproxy", text)
+        say_unless_blocked("cproxy", text)
 
     def _drain(self, number):
         """The first signal lets what is running end, the second does not."""
@@ -5849,14 +6011,14 @@ class Cproxy:
             return self.loop.stop()
         self.draining = True
         self.loop.watch(self.inside.fileno())
-        for name in list(self.doors):
-            self._close_door(name)
+        for name in list(self.listeners):
+            self._close_listener(name)
         self.log("stopping: waits for %d relays" % len(self.relays))
 
     def _close(self):
         self.draining = False       # nothing more to wait for
-        for name in list(self.doors):
-            self._close_door(name)
+        for name in list(self.listeners):
+            self._close_listener(name)
         for relay in list(self.relays):
             relay.end("cproxy was stopped")
         self.inside.close()
@@ -5874,9 +6036,9 @@ class Cproxy:
             self._datagram(*heard)
         self.notes.dropped(self.inside)
 
-    def _datagram(self, octets, source, index):
+    def _datagram(self, data, source, index):
         try:
-            datagram = parse_datagram(octets)
+            datagram = parse_datagram(data)
         except ProtocolError:
             return
         if source[:2] == self.own or index and index == self._far_link():
@@ -5886,14 +6048,14 @@ class Cproxy:
             return          # no worker would connect to that
         if not self._allowed(source[0], now):
             return self.notes.note("rate", "too many datagrams from %s: some not carried on" % source[0])
-        if not self.echoes.may_pass(datagram, now):
+        if not self.duplicates.may_pass(datagram, now):
             return
         if datagram.kind == ANNOUNCE:
-            door = self._door(datagram, source, now)
-            octets = door and with_port(octets, door.port)
+            listener = self._listener_for(datagram, source, now)
+            data = listener and with_port(data, listener.port)
         elif datagram.kind == TAKEN:
             self._taken(datagram, source)
-        problems = self.outside.send(octets) if octets else ()
+        problems = self.outside.send(data) if data else ()
         if problems:
             self.notes.note("send", "cannot send to %s: %s" % (self.target, ", ".join(problems)))
 
@@ -5905,78 +6067,78 @@ class Cproxy:
         return far.index if self.target.kind != "unicast" or self.target.address == far.broadcast else 0
 
     def _allowed(self, source, now):
-        rate = self.rates.pop(source, None) or Allowance(SOURCE_RATE, SOURCE_BURST)
+        rate = self.rates.pop(source, None) or TokenBucket(SOURCE_RATE, SOURCE_BURST)
         self.rates[source] = rate
         if len(self.rates) > SOURCES_MAX:
             self.rates.popitem(last=False)
         return rate.take(now) and self.rate.take(now)
 
     # -- doors
-    def _door(self, datagram, source, now):
+    def _listener_for(self, datagram, source, now):
         """The door for this announcement, opened if need be; None when none can be had."""
         name = (source[0], source[3:], datagram.key_id, datagram.nonce, datagram.port)
-        door = self.doors.pop(name, None) or self._open_door(name, datagram, source)
-        if door:
-            self.doors[name], door.heard = door, now
-        return door
+        listener = self.listeners.pop(name, None) or self._open_listener(name, datagram, source)
+        if listener:
+            self.listeners[name], listener.heard = listener, now
+        return listener
 
-    def _open_door(self, name, datagram, source):
-        same = [other for other in self.doors if other[0] == name[0]]
-        if len(same) >= DOORS_PER_SOURCE:
-            self._close_door(same[0])
-        elif len(self.doors) >= DOORS_MAX:
-            self._close_door(next(iter(self.doors)))
+    def _open_listener(self, name, datagram, source):
+        same = [other for other in self.listeners if other[0] == name[0]]
+        if len(same) >= LISTENERS_PER_SOURCE:
+            self._close_listener(same[0])
+        elif len(self.listeners) >= LISTENERS_MAX:
+            self._close_listener(next(iter(self.listeners)))
         address, family, scope = self.source
         try:
-            listening = listen_at(socket_address(family, address, 0, scope), family, backlog=CALLERS_PER_DOOR)
+            listening = listen_at(socket_address(family, address, 0, scope), family, backlog=CONNECTIONS_PER_LISTENER)
         except (Failure, OSError) as problem:
             return self.notes.note("door", "cannot carry on an announcement of %s: %s" % (source[0], problem))
-        door = Door(name, (source[0], datagram.port, *source[2:]), datagram.nonce, listening)
-        self._watch_door(door)
-        return door
+        listener = ProxyListener(name, (source[0], datagram.port, *source[2:]), datagram.nonce, listening)
+        self._watch_listener(listener)
+        return listener
 
-    def _watch_door(self, door):
-        self.loop.watch(door.listening.fileno(), read=None if self.full else lambda: self._accept(door))
+    def _watch_listener(self, listener):
+        self.loop.watch(listener.listening.fileno(), read=None if self.full else lambda: self._accept(listener))
 
-    def _close_door(self, name):
+    def _close_listener(self, name):
         """Whoever has not got through by now gets a reset."""
-        door = self.doors.pop(name)
-        self.loop.watch(door.listening.fileno())
-        door.listening.close()
-        for relay in list(door.callers):
+        listener = self.listeners.pop(name)
+        self.loop.watch(listener.listening.fileno())
+        listener.listening.close()
+        for relay in list(listener.callers):
             if relay.state in ("knocking", "waiting"):
                 relay.end("not needed")
 
     def _taken(self, datagram, source):
         """The submitter has its worker.  Only what comes from where the announcement came from is believed."""
-        for name in [name for name in self.doors
+        for name in [name for name in self.listeners
                      if name[:2] == (source[0], source[3:]) and name[2:4] == (datagram.key_id, datagram.nonce)]:
-            self._close_door(name)
+            self._close_listener(name)
 
     # -- connections
-    def _accept(self, door):
+    def _accept(self, listener):
         try:
-            worker, address = door.listening.accept()
+            worker, address = listener.listening.accept()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
-                self._turn_away(door)
+                self._turn_away(listener)
             return
-        if len(door.callers) >= CALLERS_PER_DOOR:
+        if len(listener.callers) >= CONNECTIONS_PER_LISTENER:
             return close_socket(worker, reset=True)
         self.count += 1
-        relay = ProxyRelay(self, self.count, door, worker, address)
+        relay = ProxyRelay(self, self.count, listener, worker, address)
         self.relays.add(relay)
-        door.callers.add(relay)
+        listener.callers.add(relay)
         self._set_full(len(self.relays) >= self.most)
 
-    def _turn_away(self, door):
+    def _turn_away(self, listener):
         """No descriptor is left.  The spare one serves to close the connection, which would else wake us for ever."""
         self.notes.note("descriptors", "out of descriptors: workers turned away")
         if self.spare is not None:
             os.close(self.spare)
             self.spare = None
         try:
-            close_socket(door.listening.accept()[0], reset=True)
+            close_socket(listener.listening.accept()[0], reset=True)
         except OSError:
             pass
         try:
@@ -5988,29 +6150,29 @@ class Cproxy:
         """With as many connections as can be had, the others wait at the doors, in the kernel."""
         if full != self.full:
             self.full = full
-            for door in self.doors.values():
-                self._watch_door(door)
+            for listener in self.listeners.values():
+                self._watch_listener(listener)
 
-    def knocked(self, relay):
-        relay.door.waiting.append(relay)
-        self._next(relay.door)
+    def preamble_read(self, relay):
+        relay.listener.waiting.append(relay)
+        self._next(relay.listener)
 
-    def _next(self, door):
-        while door.waiting and len(door.active) < ACTIVE_PER_DOOR:
-            relay = door.waiting.popleft()
+    def _next(self, listener):
+        while listener.waiting and len(listener.active) < ACTIVE_PER_LISTENER:
+            relay = listener.waiting.popleft()
             if relay.state == "waiting":
-                door.active.add(relay)
+                listener.active.add(relay)
                 relay.connect()
 
     def released(self, relay):
         """The submitter has its hand free for another worker."""
-        relay.door.active.discard(relay)
-        self._next(relay.door)
+        relay.listener.active.discard(relay)
+        self._next(relay.listener)
 
     def over(self, relay):
         """Called once by every relay at its end."""
         self.relays.discard(relay)
-        relay.door.callers.discard(relay)
+        relay.listener.callers.discard(relay)
         self.released(relay)
         self._set_full(len(self.relays) >= self.most)
         if self.draining and not self.relays:
@@ -6020,30 +6182,30 @@ class Cproxy:
     def _refresh(self):
         self.inside.refresh()
         self.outside.refresh()
-        self.loop.later(REFRESH_EVERY, self._refresh)
+        self.loop.call_later(REFRESH_EVERY, self._refresh)
 
     def _sweep(self):
         now = time.monotonic()
         words = {"knocking": "silent", "connecting": "the submitter cannot be reached", "running": "idle"}
         for relay in [relay for relay in self.relays if relay.deadline and relay.deadline < now]:
             relay.end(words.get(relay.state, "too late"))
-        for name in [name for name, door in self.doors.items() if door.heard < now - DOOR_SECONDS]:
-            self._close_door(name)
-        self.loop.later(SWEEP_SECONDS, self._sweep)
+        for name in [name for name, listener in self.listeners.items() if listener.heard < now - LISTENER_SECONDS]:
+            self._close_listener(name)
+        self.loop.call_later(SWEEP_SECONDS, self._sweep)
 
 
 def raise_descriptor_limit():
     """How many relays this process can carry, after its limit of descriptors was raised as far as it may be."""
     import resource
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = RELAYS_MAX * DESCRIPTORS_PER_RELAY + DOORS_MAX + 64
+    wanted = RELAYS_MAX * DESCRIPTORS_PER_RELAY + LISTENERS_MAX + 64
     if soft != resource.RLIM_INFINITY and soft < wanted:
         try:
             soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         except (ValueError, OSError):
             soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    room = RELAYS_MAX if soft == resource.RLIM_INFINITY else (soft - DOORS_MAX - 64) // DESCRIPTORS_PER_RELAY
+    room = RELAYS_MAX if soft == resource.RLIM_INFINITY else (soft - LISTENERS_MAX - 64) // DESCRIPTORS_PER_RELAY
     return max(8, min(RELAYS_MAX, room))
 
 
@@ -6585,7 +6747,7 @@ exec(code, main.__dict__)
 """
 
 
-LEAN = 20 << 20             # octets that a tool has resident before it has loaded TLS; compiling takes it to 30 MiB
+LEAN = 20 << 20             # bytes that a tool has resident before it has loaded TLS; compiling takes it to 30 MiB
 
 
 def begin_anew(path, code):

@@ -506,7 +506,7 @@ def open_fds(pid):
 
 
 def memory(pid, *fields):
-    """The sum of these fields of smaps_rollup, in octets."""
+    """The sum of these fields of smaps_rollup, in bytes."""
     rows = dict(line.split(":", 1) for line in proc(pid, "smaps_rollup").splitlines() if ":" in line[:20])
     return sum(int(rows[field].split()[0]) for field in fields) * 1024 if rows else 0
 
@@ -745,23 +745,23 @@ class Relay:
     """Sits between submitters and workers on loopback, as a bad network would.
 
     It hears one group port, re-sends each datagram to the workers' port with its own TCP port as the one
-    to connect back to, and carries the connections that come.  One fault, at octet `at` of the stream
+    to connect back to, and carries the connections that come.  One fault, at byte `at` of the stream
     towards "submitter" or "worker", in the first `connections` connections:
 
-        flip     one bit of octet `at`, chosen by `bit`
+        flip     one bit of byte `at`, chosen by `bit`
         cut      that side and the other see a clean end
         reset    both see a reset
         stall    nothing more is carried in this direction
-        dribble  octet by octet, `pause` seconds apart, up to octet `at` (None: always)
+        dribble  byte by byte, `pause` seconds apart, up to byte `at` (None: always)
 
-    A fault may be set anew between jobs.  carried[towards] has the octets of each connection so far."""
+    A fault may be set anew between jobs.  carried[towards] has the bytes of each connection so far."""
 
     def __init__(self, hear, tell, fault=None, at=None, towards="submitter", bit=0, connections=None, pause=0.0005):
         self.fault, self.at, self.towards, self.bit = fault, at, towards, bit
         self.connections, self.pause = connections, pause
         self.carried = {"submitter": [], "worker": []}
         self.datagrams, self.group = [], "127.255.255.255:%d" % hear
-        self.tell, self.closed, self.sockets, self.doors = ("127.255.255.255", tell), False, [], {}
+        self.tell, self.closed, self.sockets, self.listeners = ("127.255.255.255", tell), False, [], {}
         self.udp = self._socket(socket.SOCK_DGRAM)
         self.udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.udp.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
@@ -784,26 +784,26 @@ class Relay:
 
     def _datagrams(self):
         while not self.closed:
-            octets, source = self.udp.recvfrom(65536)
-            self.datagrams.append(octets)
-            port = struct.unpack(">H", octets[6:8])[0] if len(octets) >= 8 else 0
+            data, source = self.udp.recvfrom(65536)
+            self.datagrams.append(data)
+            port = struct.unpack(">H", data[6:8])[0] if len(data) >= 8 else 0
             if port:
-                octets = octets[:6] + struct.pack(">H", self._door(source[0], port)) + octets[8:]
-            self.udp.sendto(octets, self.tell)
+                data = data[:6] + struct.pack(">H", self._listener_for(source[0], port)) + data[8:]
+            self.udp.sendto(data, self.tell)
 
-    def _door(self, host, port):
+    def _listener_for(self, host, port):
         """The own port that stands for a submitter's."""
-        if (host, port) not in self.doors:
-            door = self._socket(socket.SOCK_STREAM)
-            door.bind(("127.0.0.1", 0))
-            door.listen(64)
-            self.doors[host, port] = door.getsockname()[1]
-            self._thread(self._accept, door, (host, port))
-        return self.doors[host, port]
+        if (host, port) not in self.listeners:
+            listener = self._socket(socket.SOCK_STREAM)
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(64)
+            self.listeners[host, port] = listener.getsockname()[1]
+            self._thread(self._accept, listener, (host, port))
+        return self.listeners[host, port]
 
-    def _accept(self, door, target):
+    def _accept(self, listener, target):
         while True:
-            worker, _ = door.accept()
+            worker, _ = listener.accept()
             submitter = self._socket(socket.SOCK_STREAM)
             self.sockets.append(worker)
             try:
@@ -841,19 +841,19 @@ class Relay:
 
     def _take(self, lane, number):
         """Reads what came, and lets the fault have its way with it; ConnectionError for a reset."""
-        octets = lane.source.recv(65536)
-        if not octets:
+        data = lane.source.recv(65536)
+        if not data:
             lane.open = False
             lane.sink.shutdown(socket.SHUT_WR)
         here = (self.at or 0) - lane.taken
-        lane.taken += len(octets)
-        lane.waiting = octets
-        if not self._faulty(lane, number) or not 0 <= here < len(octets) or self.fault == "dribble":
+        lane.taken += len(data)
+        lane.waiting = data
+        if not self._faulty(lane, number) or not 0 <= here < len(data) or self.fault == "dribble":
             return
         if self.fault == "flip":
-            lane.waiting = octets[:here] + bytes([octets[here] ^ 1 << self.bit]) + octets[here + 1:]
+            lane.waiting = data[:here] + bytes([data[here] ^ 1 << self.bit]) + data[here + 1:]
             return
-        lane.sink.sendall(octets[:here])
+        lane.sink.sendall(data[:here])
         self.carried[lane.towards][number] += here
         lane.waiting = b""
         if self.fault == "reset":
@@ -861,7 +861,7 @@ class Relay:
         lane.cut, lane.stalled = self.fault == "cut", self.fault == "stall"
 
     def _give(self, lane, number):
-        """Sends on what waits, or one octet of it."""
+        """Sends on what waits, or one byte of it."""
         done, slow = self.carried[lane.towards][number], self.fault == "dribble" and self._faulty(lane, number)
         slow = slow and (self.at is None or done < self.at)
         sent = lane.sink.send(lane.waiting[:1] if slow else lane.waiting)
@@ -1001,30 +1001,30 @@ DER_CASES = [
 ]
 
 
-@pytest.mark.parametrize("octets, values", DER_CASES)
-def test_der_both_ways(octets, values):
-    assert cexec.der_values(octets) == values
-    assert b"".join(cexec.der(tag, content) for tag, content in values) == octets
+@pytest.mark.parametrize("data, values", DER_CASES)
+def test_der_both_ways(data, values):
+    assert cexec.der_values(data) == values
+    assert b"".join(cexec.der(tag, content) for tag, content in values) == data
 
 
-@pytest.mark.parametrize("octets", [
+@pytest.mark.parametrize("data", [
     b"\x30", b"\x30\x01", b"\x04\x02a", b"\x04\x80", b"\x04\x80ab\x00\x00", b"\x04\x81", b"\x04\x81\x01a",
     b"\x04\x81\x7f" + b"x" * 127, b"\x04\x82\x00\xff" + b"x" * 255, b"\x04\x82\x01", b"\x04\x83\x00\x00\x01a",
     b"\x04\xff", b"\x04\x84\xff\xff\xff\xff", b"\x02\x01\x00\x05"])
-def test_der_refuses_what_it_would_not_write(octets):
+def test_der_refuses_what_it_would_not_write(data):
     with pytest.raises(cexec.ProtocolError):
-        cexec.der_values(octets)
+        cexec.der_values(data)
 
 
-@pytest.mark.parametrize("octets, index, tag", [(b"", 0, 4), (b"\x04\x00", 1, 4), (b"\x04\x00", 0, 5)])
-def test_der_values_are_where_and_what_they_should_be(octets, index, tag):
+@pytest.mark.parametrize("data, index, tag", [(b"", 0, 4), (b"\x04\x00", 1, 4), (b"\x04\x00", 0, 5)])
+def test_der_values_are_where_and_what_they_should_be(data, index, tag):
     with pytest.raises(cexec.ProtocolError):
-        cexec.der_child(octets, index, tag)
+        cexec.der_child(data, index, tag)
 
 
-@pytest.mark.parametrize("number, octets", [(0, "020100"), (127, "02017f"), (128, "02020080"), (256, "02020100")])
-def test_der_integers_are_positive_and_short(number, octets):
-    assert cexec.der_integer(number).hex() == octets
+@pytest.mark.parametrize("number, data", [(0, "020100"), (127, "02017f"), (128, "02020080"), (256, "02020100")])
+def test_der_integers_are_positive_and_short(number, data):
+    assert cexec.der_integer(number).hex() == data
 
 
 def test_the_same_secret_gives_the_same_files_everywhere():
@@ -1123,8 +1123,8 @@ def test_every_changed_octet_of_a_public_half_is_noticed():
     whole = cexec.parse_key(PUBLIC, "k")
     point, _ = cexec.certificate_parts(cexec.WORKER_ROLE, whole.peer_der)
     for at in range(len(PUBLIC)):
-        for octet in {PUBLIC[at] ^ 1, ord("A"), ord("\n")} - {PUBLIC[at]}:
-            key = accepted(PUBLIC[:at] + bytes([octet]) + PUBLIC[at + 1:])
+        for byte in {PUBLIC[at] ^ 1, ord("A"), ord("\n")} - {PUBLIC[at]}:
+            key = accepted(PUBLIC[:at] + bytes([byte]) + PUBLIC[at + 1:])
             if key:
                 assert key.peer_der != whole.peer_der
                 assert cexec.certificate_parts(cexec.WORKER_ROLE, key.peer_der)[0] == point
@@ -1240,7 +1240,7 @@ def test_openssl_finds_nothing_wrong(tmp_path):
 
 
 def first_flights(server, client):
-    """(ClientHello, the server's answer) of a fresh handshake, as octets."""
+    """(ClientHello, the server's answer) of a fresh handshake, as bytes."""
     up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
     ends = client.wrap_bio(down, up), server.wrap_bio(up, down, server_side=True)
     flights = []
@@ -1252,16 +1252,16 @@ def first_flights(server, client):
     return flights
 
 
-def server_hello_extensions(octets):
-    """{number: content} of the ServerHello that these octets begin with (RFC 8446, 4.1.3)."""
-    assert octets[0] == 22 and octets[5] == 2
+def server_hello_extensions(data):
+    """{number: content} of the ServerHello that these bytes begin with (RFC 8446, 4.1.3)."""
+    assert data[0] == 22 and data[5] == 2
     at = 5 + 4 + 2 + 32
-    at += 1 + octets[at] + 2 + 1
-    end = at + 2 + int.from_bytes(octets[at:at + 2], "big")
+    at += 1 + data[at] + 2 + 1
+    end = at + 2 + int.from_bytes(data[at:at + 2], "big")
     at, found = at + 2, {}
     while at < end:
-        number, size = struct.unpack_from(">HH", octets, at)
-        found[number] = octets[at + 4:at + 4 + size]
+        number, size = struct.unpack_from(">HH", data, at)
+        found[number] = data[at + 4:at + 4 + size]
         at += 4 + size
     return found
 
@@ -1281,7 +1281,7 @@ def test_every_connection_agrees_on_keys_of_its_own(key):
 
 @pytest.mark.parametrize("order", [(1, 0), (0, 0), (1,), (0, 2)], ids=["swapped", "repeated", "left out", "a gap"])
 def test_records_that_come_in_another_order_break_the_channel(key, order):
-    """S10: octets that are reordered, repeated or left out are a failure."""
+    """S10: bytes that are reordered, repeated or left out are a failure."""
     server = cexec.tls_context(cexec.load_key(key + ".pub", "public")[0], True)
     client = cexec.tls_context(cexec.load_key(key, "private")[0], False)
     up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -1304,7 +1304,7 @@ def test_records_that_come_in_another_order_break_the_channel(key, order):
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_KEEPIDLE"), reason="this system has no settings for it")
 def test_a_peer_whose_machine_has_gone_is_noticed_even_while_it_may_be_silent():
-    """R8: by the system, two minutes after the last octet of a suspended peer."""
+    """R8: by the system, two minutes after the last byte of a suspended peer."""
     with socket.socket() as connection:
         cexec.tune(connection)
         idle, gap, count = (connection.getsockopt(socket.IPPROTO_TCP, number) for number in (
@@ -1322,7 +1322,7 @@ def test_a_text_becomes_a_secret_by_scrypt():
     expected = hashlib.scrypt(hashlib.sha512(PHRASE).digest(), salt=b"ckey v1", n=1 << 17, r=8, p=1, maxmem=1 << 28,
                               dklen=32)
     assert cexec.master_from_text(PHRASE) == expected
-    assert cexec.master_from_pieces(bytes([octet]) for octet in PHRASE) == expected
+    assert cexec.master_from_pieces(bytes([byte]) for byte in PHRASE) == expected
 
 
 @pytest.mark.parametrize("text, guessable", [
@@ -1692,14 +1692,14 @@ def test_loopback_groups_are_heard_and_answered(text):
         skip("the name of the loopback device")
     group = cexec.parse_group(text % free_port())
     with contextlib.closing(cexec.GroupSocket(group, True)) as ear, \
-            contextlib.closing(cexec.GroupSocket(group, False)) as mouth, cexec.open_listener(group) as door:
+            contextlib.closing(cexec.GroupSocket(group, False)) as mouth, cexec.open_listener(group) as listener:
         assert mouth.send(b"hello") == []
-        octets, source, _ = hear(ear)
-        assert octets == b"hello"
+        data, source, _ = hear(ear)
+        assert data == b"hello"
         with socket.socket(group.family, socket.SOCK_STREAM) as back:
             back.settimeout(5)
-            back.connect((source[0], door.getsockname()[1], *source[2:]))
-        assert door.getsockname()[0] in ("127.0.0.1", "::1")
+            back.connect((source[0], listener.getsockname()[1], *source[2:]))
+        assert listener.getsockname()[0] in ("127.0.0.1", "::1")
         assert ear.receive() is None, "it came twice"
 
 
@@ -1731,10 +1731,10 @@ def test_the_kernel_passes_a_worker_only_what_concerns_it(text):
             for key in BAR, FOO:
                 for kind in cexec.DATAGRAM_NAMES:
                     mouth.send(cexec.encode_datagram(key.udp, kind, key.id, b"noncenon", 1, bytes(900)))
-            for octets in b"", b"cxec", bytes(60), b"cxec" + bytes([cexec.WIRE_VERSION + 1]), b"cxec\xff" + bytes(900):
-                mouth.send(octets)
+            for data in b"", b"cxec", bytes(60), b"cxec" + bytes([cexec.WIRE_VERSION + 1]), b"cxec\xff" + bytes(900):
+                mouth.send(data)
             heard = [hear(ear)[0] for _ in range(len(kinds) + 2)]
-            assert [cexec.parse_datagram(octets).kind for octets in heard[:-2]] == list(kinds)
+            assert [cexec.parse_datagram(data).kind for data in heard[:-2]] == list(kinds)
             assert heard[-2:] == [b"cxec" + bytes([cexec.WIRE_VERSION + 1]), b"cxec\xff" + bytes(900)]
             assert ear.receive() is None
 
@@ -1798,14 +1798,14 @@ def test_a_source_that_is_not_ours_is_one_clear_failure():
 
 def test_the_first_free_port_is_taken():
     group, first = cexec.parse_group("127.0.0.1"), free_port(socket.SOCK_STREAM)
-    doors = [cexec.open_listener(group, [(first, first + 1), (first + 3, first + 3)]) for _ in range(3)]
-    assert [door.getsockname()[1] for door in doors] == [first, first + 1, first + 3]
+    listeners = [cexec.open_listener(group, [(first, first + 1), (first + 3, first + 3)]) for _ in range(3)]
+    assert [listener.getsockname()[1] for listener in listeners] == [first, first + 1, first + 3]
     with pytest.raises(cexec.Failure) as caught:
         cexec.open_listener(group, [(first, first + 1), (first + 3, first + 3)])
     assert str(caught.value) == (
         "cannot listen on TCP port %d-%d,%d: Address already in use" % (first, first + 1, first + 3))
-    for door in doors:
-        door.close()
+    for listener in listeners:
+        listener.close()
 
 
 # ---------------------------------------------------------------- groups: the sockets, between hosts
@@ -1821,12 +1821,12 @@ while True:
     select.select([ear], [], [], 0.2)[0] or ear.refresh()
     got = ear.receive()
     while got:
-        octets, source, index = got
-        print(octets.decode(), source[0], socket.if_indextoname(index), flush=True)
-        if octets.split()[1:]:
+        bytes, source, index = got
+        print(bytes.decode(), source[0], socket.if_indextoname(index), flush=True)
+        if bytes.split()[1:]:
             with socket.socket(ear.socket.family, socket.SOCK_STREAM) as back, contextlib.suppress(OSError):
                 back.settimeout(3)
-                back.connect((source[0], int(octets.split()[1]), *source[2:]))
+                back.connect((source[0], int(bytes.split()[1]), *source[2:]))
         got = ear.receive()
 """ % HERE
 
@@ -2040,50 +2040,50 @@ def test_multicast_that_only_others_on_this_host_joined_is_not_heard(street):
 SECRET, KEY_ID, NONCE = b"s" * 32, b"keyi", b"noncenon"
 
 
-def flipped(octets):
-    """(number of the bit, the octets with that one bit changed) for every bit."""
-    for bit in range(8 * len(octets)):
-        changed = bytearray(octets)
+def flipped(data):
+    """(number of the bit, the bytes with that one bit changed) for every bit."""
+    for bit in range(8 * len(data)):
+        changed = bytearray(data)
         changed[bit // 8] ^= 1 << bit % 8
         yield bit, bytes(changed)
 
 
-def cuts(octets):
-    """The same octets in every way that a network may deliver them: whole, one by one, and in two at every place."""
-    yield [octets]
-    yield [octets[at:at + 1] for at in range(len(octets))]
-    for at in range(len(octets) + 1):
-        yield [octets[:at], octets[at:]]
+def cuts(data):
+    """The same bytes in every way that a network may deliver them: whole, one by one, and in two at every place."""
+    yield [data]
+    yield [data[at:at + 1] for at in range(len(data))]
+    for at in range(len(data) + 1):
+        yield [data[:at], data[at:]]
 
 
-def only_protocol_errors(parse, octets):
-    """Whether the octets were accepted; any error but the one that is allowed is shown with the input."""
+def only_protocol_errors(parse, data):
+    """Whether the bytes were accepted; any error but the one that is allowed is shown with the input."""
     try:
-        parse(octets)
+        parse(data)
         return True
     except cexec.ProtocolError:
         return False
     except Exception as error:
-        pytest.fail("%s: %s, on the input %r" % (type(error).__name__, error, octets))
+        pytest.fail("%s: %s, on the input %r" % (type(error).__name__, error, data))
 
 
 def damaged(random, valid):
-    """One valid input after a few random changes: bits, octets, cuts, repetitions."""
-    octets = bytearray(random.choice(valid))
+    """One valid input after a few random changes: bits, bytes, cuts, repetitions."""
+    data = bytearray(random.choice(valid))
     for _ in range(random.randrange(4)):
-        at = random.randrange(len(octets) + 1)
+        at = random.randrange(len(data) + 1)
         what = random.randrange(5)
-        if what == 0 and at < len(octets):
-            octets[at] ^= 1 << random.randrange(8)
-        elif what == 1 and at < len(octets):
-            octets[at] = random.choice((0, 1, 127, 128, 255, random.randrange(256)))
+        if what == 0 and at < len(data):
+            data[at] ^= 1 << random.randrange(8)
+        elif what == 1 and at < len(data):
+            data[at] = random.choice((0, 1, 127, 128, 255, random.randrange(256)))
         elif what == 2:
-            del octets[at:at + random.randrange(9)]
+            del data[at:at + random.randrange(9)]
         elif what == 3:
-            octets[at:at] = random.getrandbits(64).to_bytes(8, "big")[:random.randrange(9)]
+            data[at:at] = random.getrandbits(64).to_bytes(8, "big")[:random.randrange(9)]
         else:
-            octets += random.choice(valid)
-    return bytes(octets)
+            data += random.choice(valid)
+    return bytes(data)
 
 
 # ---------------------------------------------------------------- nothing above the line touches the world
@@ -2102,7 +2102,7 @@ def dotted_uses(tree):
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in WORLDLY:
             yield node.lineno, "%s.%s" % (node.value.id, node.attr)
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in WORLDLY:
+        elif isinstance(node, ast.PendingAnnouncement) and isinstance(node.func, ast.Name) and node.func.id in WORLDLY:
             yield node.lineno, node.func.id
 
 
@@ -2285,9 +2285,9 @@ def datagram(kind=cexec.HOLD, body=b"ab", sequence=1, port=4000):
 @pytest.mark.parametrize("kind, body", BODIES)
 def test_datagrams_both_ways(kind, body):
     for sequence, port in (0, 0), (2 ** 32 - 1, 65535):
-        octets = datagram(kind, body, sequence, port)
-        assert len(octets) == 40 + len(body) <= cexec.DATAGRAM_MAX
-        found = cexec.parse_datagram(octets)
+        data = datagram(kind, body, sequence, port)
+        assert len(data) == 40 + len(body) <= cexec.DATAGRAM_MAX
+        found = cexec.parse_datagram(data)
         assert (found.kind, found.port, found.key_id, found.nonce) == (kind, port, KEY_ID, NONCE)
         assert (found.sequence, found.body) == (sequence, body)
         assert found.authentic(SECRET) and not found.authentic(b"t" * 32)
@@ -2296,30 +2296,30 @@ def test_datagrams_both_ways(kind, body):
 def test_every_changed_bit_of_a_datagram_shows_but_for_the_port():
     """S3: the tag covers all the rest."""
     for kind, body in BODIES[:3] + BODIES[-3:]:
-        for bit, octets in flipped(datagram(kind, body)):
+        for bit, data in flipped(datagram(kind, body)):
             try:
-                believed = cexec.parse_datagram(octets).authentic(SECRET)
+                believed = cexec.parse_datagram(data).authentic(SECRET)
             except cexec.ProtocolError:
                 believed = False
             assert believed == (bit // 8 in (6, 7)), bit
 
 
 def test_a_proxy_changes_the_port_and_nothing_else():
-    octets = cexec.with_port(datagram(), 54321)
-    found = cexec.parse_datagram(octets)
+    data = cexec.with_port(datagram(), 54321)
+    found = cexec.parse_datagram(data)
     assert found.port == 54321 and found.authentic(SECRET)
-    assert cexec.with_port(octets, 4000) == datagram()
+    assert cexec.with_port(data, 4000) == datagram()
 
 
-@pytest.mark.parametrize("octets, words", [
-    (b"", "a datagram of 0 octets"), (datagram(body=b"")[:39], "a datagram of 39 octets"),
-    (datagram(body=b"x" * 1161), "a datagram of 1201 octets"),
+@pytest.mark.parametrize("data, words", [
+    (b"", "a datagram of 0 bytes"), (datagram(body=b"")[:39], "a datagram of 39 bytes"),
+    (datagram(body=b"x" * 1161), "a datagram of 1201 bytes"),
     (b"X" + datagram()[1:], "a datagram of another program"),
     (datagram()[:4] + b"\x09" + datagram()[5:], "a datagram of protocol version 9, this program speaks 1"),
     (datagram(kind=5), "a datagram of unknown type 5"), (datagram(kind=0), "a datagram of unknown type 0")])
-def test_what_is_no_datagram(octets, words):
+def test_what_is_no_datagram(data, words):
     with pytest.raises(cexec.ProtocolError) as caught:
-        cexec.parse_datagram(octets)
+        cexec.parse_datagram(data)
     assert str(caught.value) == words
 
 
@@ -2362,27 +2362,27 @@ def preamble(secret=SECRET, nonce=NONCE, cost=0.5, offset=-3.25, waited=12.5, qu
 
 def test_preambles_both_ways():
     for fields in (0.5, -3.25, 12.5, False), (0.0, 0.0, 0.0, True):
-        octets = cexec.encode_preamble(SECRET, NONCE, *fields)
-        assert len(octets) == cexec.PREAMBLE_SIZE
-        assert cexec.parse_preamble(SECRET, NONCE, octets) == fields
-        assert cexec.parse_preamble(SECRET, NONCE, memoryview(octets)) == fields
+        data = cexec.encode_preamble(SECRET, NONCE, *fields)
+        assert len(data) == cexec.PREAMBLE_SIZE
+        assert cexec.parse_preamble(SECRET, NONCE, data) == fields
+        assert cexec.parse_preamble(SECRET, NONCE, memoryview(data)) == fields
 
 
 def test_every_changed_bit_of_a_preamble_is_refused():
-    for bit, octets in flipped(preamble()):
+    for bit, data in flipped(preamble()):
         with pytest.raises(cexec.ProtocolError):
-            cexec.parse_preamble(SECRET, NONCE, octets)
+            cexec.parse_preamble(SECRET, NONCE, data)
 
 
-@pytest.mark.parametrize("octets, words", [
+@pytest.mark.parametrize("data, words", [
     (b"", "not a worker"), (preamble()[:-1], "not a worker"), (preamble() + b"x", "not a worker"),
     (b"GET / HTTP/1.1\r\n".ljust(cexec.PREAMBLE_SIZE), "not a worker"),
     (preamble()[:4] + b"\x07" + preamble()[5:], "a worker of protocol version 7, this program speaks 1"),
     (preamble(b"t" * 32), "a worker of another key"),
     (preamble(nonce=b"an older"), "a worker that answers another announcement")])
-def test_what_is_no_preamble(octets, words):
+def test_what_is_no_preamble(data, words):
     with pytest.raises(cexec.ProtocolError) as caught:
-        cexec.parse_preamble(SECRET, NONCE, octets)
+        cexec.parse_preamble(SECRET, NONCE, data)
     assert str(caught.value) == words
 
 
@@ -2419,29 +2419,29 @@ def test_a_message_in_every_cut(message):
 
 
 def test_messages_behind_one_another_in_every_cut():
-    octets = b"".join(cexec.frame(*message) for message in FRAMES)
-    for parts in cuts(octets):
+    data = b"".join(cexec.frame(*message) for message in FRAMES)
+    for parts in cuts(data):
         assert messages_in(parts) == FRAMES
     for tail in range(1, 8):
-        assert messages_in([octets + cexec.frame(cexec.END, 1)[:tail]]) == FRAMES
+        assert messages_in([data + cexec.frame(cexec.END, 1)[:tail]]) == FRAMES
 
 
 def test_data_comes_out_as_it_arrives_and_is_not_copied():
-    octets = cexec.frame(cexec.DATA, 4, b"0123456789")
-    reader, buffer = cexec.FrameReader(), bytearray(octets[:12])
+    data = cexec.frame(cexec.DATA, 4, b"0123456789")
+    reader, buffer = cexec.FrameReader(), bytearray(data[:12])
     found = list(reader.read(buffer))
     assert found[0] == (cexec.DATA, 4, b"", 10) and found[1][2] == b"0123"
     buffer[8:12] = b"abcd"
     assert found[1][2] == b"abcd", "the part is a view of the caller's buffer"
-    assert [bytes(body) for _, _, body, _ in reader.read(octets[12:])] == [b"456789"]
+    assert [bytes(body) for _, _, body, _ in reader.read(data[12:])] == [b"456789"]
 
 
 @pytest.mark.parametrize("head, words", [
     ((16, 0, 0, 0), "a message of unknown type 16"), ((255, 0, 0, 0), "a message of unknown type 255"),
     ((cexec.PING, 1, 0, 0), "a message of unknown type 11"),
-    ((cexec.DATA, 0, 0, cexec.FRAME_MAX + 1), "a data message of %d octets" % (cexec.FRAME_MAX + 1)),
-    ((cexec.JOB, 0, 0, cexec.CONTROL_MAX + 1), "a job message of %d octets" % (cexec.CONTROL_MAX + 1)),
-    ((cexec.EXIT, 0, 0, 2 ** 32 - 1), "a exit message of %d octets" % (2 ** 32 - 1))])
+    ((cexec.DATA, 0, 0, cexec.FRAME_MAX + 1), "a data message of %d bytes" % (cexec.FRAME_MAX + 1)),
+    ((cexec.JOB, 0, 0, cexec.CONTROL_MAX + 1), "a job message of %d bytes" % (cexec.CONTROL_MAX + 1)),
+    ((cexec.EXIT, 0, 0, 2 ** 32 - 1), "a exit message of %d bytes" % (2 ** 32 - 1))])
 def test_what_is_no_message(head, words):
     for parts in cuts(cexec.FRAME_HEAD.pack(*head)):
         reader = cexec.FrameReader()
@@ -2500,7 +2500,7 @@ def job_texts(identity=b"0123456789abcdef", descriptors=b"0r 1w 2w", timeout=b"6
 TERMINAL = [b"24", b"80", b"xterm", b"echo=1"]
 
 
-@pytest.mark.parametrize("octets", [
+@pytest.mark.parametrize("data", [
     b"", job_texts()[:-1], cexec.pack_texts([b""] * 4), job_texts(identity=b""), job_texts(identity=b"0" * 15),
     job_texts(identity=b"0123456789ABCDEF"), job_texts(identity=b"../../etc/passwd"), job_texts(timeout=b""),
     job_texts(timeout=b"0"), job_texts(timeout=b"-1"), job_texts(timeout=b"86400001"), job_texts(timeout=b"9" * 5000),
@@ -2514,13 +2514,13 @@ TERMINAL = [b"24", b"80", b"xterm", b"echo=1"]
     job_texts(terminal=[b"65536"] + TERMINAL[1:]), job_texts(terminal=[b"x"] + TERMINAL[1:]),
     job_texts(terminal=TERMINAL[:2] + [b"x" * 65, b""]), job_texts(terminal=TERMINAL[:2] + [b"a\0b", b""]),
     job_texts(terminal=TERMINAL[:3] + [b"echo"]), job_texts(terminal=TERMINAL[:3] + [b"erase=256"])])
-def test_jobs_that_no_submitter_of_this_program_sends(octets):
+def test_jobs_that_no_submitter_of_this_program_sends(data):
     with pytest.raises(cexec.ProtocolError):
-        cexec.parse_job(octets)
+        cexec.parse_job(data)
 
 
 def ended(signalled=False, number=0, milliseconds=1, cpu=2, peak=3, name=""):
-    return cexec.Ended(signalled, number, milliseconds, cpu, peak, name)
+    return cexec.ExitReport(signalled, number, milliseconds, cpu, peak, name)
 
 
 @pytest.mark.parametrize("outcome, status", (
@@ -2532,12 +2532,12 @@ def test_exits_both_ways(outcome, status):
     assert found == outcome and found.status == status
 
 
-@pytest.mark.parametrize("octets", [
+@pytest.mark.parametrize("data", [
     b"", cexec.encode_exit(ended())[:-1], cexec.EXIT_BODY.pack(2, 0, 0, 0, 0), cexec.EXIT_BODY.pack(0, 256, 0, 0, 0),
     cexec.EXIT_BODY.pack(1, 128, 0, 0, 0), cexec.EXIT_BODY.pack(1, 0, 0, 0, 0)])
-def test_exits_that_do_not_exist(octets):
+def test_exits_that_do_not_exist(data):
     with pytest.raises(cexec.ProtocolError):
-        cexec.parse_exit(octets)
+        cexec.parse_exit(data)
 
 
 def test_an_exits_numbers_are_capped():
@@ -2590,7 +2590,7 @@ def test_every_message_in_every_phase(role, phase):
     """S11: what is not in the table is an error."""
     allowed = dict(entry.split(":") for entry in ALLOWED.get((role, phase), "").split())
     for name in cexec.MESSAGE_NAMES.values():
-        for parts in [wire(name)], [bytes([octet]) for octet in wire(name)]:
+        for parts in [wire(name)], [bytes([byte]) for byte in wire(name)]:
             session = session_in(role, phase)
             if name in allowed:
                 for part in parts:
@@ -2627,10 +2627,10 @@ def test_nothing_behind_the_last_message_is_looked_at():
 
 # ---------------------------------------------------------------- the session's streams
 
-def events_of(session, octets, now=NOW):
-    """What the session makes of these octets, data put together by descriptor and views made octets."""
+def events_of(session, data, now=NOW):
+    """What the session makes of these bytes, data put together by descriptor and views made bytes."""
     return [(cexec.MESSAGE_NAMES[kind], number, bytes(body) if isinstance(body, memoryview) else body)
-            for kind, number, body in session.receive(octets, now)]
+            for kind, number, body in session.receive(data, now)]
 
 
 def sent(session):
@@ -2658,11 +2658,11 @@ class Sides:
         """Carries everything over until both are quiet; half a round trip for each crossing."""
         while self.submitter.outbox or self.worker.outbox:
             for one, other in (self.submitter, self.worker), (self.worker, self.submitter):
-                octets = bytes(one.outbox)
+                data = bytes(one.outbox)
                 one.outbox.clear()
-                if octets:
+                if data:
                     self.now += self.trip / 2
-                    self.heard[other.role] += events_of(other, octets, self.now)
+                    self.heard[other.role] += events_of(other, data, self.now)
 
     def data(self, sender, number, body):
         """Sends data as a carrier would."""
@@ -2764,7 +2764,7 @@ def test_no_more_credit_than_the_largest_window():
 def test_messages_of_the_wrong_length(name, size):
     with pytest.raises(cexec.ProtocolError) as caught:
         list(session_in("worker", "running").receive(wire(name, body=bytes(size)), NOW))
-    assert str(caught.value) == "a %s message of %d octets" % (name, size)
+    assert str(caught.value) == "a %s message of %d bytes" % (name, size)
 
 
 def test_an_end_is_the_end():
@@ -2911,10 +2911,10 @@ def test_a_silent_peer_is_pinged_and_lost_in_time():
 def test_any_octet_counts_as_life():
     session = session_in("submitter", "running")
     session.timeout = 8.0
-    octets = wire("ping") * 10
+    data = wire("ping") * 10
     for count in range(100):
         assert not session.tick(NOW + count)
-        list(session.receive(octets[count:count + 1], NOW + count))
+        list(session.receive(data[count:count + 1], NOW + count))
 
 
 def test_a_session_that_was_paused_waits_for_ever():
@@ -2956,9 +2956,9 @@ def test_no_octets_break_the_datagram_parsers():
     valid = [datagram(kind, body) for kind, body in BODIES] + [preamble()]
     forms = {cexec.ANNOUNCE: cexec.ANNOUNCE_BODY, cexec.HOLD: cexec.HOLD_BODY, cexec.TAKEN: cexec.TAKEN_BODY}
 
-    def parse(octets):
-        only_protocol_errors(lambda octets: cexec.parse_preamble(SECRET, NONCE, octets), octets)
-        found = cexec.parse_datagram(octets)
+    def parse(data):
+        only_protocol_errors(lambda data: cexec.parse_preamble(SECRET, NONCE, data), data)
+        found = cexec.parse_datagram(data)
         if found.kind == cexec.ALERT:
             cexec.parse_alert(found)
         else:
@@ -2980,12 +2980,12 @@ def test_no_octets_break_the_frame_reader():
     chance = random.Random(3)
     valid = [cexec.frame(*message) for message in FRAMES]
 
-    def parse(octets):
-        reader, at = cexec.FrameReader(), chance.randrange(len(octets) + 1)
-        for part in octets[:at], octets[at:]:
+    def parse(data):
+        reader, at = cexec.FrameReader(), chance.randrange(len(data) + 1)
+        for part in data[:at], data[at:]:
             for kind, number, body, size in reader.read(part):
-                assert kind in cexec.MESSAGE_NAMES and 0 <= number < 65536 and len(body) <= len(octets)
-        assert len(reader.body) <= len(octets)
+                assert kind in cexec.MESSAGE_NAMES and 0 <= number < 65536 and len(body) <= len(data)
+        assert len(reader.body) <= len(data)
 
     accepted = sum(only_protocol_errors(parse, damaged(chance, valid)) for _ in range(100000))
     assert 10000 < accepted < 99000
@@ -3002,12 +3002,12 @@ def test_no_octets_break_a_session(role):
               for phase in EVERY_PHASE}
     taken = [0]
 
-    def play(octets):
+    def play(data):
         session = session_in(role, chance.choice(EVERY_PHASE))
         for _ in range(6):
             list(session.receive(chance.choice(likely[session.phase] or valid), NOW))
             taken[0] += 1
-        list(session.receive(octets, NOW))
+        list(session.receive(data, NOW))
         session.tick(NOW + 1)
         assert len(session.outbox) < 10000
 
@@ -3027,7 +3027,7 @@ def loop():
 
 def run_loop(loop, seconds=10):
     """Runs the loop until something stops it; a failure if nothing does."""
-    guard = loop.later(seconds, lambda: loop.stop("too late"))
+    guard = loop.call_later(seconds, lambda: loop.stop("too late"))
     result = loop.run()
     guard.cancel()
     assert result != "too late", "nothing stopped the loop"
@@ -3037,13 +3037,13 @@ def run_loop(loop, seconds=10):
 def test_timers_fire_in_order_and_cancelled_ones_never(loop):
     fired = []
     for delay in 0.03, 0.01, 0.02, 0.0:
-        loop.later(delay, lambda delay=delay: fired.append(delay))
-    cancelled = loop.later(0.005, lambda: fired.append("cancelled"))
-    first = loop.later(0.015, lambda: second.cancel())
-    second = loop.later(0.016, lambda: fired.append("cancelled by another"))
+        loop.call_later(delay, lambda delay=delay: fired.append(delay))
+    cancelled = loop.call_later(0.005, lambda: fired.append("cancelled"))
+    first = loop.call_later(0.015, lambda: second.cancel())
+    second = loop.call_later(0.016, lambda: fired.append("cancelled by another"))
     cancelled.cancel()
     cancelled.cancel()
-    loop.later(0.04, lambda: loop.stop("over"))
+    loop.call_later(0.04, lambda: loop.stop("over"))
     assert run_loop(loop) == "over" and fired == [0.0, 0.01, 0.02, 0.03] and first.callback
 
 
@@ -3052,8 +3052,8 @@ def test_calls_from_threads_wake_the_loop(loop):
 
     def work():
         for number in range(1000):
-            loop.soon(lambda number=number: found.append((number, threading.get_ident())))
-        loop.soon(loop.stop)
+            loop.call_soon_threadsafe(lambda number=number: found.append((number, threading.get_ident())))
+        loop.call_soon_threadsafe(loop.stop)
     threading.Thread(target=work, daemon=True).start()
     run_loop(loop)
     assert found == [(number, caller) for number in range(1000)]
@@ -3072,11 +3072,11 @@ def test_descriptors_are_watched_for_what_is_wanted(loop):
         seen.append("writable")
         loop.watch(writing)
         os.write(writing, b"again")
-        loop.later(0.02, loop.stop)
+        loop.call_later(0.02, loop.stop)
     loop.watch(reading, read=readable)
-    os.write(writing, b"octets")
+    os.write(writing, b"bytes")
     run_loop(loop)
-    assert seen == [b"octets", "writable"], "what is not watched any more is not called"
+    assert seen == [b"bytes", "writable"], "what is not watched any more is not called"
     loop.watch(reading)
     os.close(reading)
     os.close(writing)
@@ -3089,7 +3089,7 @@ def test_a_call_that_another_call_of_the_round_took_back_is_not_made(loop):
             called.append(number)
             for fd, _ in pairs:
                 loop.watch(fd)
-            loop.later(0.02, loop.stop)
+            loop.call_later(0.02, loop.stop)
         loop.watch(reading, read=first)
         os.write(writing, b"x")
     run_loop(loop)
@@ -3102,7 +3102,7 @@ def test_signals_become_calls_and_go_back_to_what_they_were():
     before, heard = signal.getsignal(signal.SIGUSR1), []
     loop = cexec.Loop()
     loop.on_signal(signal.SIGUSR1, lambda number: (heard.append(number), loop.stop()))
-    loop.later(0.01, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    loop.call_later(0.01, lambda: os.kill(os.getpid(), signal.SIGUSR1))
     run_loop(loop)
     assert heard == [signal.SIGUSR1]
     loop.close()
@@ -3133,7 +3133,7 @@ def test_no_call_reaches_a_loop_that_is_closed():
     loop = cexec.Loop()
     fds = loop.wake_in, loop.wake_out
     loop.close()
-    loop.soon(lambda: None)
+    loop.call_soon_threadsafe(lambda: None)
     for fd in fds:
         with pytest.raises(OSError):
             os.fstat(fd)
@@ -3186,12 +3186,12 @@ SINKS = {"pipe": "ThreadSink", "fifo": "ThreadSink", "socket": "SocketSink", "te
 
 
 class Drain:
-    """Reads a source to its end, or to so many octets, in the loop."""
+    """Reads a source to its end, or to so many bytes, in the loop."""
 
     def __init__(self, loop, fd, size=None, step=1 << 16):
         self.loop, self.size, self.data, self.view = loop, size, bytearray(), memoryview(bytearray(step))
         self.waits, self.over, self.source = 0, False, cexec.open_source(loop, fd, self.more)
-        loop.soon(self.more)
+        loop.call_soon_threadsafe(self.more)
 
     def more(self):
         for _ in range(0 if self.over else 8):
@@ -3206,14 +3206,14 @@ class Drain:
                 self.loop.stop()
                 return
         if not self.over:
-            self.loop.soon(self.more)
+            self.loop.call_soon_threadsafe(self.more)
 
 
-def feeder(fd, octets, pause=0.0, close=True):
-    """Writes octets to fd from a thread, the first few with a pause in between."""
+def feeder(fd, data, pause=0.0, close=True):
+    """Writes bytes to fd from a thread, the first few with a pause in between."""
     def work():
-        for at in range(0, len(octets), 10000):
-            os.write(fd, octets[at:at + 10000])
+        for at in range(0, len(data), 10000):
+            os.write(fd, data[at:at + 10000])
             time.sleep(pause if at < 50000 else 0)
         if close:
             os.close(fd)
@@ -3292,23 +3292,23 @@ def test_a_closed_source_takes_nothing_that_comes_later(loop):
     source.close()
     source.close()
     os.write(writing, b"x")
-    loop.later(0.05, loop.stop)
+    loop.call_later(0.05, loop.stop)
     run_loop(loop)
     os.close(writing)
     os.close(reading)
 
 
 class Pour:
-    """A sink with a record of what it says.  Feeds octets piece by piece as they are consumed, as credit would."""
+    """A sink with a record of what it says.  Feeds bytes piece by piece as they are consumed, as credit would."""
 
-    def __init__(self, loop, fd, octets=b"", piece=100000, finish=True):
-        self.loop, self.octets, self.piece, self.finish = loop, memoryview(octets), piece, finish
+    def __init__(self, loop, fd, data=b"", piece=100000, finish=True):
+        self.loop, self.data, self.piece, self.finish = loop, memoryview(data), piece, finish
         self.consumed, self.error, self.finished, self.failures = 0, None, 0, 0
         self.sink = cexec.open_sink(loop, fd, self.on_consumed, self.on_failed, self.on_finished)
-        loop.soon(self.more)
+        loop.call_soon_threadsafe(self.more)
 
     def more(self):
-        part, self.octets = self.octets[:self.piece], self.octets[self.piece:]
+        part, self.data = self.data[:self.piece], self.data[self.piece:]
         if part:
             self.sink.feed(part)
         elif self.finish:
@@ -3317,7 +3317,7 @@ class Pour:
 
     def on_consumed(self, size):
         self.consumed += size
-        self.loop.soon(self.more)
+        self.loop.call_soon_threadsafe(self.more)
 
     def on_failed(self, error):
         self.error, self.failures = error, self.failures + 1
@@ -3329,7 +3329,7 @@ class Pour:
 
 
 class Slow(threading.Thread):
-    """Reads so many octets from the other end, after a pause that fills the pipe."""
+    """Reads so many bytes from the other end, after a pause that fills the pipe."""
 
     def __init__(self, fd, size):
         super().__init__(daemon=True)
@@ -3369,8 +3369,8 @@ def test_a_sink_that_nobody_reads_blocks_no_one(loop, tmp_path, kind):
         reading, writing = writing, reading
     pour, ticks = Pour(loop, writing, bytes(4 << 20), 1 << 20), []
     for step in range(10):
-        loop.later(step / 100, lambda: ticks.append(1))
-    loop.later(0.1, loop.stop)
+        loop.call_later(step / 100, lambda: ticks.append(1))
+    loop.call_later(0.1, loop.stop)
     run_loop(loop)
     assert len(ticks) == 10 and pour.consumed < 3 << 20 and not pour.finished
     pour.sink.close()
@@ -3389,7 +3389,7 @@ def test_a_sink_whose_reader_has_gone_fails_once(loop, tmp_path, kind, when):
         os.close(reading)
     pour = Pour(loop, writing, b"" if when == "idle" else bytes(4 << 20), 1 << 20, finish=False)
     if when != "before":
-        loop.later(0.02, lambda: os.close(reading))
+        loop.call_later(0.02, lambda: os.close(reading))
     run_loop(loop)
     assert pour.error.errno in (errno.EPIPE, errno.ECONNRESET) and pour.failures == 1
     before = pour.consumed
@@ -3550,16 +3550,16 @@ def test_old_kernels_are_asked_by_moving_the_place(opened, monkeypatch):
 
 def tape_of(loop, fd, cap=1 << 20):
     """A tape whose job has been accepted."""
-    tape = cexec.Tape(loop, fd, lambda: None)
-    tape.accepted(cap)
-    return tape
+    replayable = cexec.ReplayableSource(loop, fd, lambda: None)
+    replayable.accepted(cap)
+    return replayable
 
 
-def take(tape, size=None, step=7000):
-    """Reads from a tape to its end, or so many octets."""
+def take(replayable, size=None, step=7000):
+    """Reads from a tape to its end, or so many bytes."""
     data, view = b"", memoryview(bytearray(step))
     while size is None or len(data) < size:
-        count = tape.read_into(view[:None if size is None else size - len(data)])
+        count = replayable.read_into(view[:None if size is None else size - len(data)])
         if not count:
             assert count == 0, "nothing there now"
             return data
@@ -3569,7 +3569,7 @@ def take(tape, size=None, step=7000):
 
 @pytest.fixture
 def filled():
-    """The reading end of a pipe with 60,000 octets and its end."""
+    """The reading end of a pipe with 60,000 bytes and its end."""
     reading, writing = os.pipe()
     os.write(writing, OCTETS[:60000])
     os.close(writing)
@@ -3580,24 +3580,24 @@ def filled():
 @pytest.mark.parametrize("before", [0, 1, 30000, 60000, None])
 @pytest.mark.parametrize("memory", [1 << 20, 10000])
 def test_a_pipe_is_replayed_from_its_beginning(loop, filled, before, memory, monkeypatch):
-    monkeypatch.setattr(cexec.Tape, "IN_MEMORY", memory)
-    tape = tape_of(loop, filled)
+    monkeypatch.setattr(cexec.ReplayableSource, "IN_MEMORY", memory)
+    replayable = tape_of(loop, filled)
     for _ in range(3):
-        assert take(tape, before) == OCTETS[:60000][:before] and tape.can_rewind()
-        tape.rewind()
-    assert take(tape) == OCTETS[:60000] and take(tape) == b""
-    tape.rewind()
-    take(tape, 10)
-    tape.forget()
-    assert not tape.can_rewind() and take(tape) == OCTETS[10:60000]
-    tape.end()
+        assert take(replayable, before) == OCTETS[:60000][:before] and replayable.can_rewind()
+        replayable.rewind()
+    assert take(replayable) == OCTETS[:60000] and take(replayable) == b""
+    replayable.rewind()
+    take(replayable, 10)
+    replayable.forget()
+    assert not replayable.can_rewind() and take(replayable) == OCTETS[10:60000]
+    replayable.end()
 
 
 def test_a_pipe_longer_than_the_cap_is_carried_but_not_replayed(loop, filled):
-    tape = tape_of(loop, filled, 20000)
-    assert take(tape, 20000, 20000) == OCTETS[:20000] and tape.can_rewind()
-    assert take(tape) == OCTETS[20000:60000] and not tape.can_rewind()
-    tape.end()
+    replayable = tape_of(loop, filled, 20000)
+    assert take(replayable, 20000, 20000) == OCTETS[:20000] and replayable.can_rewind()
+    assert take(replayable) == OCTETS[20000:60000] and not replayable.can_rewind()
+    replayable.end()
 
 
 def test_a_file_is_replayed_by_seeking_whatever_its_length(loop, tmp_path):
@@ -3605,42 +3605,42 @@ def test_a_file_is_replayed_by_seeking_whatever_its_length(loop, tmp_path):
     path.write_bytes(b"skip" + OCTETS)
     fd = os.open(str(path), os.O_RDONLY)
     os.lseek(fd, 4, os.SEEK_SET)
-    tape = tape_of(loop, fd, 1000)
+    replayable = tape_of(loop, fd, 1000)
     for size in 100, None, 5000, None:
-        assert take(tape, size) == OCTETS[:size] and tape.can_rewind()
-        tape.rewind()
-    tape.end()
+        assert take(replayable, size) == OCTETS[:size] and replayable.can_rewind()
+        replayable.rewind()
+    replayable.end()
     os.close(fd)
 
 
 def test_a_tape_that_does_not_record_cannot_start_again(loop, filled):
-    tape = tape_of(loop, filled, None)
-    assert not tape.can_rewind() and take(tape) == OCTETS[:60000]
-    tape.end()
+    replayable = tape_of(loop, filled, None)
+    assert not replayable.can_rewind() and take(replayable) == OCTETS[:60000]
+    replayable.end()
 
 
 def test_before_a_job_is_accepted_all_its_input_is_remembered(loop, filled):
-    tape = cexec.Tape(loop, filled, lambda: None)
+    replayable = cexec.ReplayableSource(loop, filled, lambda: None)
     for _ in range(2):
-        assert take(tape, 50000) == OCTETS[:50000] and tape.can_rewind()
-        tape.rewind()
-    tape.accepted(10)
-    assert not tape.can_rewind() and take(tape) == OCTETS[:60000]
-    tape.end()
+        assert take(replayable, 50000) == OCTETS[:50000] and replayable.can_rewind()
+        replayable.rewind()
+    replayable.accepted(10)
+    assert not replayable.can_rewind() and take(replayable) == OCTETS[:60000]
+    replayable.end()
 
 
 def test_a_full_temporary_disk_costs_the_second_chance_and_no_octet(loop, filled, monkeypatch, tmp_path):
-    monkeypatch.setattr(cexec.Tape, "IN_MEMORY", 10000)
+    monkeypatch.setattr(cexec.ReplayableSource, "IN_MEMORY", 10000)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20500, limits[1]))
-        tape = tape_of(loop, filled)
-        assert take(tape) == OCTETS[:60000] and not tape.can_rewind()
+        replayable = tape_of(loop, filled)
+        assert take(replayable) == OCTETS[:60000] and not replayable.can_rewind()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, before)
-    tape.end()
+    replayable.end()
 
 
 # ---------------------------------------------------------------- children
@@ -3725,7 +3725,7 @@ def test_a_group_is_ended_whatever_it_does(loop, monkeypatch, name):
     def reap():
         if not statuses and os.waitpid(pid, os.WNOHANG)[0]:
             statuses.append(pid)
-    cexec.GroupEnd(loop, pid, loop.stop, reap)
+    cexec.GroupKill(loop, pid, loop.stop, reap)
     began = time.monotonic()
     run_loop(loop)
     took = time.monotonic() - began
@@ -3754,7 +3754,7 @@ class SimulatedJob:
 
     def __init__(self, room, length, source, refusals):
         self.name, self.length, self.source, self.born = len(room.jobs), length, source, room.now
-        self.chooser = cexec.Chooser(room.now, room.uniform)
+        self.chooser = cexec.Selection(room.now, room.uniform)
         self.start = self.worker = self.extra = None
         self.alarm = self.closes = INF
         self.busy = room.now
@@ -3781,7 +3781,7 @@ class Crowd:
         self.heap, self.order, self.now = [], itertools.count(), 0.0
         self.loss, self.jitter, self.stalled, self.handshake = loss, jitter, set(stalled), handshake
         self.far = [self.random.uniform(*distance) for _ in range(workers)]
-        self.bidders = [cexec.Bidder(slots, cores or slots, speeds[i] if speeds else 1.0, self.uniform)
+        self.bidders = [cexec.Responder(slots, cores or slots, speeds[i] if speeds else 1.0, self.uniform)
                         for i in range(workers)]
         self.alarms = [INF] * workers
         self.jobs, self.peak, self.datagrams, self.waiting = {}, 0, 0, {}
@@ -3790,7 +3790,7 @@ class Crowd:
     def uniform(self):
         return 1.0 - self.random.random()
 
-    def at(self, when, what, *arguments):
+    def call_at(self, when, what, *arguments):
         heapq.heappush(self.heap, (when, next(self.order), what, arguments))
 
     def run(self, until):
@@ -3843,7 +3843,7 @@ class Crowd:
         due = job.chooser.next_due()
         if due is not None and due < job.alarm:
             job.alarm = due
-            self.at(max(due, self.now), self.ring, job)
+            self.call_at(max(due, self.now), self.ring, job)
 
     def ring(self, job):
         job.alarm = INF
@@ -3864,26 +3864,26 @@ class Crowd:
         if worker in self.stalled:
             return
         job.busy = max(job.busy, self.now) + 0.4
-        self.at(job.busy + 2 * self.far[worker] + self.handshake + self.late(), self.shaken, job, who)
+        self.call_at(job.busy + 2 * self.far[worker] + self.handshake + self.late(), self.shaken, job, who)
 
     def shaken(self, job, who):
         job.chooser.authenticated(self.now, who)
         self.pump(job)
 
     def do_evict(self, job, who):
-        self.at(self.now + self.far[who[0]], self.ended, *who)
+        self.call_at(self.now + self.far[who[0]], self.ended, *who)
 
     def do_win(self, job, who):
         worker, nonce = who
         if job.refusals:
             job.refusals -= 1
-            self.at(self.now + self.far[worker], self.ended, worker, nonce)
+            self.call_at(self.now + self.far[worker], self.ended, worker, nonce)
             return job.chooser.restart(self.now)
         del self.waiting[job.name]
         self.overtaken.append(sum(other.born < job.born for other in self.waiting.values()))
         job.start, job.worker, job.closes = self.now + self.far[worker], worker, self.now + 50.0
         job.extra = job.start - job.born - 7 * self.far[worker] - 0.4 - self.handshake
-        self.at(job.start, self.began, worker, nonce, job.length)
+        self.call_at(job.start, self.began, worker, nonce, job.length)
         self.on_start(job)
 
     # the workers
@@ -3891,36 +3891,36 @@ class Crowd:
         self.datagrams += 1
         for worker, far in enumerate(self.far):
             if not self.loss or self.random.random() >= self.loss:
-                self.at(self.now + far + self.late(), self.heard, worker, kind, fields)
+                self.call_at(self.now + far + self.late(), self.heard, worker, kind, fields)
 
     def heard(self, worker, kind, fields):
         getattr(self.bidders[worker], kind)(self.now, *fields)
         self.wake(worker)
 
     def wake(self, worker):
-        bidder = self.bidders[worker]
-        for bid in bidder.due(self.now):
-            self.connect(worker, bid)
-        due = bidder.next_due()
+        responder = self.bidders[worker]
+        for answer in responder.due(self.now):
+            self.connect(worker, answer)
+        due = responder.next_due()
         if due is not None and due < self.alarms[worker]:
             self.alarms[worker] = due
-            self.at(max(due, self.now) + (self.late() if self.jitter else 0.0), self.alarmed, worker)
+            self.call_at(max(due, self.now) + (self.late() if self.jitter else 0.0), self.alarmed, worker)
 
     def alarmed(self, worker):
         self.alarms[worker] = INF
         self.wake(worker)
 
-    def connect(self, worker, bid):
-        job = self.jobs[bid.nonce[0]]
-        if self.now > job.closes or bid.nonce != job.nonce:
-            self.at(self.now + 2 * self.far[worker], self.ended, worker, bid.nonce, True)
+    def connect(self, worker, answer):
+        job = self.jobs[answer.nonce[0]]
+        if self.now > job.closes or answer.nonce != job.nonce:
+            self.call_at(self.now + 2 * self.far[worker], self.ended, worker, answer.nonce, True)
         else:
-            self.at(self.now + 3 * self.far[worker] + self.late(), self.arrived, job, worker, bid)
+            self.call_at(self.now + 3 * self.far[worker] + self.late(), self.arrived, job, worker, answer)
 
-    def arrived(self, job, worker, bid):
-        if bid.nonce != job.nonce:
-            return self.at(self.now + self.far[worker], self.ended, worker, bid.nonce)
-        job.chooser.connected(self.now, (worker, bid.nonce), *bid[1:])
+    def arrived(self, job, worker, answer):
+        if answer.nonce != job.nonce:
+            return self.call_at(self.now + self.far[worker], self.ended, worker, answer.nonce)
+        job.chooser.connected(self.now, (worker, answer.nonce), *answer[1:])
         self.pump(job)
 
     def ended(self, worker, nonce, refused=False):
@@ -3928,10 +3928,10 @@ class Crowd:
         self.wake(worker)
 
     def began(self, worker, nonce, length):
-        bidder = self.bidders[worker]
-        bidder.won(nonce)
-        self.peak = max(self.peak, bidder.running)
-        self.at(self.now + length / bidder.speed, self.finished, worker)
+        responder = self.bidders[worker]
+        responder.won(nonce)
+        self.peak = max(self.peak, responder.running)
+        self.call_at(self.now + length / responder.speed, self.finished, worker)
 
     def finished(self, worker):
         self.bidders[worker].freed()
@@ -4005,8 +4005,8 @@ def test_the_one_idle_worker_is_found():
     hits = 0
     for _ in range(20):
         idle = room.random.randrange(10)
-        for worker, bidder in enumerate(room.bidders):
-            bidder.outside = 0.0 if worker == idle else room.random.uniform(2.4, 4.8)
+        for worker, responder in enumerate(room.bidders):
+            responder.outside = 0.0 if worker == idle else room.random.uniform(2.4, 4.8)
         jobs = room.place(5, gap=400.0)
         hits += sum(job.worker == idle for job in jobs)
     assert hits >= 95
@@ -4019,7 +4019,7 @@ def test_the_faster_and_the_freer_machine_is_preferred():
     room.bidders[0].slots, room.bidders[0].cores = 16, 16
     room.burst(4, 1e6)
     room.run(room.now + 100)
-    busy = [bidder.running / bidder.cores for bidder in room.bidders]
+    busy = [responder.running / responder.cores for responder in room.bidders]
     room.burst(24, 1e6)
     assert max(busy) <= 0.25 and room.bidders[0].running >= 13
 
@@ -4082,7 +4082,7 @@ def test_a_winner_that_refuses_is_replaced():
         room.run(None)
         assert job.extra < 60
         room.run(room.now + 200)
-    assert not any(bidder.running for bidder in room.bidders)
+    assert not any(responder.running for responder in room.bidders)
 
 
 def test_a_lone_worker_that_lost_its_connection_is_asked_again():
@@ -4100,11 +4100,11 @@ def test_a_lone_worker_that_lost_its_connection_is_asked_again():
 
 def test_workers_that_become_idle_after_a_pause_do_not_all_connect():
     room = room_of(100)
-    for bidder in room.bidders:
-        bidder.outside = 8.0
+    for responder in room.bidders:
+        responder.outside = 8.0
     room.place(30)
-    for bidder in room.bidders:
-        bidder.outside = 0.0
+    for responder in room.bidders:
+        responder.outside = 0.0
     room.run(room.now + 3000)
     assert room.place(1)[0].connections <= 20
 
@@ -4118,21 +4118,21 @@ def test_a_cluster_that_was_swamped_remembers_its_size():
 
 def test_the_offset_follows_the_load_within_a_few_jobs():
     room = room_of(100)
-    for bidder in room.bidders:
-        bidder.outside = 8.0
+    for responder in room.bidders:
+        responder.outside = 8.0
     extra = [job.extra for job in room.place(6)]
     assert extra[0] < 60 and extra[-1] < 5
-    for bidder in room.bidders:
-        bidder.outside = 0.0
+    for responder in room.bidders:
+        responder.outside = 0.0
     made = [job.connections for job in room.place(12)]
     assert statistics.mean(made[2:]) <= 8
 
 
 # ---------------------------------------------------------------- choice: one worker
 
-def bidder(slots=2, luck=1.0, **options):
+def responder(slots=2, jitter=1.0, **options):
     """A worker whose chance is always luck."""
-    return cexec.Bidder(slots, 2, 1.0, lambda: luck, **options)
+    return cexec.Responder(slots, 2, 1.0, lambda: jitter, **options)
 
 
 def hears(worker, nonce, now=0.0, source="a", attempt=0, waited=0.0, interval=4e3):
@@ -4140,33 +4140,33 @@ def hears(worker, nonce, now=0.0, source="a", attempt=0, waited=0.0, interval=4e
 
 
 def answers(worker, now=1e3):
-    return [bid.nonce for bid in worker.due(now)]
+    return [answer.nonce for answer in worker.due(now)]
 
 
 def test_an_announcement_is_answered_when_its_timer_fires():
-    worker = bidder()
+    worker = responder()
     hears(worker, "n")
     assert worker.next_due() == cexec.OFFSET_UNSET and not worker.due(17.9)
-    (bid,) = worker.due(18.0)
-    assert bid == ("n", 0.0, cexec.OFFSET_UNSET, cexec.OFFSET_UNSET, False)
+    (answer,) = worker.due(18.0)
+    assert answer == ("n", 0.0, cexec.OFFSET_UNSET, cexec.OFFSET_UNSET, False)
     assert worker.running == 1 and worker.next_due() is None
 
 
 def test_chance_shortens_the_wait_but_never_below_nothing():
-    worker = bidder(luck=1e-9)
+    worker = responder(jitter=1e-9)
     hears(worker, "n", now=5.0)
     assert worker.next_due() == 5.0
 
 
 def test_a_faster_worker_starts_out_as_any_other():
-    worker = cexec.Bidder(2, 2, 2.0, lambda: 1.0)
+    worker = cexec.Responder(2, 2, 2.0, lambda: 1.0)
     hears(worker, "n")
     assert worker.next_due() == pytest.approx(cexec.OFFSET_UNSET)
 
 
 def test_no_second_connection_for_duplicates_and_replays():
     """S4: once answered, an announcement is worth nothing."""
-    worker = bidder(slots=4)
+    worker = responder(slots=4)
     for end in (lambda: worker.taken(0.0, "n", None), lambda: worker.won("n"), lambda: worker.lost("n", True)):
         for attempt in range(3):
             hears(worker, "n", attempt=attempt)
@@ -4176,18 +4176,18 @@ def test_no_second_connection_for_duplicates_and_replays():
         for attempt in range(20):
             hears(worker, "n", attempt=attempt)
         assert worker.next_due() is None
-        worker = bidder(slots=4)
+        worker = responder(slots=4)
 
 
 def test_a_taken_that_overtakes_its_announcement_counts():
-    worker = bidder()
+    worker = responder()
     worker.taken(0.0, "n", None)
     hears(worker, "n")
     assert worker.next_due() is None
 
 
 def test_a_closed_connection_is_made_again_only_for_a_later_attempt():
-    worker = bidder()
+    worker = responder()
     hears(worker, "n", attempt=1)
     assert answers(worker, 40.0) == ["n"]
     hears(worker, "n", attempt=2)
@@ -4201,7 +4201,7 @@ def test_a_closed_connection_is_made_again_only_for_a_later_attempt():
 
 
 def test_a_hold_begins_the_wait_anew():
-    worker = bidder()
+    worker = responder()
     hears(worker, "n")
     worker.hold(10.0, "n", 15.0)
     assert worker.next_due() == 25.0 + cexec.OFFSET_UNSET
@@ -4209,7 +4209,7 @@ def test_a_hold_begins_the_wait_anew():
 
 
 def test_a_wait_whose_load_has_risen_goes_on():
-    worker = bidder(slots=4)
+    worker = responder(slots=4)
     hears(worker, "a")
     hears(worker, "b", now=1.0)
     assert answers(worker, 20.0) == ["a"]
@@ -4218,7 +4218,7 @@ def test_a_wait_whose_load_has_risen_goes_on():
 
 
 def test_a_full_worker_remembers_who_waits_longest():
-    worker = bidder(slots=1)
+    worker = responder(slots=1)
     for nonce, waited in (("busy", 0.0), ("young", 0.0), ("old", 500.0), ("middle", 100.0)):
         hears(worker, nonce, waited=waited, interval=10e3)
         worker.due(500.0)
@@ -4227,15 +4227,15 @@ def test_a_full_worker_remembers_who_waits_longest():
     assert worker.next_due() is None
     worker.freed()
     assert worker.next_due() <= 500.0
-    (bid,) = worker.due(500.0)
-    assert bid.nonce == "old" and bid.queued
+    (answer,) = worker.due(500.0)
+    assert answer.nonce == "old" and answer.queued
     worker.lost("old", True)
     worker.taken(500.0, "middle", None)
     assert answers(worker, 500.0) == ["young"]
 
 
 def test_a_held_queue_waits():
-    worker = bidder(slots=1)
+    worker = responder(slots=1)
     for nonce in "ab":
         hears(worker, nonce, interval=10e3)
     worker.due(50.0)
@@ -4245,7 +4245,7 @@ def test_a_held_queue_waits():
 
 
 def test_a_submitter_that_fell_silent_is_forgotten():
-    worker = bidder(slots=1)
+    worker = responder(slots=1)
     for nonce in "ab":
         hears(worker, nonce, interval=1000.0)
     worker.due(50.0)
@@ -4256,7 +4256,7 @@ def test_a_submitter_that_fell_silent_is_forgotten():
 
 
 def test_memory_is_bounded_under_a_flood():
-    worker = bidder(slots=1)
+    worker = responder(slots=1)
     hears(worker, "busy")
     worker.due(100.0)
     hears(worker, "honest", now=100.0, source="honest", interval=4e3)
@@ -4270,11 +4270,11 @@ def test_memory_is_bounded_under_a_flood():
             hears(worker, "honest", now=200.0, source="honest", attempt=1 + n)
         hears(worker, ("spread", n), now=200.0, source=n)
     assert worker.calls["honest"] is honest
-    assert len(worker.calls) <= cexec.CALLS_MOST and len(worker.spent) <= cexec.SPENT_MOST
+    assert len(worker.calls) <= cexec.PENDING_MOST and len(worker.answered) <= cexec.ANSWERED_MOST
 
 
 def test_the_oldest_of_one_host_are_remembered():
-    worker = bidder(slots=1)
+    worker = responder(slots=1)
     hears(worker, "busy", source="other")
     worker.due(100.0)
     for n in range(3 * cexec.PER_SOURCE):
@@ -4287,7 +4287,7 @@ def test_the_oldest_of_one_host_are_remembered():
 
 
 def test_dead_submitters_make_room_for_new_ones_of_their_host():
-    worker = bidder(slots=1)
+    worker = responder(slots=1)
     for n in range(cexec.PER_SOURCE):
         hears(worker, n)
     for n in range(10):
@@ -4297,7 +4297,7 @@ def test_dead_submitters_make_room_for_new_ones_of_their_host():
 
 def test_no_more_than_a_thousand_connections_in_a_second():
     """S4: however many announcements are authentic."""
-    worker = bidder(slots=10**6)
+    worker = responder(slots=10**6)
     made = 0
     for n in range(5000):
         now = n / 5.0
@@ -4309,7 +4309,7 @@ def test_no_more_than_a_thousand_connections_in_a_second():
 
 @pytest.mark.parametrize("wild", [math.nan, math.inf, -math.inf, 1e300, -1e300])
 def test_wild_numbers_do_no_harm(wild):
-    worker = bidder(slots=1)
+    worker = responder(slots=1)
     worker.load(0.0, wild)
     worker.load(1.0, 0.0)
     hears(worker, "n", waited=wild, interval=wild)
@@ -4331,7 +4331,7 @@ def test_wild_numbers_do_no_harm(wild):
 
 
 def test_the_offset_is_taken_over_once_for_each_job():
-    worker = bidder()
+    worker = responder()
     worker.taken(0.0, 1, 60.0)
     worker.taken(1.0, 2, None)
     assert worker.offset == 60.0
@@ -4341,7 +4341,7 @@ def test_the_offset_is_taken_over_once_for_each_job():
 
 
 def test_after_a_pause_the_offset_is_near_its_highest():
-    worker = bidder()
+    worker = responder()
     worker.taken(0.0, 1, 60.0)
     for n in range(2, 12):
         worker.taken(n * 1e3, n, -60.0)
@@ -4355,7 +4355,7 @@ def test_after_a_pause_the_offset_is_near_its_highest():
 
 
 def test_outside_load_is_smoothed():
-    worker = bidder()
+    worker = responder()
     worker.load(0.0, 4.0)
     assert worker.outside == 4.0
     worker.load(5e3, 0.0)
@@ -4365,18 +4365,18 @@ def test_outside_load_is_smoothed():
 
 
 def test_a_boosted_worker_waits_what_it_was_told():
-    worker = bidder(boost=2500, luck=0.5)
+    worker = responder(boost=2500, jitter=0.5)
     worker.load(0.0, 50.0)
     hears(worker, "n")
     assert worker.next_due() == 2.5
     worker.hold(2.0, "n", 15.0)
     assert worker.next_due() == 19.5
-    (bid,) = worker.due(19.5)
-    assert (bid.cost, bid.waited) == (0.0, 0.0)
+    (answer,) = worker.due(19.5)
+    assert (answer.cost, answer.waited) == (0.0, 0.0)
 
 
 def test_a_worker_that_was_ratted_out_holds_back_for_a_while():
-    worker = bidder()
+    worker = responder()
     worker.penalise(0.0, 1000.0)
     hears(worker, "n")
     assert worker.next_due() == cexec.OFFSET_UNSET + cexec.PER_COST * cexec.PENALTY < 200
@@ -4395,7 +4395,7 @@ def bidder_wait(worker, nonce):
 # ---------------------------------------------------------------- choice: one submitter
 
 def submitter():
-    chooser = cexec.Chooser(0.0, lambda: 0.5)
+    chooser = cexec.Selection(0.0, lambda: 0.5)
     assert chooser.next_due() == 0.0
     assert chooser.poll(0.0) == [("announce", 0, 0.0, 20.0)]
     return chooser
@@ -4420,7 +4420,7 @@ def test_announcements_are_repeated_ever_more_slowly():
 
 
 def test_announcements_of_many_do_not_stay_in_step():
-    intervals = [cexec.Chooser(0.0, lambda: luck).poll(0.0)[0][3] for luck in (1e-9, 1.0)]
+    intervals = [cexec.Selection(0.0, lambda: jitter).poll(0.0)[0][3] for jitter in (1e-9, 1.0)]
     assert intervals == [pytest.approx(15.0), 25.0]
 
 
@@ -4896,31 +4896,31 @@ class Reader(threading.Thread):
 
     def done(self, seconds=60):
         self.join(seconds)
-        assert not self.is_alive(), "no end of data after %d octets" % len(self.data)
+        assert not self.is_alive(), "no end of data after %d bytes" % len(self.data)
         return bytes(self.data)
 
 
 class Writer(threading.Thread):
-    """Writes octets to a descriptor in a thread, then closes it."""
+    """Writes bytes to a descriptor in a thread, then closes it."""
 
-    def __init__(self, fd, octets):
+    def __init__(self, fd, data):
         super().__init__(daemon=True)
-        self.fd, self.octets = fd, memoryview(octets)
+        self.fd, self.data = fd, memoryview(data)
         self.start()
 
     def run(self):
         try:
-            while self.octets:
-                self.octets = self.octets[os.write(self.fd, self.octets[:MB]):]
+            while self.data:
+                self.data = self.data[os.write(self.fd, self.data[:MB]):]
         except BrokenPipeError:
             pass
         os.close(self.fd)
 
 
-def pipe_in(octets):
+def pipe_in(data):
     """The reading end of a pipe that a thread fills."""
     reading, writing = os.pipe()
-    Writer(writing, octets)
+    Writer(writing, data)
     return reading
 
 
@@ -5109,7 +5109,7 @@ def statuses(room, pairs, at_once=8):
     def done(pair, status, failure):
         assert failure is None, str(failure)
         found[pair] = status
-        loop.soon(start)
+        loop.call_soon_threadsafe(start)
 
     for _ in range(at_once):
         start()
@@ -5158,9 +5158,9 @@ def test_a_job_that_one_worker_refuses_runs_on_another(room, tmp_path):
     refusing = room.serve(path, BOOST=0)
     path.unlink()
     room.serve("cat", BOOST=30000)
-    octets = random_octets(300000)
-    done = room.cexec(input=octets)
-    assert (done.returncode, done.stdout == octets, done.stderr) == (0, True, b"")
+    data = random_octets(300000)
+    done = room.cexec(input=data)
+    assert (done.returncode, done.stdout == data, done.stderr) == (0, True, b"")
     refusing.log.wait("refused to 127.0.0.1")
 
 
@@ -5346,14 +5346,14 @@ def test_a_job_may_read_its_descriptors_in_any_order(shell):
     three, four = random_octets(30 * MB), random_octets(30 * MB)
     job = start_placed(shell, {3: pipe_in(three), 4: pipe_in(four)}, "RUN=cksum <&4; cksum <&3", stdout=LINES)
     assert job.complete(60) == 0
-    sums = [run_command("cksum", input=octets).stdout.decode().strip() for octets in (four, three)]
+    sums = [run_command("cksum", input=data).stdout.decode().strip() for data in (four, three)]
     assert job.out.lines == sums
 
 
 def read_exactly(fd, size):
     while size:
         part = os.read(fd, min(size, MB))
-        assert part, "%d octets are missing" % size
+        assert part, "%d bytes are missing" % size
         size -= len(part)
 
 
@@ -5370,7 +5370,7 @@ def test_a_reader_that_stalls_holds_up_no_other(shell):
 
 
 def memory_of(room):
-    """The resident octets of every process of the product, by pid."""
+    """The resident bytes of every process of the product, by pid."""
     return {pid: rss(pid) for pid, words in room.left().items() if "cexec.py" in words}
 
 
@@ -5429,20 +5429,20 @@ def test_a_long_input_against_a_job_that_does_not_read_takes_little_memory(shell
 
 @pytest.fixture(scope="module")
 def hundred(tmp_path_factory):
-    """The path of a file of 100 MB of random octets, and the octets."""
-    path, octets = tmp_path_factory.mktemp("data") / "random", random_octets(100 * 1000 * 1000)
-    path.write_bytes(octets)
-    yield path, octets
+    """The path of a file of 100 MB of random bytes, and the bytes."""
+    path, data = tmp_path_factory.mktemp("data") / "random", random_octets(100 * 1000 * 1000)
+    path.write_bytes(data)
+    yield path, data
     path.unlink()
 
 
 def test_much_data_from_file_to_file(room, tmp_path, hundred):
-    path, octets = hundred
+    path, data = hundred
     room.serve("cat")
     with open(str(path), "rb") as source, open(str(tmp_path / "copy"), "wb") as copy:
         done = room.cexec(stdin=source, stdout=copy)
     assert (done.returncode, done.stderr) == (0, b"")
-    assert (tmp_path / "copy").read_bytes() == octets
+    assert (tmp_path / "copy").read_bytes() == data
 
 
 def test_much_data_from_pipe_to_pipe(room, hundred):
@@ -5481,7 +5481,7 @@ def no_job_left(room):
 def test_twenty_jobs_at_once(room):
     room.serve("cat", CONCURRENCY=20)
     inputs = [random_octets(200000 + number) for number in range(20)]
-    jobs = [room.submit(stdin=pipe_in(octets), stdout=subprocess.PIPE) for octets in inputs]
+    jobs = [room.submit(stdin=pipe_in(data), stdout=subprocess.PIPE) for data in inputs]
     readers = [Reader(os.dup(job.stdout.fileno())) for job in jobs]
     assert [reader.done() for reader in readers] == inputs
     assert [job.complete() for job in jobs] == [0] * 20
@@ -5507,9 +5507,9 @@ def test_fifos(shell, tmp_path):
         os.mkfifo(str(tmp_path / name))
     job = shell.start("sh", "-c", 'exec "$@" <%s >%s' % (tmp_path / "in", tmp_path / "out"), "sh", *program(), "cexec",
                       shell.pub, "RUN=cat", env=shell.settings({}))
-    octets = random_octets(3 * MB)
-    Writer(os.open(str(tmp_path / "in"), os.O_WRONLY), octets)
-    assert Reader(os.open(str(tmp_path / "out"), os.O_RDONLY)).done() == octets
+    data = random_octets(3 * MB)
+    Writer(os.open(str(tmp_path / "in"), os.O_WRONLY), data)
+    assert Reader(os.open(str(tmp_path / "out"), os.O_RDONLY)).done() == data
     assert job.complete() == 0
 
 
@@ -5594,13 +5594,13 @@ def test_the_flags_of_shared_descriptors_are_never_changed(shell, tmp_path, kind
     near_in, far_in, far_out, near_out = shared_pair(kind, tmp_path)
     job = shell.submit("RUN=exec cat", stdin=far_in, stdout=far_out)
     flags = Flags(far_in, far_out)
-    octets = random_octets(MB)
-    writer = threading.Thread(target=write_all, args=(near_in, octets), daemon=True)
+    data = random_octets(MB)
+    writer = threading.Thread(target=write_all, args=(near_in, data), daemon=True)
     writer.start()
     found = bytearray()
-    while len(found) < len(octets):
+    while len(found) < len(data):
         found += os.read(near_out, 1 << 16)
-    assert found == octets
+    assert found == data
     write_all(near_in, b"x" * 1000)         # and now nobody reads: cexec's writer blocks
     job.kill()
     flags.end()
@@ -5609,10 +5609,10 @@ def test_the_flags_of_shared_descriptors_are_never_changed(shell, tmp_path, kind
         os.close(fd)
 
 
-def write_all(fd, octets):
-    octets = memoryview(octets)
-    while octets:
-        octets = octets[os.write(fd, octets[:1 << 14]):]
+def write_all(fd, data):
+    data = memoryview(data)
+    while data:
+        data = data[os.write(fd, data[:1 << 14]):]
 
 
 def test_descriptors_that_somebody_else_made_non_blocking_work_as_well(shell):
@@ -5622,10 +5622,10 @@ def test_descriptors_that_somebody_else_made_non_blocking_work_as_well(shell):
     job = shell.submit("RUN=exec cat", stdin=far_in, stdout=far_out)
     os.close(far_in)
     os.close(far_out)
-    octets = random_octets(2 * MB)
+    data = random_octets(2 * MB)
     reader = Reader(near_out)
-    Writer(near_in, octets)
-    assert reader.done() == octets and job.complete() == 0
+    Writer(near_in, data)
+    assert reader.done() == data and job.complete() == 0
 
 
 # ---------------------------------------------------------------- signals
@@ -5690,10 +5690,10 @@ def test_a_job_that_ignores_the_signal_is_left_after_a_while(shell, monkeypatch)
                                   lambda *outcome: loop.stop(outcome))
 
     def send():
-        if submission.carrier and submission.carrier.session.phase is cexec.RUNNING:
+        if submission.channel and submission.channel.session.phase is cexec.RUNNING:
             submission.signal("TERM")
         else:
-            loop.later(0.01, send)
+            loop.call_later(0.01, send)
     send()
     assert loop.run() == (128 + signal.SIGTERM, None)
     loop.close()
@@ -5701,9 +5701,9 @@ def test_a_job_that_ignores_the_signal_is_left_after_a_while(shell, monkeypatch)
 
 
 def test_input_that_cannot_be_read_again_is_the_end_and_is_said(shell, monkeypatch):
-    def rewind(tape):
+    def rewind(replayable):
         raise OSError(errno.EIO, "the disk is gone")
-    monkeypatch.setattr(cexec.Tape, "rewind", rewind)
+    monkeypatch.setattr(cexec.ReplayableSource, "rewind", rewind)
     settings = cexec.read_settings("cexec", [], {"GROUP": shell.group})[0]
     loop, key = cexec.Loop(), cexec.load_key(shell.pub, "public")[0]
     with open(CEXEC, "rb") as file:
@@ -5867,7 +5867,7 @@ def test_the_log_of_a_worker(room):
     root = [r"warning: jobs run as root; --user NAME gives them another user's rights"] if os.geteuid() == 0 else []
     wanted = [r"ready: key %s, group %s, 3 slots, command \S*/sh" % (fingerprint, re.escape(room.group))] + root + [
         r"job %s: start from 127\.0\.0\.1, pid \d+" % identity,
-        r"job %s: end, status 5, \d+\.\d{3} s, 10 octets in, 27 out" % identity,
+        r"job %s: end, status 5, \d+\.\d{3} s, 10 bytes in, 27 out" % identity,
         r"SIGTERM: no new jobs, 0 running; again to kill them", r"done"]
     assert len(worker.log.lines) == len(wanted), str(worker.log)
     for line, pattern in zip(worker.log.lines, wanted):
@@ -5918,9 +5918,9 @@ def test_submitter_and_worker_of_different_pythons(room, turn):
     (_, oldest), (_, newest) = pairs_of_pythons()
     worker, submitter = (oldest, newest) if turn == "older worker" else (newest, oldest)
     room.serve(*RUN_SHELL, python=worker)
-    octets = random_octets(5 * MB)
-    done = room.cexec("RUN=cat; echo err >&2; exit 37", python=submitter, input=octets)
-    assert (done.returncode, done.stdout, done.stderr) == (37, octets, b"err\n")
+    data = random_octets(5 * MB)
+    done = room.cexec("RUN=cat; echo err >&2; exit 37", python=submitter, input=data)
+    assert (done.returncode, done.stdout, done.stderr) == (37, data, b"err\n")
     near, far = socket.socketpair()
     argv, pass_fds = placed({3: far.fileno()}, *program(submitter), "cexec", room.pub, "RUN=cat <&3 >&3; kill -9 $$")
     job = room.start(*argv, env=room.settings({}), pass_fds=pass_fds)
@@ -5993,12 +5993,12 @@ def stage(tmp_path):
 
 
 def test_the_demo_in_an_empty_directory(stage, tmp_path):
-    octets = random_octets(4000000)
-    (tmp_path / "in").write_bytes(octets)
+    data = random_octets(4000000)
+    (tmp_path / "in").write_bytes(data)
     with open(str(tmp_path / "in"), "rb") as source:
         done = stage.demo("tr", "a-z", "A-Z", stdin=source)
-    upper = bytes(octet - 32 if 97 <= octet <= 122 else octet for octet in range(256))
-    assert done.returncode == 0 and done.stdout == octets.translate(upper)
+    upper = bytes(byte - 32 if 97 <= byte <= 122 else byte for byte in range(256))
+    assert done.returncode == 0 and done.stdout == data.translate(upper)
     stage.clean()
     told = done.stderr.decode()
     assert all(line.startswith("demo: ") for line in told.splitlines()) and "Traceback" not in told
@@ -6119,9 +6119,9 @@ class Terminal:
     def _read(self):
         while not self.over:
             if select.select([self.master], [], [], 0.05)[0]:
-                octets = os.read(self.master, 1 << 16)
+                data = os.read(self.master, 1 << 16)
                 with self.more:
-                    self.shown += octets
+                    self.shown += data
                     self.more.notify_all()
 
     def start(self, *argv, env=None, stdin=None, stdout=None, stderr=None, controlling=True, places=None):
@@ -6153,9 +6153,9 @@ class Terminal:
         return " ".join(map(shlex.quote, [*program(), "cexec", *(options or ["-t"]), self.room.pub]))
 
     def type(self, text):
-        octets = text if isinstance(text, bytes) else text.encode()
-        while octets:
-            octets = octets[os.write(self.master, octets):]
+        data = text if isinstance(text, bytes) else text.encode()
+        while data:
+            data = data[os.write(self.master, data):]
 
     def wait(self, text, seconds=PATIENCE):
         """Waits until text has appeared behind what was waited for before; returns what came up to it."""
@@ -6263,12 +6263,12 @@ def handler_pid(worker):
     return wait_until(holds, PATIENCE)
 
 
-def typed(octets, character=b"~", cut=None):
-    """(what a job gets, commands) of typed octets, given to Escapes in pieces of `cut`."""
-    escapes, result, commands = cexec.Escapes(character), b"", []
-    cut = cut or len(octets)
-    for at in range(0, len(octets), cut):
-        part, more = escapes.filter(octets[at:at + cut])
+def typed(data, character=b"~", cut=None):
+    """(what a job gets, commands) of typed bytes, given to Escapes in pieces of `cut`."""
+    escapes, result, commands = cexec.EscapeFilter(character), b"", []
+    cut = cut or len(data)
+    for at in range(0, len(data), cut):
+        part, more = escapes.filter(data[at:at + cut])
         result, commands = result + part, commands + more
     return result, commands
 
@@ -6276,7 +6276,7 @@ def typed(octets, character=b"~", cut=None):
 # ---------------------------------------------------------------- terminals: what is typed
 
 @pytest.mark.parametrize("cut", [1, 2, 3, None])
-@pytest.mark.parametrize("octets, result, commands", [
+@pytest.mark.parametrize("data, result, commands", [
     (b"~.", b"", ["end"]),
     (b"ls\r~.", b"ls\r", ["end"]),
     (b"ls\n~.", b"ls\n", ["end"]),
@@ -6289,11 +6289,11 @@ def typed(octets, character=b"~", cut=None):
     (b"\x03~.", b"\x03~.", []),
     (b"\xc3\xa9\r\x00\xff", b"\xc3\xa9\r\x00\xff", []),
 ])
-def test_the_escape_character_counts_at_the_beginning_of_a_line(octets, result, commands, cut):
-    assert typed(octets, cut=cut) == (result, commands)
-    assert typed(octets.replace(b"~", b"%"), b"%", cut) == (result.replace(b"~", b"%"), commands)
-    assert typed(octets, b"", cut) == (octets, [])
-    assert typed(octets, b"^", cut) == (octets, [])
+def test_the_escape_character_counts_at_the_beginning_of_a_line(data, result, commands, cut):
+    assert typed(data, cut=cut) == (result, commands)
+    assert typed(data.replace(b"~", b"%"), b"%", cut) == (result.replace(b"~", b"%"), commands)
+    assert typed(data, b"", cut) == (data, [])
+    assert typed(data, b"^", cut) == (data, [])
 
 
 def test_what_is_typed_is_the_jobs_unless_it_stands_behind_the_escape(room, terminal):
@@ -6463,12 +6463,12 @@ def test_standard_output_may_lead_elsewhere_and_is_exact_there(room, terminal, t
 
 def test_without_t_a_terminal_changes_nothing(room, terminal, tmp_path):
     serve_sh(room, "test -t 0 || test -t 1 || test -t 2 || cat")
-    octets = bytes(range(256)) * 300 + b"\r\n\n\r\x04\x03~.\n~."
-    (tmp_path / "in").write_bytes(octets)
+    data = bytes(range(256)) * 300 + b"\r\n\n\r\x04\x03~.\n~."
+    (tmp_path / "in").write_bytes(data)
     modes = terminal.modes()
     with open(str(tmp_path / "in"), "rb") as stdin, open(str(tmp_path / "out"), "wb") as stdout:
         assert terminal.cexec("--", stdin=stdin, stdout=stdout).wait(PATIENCE) == 0
-    assert (tmp_path / "out").read_bytes() == octets and not terminal.shown and terminal.modes() == modes
+    assert (tmp_path / "out").read_bytes() == data and not terminal.shown and terminal.modes() == modes
 
 
 def test_t_without_a_terminal_is_refused(room):
@@ -6478,15 +6478,15 @@ def test_t_without_a_terminal_is_refused(room):
                            b"  -tt gives the job a terminal all the same\n")
 
 
-@pytest.mark.parametrize("octets", [b"", b"hello\n", b"hello", b"~.\n~.\n"])
-def test_tt_forces_a_terminal_and_ends_its_input_as_a_user_would(room, octets):
+@pytest.mark.parametrize("data", [b"", b"hello\n", b"hello", b"~.\n~.\n"])
+def test_tt_forces_a_terminal_and_ends_its_input_as_a_user_would(room, data):
     serve_sh(room, "tty; tty <&1; stty size; cat; echo end; exit 6")
-    done = run("cexec", "-tt", room.pub, env=room.settings({}), input=octets)
+    done = run("cexec", "-tt", room.pub, env=room.settings({}), input=data)
     assert (done.returncode, done.stderr) == (6, b"")
     lines = done.stdout.replace(b"\r\n", b"\n").split(b"\n")
     names = [line for line in lines if b"/dev/pts/" in line]
     assert len(names) == 2 and b"24 80" in done.stdout and done.stdout.endswith(b"end\r\n")
-    assert done.stdout.count(octets.rstrip(b"\n").replace(b"\n", b"\r\n")) >= (2 if octets else 1)  # echo and cat
+    assert done.stdout.count(data.rstrip(b"\n").replace(b"\n", b"\r\n")) >= (2 if data else 1)  # echo and cat
 
 
 # ---------------------------------------------------------------- terminals: much
@@ -6543,12 +6543,12 @@ def test_an_interrupt_acts_in_the_middle_of_a_flood(room, terminal):
 
 def test_a_long_paste_arrives_complete_where_the_job_reads_it_raw(room, terminal):
     serve_sh(room, "stty raw -echo; echo ready; head -c 200000 | cksum")
-    octets = b"~pasted\r" * 25000
+    data = b"~pasted\r" * 25000
     cexec = terminal.cexec()
     terminal.wait("ready\n")
-    terminal.type(octets)
+    terminal.type(data)
     assert cexec.wait(PATIENCE) == 0
-    terminal.wait(run_command("cksum", input=octets).stdout.split(b" ")[0] + b" 200000")
+    terminal.wait(run_command("cksum", input=data).stdout.split(b" ")[0] + b" 200000")
 
 
 # ---------------------------------------------------------------- terminals: modes come back
@@ -6952,8 +6952,8 @@ door = socket.socket(fileno=os.dup(0))
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 print("ready", file=sys.stderr, flush=True)
 while True:
-    octets, ancillary, _, _ = door.recvmsg(1 << 18, 4096)
-    if not octets:
+    bytes, ancillary, _, _ = door.recvmsg(1 << 18, 4096)
+    if not bytes:
         os._exit(0)
     fds = array.array("i")
     fds.frombytes(ancillary[0][2])
@@ -6963,7 +6963,7 @@ while True:
         pid = os.fork()
         if not pid:
             os.close(fds[0])
-            become(json.loads(octets), fds[1:])
+            become(json.loads(bytes), fds[1:])
         for fd in fds[1:]:
             os.close(fd)
         os.write(fds[0], b"%d\n" % pid)
@@ -6978,7 +6978,7 @@ class Octets:
     """What a pipe delivers, read by a thread, from the moment it is made."""
 
     def __init__(self):
-        self.octets, self.ended = b"", False
+        self.data, self.ended = b"", False
         self.reading, self.writing = os.pipe()
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -6988,7 +6988,7 @@ class Octets:
                 part = file.read(1 << 16)
                 if not part:
                     break
-                self.octets += part
+                self.data += part
         self.ended = True
 
     def wait(self, size, seconds=10):
@@ -6996,10 +6996,10 @@ class Octets:
 
     def wait_end(self, seconds=10):
         wait_until(self._at_end, seconds)
-        return self.octets
+        return self.data
 
     def _long(self, size):
-        assert len(self.octets) >= size
+        assert len(self.data) >= size
 
     def _at_end(self):
         assert self.ended
@@ -7011,7 +7011,7 @@ class Forker:
     start(*argv, **popen) starts the one process that does so, in a room or on a host of a network."""
 
     def __init__(self, start):
-        self.door, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.listener, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.lock, self.started = threading.Lock(), []
         with far:
             self.process = start(sys.executable, "-c", FORKER, HERE, stdin=far)
@@ -7024,7 +7024,7 @@ class Forker:
                        limits=limits or {}, patch=patch or {})
         rights = struct.pack("%di" % (1 + len(fds)), writing, *fds.values())
         with self.lock:
-            self.door.sendmsg([json.dumps(request).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+            self.listener.sendmsg([json.dumps(request).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
         os.close(writing)
         forked = Forked(argv, open(reading, "rb", 0))
         self.started.append(forked)
@@ -7078,7 +7078,7 @@ class Forked:
         """The exit status, -n for death by signal n."""
         if self.status is None:
             assert select.select([self.report], [], [], seconds)[0], "still running after %s s: %s\n%s" % (
-                seconds, self.argv, self.errors and self.errors.octets)
+                seconds, self.argv, self.errors and self.errors.data)
             status = int(self.report.readline())
             self.report.close()
             self.status = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
@@ -7105,15 +7105,15 @@ def forked_worker(forker, room, *words, key=None, limits=None, user=None, patch=
     return worker
 
 
-def assert_contains(octets, words):
-    assert words in octets.octets
+def assert_contains(data, words):
+    assert words in data.data
 
 
 def drained(worker):
     """It ends as it should, and has never been surprised."""
     worker.signal(signal.SIGTERM)
     assert worker.wait() == 0
-    assert b"Traceback" not in worker.errors.octets and b"handler:" not in worker.errors.octets
+    assert b"Traceback" not in worker.errors.data and b"handler:" not in worker.errors.data
 
 
 def quick(forker, room, *pairs, env=None, key=None, group=None, **options):
@@ -7178,26 +7178,26 @@ class Impostor:
             each.close()
 
     # -- as a submitter
-    def send(self, octets):
-        self.udp.sendto(octets, ("127.255.255.255", self.room.port))
+    def send(self, data):
+        self.udp.sendto(data, ("127.255.255.255", self.room.port))
 
     def announce(self):
         self.nonce = os.urandom(8)
-        octets = cexec.encode_datagram(self.public.udp, cexec.ANNOUNCE, self.public.id, self.nonce, 1,
+        data = cexec.encode_datagram(self.public.udp, cexec.ANNOUNCE, self.public.id, self.nonce, 1,
                                        cexec.ANNOUNCE_BODY.pack(0, 0, 4000), self.port)
-        self.send(octets)
-        return octets
+        self.send(data)
+        return data
 
     def accept(self):
         """A worker that has answered, past its preamble."""
         connection = self._hold(self.listener.accept()[0])
         connection.settimeout(10)
-        octets = b""
-        while len(octets) < cexec.PREAMBLE_SIZE:
-            part = connection.recv(cexec.PREAMBLE_SIZE - len(octets))
+        data = b""
+        while len(data) < cexec.PREAMBLE_SIZE:
+            part = connection.recv(cexec.PREAMBLE_SIZE - len(data))
             assert part
-            octets += part
-        cexec.parse_preamble(self.public.udp, self.nonce, octets)
+            data += part
+        cexec.parse_preamble(self.public.udp, self.nonce, data)
         return connection
 
     def secure(self, connection, key, server):
@@ -7220,9 +7220,9 @@ class Impostor:
             ear.bind(("", self.room.port))
             ear.settimeout(10)
             while True:
-                octets, source = ear.recvfrom(2048)
-                if len(octets) > 24 and octets[5] == cexec.ANNOUNCE:
-                    return source[0], struct.unpack(">H", octets[6:8])[0], octets[12:20]
+                data, source = ear.recvfrom(2048)
+                if len(data) > 24 and data[5] == cexec.ANNOUNCE:
+                    return source[0], struct.unpack(">H", data[6:8])[0], data[12:20]
 
     def answer(self, heard, preamble=None):
         """Connects to a submitter and says the preamble of an idle worker."""
@@ -7240,15 +7240,15 @@ class Impostor:
 
 def drain(connection):
     """Reads what the peer says until it closes."""
-    octets = b""
+    data = b""
     try:
         while True:
             part = connection.recv(1 << 16)
             if not part:
-                return octets
-            octets += part
+                return data
+            data += part
     except OSError:
-        return octets
+        return data
 
 
 def submit_and_hear(forker, room, impostor, *pairs, env=None, **options):
@@ -7547,13 +7547,13 @@ class Sweep:
         return quick(self.forker, self.room, "DO=cat", input=self.input, env=env, group=relay.group)
 
     def length(self):
-        """Octets that an undisturbed job moves towards each side."""
+        """Bytes that an undisturbed job moves towards each side."""
         relay = self.room.relay()
         assert self.job(relay) == (0, self.input, "")
         return {towards: max(relay.carried[towards]) for towards in relay.carried}
 
     def places(self, count):
-        """(towards, octet, bit), evenly spread over both streams."""
+        """(towards, byte, bit), evenly spread over both streams."""
         found = []
         for towards, length in self.length().items():
             found += [(towards, length * i // (count // 2), i % 8) for i in range(count // 2)]
@@ -7577,7 +7577,7 @@ class Sweep:
                 self._judge(*self.job(relay))
                 assert time.monotonic() - began < self.BOUND
             except Exception as error:
-                self.trouble.append("%s at octet %d bit %d towards the %s, after %.1f s: %s: %s" % (
+                self.trouble.append("%s at byte %d bit %d towards the %s, after %.1f s: %s: %s" % (
                     self.fault, at, bit, towards, time.monotonic() - began, type(error).__name__, error))
             finally:
                 relay.close()
@@ -7598,7 +7598,7 @@ def test_a_stream_harmed_at_many_places(room, forker, fault):
     workers = [room.serve(*DOER, CONCURRENCY=16) for _ in range(3)]
     sweep = Sweep(room, forker, fault)
     sweep.run(200 if fault != "reset" else 50)
-    # Up to the job's start another connection takes over; after it nothing can be saved; the last octets do not matter.
+    # Up to the job's start another connection takes over; after it nothing can be saved; the last bytes do not matter.
     assert {0, 111} == set(sweep.statuses)
     assert_serving(forker, room)
     for worker in workers:
@@ -7644,9 +7644,9 @@ def test_the_input_of_a_lost_job_is_given_again(cluster, tmp_path, kind, env):
     (NEAR_ALL, {"CEXEC_SPILL": "1"}, b""),              # more than may be remembered
     (":", {"CEXEC_RETRIES": "0"}, b""),
     ("printf x; sleep 0.3", {}, b"x"),                  # somebody may have read it
-    ("exec >&-; sleep 0.3", {}, b""),                   # an end counts as much as an octet
+    ("exec >&-; sleep 0.3", {}, b""),                   # an end counts as much as an byte
     ("exec <&-; sleep 0.3", {}, b""),                   # and so does an input that nobody reads any more
-], ids=["the input is too long", "turned off", "after an octet", "after a close", "after an input's close"])
+], ids=["the input is too long", "turned off", "after an byte", "after a close", "after an input's close"])
 def test_a_job_that_may_not_start_again_is_lost(cluster, tmp_path, before, env, output):
     """R3, R4, R5: too much input, none of the retries, or something to be seen already."""
     status, out, errors = lose_the_first(cluster, tmp_path / "pids", before, dict(input=BIG), **env)
@@ -7769,17 +7769,17 @@ def test_a_daemon_told_to_stop_still_ends_the_job_of_a_killed_handler(monkeypatc
     monkeypatch.setattr(cexec, "KILL_GRACE", 0.0)
     service, (link, far), loop = Deaf(FOO), socket.socketpair(), cexec.Loop()
     far.close()
-    hears(service.bidder, b"noncenon")
-    bid, = service.bidder.due(1e3)
-    service.bidder.won(b"noncenon")
-    worker = cexec.Worker(4711, link, bid, "10.0.0.9")
+    hears(service.responder, b"noncenon")
+    answer, = service.responder.due(1e3)
+    service.responder.won(b"noncenon")
+    worker = cexec.HandlerProcess(4711, link, answer, "10.0.0.9")
     worker.won, worker.job = True, "1a2b3c4d"
     service.loop, service.workers, service.ends, service.draining = loop, {4711: worker}, set(), True
     service.log = lambda text, always=False: None
     service._handler_ended(worker, signal.SIGKILL)
     service._maybe_over()
-    assert loop.running and service.bidder.running == 1
-    assert loop.run() == 0 and looked == ["1a2b3c4d"] * 3 and service.bidder.running == 0
+    assert loop.running and service.responder.running == 1
+    assert loop.run() == 0 and looked == ["1a2b3c4d"] * 3 and service.responder.running == 0
     loop.close()
 
 
@@ -7869,7 +7869,7 @@ def test_a_worker_short_of_descriptors_refuses_politely_and_goes_on(room, forker
     reason = r"(Too many open files|descriptor \d+ is too high .*)"
     assert re.match(r"cexec: no worker: .*refused: /\S+: %s\n  .*\n\Z" % reason, text), text
     assert_serving(forker, room)
-    assert b"refused to 127.0.0.1" in worker.errors.octets
+    assert b"refused to 127.0.0.1" in worker.errors.data
     drained(worker)
 
 
@@ -7992,9 +7992,9 @@ LYING_WORKERS = {
     "a short exit": (ACCEPTED + message("EXIT", 0, b"x"), "an exit message .*"),
     "an exit by signal 200": (ACCEPTED + WRONG_EXIT, "an exit message .*"),
     "an unknown type": (ACCEPTED + struct.pack(">BBHI", 77, 0, 0, 0), "a message of unknown type 77"),
-    "an octet that must be 0": (ACCEPTED + struct.pack(">BBHI", cexec.PING, 1, 0, 0), ".*unknown.*"),
-    "data of 4 GiB": (ACCEPTED + struct.pack(">BBHI", cexec.DATA, 0, 1, 0xffffffff), "a data message of .* octets"),
-    "a pong of 1 GiB": (ACCEPTED + struct.pack(">BBHI", cexec.PONG, 0, 0, 1 << 30), "a pong message of .* octets"),
+    "an byte that must be 0": (ACCEPTED + struct.pack(">BBHI", cexec.PING, 1, 0, 0), ".*unknown.*"),
+    "data of 4 GiB": (ACCEPTED + struct.pack(">BBHI", cexec.DATA, 0, 1, 0xffffffff), "a data message of .* bytes"),
+    "a pong of 1 GiB": (ACCEPTED + struct.pack(">BBHI", cexec.PONG, 0, 0, 1 << 30), "a pong message of .* bytes"),
     "a signal": (ACCEPTED + message("SIGNAL", 1), "a signal message to a submitter in phase running"),
     "a job": (ACCEPTED + message("JOB"), "a job message .*"),
     "a welcome": (ACCEPTED + message("WELCOME"), "a welcome message .*"),
@@ -8004,7 +8004,7 @@ LYING_WORKERS = {
     "refused after accepted": (ACCEPTED + message("REFUSED", 0, b"no"), "a refused message .*"),
     "data before accepted": (message("DATA", 1, b"x"), "a data message .* phase offered"),
     "stop for what it writes itself": (ACCEPTED + message("STOP", 1), "a message for descriptor 1, .*"),
-    "a short credit": (ACCEPTED + message("CREDIT", 0, b"abc"), "a credit message of 3 octets"),
+    "a short credit": (ACCEPTED + message("CREDIT", 0, b"abc"), "a credit message of 3 bytes"),
     "endless credit": (ACCEPTED + message("CREDIT", 0, b"\xff" * 4), "credit beyond .*"),
     "noise": (bytes(range(200, 256)) * 10, "a message of unknown type .*"),
 }
@@ -8103,7 +8103,7 @@ def test_pings_that_are_not_listened_to_cost_no_memory(room, forker, private_key
 
 
 def a_job(descriptors, do="true", names=(), **changes):
-    """The opening of a submitter: welcome and job, as octets."""
+    """The opening of a submitter: welcome and job, as bytes."""
     job = cexec.Job("0123456789abcdef", descriptors, [(b"DO", do.encode()), *names], 5.0, None)._replace(**changes)
     return message("WELCOME", 0, cexec.pack_texts([b"1", b"127.0.0.1"])) + message("JOB", 0, cexec.encode_job(job))
 
@@ -8190,7 +8190,7 @@ def assert_tidy(worker, fds):
 # -- strangers
 
 def hello_of_tls_1_2():
-    """The first octets of a client that can do no better."""
+    """The first bytes of a client that can do no better."""
     import ssl
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
@@ -8220,9 +8220,9 @@ class Strangers:
             except OSError:
                 pass        # turned away
 
-    def connect(self, octets=b""):
+    def connect(self, data=b""):
         made = self.impostor._hold(socket.create_connection(self.heard[:2], 10))
-        made.sendall(octets)
+        made.sendall(data)
         return made
 
     def silent(self):
@@ -8247,8 +8247,8 @@ class Strangers:
         self.connect(self.preamble())
 
     def wrong_version(self):
-        octets = self.preamble()
-        self.connect(octets[:4] + bytes([octets[4] + 1]) + octets[5:])
+        data = self.preamble()
+        self.connect(data[:4] + bytes([data[4] + 1]) + data[5:])
 
     def no_key(self):
         self.connect(cexec.encode_preamble(self.other.udp, self.heard[2], -5.0, 0.0, 1.0, False))
@@ -8297,8 +8297,8 @@ def test_a_worker_that_is_none_costs_no_pause(room, forker, private_key, other_k
             if kind == "silent after TLS":
                 impostor.apply(heard, private_key)
             elif kind == "of another version":
-                octets = cexec.encode_preamble(impostor.public.udp, heard[2], -3.0, 0.0, 1.0, False)
-                impostor.answer(heard, octets[:4] + b"\x63" + octets[5:])
+                data = cexec.encode_preamble(impostor.public.udp, heard[2], -3.0, 0.0, 1.0, False)
+                impostor.answer(heard, data[:4] + b"\x63" + data[5:])
             elif kind == "of another key":
                 impostor.apply(heard, other_key)
             else:
@@ -8365,17 +8365,17 @@ def test_who_cannot_show_the_clients_certificate_gets_nothing_run(room, tmp_path
 
 @LINUX_ONLY
 def test_a_stranger_has_ten_seconds_in_all(shared_room):
-    """S16: whoever is silent, and whoever says an octet now and then."""
+    """S16: whoever is silent, and whoever says an byte now and then."""
     room, forker = shared_room
-    assert cexec.Caller.PATIENCE == 10.0
+    assert cexec.WorkerConnection.PATIENCE == 10.0
     with Impostor(room) as impostor:
         job, heard = submit_and_hear(forker, room, impostor, patch={"Caller.PATIENCE": 0.3})
         began = time.monotonic()
         silent = impostor._hold(socket.create_connection(heard[:2], 10))
         slow = impostor._hold(socket.create_connection(heard[:2], 10))
         with contextlib.suppress(OSError):
-            for octet in cexec.encode_preamble(impostor.public.udp, heard[2], 0.0, 0.0, 1.0, False):
-                slow.sendall(bytes([octet]))
+            for byte in cexec.encode_preamble(impostor.public.udp, heard[2], 0.0, 0.0, 1.0, False):
+                slow.sendall(bytes([byte]))
                 time.sleep(0.05)
         assert drain(slow) == drain(silent) == b""
         assert time.monotonic() - began < 1.5       # the preamble alone would have taken two
@@ -8428,13 +8428,13 @@ def test_a_worker_is_passed_over_for_a_while_and_then_may_have_the_job_again(sha
 
 # -- a daemon that hears what the test says, without a network
 
-class Deaf(cexec.Service):
+class Deaf(cexec.Daemon):
     """A worker's daemon that has no sockets; what it would do next is left to the test."""
 
     def __init__(self, key):
         self.key, self.draining, self.lines, self.versions_heard = key, False, [], 0
         self.hears_alerts, self.group = None, types.SimpleNamespace(pass_only=lambda key_id, kinds: None)
-        self.log, self.bidder = self.lines.append, bidder()
+        self.log, self.responder = self.lines.append, responder()
         self.places, self.recent = collections.OrderedDict(), collections.OrderedDict()
 
     def consider(self):
@@ -8446,37 +8446,37 @@ HERE_FROM = "10.0.0.9", 3010
 
 def test_a_worker_calls_back_only_where_a_true_announcement_came_from():
     """S4, S3: no changed bit, no other key, no port of the system's."""
-    service, octets = Deaf(FOO), announcement(FOO, port=1024)
-    for bit, changed in flipped(octets):
+    service, data = Deaf(FOO), announcement(FOO, port=1024)
+    for bit, changed in flipped(data):
         if bit // 8 not in (6, 7):      # the port, which a proxy may change
             service._datagram(changed, HERE_FROM)
     for port in 0, 1, 80, 1023:
         service._datagram(announcement(FOO, port=port), HERE_FROM)
     service._datagram(announcement(BAR), HERE_FROM)
-    assert not service.places and not service.bidder.calls
-    service._datagram(octets, HERE_FROM)
-    assert service.places == {b"noncenon": [("10.0.0.9", 1024)]} and list(service.bidder.calls) == [b"noncenon"]
+    assert not service.places and not service.responder.calls
+    service._datagram(data, HERE_FROM)
+    assert service.places == {b"noncenon": [("10.0.0.9", 1024)]} and list(service.responder.calls) == [b"noncenon"]
 
 
 def test_a_worker_holds_back_only_for_a_true_alert_about_its_own_job_and_once():
     """S13: not for a changed bit, another key, another job or a repetition."""
-    service, octets = Deaf(FOO), alert_octets(FOO, verdict=cexec.RATTED_OUT, words="lost")
-    service._datagram(octets, HERE_FROM)        # about a job that it never had
+    service, data = Deaf(FOO), alert_octets(FOO, verdict=cexec.RATTED_OUT, words="lost")
+    service._datagram(data, HERE_FROM)        # about a job that it never had
     service.recent[b"noncenon"] = "1a2b3c4d"
-    for bit, changed in flipped(octets):
+    for bit, changed in flipped(data):
         if bit // 8 not in (6, 7):
             service._datagram(changed, HERE_FROM)
     service._datagram(alert_octets(FOO, nonce=b"othernon", verdict=cexec.RATTED_OUT), HERE_FROM)
     service._datagram(alert_octets(BAR, verdict=cexec.RATTED_OUT), HERE_FROM)
-    assert service.bidder.penalty_until == -math.inf
+    assert service.responder.penalty_until == -math.inf
     before = cexec.now_ms()
-    service._datagram(octets, HERE_FROM)
-    assert before + 10000 <= service.bidder.penalty_until <= cexec.now_ms() + 10000
+    service._datagram(data, HERE_FROM)
+    assert before + 10000 <= service.responder.penalty_until <= cexec.now_ms() + 10000
     assert service.lines[-1] == "ratted out by 10.0.0.6: lost; holding back for 10 s"
     count = len(service.lines)
-    service.bidder.penalise(0, 0)
-    service._datagram(octets, HERE_FROM)
-    assert service.bidder.penalty_until == 0 and len(service.lines) == count
+    service.responder.penalise(0, 0)
+    service._datagram(data, HERE_FROM)
+    assert service.responder.penalty_until == 0 and len(service.lines) == count
 
 
 @pytest.mark.parametrize("number", [errno.ENOMEM, errno.EAGAIN, errno.EMFILE])
@@ -8486,13 +8486,13 @@ def test_a_daemon_without_room_for_another_process_goes_on(monkeypatch, number):
         raise OSError(number, os.strerror(number))
     monkeypatch.setattr(os, "fork", fork)
     service = Deaf(FOO)
-    hears(service.bidder, b"noncenon")
-    bid, = service.bidder.due(1e3)
+    hears(service.responder, b"noncenon")
+    answer, = service.responder.due(1e3)
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        service.fork(types.SimpleNamespace(place=("10.0.0.9", 4000), socket=ours, bid=bid))
+        service.fork(types.SimpleNamespace(place=("10.0.0.9", 4000), socket=ours, answer=answer))
         assert theirs.recv(1) == b""
-    assert service.bidder.running == 0
+    assert service.responder.running == 0
     assert service.lines == ["no process for a job from 10.0.0.9: %s" % os.strerror(number)]
 
 
@@ -8509,11 +8509,11 @@ class Postman:
     def recvfrom(self, size):
         return self.udp.recvfrom(size)
 
-    def sendto(self, octets, place):
-        numbers = self.carried.setdefault(octets[12:20], [len(self.carried), -1])
+    def sendto(self, data, place):
+        numbers = self.carried.setdefault(data[12:20], [len(self.carried), -1])
         numbers[1] += 1
         for _ in range(self.copies(*numbers)):
-            self.udp.sendto(octets, place)
+            self.udp.sendto(data, place)
 
 
 @LINUX_ONLY
@@ -8525,7 +8525,7 @@ def test_a_lost_datagram_and_doubled_ones_lose_no_job_and_no_line(room, forker):
         assert quick(forker, room, "DO=cat; exit %d" % job, input=b"data", group=relay.group) == (job, b"data", "")
         crat.out.wait("exit code %d job" % job)
     assert jobs_of(worker) == len(crat.out.lines) == len(postman.carried) == 9
-    assert sum(octets[5] == cexec.ALERT for octets in relay.datagrams) == 18
+    assert sum(data[5] == cexec.ALERT for data in relay.datagrams) == 18
 
 
 @LINUX_ONLY
@@ -8638,9 +8638,9 @@ def reader(*keys, max_skew=900, started=MOMENT - 5):
     return cexec.AlertReader(keys, max_skew, started)
 
 
-def line_of(octets, *keys, source="10.9.9.9", now=MOMENT, **options):
+def line_of(data, *keys, source="10.9.9.9", now=MOMENT, **options):
     """The line that a fresh reader makes of a datagram; None if it makes none."""
-    report, _ = reader(*keys, **options).read(octets, source, now)
+    report, _ = reader(*keys, **options).read(data, source, now)
     return report and report.line()
 
 
@@ -8682,7 +8682,7 @@ def test_an_alert_gives_one_line_however_often_it_comes():
     book = reader(FOO)
     copies = [alert_octets(FOO, clock=CLOCK, sequence=sequence) for sequence in (1, 1, 2, 3)]
     others = [alert_octets(FOO, clock=CLOCK, nonce=b"othernon"), alert_octets(FOO, clock=CLOCK, verdict=2)]
-    assert [bool(book.read(octets, "10.0.0.6", MOMENT)[0]) for octets in copies + others + copies] == (
+    assert [bool(book.read(data, "10.0.0.6", MOMENT)[0]) for data in copies + others + copies] == (
         [True] + [False] * 3 + [True] * 2 + [False] * 4)
 
 
@@ -8695,10 +8695,10 @@ def test_an_alert_gives_one_line_however_often_it_comes():
 ])
 def test_an_alert_of_another_time_is_noted_and_not_shown(clock, options, shown):
     """S12: neither of another clock nor from before the start."""
-    report, remark = reader(FOO, **options).read(alert_octets(FOO, clock=clock), "10.9.9.9", MOMENT)
+    report, say_unless_blocked = reader(FOO, **options).read(alert_octets(FOO, clock=clock), "10.9.9.9", MOMENT)
     assert bool(report) is shown
     if not shown:
-        assert remark[0] == "stale" and "whose clock is" in remark[1]
+        assert say_unless_blocked[0] == "stale" and "whose clock is" in say_unless_blocked[1]
 
 
 def test_what_was_shown_is_never_shown_again_even_when_it_is_long_forgotten(monkeypatch):
@@ -8706,8 +8706,8 @@ def test_what_was_shown_is_never_shown_again_even_when_it_is_long_forgotten(monk
     monkeypatch.setattr(cexec, "ALERTS_KEPT", 50)
     book = reader(FOO, started=0)
     alerts = [alert_octets(FOO, clock=CLOCK + number) for number in range(500)]
-    assert all(book.read(octets, "10.0.0.6", MOMENT)[0] for octets in alerts)
-    assert not any(book.read(octets, "10.0.0.6", MOMENT)[0] for octets in alerts)
+    assert all(book.read(data, "10.0.0.6", MOMENT)[0] for data in alerts)
+    assert not any(book.read(data, "10.0.0.6", MOMENT)[0] for data in alerts)
     assert len(book.known.names) == 50
 
 
@@ -8724,9 +8724,9 @@ def test_alerts_of_unknown_keys_push_no_known_one_out_and_are_limited():
 
 def test_no_changed_bit_of_a_known_keys_alert_gives_a_line_for_it():
     """S12: a bit of the key's id makes it an unknown key's; any other makes it nobody's."""
-    octets = alert_octets(FOO, clock=CLOCK)
-    for bit in range(len(octets) * 8):
-        changed = bytearray(octets)
+    data = alert_octets(FOO, clock=CLOCK)
+    for bit in range(len(data) * 8):
+        changed = bytearray(data)
         changed[bit // 8] ^= 1 << bit % 8
         line = line_of(bytes(changed), FOO) or ""
         if bit // 8 in (6, 7):
@@ -8750,23 +8750,23 @@ def test_two_keys_with_the_same_id_are_told_apart():
 
 
 def test_no_datagram_whatever_breaks_the_reader():
-    """S14, S17: seeded noise, cuts, changed octets, authentic nonsense.  Every line that comes out is one safe line."""
+    """S14, S17: seeded noise, cuts, changed bytes, authentic nonsense.  Every line that comes out is one safe line."""
     chance, book, lines = random.Random(4), reader(FOO, max_skew=0), 0
     whole = alert_octets(FOO, clock=CLOCK, words="x" * 90)
     for number in range(60000):
-        octets = bytearray(whole if number % 4 else chance.getrandbits(8 * 90).to_bytes(90, "big"))
+        data = bytearray(whole if number % 4 else chance.getrandbits(8 * 90).to_bytes(90, "big"))
         for _ in range(chance.randrange(4)):
-            octets[chance.randrange(len(octets))] = chance.randrange(256)
-        octets = bytes(octets[:chance.choice([len(octets), chance.randrange(len(octets))])])
+            data[chance.randrange(len(data))] = chance.randrange(256)
+        data = bytes(data[:chance.choice([len(data), chance.randrange(len(data))])])
         if number % 3 == 0:
-            body = bytes(octets[24:])
-            octets = cexec.encode_datagram(FOO.udp, cexec.ALERT, FOO.id, b"%08d" % (number % 10 ** 8), number, body)
-        report, remark = book.read(octets, "10.9.9.9", MOMENT + number)
+            body = bytes(data[24:])
+            data = cexec.encode_datagram(FOO.udp, cexec.ALERT, FOO.id, b"%08d" % (number % 10 ** 8), number, body)
+        report, say_unless_blocked = book.read(data, "10.9.9.9", MOMENT + number)
         if report:
             lines += 1
             assert report.line().isprintable() and len(report.line()) < 2000
             assert json.loads(report.json())["seconds"] >= 0
-        assert remark is None or len(remark) == 2
+        assert say_unless_blocked is None or len(say_unless_blocked) == 2
     assert lines > 1000
 
 
@@ -8777,7 +8777,7 @@ def sender(group):
     """Sends datagrams to a group."""
     mouth = cexec.GroupSocket(cexec.parse_group(group), False)
     try:
-        yield lambda *octets: [mouth.send(each) for each in octets]
+        yield lambda *data: [mouth.send(each) for each in data]
     finally:
         mouth.close()
 
@@ -8932,10 +8932,10 @@ def test_crat_hears_on_every_form_of_group(net, key, group):
     for number, name in enumerate(["anna", "bert"], 1):
         net.host(name, "10.99.0.%d/24" % number, "fd00:99::%d/64" % number)
     crats = [net.tool("bert", "crat", key + ".pub", env={"GROUP": group}, stdout=LINES).ready() for _ in range(2)]
-    octets = alert_octets(cexec.load_key(key + ".pub")[0])
+    data = alert_octets(cexec.load_key(key + ".pub")[0])
     net.python("anna", "import sys; sys.path.insert(0, %r); import cexec\n"
                "cexec.GroupSocket(cexec.parse_group(sys.argv[1]), False).send(bytes.fromhex(sys.argv[2]))" % HERE,
-               group, octets.hex())
+               group, data.hex())
     unicast = "255" not in group and cexec.parse_group(group).kind == "unicast"
 
     def heard():
@@ -8956,21 +8956,21 @@ def other_datagram(key, kind, nonce=b"noncenon", sequence=1, body=bytes(40)):
 
 def test_a_datagram_passes_once_and_an_alert_three_times_whatever_its_port():
     """R22: so loops die out."""
-    echoes, announce = cexec.Echoes(), announcement(FOO)
+    duplicates, announce = cexec.DuplicateFilter(), announcement(FOO)
     alert = other_datagram(FOO, cexec.ALERT)
-    passed = [echoes.may_pass(cexec.parse_datagram(cexec.with_port(announce, port)), 0) for port in range(3000, 3010)]
+    passed = [duplicates.may_pass(cexec.parse_datagram(cexec.with_port(announce, port)), 0) for port in range(3000, 3010)]
     assert passed == [True] + [False] * 9
-    assert [echoes.may_pass(cexec.parse_datagram(alert), 0) for _ in range(6)] == [True] * 3 + [False] * 3
-    assert echoes.may_pass(cexec.parse_datagram(announcement(FOO, sequence=2)), 0)
+    assert [duplicates.may_pass(cexec.parse_datagram(alert), 0) for _ in range(6)] == [True] * 3 + [False] * 3
+    assert duplicates.may_pass(cexec.parse_datagram(announcement(FOO, sequence=2)), 0)
 
 
 def test_what_passed_is_forgotten_in_time_and_in_number():
-    echoes, announce = cexec.Echoes(), cexec.parse_datagram(announcement(FOO))
-    assert echoes.may_pass(announce, 0) and not echoes.may_pass(announce, 59)
-    assert echoes.may_pass(announce, 61)
-    for number in range(cexec.ECHOES_MAX + 10):
-        echoes.may_pass(cexec.parse_datagram(announcement(FOO, sequence=number)), 62)
-    assert len(echoes.passed) == cexec.ECHOES_MAX
+    duplicates, announce = cexec.DuplicateFilter(), cexec.parse_datagram(announcement(FOO))
+    assert duplicates.may_pass(announce, 0) and not duplicates.may_pass(announce, 59)
+    assert duplicates.may_pass(announce, 61)
+    for number in range(cexec.DUPLICATES_MAX + 10):
+        duplicates.may_pass(cexec.parse_datagram(announcement(FOO, sequence=number)), 62)
+    assert len(duplicates.passed) == cexec.DUPLICATES_MAX
 
 
 @pytest.mark.parametrize("most", [0, 50000, 1 << 26])
@@ -9006,9 +9006,9 @@ class Far:
         self.near, far = cexec.parse_group(room.group), "127.255.255.255:%d" % free_port()
         self.mouth = self._keep(cexec.GroupSocket(self.near, False))
         self.ear = self._keep(cexec.GroupSocket(cexec.parse_group(far), True))
-        self.door = self._keep(cexec.open_listener(self.near))
-        self.door.setblocking(True)
-        self.door.settimeout(5)
+        self.listener = self._keep(cexec.open_listener(self.near))
+        self.listener.setblocking(True)
+        self.listener.settimeout(5)
         self.proxy = room.tool("cproxy", "127.0.0.1", far, python=python, env=env).ready()
 
     def _keep(self, thing):
@@ -9017,13 +9017,13 @@ class Far:
 
     @property
     def port(self):
-        return self.door.getsockname()[1]
+        return self.listener.getsockname()[1]
 
     def announce(self, nonce=b"noncenon", sequence=1):
         """Announces on the near side; what the far side hears."""
         self.mouth.send(announcement(self.key, nonce, sequence, self.port))
-        octets, source, _ = hear(self.ear)
-        return cexec.parse_datagram(octets), source
+        data, source, _ = hear(self.ear)
+        return cexec.parse_datagram(data), source
 
     def worker(self, port, opening=None, nonce=b"noncenon"):
         """A connection as a worker makes it."""
@@ -9033,7 +9033,7 @@ class Far:
 
     def submitter(self):
         """The connection that the proxy makes to the submitter, its opening already read and checked."""
-        made = self._keep(self.door.accept()[0])
+        made = self._keep(self.listener.accept()[0])
         made.settimeout(5)
         cexec.parse_preamble(self.key.udp, b"noncenon", receive_exactly(made, cexec.PREAMBLE_SIZE))
         return made
@@ -9044,7 +9044,7 @@ class Far:
         return self.submitter(), worker
 
     def nobody_at_the_door(self):
-        return not select.select([self.door], [], [], 0.2)[0]
+        return not select.select([self.listener], [], [], 0.2)[0]
 
     def close(self):
         for step in self.undo:
@@ -9052,12 +9052,12 @@ class Far:
 
 
 def receive_exactly(sock, size):
-    octets = b""
-    while len(octets) < size:
-        part = sock.recv(size - len(octets))
-        assert part, "the end came after %d of %d octets" % (len(octets), size)
-        octets += part
-    return octets
+    data = b""
+    while len(data) < size:
+        part = sock.recv(size - len(data))
+        assert part, "the end came after %d of %d bytes" % (len(data), size)
+        data += part
+    return data
 
 
 def is_reset(sock):
@@ -9093,8 +9093,8 @@ def test_everything_else_passes_as_it_is_and_noise_does_not(far, foo):
     far.mouth.send(b"noise")
     far.mouth.send(bytes(1300))
     far.mouth.send(announcement(foo, b"privileg", 1, 80))
-    for octets in datagrams:
-        far.mouth.send(octets)
+    for data in datagrams:
+        far.mouth.send(data)
     assert [hear(far.ear)[0] for _ in datagrams] == datagrams
     far.announce()
     assert far.ear.receive() is None
@@ -9122,7 +9122,7 @@ def test_both_directions_at_once_are_exact(far):
     for thread in threads:
         thread.join(20)
     assert got[submitter] == blob and got[worker] == blob
-    far.proxy.log.wait("ended, %d octets to the submitter, %d to the worker"
+    far.proxy.log.wait("ended, %d bytes to the submitter, %d to the worker"
                        % (len(blob) + cexec.PREAMBLE_SIZE, len(blob)))
     assert far.proxy.stop() == 0
 
@@ -9170,11 +9170,11 @@ def test_a_blocked_reader_costs_bounded_memory_and_loses_nothing(far):
     submitter.shutdown(socket.SHUT_WR)
     taken = 0
     while True:
-        octets = worker.recv(1 << 18)
-        if not octets:
+        data = worker.recv(1 << 18)
+        if not data:
             break
-        assert octets == (chunk * 2)[taken % 256:][:len(octets)]
-        taken += len(octets)
+        assert data == (chunk * 2)[taken % 256:][:len(data)]
+        taken += len(data)
     assert taken == sent
 
 
@@ -9193,9 +9193,9 @@ def test_only_what_answers_the_announcement_reaches_the_submitter(far, opening):
 def test_an_opening_may_come_in_pieces(far):
     port, opening = far.announce()[0].port, cexec.encode_preamble(far.key.udp, b"noncenon", 0, 0, 0, False)
     worker = far.worker(port, opening[:3])
-    for octet in opening[3:]:
+    for byte in opening[3:]:
         time.sleep(0.001)
-        worker.sendall(bytes([octet]))
+        worker.sendall(bytes([byte]))
     far.submitter().sendall(b"x")
     assert worker.recv(1) == b"x"
 
@@ -9203,7 +9203,7 @@ def test_an_opening_may_come_in_pieces(far):
 def test_a_few_pass_at_once_and_the_others_wait_until_taken(far):
     port = far.announce()[0].port
     workers = [far.worker(port) for _ in range(10)]
-    submitters = [far.submitter() for _ in range(cexec.ACTIVE_PER_DOOR)]
+    submitters = [far.submitter() for _ in range(cexec.ACTIVE_PER_LISTENER)]
     assert far.nobody_at_the_door()
     submitters[0].close()
     submitters[0] = far.submitter()
@@ -9212,7 +9212,7 @@ def test_a_few_pass_at_once_and_the_others_wait_until_taken(far):
     hear(far.ear)
 
     def all_closed():
-        assert len(select.select(workers, [], [], 0)[0]) == 10 - cexec.ACTIVE_PER_DOOR
+        assert len(select.select(workers, [], [], 0)[0]) == 10 - cexec.ACTIVE_PER_LISTENER
     wait_until(all_closed)
     with pytest.raises(ConnectionRefusedError):
         far.worker(port)
@@ -9220,11 +9220,11 @@ def test_a_few_pass_at_once_and_the_others_wait_until_taken(far):
     for submitter in submitters:
         submitter.sendall(b"go")
     running = [worker for worker in workers if not is_done(worker)]
-    assert len(running) == cexec.ACTIVE_PER_DOOR and all(receive_exactly(each, 2) == b"go" for each in running)
+    assert len(running) == cexec.ACTIVE_PER_LISTENER and all(receive_exactly(each, 2) == b"go" for each in running)
 
 
 def is_done(sock):
-    """Whether this connection is at its end, without taking an octet from it."""
+    """Whether this connection is at its end, without taking an byte from it."""
     try:
         return not sock.recv(1, socket.MSG_PEEK)
     except ConnectionResetError:
@@ -9233,8 +9233,8 @@ def is_done(sock):
 
 def test_a_worker_that_waited_and_went_makes_room(far):
     port = far.announce()[0].port
-    workers = [far.worker(port) for _ in range(cexec.ACTIVE_PER_DOOR + 1)]
-    submitters = [far.submitter() for _ in range(cexec.ACTIVE_PER_DOOR)]
+    workers = [far.worker(port) for _ in range(cexec.ACTIVE_PER_LISTENER + 1)]
+    submitters = [far.submitter() for _ in range(cexec.ACTIVE_PER_LISTENER)]
     workers.pop().close()
     last = far.worker(port)
     submitters[0].close()
@@ -9260,7 +9260,7 @@ def test_taken_is_believed_only_from_where_the_announcement_came(far):
 
 def test_a_submitter_that_is_gone_is_a_reset_to_the_worker(far):
     port = far.announce()[0].port
-    far.door.close()
+    far.listener.close()
     assert is_reset(far.worker(port))
     far.proxy.log.wait("relay 1: the submitter: Connection refused")
 
@@ -9308,7 +9308,7 @@ def test_a_flood_of_forged_announcements_is_bounded(far):
     while far.ear.receive():
         pass
     if sys.platform == "linux":
-        assert len(open_fds(far.proxy.pid)) < cexec.DOORS_MAX + 20
+        assert len(open_fds(far.proxy.pid)) < cexec.LISTENERS_MAX + 20
         assert rss(far.proxy.pid) < 45 << 20
     time.sleep(0.3)
     while far.ear.receive():
@@ -9335,10 +9335,10 @@ def test_a_proxy_short_of_descriptors_goes_on(room, foo):
     target = "127.255.255.255:%d" % free_port()
     proxy = room.start(*limited, *program()[1:], "cproxy", "127.0.0.1", target, env=room.settings({})).ready()
     mouth = cexec.GroupSocket(cexec.parse_group(room.group), False)
-    ear, door = cexec.GroupSocket(cexec.parse_group(target), True), cexec.open_listener(cexec.parse_group(room.group))
-    with mouth.socket, ear.socket, door:
+    ear, listener = cexec.GroupSocket(cexec.parse_group(target), True), cexec.open_listener(cexec.parse_group(room.group))
+    with mouth.socket, ear.socket, listener:
         for number in range(60):
-            mouth.send(announcement(foo, b"%08d" % number, 1, door.getsockname()[1]))
+            mouth.send(announcement(foo, b"%08d" % number, 1, listener.getsockname()[1]))
         ports = []
         with contextlib.suppress(AssertionError):
             while True:
@@ -9358,16 +9358,16 @@ def test_a_proxy_short_of_descriptors_goes_on(room, foo):
         with contextlib.suppress(AssertionError):
             while hear(ear, 0.5):
                 pass
-        door.settimeout(0.1)
+        listener.settimeout(0.1)
         with contextlib.suppress(socket.timeout):
             while True:
-                door.accept()[0].close()
-        door.settimeout(5)
-        mouth.send(announcement(foo, b"lastlast", 1, door.getsockname()[1]))
+                listener.accept()[0].close()
+        listener.settimeout(5)
+        mouth.send(announcement(foo, b"lastlast", 1, listener.getsockname()[1]))
         heard = cexec.parse_datagram(hear(ear)[0])
         with socket.create_connection(("127.0.0.1", heard.port), 5) as worker:
             worker.sendall(cexec.encode_preamble(foo.udp, b"lastlast", 0, 0, 0, False))
-            served = door.accept()[0]
+            served = listener.accept()[0]
             served.sendall(b"x")
             assert worker.recv(1) == b"x"
             served.close()
@@ -9379,7 +9379,7 @@ def test_many_at_once_are_exact(far):
     for number in range(60):
         port = far.announce(b"%08d" % number)[0].port
         worker = far.worker(port, nonce=b"%08d" % number)
-        submitter = far._keep(far.door.accept()[0])
+        submitter = far._keep(far.listener.accept()[0])
         submitter.settimeout(5)
         receive_exactly(submitter, cexec.PREAMBLE_SIZE)
         pairs.append((submitter, worker))
@@ -9421,7 +9421,7 @@ while True:
         print(cexec.DATAGRAM_NAMES[cexec.parse_datagram(got[0]).kind], got[1][0], flush=True)
 """ % HERE
 
-# Says one of each datagram, then waits for a worker and a number of octets from it.
+# Says one of each datagram, then waits for a worker and a number of bytes from it.
 SUBMIT = """
 import os, sys, time
 sys.path.insert(0, %r)
@@ -9438,15 +9438,15 @@ door.settimeout(5)
 served = door.accept()[0]
 send(cexec.HOLD, cexec.HOLD_BODY.pack(15))
 served.settimeout(20)
-octets, start = 0, time.monotonic()
+bytes, start = 0, time.monotonic()
 while True:
     part = served.recv(1 << 20)
     if not part:
         break
-    octets += len(part)
-served.sendall(b"%%d" %% octets)
+    bytes += len(part)
+served.sendall(b"%%d" %% bytes)
 served.close()
-print(octets - cexec.PREAMBLE_SIZE, time.monotonic() - start)
+print(bytes - cexec.PREAMBLE_SIZE, time.monotonic() - start)
 send(cexec.TAKEN, cexec.TAKEN_BODY.pack(0.0))
 alert = cexec.Alert(1, 0, 5, int(time.time() * 1000), "job", "10.1.0.2", "10.2.0.2", "")
 for _ in range(3):
@@ -9455,13 +9455,13 @@ for _ in range(3):
 time.sleep(0.3)
 """ % HERE
 
-# Answers every announcement it has not seen, with so many octets.
+# Answers every announcement it has not seen, with so many bytes.
 ANSWER = """
 import contextlib, select, socket, sys
 sys.path.insert(0, %r)
 import cexec
 key, group = cexec.load_key(sys.argv[1])[0], cexec.parse_group(sys.argv[2])
-ear, seen, octets = cexec.GroupSocket(group, True), set(), bytes(1 << 20)
+ear, seen, bytes = cexec.GroupSocket(group, True), set(), bytes(1 << 20)
 cexec.say("", "ready")
 while True:
     select.select([ear], [], [])
@@ -9476,14 +9476,14 @@ while True:
         back.connect((got[1][0], heard.port, *got[1][2:]))
         back.sendall(cexec.encode_preamble(key.udp, heard.nonce, 0, 0, 0, False))
         for _ in range(int(sys.argv[3])):
-            back.sendall(octets)
+            back.sendall(bytes)
         back.shutdown(socket.SHUT_WR)
         cexec.say("", "served %%s" %% back.recv(99).decode())
 """ % HERE
 
 
 def submit(net, host, key, group="255.255.255.255"):
-    """Runs one search and its exchange; the number of octets the worker sent."""
+    """Runs one search and its exchange; the number of bytes the worker sent."""
     done = net.python(host, SUBMIT, key + ".pub", group)
     assert done.returncode == 0, done.stderr.decode()
     return int(done.stdout.split()[0])
@@ -9781,9 +9781,9 @@ s.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
 s.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0")
 count = 0
 for line in open(sys.argv[1]):
-    octets = bytearray.fromhex(line)
-    for bit in range(-1, len(octets) * 8 if sys.argv[2] == "flip" else 0):
-        changed = bytearray(octets)
+    bytes = bytearray.fromhex(line)
+    for bit in range(-1, len(bytes) * 8 if sys.argv[2] == "flip" else 0):
+        changed = bytearray(bytes)
         if bit >= 0:
             changed[bit // 8] ^= 1 << bit % 8
         s.sendto(changed, ("255.255.255.255", 3010))
@@ -9817,8 +9817,8 @@ def test_what_was_captured_does_nothing_when_it_is_sent_again(net, key, tmp_path
     capture = [line for line in str(recorder.out).splitlines() if line != "listening"]
     assert len(capture) >= 6
     for line in capture:
-        octets = bytes.fromhex(line)
-        assert secret.encode() not in octets and b"SECRET" not in octets and b"cat" not in octets
+        data = bytes.fromhex(line)
+        assert secret.encode() not in data and b"SECRET" not in data and b"cat" not in data
     (tmp_path / "capture").write_text("\n".join(capture))
     for how in "same", "flip":
         net.run("x", sys.executable, "-c", REPLAY, str(tmp_path / "capture"), how, timeout=60)
