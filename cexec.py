@@ -48,10 +48,11 @@ How a job flows:
 
 The order of the sections: numbers, errors, groups, settings, datagrams, keys, frames, the job's description, the
 session, the choice of a worker (all of them pure: bytes, times and chance come in as arguments); then, touching the
-world: TLS, event loop, group sockets, descriptors, carrier, children, and the tools: cexec, cservice, crat, cproxy,
+world: TLS, loop, group sockets, streams, channel, children, and the tools: cexec, cservice, crat, cproxy,
 ckeygen, demo; at the end the table of tools and main.
 """
 
+import _thread
 import binascii
 import collections
 import errno
@@ -88,6 +89,7 @@ WINDOW_START = 1 << 19      # credit at the start, two buffers: more is no faste
 WINDOW_MAX = 1 << 22        # credit on a long path (40 ms at 100 MB/s), bounded in sum by WINDOWS_MAX
 WINDOWS_MAX = 1 << 24       # sum of one receiver's windows; what a blocked reader can cost in memory
 RECORD = 1 << 14            # the most that one record of TLS carries
+PIECE = 1 << 16             # bytes given to TLS at a time: larger ones make a sender that paces (bbr) wait
 BUFFER = 1 << 18            # one read or one write of the channel: sixteen TLS records
 FD_SETSIZE = 1024           # select(2) takes no descriptor from here on
 DESCRIPTOR_MAX = 1 << 15    # highest descriptor number a job may have: the wire's field is 16 bits wide
@@ -2012,10 +2014,136 @@ def tls_context(key, server_side):
     return context
 
 
+class TlsConnection:
+    """TLS over a TCP socket that never blocks.  TLS works on two memory buffers, so that one call to the system moves
+    many records where an SSLSocket needs two calls for each.
+
+    Errors are OSErrors (ssl.SSLError is one); loss_of() says what they mean.  Wait for the socket to become readable,
+    and writable while flush() returns False.  Whoever has it last calls close(), which may be repeated.
+    """
+
+    def __init__(self, connection, context, server_side):
+        connection.setblocking(False)
+        self.socket = connection
+        self.encrypted, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.tls = context.wrap_bio(self.encrypted, self.outgoing, server_side)
+        self.buffer = memoryview(bytearray(BUFFER + RECORD))    # sixteen records, each with its head and tag, fit
+        self.unsent = memoryview(b"")       # encrypted, and not taken by the system yet
+        self.emptied = False                # the last read from the socket was short: asking again would be in vain
+        self.failure = None                 # what ended the connection behind the bytes that were returned last
+
+    def fileno(self):
+        return self.socket.fileno()
+
+    def handshake(self):
+        """Goes on with the handshake as far as the peer has; returns whether it is done."""
+        while True:
+            try:
+                self.tls.do_handshake()
+                return self.flush()
+            except ssl.SSLWantReadError:
+                self.flush()
+                if not self._fetch():
+                    return False
+            except ssl.SSLError:
+                self.flush()        # the alert tells the peer why
+                raise
+
+    def handshake_within(self, seconds):
+        """All of the handshake, waiting for the peer; socket.timeout when that takes longer."""
+        end = time.monotonic() + seconds
+        while not self.handshake():
+            left = end - time.monotonic()
+            if left <= 0 or not wait_for(self.fileno(), select.POLLIN | (select.POLLOUT if self.unsent else 0), left):
+                raise socket.timeout("timed out in the handshake")
+
+    def read_into(self, view):
+        """Returns how many bytes were read, 0 when the peer has ended the connection, or None when there is nothing
+        now.  Fewer than the view holds means that there is no more now, unless `failure` is set."""
+        filled = 0
+        while filled < len(view):
+            try:
+                if self.failure:
+                    raise self.failure
+                size = self.tls.read(len(view) - filled, view[filled:])
+            except ssl.SSLWantReadError:
+                try:
+                    if self._fetch():
+                        continue
+                    return filled or None
+                except OSError as error:
+                    self.failure = error
+            except ssl.SSLZeroReturnError:
+                return filled
+            except OSError as error:
+                self.failure = error
+                if not filled:
+                    raise
+                return filled
+            else:
+                if not size:
+                    return filled
+                filled += size
+        return filled
+
+    def _fetch(self):
+        """Moves bytes from the socket to TLS; returns whether there were any, or the end."""
+        if self.emptied:
+            self.emptied = False
+            return False
+        try:
+            size = self.socket.recv_into(self.buffer)
+        except BlockingIOError:
+            return False
+        if size:
+            self.encrypted.write(self.buffer[:size])
+            self.emptied = size < len(self.buffer)
+        else:
+            self.encrypted.write_eof()
+        return True
+
+    def send(self, view):
+        """Takes all of the view, which should not be longer than PIECE; returns whether the system has taken it too.
+        To be called only when it has taken all before."""
+        while view:
+            view = view[self.tls.write(view):]
+        return self.flush()
+
+    def flush(self):
+        """Sends what TLS has made; returns whether the system has taken all of it."""
+        while self.unsent or self.outgoing.pending:
+            if not self.unsent:
+                self.unsent = memoryview(self.outgoing.read())
+            try:
+                self.unsent = self.unsent[self.socket.send(self.unsent):]
+            except BlockingIOError:
+                return False
+        return True
+
+    def close(self):
+        """The end without a word: the session's own messages have said whether anything is missing."""
+        self.socket.close()
+
+
 def check_peer(connection, key):
     """ssl.SSLError unless the finished handshake is TLS 1.3 with exactly the pinned certificate."""
-    if connection.version() != "TLSv1.3" or connection.getpeercert(True) != key.peer_der:
+    if connection.tls.version() != "TLSv1.3" or connection.tls.getpeercert(True) != key.peer_der:
         raise ssl.SSLError("the peer shows another certificate")
+
+
+# Why a connection was lost: the peer ended it, the system or TLS failed, nothing was heard for too long, the peer broke
+# the protocol, or one side gave the job up.
+CLOSED, BROKEN, SILENT, PROTOCOL, ABORTED = "closed", "broken", "silent", "protocol", "aborted"
+Loss = collections.namedtuple("Loss", "kind words")
+
+
+def loss_of(error):
+    """The Loss that an error of a TlsConnection means."""
+    if ssl and isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):
+        return Loss(CLOSED, "the connection was closed")
+    if hasattr(error, "library"):       # an ssl.SSLError
+        return Loss(BROKEN, "the channel broke: %s" % (error.reason or reason_of(error)).lower().replace("_", " "))
+    return Loss(BROKEN, "the connection broke: %s" % reason_of(error))
 
 
 def tune(connection):
@@ -2029,7 +2157,7 @@ def tune(connection):
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-# ---------------------------------------------------------------- event loop
+# ---------------------------------------------------------------- loop
 
 def has_room():
     """Whether a line can be written to standard error without waiting for who reads it."""
@@ -2056,12 +2184,19 @@ class Loop:
     select rather than epoll: it waits for microseconds where the others round up to milliseconds, leaves no state in
     the kernel that a forked child would share, and macOS can wait for terminals with nothing else.  The first
     descriptor that is too high for it changes the loop to poll.
+
+    on_error(exception) hears what a call raises, and the loop goes on; without it the exception leaves run(), as a
+    Failure always does.  Signals, which only the main thread can have, are touched when one is asked for.
     """
 
-    def __init__(self):
-        self.reads, self.writes, self.poll = {}, {}, None       # {descriptor: what to call}; poll once it is needed
-        self.timers, self.calls, self.signals, self.old_handlers = [], collections.deque(), {}, {}
+    def __init__(self, on_error=None):
+        self.on_error = on_error
+        self.reads, self.writes = {}, {}        # {descriptor: what to call}
+        self.poll = None                        # once it is needed
+        self.timers, self.calls = [], collections.deque()
+        self.signals, self.old_handlers, self.old_wakeup = {}, {}, None
         self.result, self.running = None, True
+        self.thread = _thread.get_ident()       # where it runs
         self.wake_in, self.wake_out = os.pipe()
         os.set_blocking(self.wake_in, False)
         os.set_blocking(self.wake_out, False)
@@ -2105,8 +2240,8 @@ class Loop:
             if number in self.old_handlers:
                 signal.signal(number, self.old_handlers.pop(number))
             return
-        if not self.signals:
-            signal.set_wakeup_fd(self.wake_out, warn_on_full_buffer=False)
+        if self.old_wakeup is None:
+            self.old_wakeup = signal.set_wakeup_fd(self.wake_out, warn_on_full_buffer=False)
         if number not in self.signals:
             self.old_handlers[number] = signal.getsignal(number) or signal.SIG_DFL
         self.signals[number] = callback
@@ -2123,10 +2258,11 @@ class Loop:
     def call_soon_threadsafe(self, callback):
         """From any thread: calls back in the loop's thread."""
         self.calls.append(callback)
-        try:
-            os.write(self.wake_out, b"\0")
-        except OSError:
-            pass        # the pipe is full of wake-ups already, or the loop is closed
+        if self.thread != _thread.get_ident():      # the loop itself looks before it waits
+            try:
+                os.write(self.wake_out, b"\0")
+            except OSError:
+                pass        # the pipe is full of wake-ups already, or the loop is closed
 
     def _woken(self):
         try:
@@ -2137,6 +2273,7 @@ class Loop:
     # -- running
     def run(self):
         """Runs until stop(result), and returns the result; a stop() that came first counts."""
+        self.thread = _thread.get_ident()
         while self.running:
             self.step()
         return self.result
@@ -2146,14 +2283,29 @@ class Loop:
 
     def step(self):
         """Waits for the next thing that happens and makes its calls."""
+        for call in self._happened():
+            try:
+                call()
+            except Exception as error:
+                if self.on_error is None or isinstance(error, Failure):
+                    raise
+                self.on_error(error)
+
+    def _happened(self):
+        """The calls of one round.  Each is looked up when its turn comes: an earlier one may have taken it back."""
         for calls, ready in zip((self.reads, self.writes), self._ready(self._patience())):
             for fd in ready:
-                call = calls.get(fd)    # an earlier call of this round may have changed its mind about this descriptor
+                call = calls.get(fd)
                 if call:
-                    call()
-        self._due()
+                    yield call
+        if self.timers:
+            now = time.monotonic()
+            while self.timers and self.timers[0].when <= now:
+                callback = heapq.heappop(self.timers).callback
+                if callback:
+                    yield callback
         for _ in range(len(self.calls)):    # what these add waits until descriptors and timers have had their turn
-            self.calls.popleft()()
+            yield self.calls.popleft()
 
     def _ready(self, patience):
         """(descriptors to read, descriptors to write); what is broken is ready for both."""
@@ -2170,24 +2322,15 @@ class Loop:
             return 0
         return max(0, self.timers[0].when - time.monotonic()) if self.timers else None
 
-    def _due(self):
-        now = time.monotonic()
-        while self.timers and self.timers[0].when <= now:
-            callback = heapq.heappop(self.timers).callback
-            if callback:
-                callback()
-
     def close(self):
         """Gives back signals and descriptors; in a forked child it touches nothing the parent still uses."""
         for number in list(self.signals):
             self.on_signal(number, None)
-        try:
-            signal.set_wakeup_fd(-1)
-        except ValueError:
-            pass        # not the main thread
+        if self.old_wakeup is not None:
+            signal.set_wakeup_fd(self.old_wakeup)
         os.close(self.wake_in)
         os.close(self.wake_out)
-        self.wake_out = -1      # a helper thread may still call soon()
+        self.wake_out = -1      # a helper thread may still call back
 
 
 # ---------------------------------------------------------------- group sockets
@@ -2587,7 +2730,7 @@ def ports_text(ports):
     return ",".join(str(low) if low == high else "%d-%d" % (low, high) for low, high in ports)
 
 
-# ---------------------------------------------------------------- descriptors
+# ---------------------------------------------------------------- streams
 #
 # Sources are read from, sinks written to.  Inherited descriptors belong to others as well: their O_NONBLOCK is
 # never touched, so each kind has its own way not to block the loop.
@@ -2772,11 +2915,11 @@ class SocketSource(Source):
         self.socket.close()
 
 
-def wait_for(fd, event):
-    """Waits in a helper thread for a descriptor of any number."""
+def wait_for(fd, events, seconds=None):
+    """Waits, outside any loop, for a descriptor of any number; returns whether the events came in time."""
     poll = select.poll()
-    poll.register(fd, event)
-    poll.poll()
+    poll.register(fd, events)
+    return bool(poll.poll(None if seconds is None else math.ceil(seconds * 1000)))
 
 
 class ThreadSource(Source):
@@ -3090,52 +3233,70 @@ def open_sink(loop, fd, *calls):
     return ThreadSink(loop, fd, *calls)
 
 
-# ---------------------------------------------------------------- carrier
+# ---------------------------------------------------------------- channel
 
 class Channel:
-    """Moves bytes between one TLS connection, its session and the local descriptors, in both directions.
+    """Moves bytes between one TlsConnection, its session and the sources of a job, for one owner at a time.
 
-    on_event(type, number, body) hears what the session does not settle by itself; on_lost(words) is called once when
-    the connection ends before the session is over.
+    The owner has these methods, which are called in the loop:
+    on_message(kind, number, body)   what the session does not settle by itself; the body as the session parsed it
+    on_data(number, view)            data for a descriptor; returns whether the view is kept, so that its buffer must
+                                     not be used again
+    on_source_end(number)            a source was at its end; it is closed, and the peer will hear of it
+    on_read_error(number, error)     a source cannot be read; returns 0 to end it, or None to leave it for now
+    on_lost(loss)                    the connection ended, and the session was not over; called once
+    Several jobs may use one channel in turn: reset_streams() ends a job's part, `owner` may be set to the next one's.
     """
     ROUNDS = 8              # buffers per call, so that a fast peer does not starve timers and signals
     TICK = 0.25             # the silence clock looks at least so often, seconds, and at a quarter of the timeout
 
-    def __init__(self, loop, connection, session, on_event, on_lost):
-        self.loop, self.connection, self.session = loop, connection, session
-        self.on_event, self.on_lost = on_event, on_lost
+    def __init__(self, loop, connection, session, owner):
+        self.loop, self.connection, self.session, self.owner = loop, connection, session, owner
         self.fd = connection.fileno()
         self.incoming = memoryview(bytearray(BUFFER))
         self.outgoing = bytearray(BUFFER)
-        self.pending = memoryview(b"")
-        self.sources, self.ready, self.sinks = {}, collections.deque(), {}
-        self.on_flushed, self.closed, self.filling, self.blocked, self.processing = None, False, False, False, False
-        self.sent_total = self.received_total = 0
-        self.timer = loop.call_later(0, self.tick)       # nothing is sent before the owner has what the events may need
-        connection.setblocking(False)
-        loop.watch(self.fd, read=self.readable)
-        loop.call_soon_threadsafe(self.readable)        # the handshake may have decrypted more than its own
+        self.pending = memoryview(b"")                  # of `outgoing`: not given to TLS yet
+        self.sources = {}
+        self.ready = collections.OrderedDict()          # numbers of sources that may have something to read, in turn
+        self.starved = set()                            # numbers of sources that wait for credit
+        self.on_flushed = None                          # called once, when the system has taken all there was to send
+        self.closed = self.filling = self.blocked = self.processing = False
+        self.sent_total = self.received_total = 0       # bytes of data
+        self.timer = loop.call_later(0, self.tick)      # nothing is sent before the owner has what the events may need
+        loop.watch(self.fd, read=self._readable)
+        loop.call_soon_threadsafe(self._readable)       # the handshake may have decrypted more than its own
 
-    # -- descriptors
+    # -- sources
     def add_source(self, number, source):
         """The caller flushes when all are there."""
         self.sources[number] = source
-        self.ready.append(number)
+        self.ready[number] = True
 
     def source_ready(self, number):
-        if number in self.sources and number not in self.ready:
-            self.ready.append(number)
-        self.flush()
+        """A source that had nothing to read has something now."""
+        if number in self.sources and number not in self.starved:
+            self.ready[number] = True
+            self.flush()
 
     def drop_source(self, number):
         source = self.sources.pop(number, None)
         if source:
+            self.ready.pop(number, None)
+            self.starved.discard(number)
             source.close()
 
+    def reset_streams(self):
+        """The job is over: lets go of its sources.  What its sinks still report as consumed must not come here."""
+        for number in list(self.sources):
+            self.drop_source(number)
+        self.sent_total = self.received_total = 0
+
     def consumed(self, number, size):
-        self.session.consumed(number, size, time.monotonic())
-        if self.session.outbox and not self.processing:
-            self.flush()
+        """So much of a descriptor's data has left this process."""
+        if not self.closed:
+            self.session.consumed(number, size, time.monotonic())
+            if self.session.outbox and not self.processing:
+                self.flush()
 
     # -- to the peer
     def flush(self):
@@ -3143,43 +3304,26 @@ class Channel:
         if self.closed or self.filling or self.blocked:
             return
         try:
+            taken = self.connection.flush()
             for _ in range(self.ROUNDS):
+                if not taken:
+                    break
                 if not self.pending and not self._fill():
-                    self._flushed()
-                    return
-                self._send()
-        except (ssl.SSLWantWriteError, ssl.SSLWantReadError):
-            pass
+                    return self._flushed()
+                while taken and self.pending:
+                    piece, self.pending = self.pending[:PIECE], self.pending[PIECE:]
+                    taken = self.connection.send(piece)
         except (OSError, ValueError):
             self.blocked = True         # nothing goes out any more; what came in before the end is still heard
-            self.loop.call_soon_threadsafe(self.readable)
+            self.loop.call_soon_threadsafe(self._readable)
             return
         self.blocked = True
-        self.loop.watch(self.fd, read=self.readable, write=self._writable)
+        self.loop.watch(self.fd, read=self._readable, write=self._writable)
 
     def _writable(self):
         self.blocked = False
-        self.loop.watch(self.fd, read=self.readable)
+        self.loop.watch(self.fd, read=self._readable)
         self.flush()
-
-    def _send(self):
-        several = len(self.pending) > RECORD
-        if several:
-            self._cork(1)
-        try:
-            while self.pending:
-                self.pending = self.pending[self.connection.send(self.pending):]
-        finally:
-            if several:
-                self._cork(0)
-
-    def _cork(self, on):
-        """Several records leave in large packets where the system can be told to wait for more."""
-        try:
-            if LINUX:
-                self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, on)
-        except OSError:
-            pass        # a system that is Linux in name only
 
     def _flushed(self):
         if self.on_flushed and not self.session.outbox:
@@ -3193,9 +3337,9 @@ class Channel:
         try:
             at = self._take_control(0)
             for _ in range(len(self.ready)):
-                if BUFFER - at < 4096:
+                if BUFFER - at < 4096 or not self.ready:
                     break
-                at = self._take_data(self.ready.popleft(), at)
+                at = self._take_data(self.ready.popitem(last=False)[0], at)
             if session.outbox and at < BUFFER:
                 at = self._take_control(at)     # ends that the sources came to
         finally:
@@ -3210,97 +3354,73 @@ class Channel:
         return at + len(part)
 
     def _take_data(self, number, at):
-        """One read of one source behind its header's place.  Without credit it stays ready, and waits."""
-        source, start = self.sources.get(number), at + HEAD_SIZE
-        if source is None:
-            return at
+        """One read of one source behind its header's place; returns where the next message begins."""
+        start = at + HEAD_SIZE
         room = min(self.session.may_send(number), BUFFER - start)
+        if room <= 0:
+            self.starved.add(number)
+            return at
         if room > RECORD:       # whole records: a short one at the end costs as much as a full one
             room -= (start + room) % RECORD
-        if room <= 0:
-            self.ready.append(number)
-            return at
         try:
-            size = source.read_into(memoryview(self.outgoing)[start:start + room])
+            size = self.sources[number].read_into(memoryview(self.outgoing)[start:start + room])
         except OSError as error:
-            size = self.on_read_error(number, error)
-        if size is None:
-            return at
-        if size == 0:
-            self._source_ended(number)
-            return at
-        self.session.data(self.outgoing, at, number, size)
-        self.sent_total += size
-        self.ready.append(number)
-        return start + size
-
-    def on_read_error(self, number, error):
-        """What a source that cannot be read any more is taken for: its end."""
-        return 0
-
-    def _source_ended(self, number):
-        self.drop_source(number)
-        self.session.end(number)
+            size = self.owner.on_read_error(number, error)
+        if size:
+            self.session.data(self.outgoing, at, number, size)
+            self.sent_total += size
+            self.ready[number] = True
+            return start + size
+        if size == 0 and number in self.sources:
+            self.drop_source(number)
+            self.session.end(number)
+            self.owner.on_source_end(number)
+        return at
 
     # -- from the peer
-    def readable(self):
+    def _readable(self):
         if self.closed:
             return
         for _ in range(self.ROUNDS // 2):
-            filled, verdict = self._receive()
-            self.processing = True      # what it gives back goes out together, at the end
             try:
-                if filled and not self._process(filled):
-                    return
-            finally:
-                self.processing = False
-            if verdict is not None:
-                if verdict:
-                    self.lost(verdict)
+                size = self.connection.read_into(self.incoming)
+            except (OSError, ValueError) as error:
+                return self.lost(loss_of(error))
+            if size == 0:
+                return self.lost(Loss(CLOSED, "the connection was closed"))
+            if size and not self._process(size):
+                return
+            if not size or (size < BUFFER and not self.connection.failure):
                 break
         else:
-            self.loop.call_soon_threadsafe(self.readable)       # what TLS holds decrypted wakes no select
-        if not self.closed:
-            self.flush()
+            self.loop.call_soon_threadsafe(self._readable)      # what TLS holds wakes no select
+        self.flush()
 
-    def _receive(self):
-        """(bytes read, None for more to come, "" for nothing more now, or the words of a lost connection)."""
-        filled = 0
-        try:
-            while filled < BUFFER:
-                size = self.connection.recv_into(self.incoming[filled:])
-                if not size:
-                    return filled, "the connection was closed"
-                filled += size
-        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            return filled, ""
-        except (OSError, ValueError) as error:
-            return filled, connection_words(error)
-        return filled, None
-
-    def _process(self, filled):
-        """Acts on one buffer of messages; returns whether the carrier is still open."""
+    def _process(self, size):
+        """Acts on one buffer of messages; returns whether the channel is still open."""
         kept = False
+        self.processing = True      # what is given back goes out together, at the end
         try:
-            for kind, number, body in self.session.receive(self.incoming[:filled], time.monotonic()):
+            for kind, number, body in self.session.receive(self.incoming[:size], time.monotonic()):
                 if kind == DATA:
-                    kept = self.deliver(number, body) or kept
+                    self.received_total += len(body)
+                    kept = self.owner.on_data(number, body) or kept
                 elif kind == CREDIT:
-                    pass        # the source waits in `ready`; flush follows
+                    if number in self.starved:
+                        self.starved.discard(number)
+                        self.ready[number] = True       # flush follows
                 else:
-                    self.on_event(kind, number, body)
+                    self.owner.on_message(kind, number, body)
                 if self.closed:
                     return False
         except ProtocolError as error:
-            self.lost("protocol broken: %s" % error)
+            self.lost(Loss(PROTOCOL, "protocol broken: %s" % error))
             return False
+        finally:
+            self.processing = False
         if kept:
             self.incoming = memoryview(bytearray(BUFFER))
         return True
-
-    def deliver(self, number, body):
-        self.received_total += len(body)
-        return self.sinks[number].feed(body)
 
     # -- silence and the end
     def tick(self):
@@ -3310,17 +3430,17 @@ class Channel:
         self.timer.cancel()
         now = time.monotonic()
         if self.session.tick(now):
-            self.lost("silent for %g seconds" % self.session.timeout)
-            return
-        self.flush()
+            return self.lost(Loss(SILENT, "silent for %g seconds" % self.session.timeout))
         self.timer = self.loop.call_at(now + max(self.TICK, min(15, self.session.timeout / 8)), self.tick)
+        self.flush()
 
-    def lost(self, words):
+    def lost(self, loss):
+        """Ends the connection for the reason given, which the owner hears unless the session was over."""
         if not self.closed:
-            over = self.session.phase is OVER
+            over = self.session.phase is OVER and loss.kind is not PROTOCOL
             self.close()
-            if not over or words.startswith("protocol"):
-                self.on_lost(words)
+            if not over:
+                self.owner.on_lost(loss)
 
     def close(self):
         """Ends the connection at once; what is queued for local descriptors stays with its sinks."""
@@ -3331,18 +3451,7 @@ class Channel:
         self.loop.watch(self.fd)
         for number in list(self.sources):
             self.drop_source(number)
-        try:
-            self.connection.close()
-        except OSError:
-            pass
-
-
-def connection_words(error):
-    if ssl and isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):
-        return "the connection was closed"
-    if hasattr(error, "library"):       # an ssl.SSLError
-        return "the channel broke: %s" % (error.reason or reason_of(error)).lower().replace("_", " ")
-    return "the connection broke: %s" % reason_of(error)
+        self.connection.close()
 
 
 # ---------------------------------------------------------------- children
@@ -3726,41 +3835,36 @@ class WorkerConnection:
         try:
             tune(self.connection)
             self.connection.send(encode_go(self.search.key.udp, self.data))   # while the worker makes ready, so does this side
-            self.connection = self.search.context().wrap_socket(
-                self.connection, server_side=True, do_handshake_on_connect=False)
+            self.connection = TlsConnection(self.connection, self.search.context(), server_side=True)
         except (OSError, ValueError) as error:
-            return self.close(connection_words(error))
+            return self.close(loss_of(error).words)
         self.loop.watch(self.connection.fileno(), read=self._shake)
 
     def _shake(self):
         fd = self.connection.fileno()
         try:
-            self.connection.do_handshake()
+            if not self.connection.handshake():
+                return self.loop.watch(fd, read=self._shake, write=self._shake if self.connection.unsent else None)
             check_peer(self.connection, self.search.key)
-        except ssl.SSLWantReadError:
-            return self.loop.watch(fd, read=self._shake)
-        except ssl.SSLWantWriteError:
-            return self.loop.watch(fd, read=self._shake, write=self._shake)
         except (OSError, ValueError) as error:
-            return self.close(connection_words(error))
+            return self.close(loss_of(error).words)
         self.session = Session(SUBMITTER, self.search.settings.timeout_pingpong, time.monotonic())
         self.loop.watch(fd, read=self._hello)
         self._hello()
 
     def _hello(self):
         """Reads up to the worker's hello, which also proves that its process is awake."""
+        buffer = memoryview(bytearray(CONTROL_MAX))
         try:
-            data = self.connection.recv(CONTROL_MAX)
+            size = self.connection.read_into(buffer)
             # All of it before the job is offered: nothing may follow the hello unasked.
-            for kind, _, body in list(self.session.receive(data, time.monotonic())):
+            for kind, _, body in list(self.session.receive(buffer[:size], time.monotonic())) if size else ():
                 if kind == HELLO:
                     self._authenticated(body)
-            if not data:
+            if size == 0:
                 self.close("closed in the handshake")
-        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            pass
         except (OSError, ValueError) as error:
-            self.close(connection_words(error))
+            self.close(loss_of(error).words)
         except ProtocolError as error:
             self.close("protocol broken: %s" % error)
 
@@ -4168,16 +4272,13 @@ class Submission:
             self.deadline.cancel()
         self.caller, self.offered = caller, time.monotonic()
         connection = caller.take()
-        local = connection.getsockname()[0]
+        local = connection.socket.getsockname()[0]
         self.submitter = local.partition("%")[0]
         session = caller.session
         terminal = self.terminal.describe() if self.terminal else None
         timeout = self.settings.timeout_pingpong
         session.offer(Job(self.id, self.descriptors, self.names, timeout, terminal), self.submitter)
-        self.channel = Channel(self.loop, connection, session, self._event, self._lost)
-        self.channel.deliver = self._deliver
-        self.channel.on_read_error = self._read_error
-        self.channel.sinks = self.sinks
+        self.channel = Channel(self.loop, connection, session, self)
         if self.settings.ratout_test:
             self._alert(RATTED_OUT, 0, "test")
         for fd in self.finished_sinks:
@@ -4204,10 +4305,10 @@ class Submission:
 
     def _not_started(self):
         if self.channel and not self.channel.closed and self.channel.session.phase is OFFERED:
-            self.channel.lost("did not start the job")
+            self.channel.lost(Loss(ABORTED, "did not start the job"))
 
     # -- while the job runs
-    def _event(self, kind, number, body):
+    def on_message(self, kind, number, body):
         if kind == ACCEPTED:
             self._started()
         elif kind == REFUSED:
@@ -4223,12 +4324,10 @@ class Submission:
         elif kind == EXIT:
             self._exited(body)
         elif kind == ABORT:
-            self.channel.lost("gave the job up: %s" % printable(body))
             self._lost("gave the job up: %s" % printable(body))
 
-    def _deliver(self, number, body):
+    def on_data(self, number, body):
         self._commit()
-        self.channel.received_total += len(body)
         return self.sinks[number].feed(body)
 
     def _commit(self):
@@ -4238,7 +4337,13 @@ class Submission:
             for replayable in self.inputs.values():
                 replayable.forget()
 
-    def _read_error(self, number, error):
+    def on_source_end(self, number):
+        """The job will see the end too."""
+
+    def on_lost(self, loss):
+        self._lost(loss.words)
+
+    def on_read_error(self, number, error):
         if self.descriptors[number] == TTY and error.errno == errno.EIO:
             self.loop.call_soon_threadsafe(self.hang_up)
             return None
@@ -5029,7 +5134,7 @@ class Handler:
             connection = self._shake()
         except (OSError, ValueError) as error:
             if isinstance(error, ssl.SSLError) and not isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):
-                self.log("from %s: %s" % (self.peer[0], connection_words(error)))
+                self.log("from %s: %s" % (self.peer[0], loss_of(error).words))
             return 1        # a connection that just ends was not needed any more
         for number in (signal.SIGTERM, signal.SIGINT):
             self.loop.on_signal(number, lambda number: self.give_up("the worker was told to stop"))
@@ -5037,19 +5142,18 @@ class Handler:
         self.loop.on_signal(signal.SIGCHLD, lambda number: self.reap())
         session = Session(WORKER, 60.0, time.monotonic())
         session.hello(self.local.partition("%")[0], self.service.instance)
-        self.channel = Channel(self.loop, connection, session, self.event, self.lost)
-        self.channel._source_ended = self.source_ended
+        self.sinks = {}
+        self.channel = Channel(self.loop, connection, session, self)
         self.link.setblocking(False)
         self.loop.watch(self.link.fileno(), read=lambda: self.give_up("the worker was killed"))
-        self.timer = self.loop.call_later(self.PATIENCE, lambda: self.channel.lost("no job came"))
+        self.timer = self.loop.call_later(self.PATIENCE, lambda: self.channel.lost(Loss(SILENT, "no job came")))
         return self.loop.run()
 
     def _shake(self):
         self.peer, self.local = self.raw.getpeername(), self.raw.getsockname()[0]
         self.server_port = self.raw.getsockname()[1]
-        self.raw.settimeout(self.PATIENCE)
-        connection = self.service.context.wrap_socket(self.raw, do_handshake_on_connect=False)
-        connection.do_handshake()
+        connection = TlsConnection(self.raw, self.service.context, server_side=False)
+        connection.handshake_within(self.PATIENCE)
         check_peer(connection, self.key)
         return connection
 
@@ -5060,13 +5164,19 @@ class Handler:
             pass        # the daemon has gone; the link's end says so too
 
     # -- events of the session
-    def event(self, kind, number, body):
+    def on_read_error(self, number, error):
+        return 0
+
+    def on_data(self, number, view):
+        return self.sinks[number].feed(view)
+
+    def on_message(self, kind, number, body):
         if kind == WELCOME:
             self.remote = parse_welcome(body)
         elif kind == JOB:
             self.start(body)
         elif kind == END:
-            self.channel.sinks[number].finish()
+            self.sinks[number].finish()
         elif kind == STOP:
             self.channel.drop_source(number)
             self.close_end(number, reading=True)
@@ -5176,10 +5286,10 @@ class Handler:
             source, sink = {BOTH: (SocketSource, SocketSink),
                             TTY: (TerminalSource, TerminalSink)}.get(kind, (Source, Sink))
             if kind in UPWARD:
-                self.channel.sinks[fd] = sink(self.loop, ours, lambda size, fd=fd: self.channel.consumed(fd, size),
+                self.sinks[fd] = sink(self.loop, ours, lambda size, fd=fd: self.channel.consumed(fd, size),
                                               lambda error, fd=fd: self.sink_failed(fd),
                                               lambda fd=fd: self.close_end(fd, writing=True))
-                self.channel.sinks[fd].watch_other_side()
+                self.sinks[fd].watch_other_side()
             if kind in DOWNWARD:
                 self.channel.add_source(fd, source(self.loop, ours, lambda fd=fd: self.channel.source_ready(fd)))
 
@@ -5190,14 +5300,12 @@ class Handler:
             self.channel.session.stop(fd)
             self.channel.flush()
 
-    def source_ended(self, number):
+    def on_source_end(self, number):
         """The job has closed its end, or shut down its half of a socket pair."""
         channel, both = self.channel, self.job.descriptors[number] == BOTH
         if both and number in self.ends and is_hung_up(self.ends[number]):
             channel.session.stop(number)
-            channel.sinks[number].close()
-        channel.drop_source(number)
-        channel.session.end(number)
+            self.sinks[number].close()
         if not both:
             self.close_end(number)
         self.maybe_over()
@@ -5280,14 +5388,14 @@ class Handler:
         self.loop.call_later(max(self.PATIENCE, 2 * channel.session.timeout), lambda: self.finish(0))
 
     # -- when something breaks
-    def lost(self, words):
+    def on_lost(self, loss):
         """The submitter has gone or cannot be understood: its job ends."""
         if self.channel.session.phase is ENDED:
             return self.finish(0)
         if self.job and self.pid:
-            self.log("job %s: submitter lost: %s; the job ends" % (self.job.id, words))
-        elif words.startswith("protocol"):
-            self.log("from %s: %s" % (self.peer[0], words))
+            self.log("job %s: submitter lost: %s; the job ends" % (self.job.id, loss.words))
+        elif loss.kind is PROTOCOL:
+            self.log("from %s: %s" % (self.peer[0], loss.words))
         self.end_job()
 
     def give_up(self, words):
@@ -5306,7 +5414,7 @@ class Handler:
         self.ending = GroupKill(self.loop, self.pid, lambda: self.finish(1), self.reap)
         self.channel.close()
         for fd in list(self.ends):
-            self.channel.sinks[fd].close() if fd in self.channel.sinks else None
+            self.sinks[fd].close() if fd in self.sinks else None
             os.close(self.ends.pop(fd))
         if self.slave is not None:
             os.close(self.slave)
