@@ -1,13 +1,27 @@
 #!/bin/sh
-"exec" "python3" "-IS" "-c" '''
-import _frozen_importlib_external as importing, _signal, gc, os, sys
+"exec" "python3" "-IS" "-c" "import sys; exec(open(sys.argv[1], 'rb').read(4096).split(b'\\n###')[1])" "$0" "$@"
+needs: "Python 3.8 or later"    # a much older one can read no further, and shows this line
+
+# The second line is for both languages.  A script is compiled anew at every start, which takes longer than a small
+# job; so sh hands it to Python, which reads the text between the marks here and, by it, loads this file as a module
+# whose bytecode is kept beside it.  Where others could write file, bytecode or folder, and so plant something, none is
+# used.  The collector of cycles would look through all that is imported several times over; main() or the tool turns it
+# on again.  Started as `python3 cexec.py` all this is one string without effect.
+'''
+###
+import _frozen_importlib_external as importing, _signal, gc, os
 gc.disable()
 if _signal.getsignal(_signal.SIGINT) is not _signal.SIG_IGN:
     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 del sys.argv[0]
 path = os.path.realpath(sys.argv[0])
 try:
-    places = [os.stat(place) for place in (os.path.dirname(path), os.path.dirname(importing.cache_from_source(path)))
+    if sys.argv[-1].endswith("\r") and b"\r\n" in open(path, "rb").read(999):
+        sys.stderr.write("%s: this copy has the line ends of DOS (CR LF), which sh cannot read\n"
+                         "  to mend it: sed -i 's/\\r$//' %s\n" % (sys.argv[0], path))
+        sys.exit(2)
+    kept = importing.cache_from_source(path)
+    places = [os.stat(place) for place in (path, os.path.dirname(path), kept, os.path.dirname(kept))
               if os.path.exists(place)]
     mask = os.umask(0o22)
     safe = all(not place.st_mode & 0o22 and place.st_uid in (0, os.geteuid()) for place in places)
@@ -18,13 +32,8 @@ except OSError as error:
     sys.exit("%s: %s" % (sys.argv[0], error))
 sys.modules["__main__"].__file__ = path
 exec(code, sys.modules["__main__"].__dict__)
-''' "$0" "$@"
-
-# The lines above are for both languages.  A script is compiled anew at every start, which takes longer than a small
-# job; so sh hands it to Python as a module, whose bytecode Python keeps beside it.  Where others could write the
-# folder, and so plant bytecode, there is no keeping.  The collector of cycles would look through all that is imported
-# several times over; whoever runs for longer turns it on again.  Started as `python3 cexec.py` all this is one string
-# without effect.
+###
+'''
 
 # SPDX-License-Identifier: MIT
 # Copyright (c) 2026 the cexec authors
@@ -52,24 +61,46 @@ world: TLS, loop, group sockets, streams, channel, children, and the tools: cexe
 ckeygen, demo; at the end the table of tools and main.
 """
 
-import _thread
-import binascii
-import collections
-import errno
-import fcntl
-import gc
-import hashlib
-import heapq
-import hmac
-import math
-import os
-import select
-import signal
-import socket
-import stat
-import struct
 import sys
-import time
+
+if sys.version_info < (3, 8):
+    # Only what Python 2 and the first 3 understand may stand above.
+    import os
+    folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    newer = ["python3.%d" % minor for minor in range(30, 7, -1)
+             if any(os.access(os.path.join(folder, "python3.%d" % minor), os.X_OK) for folder in folders)]
+    words = "cexec: needs Python 3.8 or later, this is %d.%d, %s" % (sys.version_info[:2] + (sys.executable,))
+    if newer:
+        words += "; use the newer one: %s %s" % (newer[0], sys.argv[0])
+    if __name__ != "__main__":
+        raise ImportError(words)
+    sys.stderr.write(words + "\n")
+    raise SystemExit(2)
+
+try:
+    import _thread
+    import binascii
+    import collections
+    import errno
+    import fcntl
+    import gc
+    import hashlib
+    import heapq
+    import hmac
+    import math
+    import os
+    import select
+    import signal
+    import socket
+    import stat
+    import struct
+    import time
+except ImportError as missing:
+    if __name__ != "__main__":
+        raise
+    sys.stderr.write("cexec: this Python is not complete: %s\n  install the whole of it, as with: apt install python3\n"
+                     % missing)
+    raise SystemExit(2)
 
 VERSION = "1.0"
 ssl = None      # tls_context() imports it: it takes as long as all the others, and cexec has announced its job by then
@@ -269,9 +300,15 @@ class Setting(collections.namedtuple("Setting", "attribute names tools parse def
     __slots__ = ()
 
     @property
+    def options(self):
+        """The option of each name, the one that help shows first."""
+        words = [name.partition("_") for name in self.names]
+        return ["--" + (rest if tool.lower() in TOOL_NAMES else tool + _ + rest).lower().replace("_", "-")
+                for tool, _, rest in words]
+
+    @property
     def option(self):
-        tool, _, name = self.names[0].partition("_")
-        return "--" + (name if tool.lower() in TOOL_NAMES else self.names[0]).lower().replace("_", "-")
+        return self.options[0]
 
 
 def whole_number(low, high):
@@ -285,11 +322,11 @@ def whole_number(low, high):
 def seconds(low, high):
     def parse(text):
         try:
-            value = float(text) if set(text) <= set("0123456789.") else -1
+            value = float(text) if set(text) <= set("0123456789.e+") else -1
         except ValueError:
             value = -1
         if not low <= value <= high:
-            raise ValueError("seconds, from %g to %g" % (low, high))
+            raise ValueError("seconds, from %d to %d" % (low, high))
         return value
     return parse
 
@@ -302,22 +339,11 @@ def switch(text):
 
 def parse_hosts(text):
     """Numeric addresses, separated by spaces or commas, in the form the system prints them."""
-    hosts = []
-    for word in text.replace(",", " ").split():
-        hosts.append(numeric_address(word))
-    return tuple(hosts)
-
-
-def numeric_address(word):
-    address, percent, scope = word.strip("[]").partition("%")
-    if percent and not (":" in address and device_name(scope)):
-        raise ValueError("numeric addresses, separated by spaces")
-    for family in (socket.AF_INET, socket.AF_INET6):
-        try:
-            return socket.inet_ntop(family, socket.inet_pton(family, address)) + ("%" + scope if scope else "")
-        except (OSError, ValueError):
-            pass
-    raise ValueError("numeric addresses, separated by spaces")
+    hosts = [parse_address(word[1:-1] if word[0] + word[-1] == "[]" else word)
+             for word in text.replace(",", " ").split()]
+    if None in hosts:
+        raise ValueError("numeric addresses, separated by spaces or commas, as 10.0.0.7 or fe80::7%eth0")
+    return tuple(address + ("%" + scope if scope else "") for address, _, scope in hosts)
 
 
 def parse_escape(text):
@@ -343,14 +369,15 @@ SETTINGS = (
             "where announcements go: [DEVICE:]ADDRESS[:PORT]"),
     Setting("group", ("GROUP",), (CSERVICE, CRAT, CPROXY), parse_group, "255.255.255.255", "GROUP",
             "where announcements are heard: [DEVICE:]ADDRESS[:PORT]"),
-    Setting("timeout_accept", ("CEXEC_TIMEOUT_ACCEPT",), (CEXEC,), seconds(0, 1e6), "60", "SECONDS",
+    Setting("timeout_accept", ("CEXEC_TIMEOUT_ACCEPT",), (CEXEC,), seconds(0, 10 ** 6), "60", "SECONDS",
             "time to find a worker; 0 waits for ever"),
     Setting("timeout_pingpong", ("CEXEC_TIMEOUT_PINGPONG",), (CEXEC,), seconds(1, 86400), "60", "SECONDS",
             "silence after which a worker is lost"),
     Setting("listen_ports", ("CEXEC_LISTEN_PORTS", "CEXEC_LISTEN_PORT", "CEXEC_PORTS", "CEXEC_PORT"), (CEXEC,),
             lambda text: parse_ports(text) if text else None, "", "PORTS",
             "TCP ports a worker may connect back to: a,b,c and ranges a:b or a-b"),
-    Setting("accept_server", ("CEXEC_ACCEPT_SERVER",), (CEXEC,), parse_hosts, "", "ADDRESS", "only this worker"),
+    Setting("accept_server", ("CEXEC_ACCEPT_SERVER", "CEXEC_ACCEPT_SERVERS"), (CEXEC,), parse_hosts, "",
+            "ADDRESSES", "only these workers, separated by spaces"),
     Setting("reject_servers", ("CEXEC_REJECT_SERVERS", "CEXEC_REJECT_SERVER"), (CEXEC,), parse_hosts, "",
             "ADDRESSES", "not these workers, separated by spaces"),
     Setting("max_fd", ("CEXEC_MAXFD", "MAXFD"), (CEXEC,), whole_number(2, 4096), "32", "N",
@@ -373,9 +400,9 @@ SETTINGS = (
             "MICROSECONDS", "fixed answer delay in place of the load rule"),
     Setting("user", ("CSERVICE_USER",), (CSERVICE,), user_name, "", "NAME",
             "when started as root: whose rights the jobs get"),
-    Setting("max_skew", ("CRAT_MAX_SKEW",), (CRAT,), seconds(0, 1e9), "900", "SECONDS",
+    Setting("max_skew", ("CRAT_MAX_SKEW",), (CRAT,), seconds(0, 10 ** 9), "900", "SECONDS",
             "how far an alert's clock may differ from this machine's; 0 takes any"),
-    Setting("idle", ("CPROXY_IDLE",), (CPROXY,), seconds(1, 1e6), "300", "SECONDS",
+    Setting("idle", ("CPROXY_IDLE",), (CPROXY,), seconds(1, 10 ** 6), "300", "SECONDS",
             "silence after which a relayed connection is ended"),
 )
 
@@ -396,12 +423,7 @@ class Settings:
         raise AttributeError("settings are fixed at the start")
 
 
-def usable_cpus():
-    """The CPUs this process may run on (an affinity mask counts)."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except (AttributeError, OSError):
-        return os.cpu_count() or 1
+KNOWN_VARIABLES = ("CEXEC_DEBUG", "CEXEC_JOB")      # beside the settings: tracebacks; what a job is told
 
 
 def read_settings(tool, arguments, environment):
@@ -410,7 +432,7 @@ def read_settings(tool, arguments, environment):
     values = dict({attribute: 0 for attribute, _, _, _ in FLAGS.values()}, **flags)
     for setting in SETTINGS:
         if tool in setting.tools:
-            name, text = setting.option, given.get(setting.option)
+            name, text = given.get(setting.attribute, (None, None))
             for variable in setting.names if text is None else ():
                 if text is None and environment.get(variable, "") != "":
                     name, text = variable, environment[variable]
@@ -426,22 +448,49 @@ def _parse(setting, name, text):
 
 
 def _read_options(tool, arguments):
-    options = {setting.option for setting in SETTINGS if tool in setting.tools}
+    """({attribute: (option as written, its value)}, {attribute of a flag: value}, operands)"""
+    options = {option: setting for setting in SETTINGS if tool in setting.tools for option in setting.options}
+    own_flags = {flag: entry for flag, entry in FLAGS.items() if entry[2] == tool}
     given, flags = {}, {}
     while arguments and arguments[0].startswith("-") and arguments[0] != "-":
         word = arguments.pop(0)
         if word == "--":
-            break
+            return given, flags, arguments
         name, equals, value = word.partition("=")
-        if word in FLAGS and FLAGS[word][2] == tool:
-            flags[FLAGS[word][0]] = FLAGS[word][1]
+        if word in own_flags:
+            flags[own_flags[word][0]] = own_flags[word][1]
         elif name not in options:
-            raise Failure(word, "unknown option", "see %s --help" % tool, EXIT_USAGE)
+            raise Failure(word, "unknown option", did_you_mean(name, [*options, *own_flags])
+                          + "see %s --help" % tool, EXIT_USAGE)
         elif not equals and not arguments:
             raise Failure(name, "an option without its value", "see %s --help" % tool, EXIT_USAGE)
         else:
-            given[name] = value if equals else arguments.pop(0)
+            given[options[name].attribute] = name, value if equals else arguments.pop(0)
+    # What follows the COMMAND of cservice is the command's own.
+    for word in arguments[1:2 if tool == CSERVICE else None]:
+        if word in own_flags or word.partition("=")[0] in options:
+            raise Failure(word, "an option after %s" % arguments[0],
+                          "options come first: %s %s ... %s" % (tool, word, arguments[0]), EXIT_USAGE)
     return given, flags, arguments
+
+
+def did_you_mean(word, known):
+    """A question for a hint, with the nearest of the known words; empty where none is near."""
+    try:
+        import difflib
+    except ImportError:
+        return ""
+    near = difflib.get_close_matches(word, known, 1)
+    return "did you mean %s? " % near[0] if near else ""
+
+
+def unknown_variables(environment):
+    """A warning for each variable that looks like a setting and is none: a misspelt one must not be silently void."""
+    known = {name for setting in SETTINGS for name in setting.names}.union(KNOWN_VARIABLES)
+    prefixes = tuple(tool.upper() + "_" for tool in TOOL_NAMES)
+    return ["warning: %s is set, and no tool knows it; %s" % (name, did_you_mean(name, sorted(known)) + "it has no effect")
+            for name in sorted(environment)
+            if name.startswith(prefixes) and name not in known and not name.startswith("CEXEC_TEST_")]
 
 
 # ---------------------------------------------------------------- wire
@@ -4588,7 +4637,12 @@ def error_descriptor(settings):
 
 def parse_name(word):
     name, equals, value = os.fsencode(word).partition(b"=")
-    if not equals or not is_name(name):
+    if word.startswith("-"):
+        raise Failure(word, "unknown option after the key", "options come before the key, see cexec --help", EXIT_USAGE)
+    if not equals:
+        raise Failure(word, "not NAME=VALUE", "the command was chosen where cservice was started, cexec cannot choose "
+                      "one; it can only tell it NAME=VALUE", EXIT_USAGE)
+    if not is_name(name):
         raise Failure(word, "not NAME=VALUE", "the job finds VALUE in its environment as PEER_NAME", EXIT_USAGE)
     return name, value
 
@@ -6815,80 +6869,52 @@ def run_tool(tool, arguments, environment):
             signal.signal(signal.SIGINT, signal.default_int_handler)
         if tool != CEXEC:
             gc.enable()
-        if tool in ("ckeygen", "demo"):
+        if tool not in TOOL_NAMES:
             return TOOLS[tool][0](arguments, None)
         settings, arguments = read_settings(tool, arguments, environment)
+        for warning in unknown_variables(environment):
+            say(tool, warning, errors_place(settings))
         return TOOLS[tool][0](arguments, settings)
-    except Failure as failure:
-        return report_failure(tool, failure, settings)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except MemoryError:
-        return report_failure(tool, Failure("out of memory"), settings)
-    except OSError as error:
-        return report_failure(tool, Failure("the system refused", reason_of(error)), settings)
-    except Exception as error:      # never a status that could be the job's own
-        return report_failure(tool, Failure("internal error", "%s: %s" % (type(error).__name__, error)), settings)
+    except Exception as error:
+        if environment.get("CEXEC_DEBUG") == "1":
+            import traceback
+            for line in traceback.format_exc().splitlines():
+                say("", line, errors_place(settings))
+        return report_failure(tool, failure_of(error), settings)
+
+
+def failure_of(error):
+    """The Failure that tells of any exception; its status is never one that could be the job's own."""
+    if isinstance(error, Failure):
+        return error
+    if isinstance(error, MemoryError):
+        return Failure("out of memory")
+    if isinstance(error, OSError):
+        return Failure(os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else
+                       "the system refused", reason_of(error))
+    if isinstance(error, ImportError):
+        return Failure("this Python is not complete", error, "install the whole of it, as with: apt install python3",
+                       EXIT_USAGE)
+    return Failure("internal error", "%s: %s" % (type(error).__name__, error), "CEXEC_DEBUG=1 shows where")
+
+
+def errors_place(settings):
+    """The descriptor for lines of our own: the one of --fd-for-errors, where it is open and the job's are others."""
+    fd = getattr(settings, "errors_fd", None)
+    return 2 if fd is None or fd <= settings.max_fd or fd not in open_descriptors(fd) else fd
 
 
 def report_failure(tool, failure, settings):
-    fd = getattr(settings, "errors_fd", None)
-    if fd is None or fd <= settings.max_fd or fd not in open_descriptors(fd):
-        fd = 2
+    fd = errors_place(settings)
     say(tool, str(failure), fd)
     if failure.hint:
         say("", "  " + failure.hint, fd)
     return failure.status
 
 
-BEGIN_ANEW = """
-import _signal, marshal, sys
-if _signal.getsignal(_signal.SIGINT) is not _signal.SIG_IGN:
-    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
-_signal.pthread_sigmask(_signal.SIG_UNBLOCK, [_signal.SIGINT])
-main = sys.modules["__main__"]
-main.anew, main.__file__ = True, sys.argv[2]
-with open(int(sys.argv[1]), "rb") as file:
-    del sys.argv[:3]
-    code = marshal.load(file)
-exec(code, main.__dict__)
-"""
-
-
-LEAN = 20 << 20             # bytes that a tool has resident before it has loaded TLS; compiling takes it to 30 MiB
-
-
-def begin_anew(path, code):
-    """Starts this process over with `code`, the module compiled, if it has compiled that itself: the memory it took,
-    as much as all the rest, would stay for good and be copied with every fork.  Returns where that cannot be."""
-    try:
-        if (not is_large() or not os.path.isfile(path) or getattr(sys, "frozen", False) or "PYTHONHOME" in os.environ
-                or not os.path.samefile(sys.executable, "/proc/self/exe")):
-            return
-        import marshal
-        import tempfile
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])      # no traceback from Python's own start
-        with tempfile.TemporaryFile() as file:
-            marshal.dump(code, file)
-            file.seek(0)
-            os.set_inheritable(file.fileno(), True)
-            os.execv(sys.executable, [sys.executable, "-IS", "-c", BEGIN_ANEW, str(file.fileno()),
-                                      os.path.abspath(path)] + sys.argv)
-    except OSError:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-
-
-def is_large():
-    """Whether this process has more memory than it needs (Linux)."""
-    if not LINUX or "anew" in globals():
-        return False
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") > LEAN
-
-
 if __name__ == "__main__":
-    if tool_of(sys.argv)[0] in (CSERVICE, CRAT, CPROXY):
-        begin_anew(globals().get("__file__", ""), sys._getframe().f_code)
     try:
         code = main(sys.argv)
     except SystemExit as end:
