@@ -83,6 +83,7 @@ try:
     import collections
     import errno
     import fcntl
+    import functools
     import gc
     import hashlib
     import heapq
@@ -118,10 +119,13 @@ FRAME_MAX = 1 << 22         # longest data message: the largest window at once
 CONTROL_MAX = 1 << 16       # longest other message: a job with a thousand NAME=VALUE fits, a flood does not
 WINDOW_START = 1 << 19      # credit at the start, two buffers: more is no faster on a short path and costs memory
 WINDOW_MAX = 1 << 22        # credit on a long path (40 ms at 100 MB/s), bounded in sum by WINDOWS_MAX
+WINDOW_NEAR = 1 << 21       # credit on a short path while the flow is fast
 WINDOWS_MAX = 1 << 24       # sum of one receiver's windows; what a blocked reader can cost in memory
 RECORD = 1 << 14            # the most that one record of TLS carries
 PIECE = 1 << 16             # bytes given to TLS at a time: larger ones make a sender that paces (bbr) wait
 BUFFER = 1 << 18            # one read or one write of the channel: sixteen TLS records
+LONG_TRIP = 0.005           # seconds: a path whose window may grow to WINDOW_MAX
+FAST_QUARTER = 0.005        # seconds in which a fast flow consumes a quarter of its window
 FD_SETSIZE = 1024           # select(2) takes no descriptor from here on
 DESCRIPTOR_MAX = 1 << 15    # highest descriptor number a job may have: the wire's field is 16 bits wide
 
@@ -1418,9 +1422,10 @@ def parse_public(blocks, path):
 
 # ---------------------------------------------------------------- session
 #
-# Pure: bytes and times in, events and bytes out.  A session has a phase; a message moves it along the table, and
-# a message that has no entry for the role and the phase is an error.  In the phases STARTING and RUNNING each
-# descriptor has up to two streams, which open, stop and end each by itself.
+# Pure: bytes and times in, events and bytes out.  A session has a phase; a message moves it along the table, and a
+# message that has no entry for the role and the phase is an error.  Several jobs may run in it, one after another:
+# what comes before the next job message belongs to the old one.  While a job runs each descriptor has up to two
+# streams, which open, stop and end each by itself.
 
 SUBMITTER, WORKER = "submitter", "worker"
 GREETING, CHOSEN, IDLE, OFFERED, STARTING, RUNNING, ENDED, OVER = (
@@ -1430,12 +1435,16 @@ GREETING, CHOSEN, IDLE, OFFERED, STARTING, RUNNING, ENDED, OVER = (
 def _table():
     table = {
         (SUBMITTER, GREETING, HELLO): IDLE,
+        (SUBMITTER, IDLE, ABORT): OVER,             # the worker takes no more jobs here
+        (SUBMITTER, OFFERED, ABORT): OVER,          # the same, said before it had read of this one
         (SUBMITTER, OFFERED, ACCEPTED): RUNNING,
         (SUBMITTER, OFFERED, REFUSED): OVER,
-        (SUBMITTER, RUNNING, EXIT): OVER,
+        (SUBMITTER, RUNNING, EXIT): IDLE,
         (SUBMITTER, RUNNING, ABORT): OVER,
         (WORKER, GREETING, WELCOME): CHOSEN,
         (WORKER, CHOSEN, JOB): STARTING,
+        (WORKER, CHOSEN, BYE): OVER,
+        (WORKER, ENDED, JOB): STARTING,
         (WORKER, ENDED, BYE): OVER,
     }
     for kind in (DATA, END, STOP, CREDIT, PING, PONG):
@@ -1444,8 +1453,8 @@ def _table():
         for phase in (STARTING, RUNNING, ENDED):    # the submitter goes on until it has heard of the end
             table[WORKER, phase, kind] = phase
     for kind in (PING, PONG):
-        table[SUBMITTER, IDLE, kind] = IDLE
-        table[SUBMITTER, OFFERED, kind] = OFFERED
+        for role, phase in (SUBMITTER, IDLE), (SUBMITTER, OFFERED), (WORKER, CHOSEN):
+            table[role, phase, kind] = phase
     return table
 
 
@@ -1456,26 +1465,36 @@ class Stream:
     """One direction of one descriptor.  state: "open", "stopped" (nobody reads any more) or "ended"."""
     __slots__ = ("state", "credit", "window", "returned", "stamp")
 
-    def __init__(self):
+    def __init__(self, window):
         self.state = "open"
-        self.credit = WINDOW_START      # bytes that may still be sent
-        self.window = WINDOW_START      # receiver: credit given out in all when everything is consumed
-        self.returned = 0               # receiver: consumed, not yet given back
-        self.stamp = 0.0                # receiver: when credit was last given back
+        self.credit = window        # bytes that may still be sent
+        self.window = window        # receiver: credit given out in all when everything is consumed
+        self.returned = 0           # receiver: consumed, not yet given back
+        self.stamp = 0.0            # receiver: when credit was last given back
 
 
 class Session:
-    """One job's conversation, one side of it.
+    """The conversation on one connection, one side of it.
 
-    receive(bytes, now) yields events (type, number, body); what must go to the peer gathers in `outbox`.
+    receive(data, now) yields events (type, number, body); what must go to the peer gathers in `outbox`.
     now is monotonic seconds.  After ProtocolError the session is OVER.
     """
 
     def __init__(self, role, timeout, now):
-        self.role, self.timeout, self.phase = role, timeout, GREETING
-        self.reader, self.outbox = FrameReader(), bytearray()
-        self.sending, self.receiving = {}, {}
-        self.heard, self.pinged, self.ticked, self.round_trip, self.paused = now, now, now, None, False
+        self.role = role
+        self.timeout = timeout
+        self.phase = GREETING
+        self.welcomed = False           # submitter: whether welcome has been said
+        self.reader = FrameReader()
+        self.outbox = bytearray()
+        self.sending = {}               # {descriptor: Stream} of the job in hand
+        self.receiving = {}
+        self.windows = 0                # sum of the windows in `receiving`
+        self.heard = now
+        self.pinged = now
+        self.ticked = now
+        self.round_trip = None          # the shortest that was seen, seconds
+        self.paused = False             # the peer has said that it will be silent
 
     # -- from the peer
     def receive(self, data, now):
@@ -1487,10 +1506,10 @@ class Session:
                     raise ProtocolError("a %s message to a %s in phase %s" % (
                         MESSAGE_NAMES[kind], self.role, self.phase))
                 self.phase = phase
-                event = self.HANDLERS[kind](self, kind, number, body, size, now)
+                event = self.RECEIVED[kind](self, kind, number, body, size, now)
                 if event:
                     yield event
-                if phase is OVER:
+                if self.phase is OVER:
                     return
         except ProtocolError:
             self.phase = OVER
@@ -1506,7 +1525,13 @@ class Session:
         return kind, number, job
 
     def _exit(self, kind, number, body, size, now):
-        return kind, number, parse_exit(body)
+        report = parse_exit(body)
+        missing = [fd for fd, stream in self.receiving.items() if stream.state == "open"]
+        if missing:
+            raise ProtocolError("an exit before the end of descriptor %d" % missing[0])
+        if report.last:
+            self.phase = OVER
+        return kind, number, report
 
     def _stream(self, streams, number):
         stream = streams.get(number)
@@ -1531,11 +1556,11 @@ class Session:
         return (END, number, b"") if was == "open" else None
 
     def _stop(self, kind, number, body, size, now):
-        stream = self._stream(self.sending, number)
-        if stream.state != "open":
-            return None         # it crossed our own end
+        self._stream(self.sending, number)
+        if len(body) != (COUNT.size if self.role is SUBMITTER else 0):
+            raise ProtocolError("a stop message of %d bytes" % len(body))
         self.end(number)
-        return STOP, number, b""
+        return (STOP, number, COUNT.unpack(body)[0] if body else None) if self.phase is not ENDED else None
 
     def _credit(self, kind, number, body, size, now):
         stream = self._stream(self.sending, number)
@@ -1551,12 +1576,12 @@ class Session:
             raise ProtocolError("signal %d, which is not passed on" % number)
         name = SIGNALS[number]
         self.paused = name == "TSTP" or (self.paused and name != "CONT")
-        return SIGNAL, number, name
+        return (SIGNAL, number, name) if self.phase is not ENDED else None
 
     def _window(self, kind, number, body, size, now):
         if len(body) != 4:
             raise ProtocolError("a window message of %d bytes" % len(body))
-        return WINDOW, number, struct.unpack(">HH", body)
+        return (WINDOW, number, struct.unpack(">HH", body)) if self.phase is not ENDED else None
 
     def _ping(self, kind, number, body, size, now):
         if len(self.outbox) < CONTROL_MAX // 2:     # who pings without reading gets no more answers
@@ -1568,28 +1593,31 @@ class Session:
             if trip >= 0:
                 self.round_trip = trip if self.round_trip is None else min(trip, self.round_trip)
 
-    HANDLERS = {WELCOME: _pass_on, HELLO: _pass_on, JOB: _job, ACCEPTED: _pass_on, REFUSED: _pass_on, ABORT: _pass_on,
+    RECEIVED = {WELCOME: _pass_on, HELLO: _pass_on, JOB: _job, ACCEPTED: _pass_on, REFUSED: _pass_on, ABORT: _pass_on,
                 BYE: _pass_on, DATA: _data, END: _end, STOP: _stop, CREDIT: _credit, SIGNAL: _signal, WINDOW: _window,
                 PING: _ping, PONG: _pong, EXIT: _exit}
 
     # -- to the peer
     def open_streams(self, descriptors):
-        """Streams for a job's descriptors, as {number: kind}."""
-        upward, downward = ((self.sending, self.receiving) if self.role is SUBMITTER else
-                            (self.receiving, self.sending))
-        for fd, kind in descriptors.items():
-            if kind in UPWARD:
-                upward[fd] = Stream()
-            if kind in DOWNWARD:
-                downward[fd] = Stream()
+        """New streams, for a job's descriptors, as {number: kind}.  The windows of one direction have a bound in sum."""
+        upward = [fd for fd, kind in descriptors.items() if kind in UPWARD]
+        downward = [fd for fd, kind in descriptors.items() if kind in DOWNWARD]
+        sending, receiving = (upward, downward) if self.role is SUBMITTER else (downward, upward)
+        self.sending, self.receiving = (
+            {fd: Stream(min(WINDOW_START, WINDOWS_MAX // len(numbers))) for fd in numbers}
+            for numbers in (sending, receiving))
+        self.windows = sum(stream.window for stream in self.receiving.values())
+        self.paused = False
 
     def hello(self, address, instance):
-        """The worker's first words: its address on the network it called from, and which run of cservice it is."""
+        """The worker's first words."""
         self.outbox += frame(HELLO, 0, encode_hello(address, instance))
 
     def offer(self, job, address):
-        """The submitter's choice falls on this worker."""
-        self.outbox += frame(WELCOME, 0, encode_welcome(address))
+        """The submitter's choice falls on this worker: for its first job, or for the next one."""
+        if not self.welcomed:
+            self.welcomed = True
+            self.outbox += frame(WELCOME, 0, encode_welcome(address))
         self.outbox += frame(JOB, 0, encode_job(job))
         self.open_streams(job.descriptors)
         self.phase = OFFERED
@@ -1597,23 +1625,29 @@ class Session:
     def accept(self, now):
         self.outbox += frame(ACCEPTED)
         self.phase = RUNNING
-        self.ping(now)
+        if self.round_trip is None:
+            self.ping(now)
 
     def refuse(self, words):
         self.outbox += frame(REFUSED, 0, words.encode("utf-8", "replace")[:1000])
         self.phase = OVER
 
     def abort(self, words):
-        """The worker gives the job up: the submitter's user reads the words."""
+        """The worker gives the job up, or takes no more: the submitter's user reads the words."""
         self.outbox += frame(ABORT, 0, words.encode("utf-8", "replace")[:1000])
         self.phase = OVER
 
-    def exit(self, ended):
-        self.outbox += frame(EXIT, 0, encode_exit(ended))
+    def exit(self, report):
+        self.outbox += frame(EXIT, 0, encode_exit(report))
+        for stream in self.receiving.values():
+            if stream.state == "open":
+                stream.state = "stopped"        # what still comes belongs to nobody
         self.phase = ENDED
 
     def bye(self):
-        self.outbox += frame(BYE)
+        if self.phase is IDLE:
+            self.outbox += frame(BYE)
+        self.phase = OVER
 
     def signal(self, name):
         self.outbox += frame(SIGNAL, SIGNALS.index(name))
@@ -1641,12 +1675,12 @@ class Session:
             stream.state = "ended"
             self.outbox += frame(END, number)
 
-    def stop(self, number):
-        """Nobody here reads this descriptor's data any more."""
+    def stop(self, number, consumed=None):
+        """Nobody here reads this descriptor's data any more.  consumed: at a worker, how much its job has read."""
         stream = self.receiving[number]
         if stream.state == "open":
             stream.state = "stopped"
-            self.outbox += frame(STOP, number)
+            self.outbox += frame(STOP, number, b"" if self.role is SUBMITTER else COUNT.pack(consumed))
 
     def consumed(self, number, size, now):
         """So much data has left this process: its credit goes back in quarters of the window."""
@@ -1656,18 +1690,20 @@ class Session:
             return
         extra = self._growth(stream, now)
         stream.window += extra
+        self.windows += extra
         stream.stamp = now
         self.outbox += frame(CREDIT, number, struct.pack(">I", stream.returned + extra))
         stream.credit += stream.returned + extra
         stream.returned = 0
 
     def _growth(self, stream, now):
-        """A quarter consumed in less than half a long round trip: the window, not the consumer, is what limits."""
+        """A quarter consumed in less than half a round trip, or at more than some 25 MB/s on a short path: then the
+        window limits, not the consumer."""
         trip = self.round_trip or 0
-        if trip < 0.005 or now - stream.stamp > trip / 2 or stream.window >= WINDOW_MAX:
+        if now - stream.stamp > max(trip / 2, FAST_QUARTER):
             return 0
-        total = sum(other.window for other in self.receiving.values())
-        return stream.window if total + stream.window <= WINDOWS_MAX else 0
+        limit = WINDOW_MAX if trip >= LONG_TRIP else WINDOW_NEAR
+        return stream.window if 2 * stream.window <= limit and self.windows + stream.window <= WINDOWS_MAX else 0
 
     # -- silence
     def tick(self, now):
@@ -2670,6 +2706,17 @@ class GroupSocket:
         else:
             self.socket.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, four)
 
+    def send_to(self, data, place):
+        """Sends one datagram to one address; what cannot be sent is lost, as any datagram may be."""
+        try:
+            self.socket.sendto(data, place)
+        except OSError:
+            pass
+
+    def heard_on(self):
+        """Names of the interfaces in use; none where the system chooses."""
+        return [interface.name for interface in self.targets if interface]
+
     # -- hearing
     def receive(self):
         """The next datagram, as (bytes, source address as the kernel gives it, interface number); None when there is
@@ -2774,6 +2821,19 @@ def listen_on(place, family, backlog):
     return made
 
 
+def connect_to(place):
+    """(a TCP socket that is on its way to this address, errno of what went wrong at once or 0).  OSError when there is
+    no socket to be had."""
+    made = socket.socket(socket.AF_INET6 if ":" in place[0] else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        made.setblocking(False)
+        tune(made)
+        problem = made.connect_ex(place)
+    except OSError as error:
+        problem = error.errno
+    return made, 0 if problem == errno.EINPROGRESS else problem
+
+
 def ports_text(ports):
     """The ranges as the user would write them."""
     return ",".join(str(low) if low == high else "%d-%d" % (low, high) for low, high in ports)
@@ -2833,6 +2893,14 @@ def open_descriptors(highest):
         except OSError:
             pass
     return found
+
+
+def is_open(fd):
+    try:
+        fcntl.fcntl(fd, fcntl.F_GETFD)
+    except OSError:
+        return False
+    return True
 
 
 def carried_descriptors(highest):
@@ -3506,39 +3574,45 @@ class Channel:
 # ---------------------------------------------------------------- children
 
 KILL_GRACE = 2.0            # seconds a job's group has between TERM and KILL
+KILL_LOOK = 0.02            # seconds between two looks at what is left of it
 
 
-def spawn(path, command, environment, ends, terminal=None):
+def spawn(path, command, environment, ends, terminal=None, limits=()):
     """Starts the job as the leader of a session of its own; returns its pid.
 
     ends: {descriptor in the job: descriptor here}; every other descriptor is closed.  terminal: a descriptor that
-    becomes the controlling terminal.  OSError when the system refuses to run it.
+    becomes the controlling terminal.  limits: [(name, value)] for set_limit.
+    OSError when the system refuses to run it.
     """
-    if terminal is None and hasattr(os, "posix_spawn"):
+    if terminal is None and not limits and hasattr(os, "posix_spawn"):
         try:
             return _spawn_at_once(path, command, environment, ends)
         except NotImplementedError:
             pass        # a C library without setsid there
-    return _spawn_by_fork(path, command, environment, ends, terminal)
+    return _spawn_by_fork(path, command, environment, ends, terminal, limits)
 
 
 def _spawn_at_once(path, command, environment, ends):
-    """posix_spawn copies no page tables: 0.2 ms where fork takes 2.5.  It cannot set a controlling terminal."""
-    above = max(list(ends) + [2]) + 1
+    """posix_spawn copies no page tables: 0.2 ms where fork takes 2.5.  It sets neither terminal nor limits."""
+    above = max(max(ends, default=0), 2) + 1
     moved = {}
     try:
         for fd, end in ends.items():        # first out of the way of the numbers that the job wants
-            moved[fd] = fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, above)
+            moved[fd] = end if end >= above else fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, above)
         actions = [(os.POSIX_SPAWN_DUP2, other, fd) for fd, other in moved.items()]
-        actions += [(os.POSIX_SPAWN_CLOSE, fd) for fd in open_descriptors(2) if fd not in ends]
-        return os.posix_spawn(path, command, environment, file_actions=actions, setsid=True, setsigmask=[],
-                              setsigdef=set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP})
+        actions += [(os.POSIX_SPAWN_CLOSE, fd) for fd in range(3) if fd not in ends and is_open(fd)]
+        return os.posix_spawn(path, command, environment, file_actions=actions, setsid=True, setsigmask=(),
+                              setsigdef=RESETTABLE)
     finally:
-        for other in moved.values():
-            os.close(other)
+        for fd, other in moved.items():
+            if other != ends[fd]:
+                os.close(other)
 
 
-def _spawn_by_fork(path, command, environment, ends, terminal):
+RESETTABLE = frozenset(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP}
+
+
+def _spawn_by_fork(path, command, environment, ends, terminal, limits):
     report_in, report_out = os.pipe()
     try:
         pid = os.fork()
@@ -3547,7 +3621,7 @@ def _spawn_by_fork(path, command, environment, ends, terminal):
         os.close(report_out)
         raise
     if pid == 0:
-        _become(path, command, environment, ends, terminal, report_out)
+        _become(path, command, environment, ends, terminal, limits, report_out)
     os.close(report_out)
     with open(report_in, "rb", 0) as report:
         words = report.read(16)
@@ -3557,15 +3631,22 @@ def _spawn_by_fork(path, command, environment, ends, terminal):
     return pid
 
 
-def _become(path, command, environment, ends, terminal, report):
+def _become(path, command, environment, ends, terminal, limits, report):
     """In the forked child: turns into the job, or reports errno and ends.  Nothing here may raise or return."""
     try:
         os.setsid()
-        _default_signals()
+        for number in RESETTABLE:
+            try:
+                signal.signal(number, signal.SIG_DFL)
+            except (OSError, ValueError):
+                pass        # one that the C library keeps for itself
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
         if terminal is not None:
             import termios
             fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
-        report = _place(ends, report)
+        report = _place_descriptors(ends, report)
+        for name, value in limits:
+            set_limit(name, value)
         os.execve(path, command, environment)
     except OSError as error:
         os.write(report, b"%d" % (error.errno or errno.EINVAL))
@@ -3574,19 +3655,23 @@ def _become(path, command, environment, ends, terminal, report):
     os._exit(127)
 
 
-def _default_signals():
-    for number in signal.Signals:
-        if number not in (signal.SIGKILL, signal.SIGSTOP):
-            try:
-                signal.signal(number, signal.SIG_DFL)
-            except (OSError, ValueError):
-                pass        # one that the C library keeps for itself
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+WALL = "wall"               # a limit that no system knows: seconds from a job's start
 
 
-def _place(ends, report):
+def set_limit(name, value):
+    """Lowers a resource limit of this process for good; one that is lower already stays."""
+    import resource
+    kind = {"cpu": resource.RLIMIT_CPU, "memory": resource.RLIMIT_AS, "file": resource.RLIMIT_FSIZE,
+            "processes": resource.RLIMIT_NPROC}[name]
+    hard = resource.getrlimit(kind)[1]
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    # Past the soft limit of CPU time comes XCPU, which may be caught; past the hard one, KILL.
+    resource.setrlimit(kind, (value, value + 1 if name == "cpu" and value != hard else value))
+
+
+def _place_descriptors(ends, report):
     """Puts every end where the job wants it; returns the report pipe's number, moved out of the way."""
-    above = max(list(ends) + [2]) + 1
+    above = max(max(ends, default=0), 2) + 1
     moved = {fd: fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, above) for fd, end in ends.items()}
     report = fcntl.fcntl(report, fcntl.F_DUPFD_CLOEXEC, above)
     for fd in range(above):
@@ -3600,6 +3685,17 @@ def _place(ends, report):
     return report
 
 
+def has_ended(pid):
+    """Whether this child of ours has ended.  It stays a zombie, which keeps its number from being used again."""
+    try:
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return True
+
+
+CAN_PEEK = hasattr(os, "waitid")        # macOS has it from Python 3.13 on
+
+
 def signal_group(group, number):
     """Sends a signal to every process of the group; returns whether there was any."""
     try:
@@ -3611,18 +3707,13 @@ def signal_group(group, number):
     return True
 
 
-def process_ids():
-    """The pids, as text, of all processes that can be seen; none where there is no /proc as Linux has it."""
-    try:
-        return [name for name in os.listdir("/proc") if name.isdigit()] if LINUX else []
-    except OSError:
-        return []
-
-
 def session_groups(leader):
     """The process groups of a session, those of zombies alone left out.  Where there is no /proc as Linux has it, the
     leader's own group."""
-    pids = process_ids()
+    try:
+        pids = [name for name in os.listdir("/proc") if name.isdigit()] if LINUX else []
+    except OSError:
+        pids = []
     if str(os.getpid()) not in pids:
         return {leader}
     groups = set()
@@ -3642,17 +3733,22 @@ def session_groups(leader):
 
 class GroupKill:
     """Ends a job's session, the whole of it or only its leader's group: TERM (and CONT, for the stopped), then KILL
-    after a grace; then calls done(), once.  It must have found nobody twice: a look at /proc takes a while, and may
-    miss who is just being born."""
-    LOOK = 0.02
+    after a grace.  look() is called until it returns True, KILL_LOOK seconds apart.
 
-    def __init__(self, loop, leader, done, reap=lambda: None, whole=True):
-        self.loop, self.leader, self.done, self.reap, self.whole = loop, leader, done, reap, whole
-        self.deadline, self.killed, self.seen = time.monotonic() + KILL_GRACE, False, True
-        self.send(signal.SIGTERM, signal.SIGHUP, signal.SIGCONT)
-        loop.call_soon_threadsafe(self._look)
+    Whoever uses it has the job's rights, not root's, and the leader is still there or not yet waited for, or the
+    group was seen a moment ago: so its number cannot be another's.  Nobody must be found twice: a look at /proc takes
+    a while, and may miss who is just being born.
+    """
 
-    def send(self, *numbers):
+    def __init__(self, leader, whole=True):
+        self.leader = leader
+        self.whole = whole
+        self.deadline = time.monotonic() + KILL_GRACE
+        self.killed = False
+        self.seen = True
+        self._send(signal.SIGTERM, signal.SIGHUP, signal.SIGCONT)
+
+    def _send(self, *numbers):
         """Sends the signals to every group; returns whether there was any process."""
         found = False
         groups = session_groups(self.leader)
@@ -3661,20 +3757,44 @@ class GroupKill:
                 found = signal_group(group, number) or found
         return found
 
-    def _look(self):
-        self.reap()
+    def look(self):
+        """Whether it is over."""
         late = time.monotonic() - self.deadline
-        before, self.seen = self.seen, self.send(0)
+        before, self.seen = self.seen, self._send(0)
         if not (before or self.seen) or (self.killed and late > KILL_GRACE):
-            self.done()
-            return
+            return True
         if late >= 0 and not self.killed:
             self.kill()
-        self.loop.call_later(self.LOOK, self._look)
+        return False
 
     def kill(self):
+        """At once."""
         self.killed = True
-        self.send(signal.SIGKILL)
+        self._send(signal.SIGKILL)
+
+
+def kill_group_in_child(leader, user):
+    """Forks a child that ends a job's session with the job's rights; returns its pid."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)
+            if user:
+                become_user(user)
+            kill = GroupKill(leader)
+            while not kill.look():
+                time.sleep(KILL_LOOK)
+        finally:
+            os._exit(0)
+    return pid
+
+
+def become_user(user):
+    """Gives up root for good, with all its groups."""
+    os.initgroups(user.pw_name, user.pw_gid)
+    os.setgid(user.pw_gid)
+    os.setuid(user.pw_uid)
 
 
 # ---------------------------------------------------------------- terminals
@@ -3791,47 +3911,7 @@ class LocalTerminal:
             return error.errno == errno.ENOTTY
 
 
-class EscapeSource:
-    """A source: what the user types, less the commands to cexec, which go to on_command(name)."""
-
-    def __init__(self, loop, fd, ready, character, on_command):
-        self.live, self.escapes, self.on_command = open_source(loop, fd, ready), EscapeFilter(character), on_command
-        self.buffer, self.touched = b"", False
-
-    def read_into(self, view):
-        while not self.buffer:
-            part = bytearray(min(len(view), 4096))
-            size = self.live.read_into(memoryview(part))
-            if not size:
-                return size
-            self.touched = True
-            self.buffer, commands = self.escapes.filter(bytes(part[:size]))
-            for command in commands:
-                self.live.loop.call_soon_threadsafe(lambda command=command: self.on_command(command))
-        size = min(len(view), len(self.buffer))
-        view[:size], self.buffer = self.buffer[:size], self.buffer[size:]
-        return size
-
-    def accepted(self, cap):
-        """What was typed is not remembered."""
-
-    def can_rewind(self):
-        return not self.touched
-
-    def rewind(self):
-        """Nothing has been typed yet."""
-
-    def forget(self):
-        """Nothing is remembered."""
-
-    def close(self):
-        """The carrier lets go of it; the next one may take it up."""
-
-    def end(self):
-        self.live.close()
-
-
-# ---------------------------------------------------------------- cexec
+# ---------------------------------------------------------------- discovery
 
 class WorkerConnection:
     """A connection that came in after an announcement: a worker, if it can show it.
@@ -4092,213 +4172,859 @@ def uniform():
     return (int.from_bytes(os.urandom(7), "big") + 1) / (1 << 56)
 
 
+# ---------------------------------------------------------------- room
+#
+# A Room finds workers for jobs and runs them.  It knows no signals, no standard descriptors and no exit(): cexec is a
+# Room with one job, cmap and the Python API give it many.  What a job reads and writes here is its JobStreams.
+
+SEARCHES = 4                # searches for a worker at once while the room answers quickly
+SLOW_SEARCH = 0.3           # seconds after which a search waits for a slot: more of them would not help
+KEEP = 0.9                  # seconds that a connection without a job is kept; the worker ends it after one
+START_PATIENCE = 1.0        # seconds from the offer to the job's start; doubled with each attempt
+AVOID = 0.25                # seconds that a worker which failed the job is passed over, doubled with each attempt
+SIGNAL_GRACE = 10.0         # seconds that a job has after INT or TERM
+TERMINAL_MAX = 2048         # bytes kept free in the job message for a terminal's description
+ALERT_GAP = 0.025           # seconds between two alert datagrams: more of them travel together
+NOBODY = 60.0               # seconds without a word from any worker after which there is none
+
+
+class JobStreams:
+    """What a job's descriptors are connected to here.  Its owner makes it and closes it.
+
+    descriptors: {number in the job: IN, OUT, BOTH, TTY or the lower number it shares}
+    sources, sinks: {number: Source}, {number: Sink}
+    held: whether what the job writes is seen by nobody before the job has ended, so that it may always start again
+    attempt: the Attempt that runs the job at the moment
+    """
+    held = False
+
+    def __init__(self):
+        self.descriptors = {}
+        self.sources = {}
+        self.sinks = {}
+        self.delivered = set()          # sinks at their end
+        self.attempt = None
+        self.terminal = None            # a LocalTerminal where the job has one
+
+    def can_rewind(self):
+        return all(source.can_rewind() for source in self.sources.values())
+
+    def begin(self, attempt):
+        """An attempt starts: inputs from their beginning.  OSError when one cannot be read again."""
+        for source in self.sources.values():
+            source.rewind()
+        self.attempt = attempt
+
+    def accepted(self):
+        """A worker has started the job."""
+
+    def visible(self):
+        """Something of the job has been seen here: it never starts again."""
+
+    def input_stopped(self, number, consumed):
+        """The job reads it no more, after so many bytes; UNKNOWN if that cannot be told."""
+
+    def ended(self, report):
+        """The job has; report is its ExitReport, or None when the cluster failed."""
+
+    # -- what sources and sinks say
+    def source_ready(self, number):
+        if self.attempt:
+            self.attempt.source_ready(number)
+
+    def consumed(self, number, size):
+        if self.attempt:
+            self.attempt.consumed(number, size)
+
+    def sink_finished(self, number):
+        """All of an output has been delivered, or nobody takes more of it."""
+        self.delivered.add(number)
+        if self.attempt:
+            self.attempt.output_over(number)
+
+    def all_delivered(self):
+        return len(self.delivered) == len(self.sinks)
+
+
+class Submission:
+    """One job as its user wants it.
+
+    retries: how often it starts again when its worker was lost.
+    on_done(status, failure, submission) is called once: the job's status, or None and a Failure.
+    on_event(text, always) hears what happens to it on the way; always: the user is to know in any case.
+    """
+
+    def __init__(self, streams, names, retries, on_done, on_event=None):
+        self.id = os.urandom(8).hex()
+        self.streams = streams
+        self.names = names
+        self.retries = retries
+        self.on_done = on_done
+        self.on_event = on_event or (lambda text, always=False: None)
+        self.lost = 0                   # workers lost
+        self.refusals = 0
+        self.avoid = {}                 # {instance of a worker: monotonic seconds until which it is passed over}
+        self.committed = False          # something of it has become visible here
+        self.signalled = None           # "INT" or "TERM", once sent
+        self.waiting_signals = []       # to be sent as soon as the job runs
+        self.waiting_since = time.monotonic()
+        self.last_loss = ""             # words
+        self.worker = None              # name of the last one
+        self.report = None              # the ExitReport
+        self.attempt = None
+        self.done = False
+        size = len(encode_job(Job(self.id, streams.descriptors, names, 1, None)))
+        if size > CONTROL_MAX - TERMINAL_MAX:
+            raise Failure("NAME=VALUE", "%d bytes in all, at most %d go along" % (size, CONTROL_MAX - TERMINAL_MAX),
+                          "send what is long through a descriptor", EXIT_USAGE)
+
+
+class Attempt:
+    """One submission on one worker's connection: the channel's owner while the job runs there.
+
+    A KeptConnection makes it; it tells the Room of its end, once, by exactly one of room.on_job_ended,
+    on_job_refused, on_job_lost and on_job_not_started.
+    """
+
+    def __init__(self, room, kept, submission):
+        self.room = room
+        self.loop = room.loop
+        self.kept = kept
+        self.submission = submission
+        self.streams = submission.streams
+        self.channel = kept.channel
+        self.session = kept.channel.session
+        self.offered = time.monotonic()
+        self.report = None
+        self.over = False
+        self.start_timer = None
+
+    def start(self):
+        """Offers the job.  OSError when its input cannot be read again."""
+        streams, submission, settings = self.streams, self.submission, self.room.settings
+        streams.begin(self)
+        terminal = streams.terminal.describe() if streams.terminal else None
+        job = Job(submission.id, streams.descriptors, submission.names, settings.timeout_pingpong, terminal)
+        self.channel.owner = self
+        self.session.offer(job, self.kept.submitter)
+        self.channel.sinks = streams.sinks
+        for number in streams.delivered:
+            self.session.stop(number)       # its reader went while another worker had the job
+        patience = START_PATIENCE * 2 ** submission.lost if submission.retries else settings.timeout_pingpong
+        self.start_timer = self.loop.call_later(patience, self._not_started)
+        for number, source in streams.sources.items():
+            if streams.descriptors[number] != TTY:
+                self.channel.add_source(number, source)
+        self.channel.flush()
+
+    def _not_started(self):
+        if self.session.phase is OFFERED and not self.over:
+            self._lost("did not start the job")
+
+    # -- the channel's owner
+    def on_message(self, kind, number, body):
+        if kind == ACCEPTED:
+            self._accepted()
+        elif kind == END:
+            self._commit()
+            self.streams.sinks[number].finish()
+        elif kind == STOP:
+            self._commit()
+            self.channel.drop_source(number)
+            self.streams.input_stopped(number, body)
+        elif kind == EXIT:
+            self._exited(body)
+        elif kind == REFUSED:
+            self._over(self.room.on_job_refused, printable(body))
+        elif kind == ABORT and self.start_timer:
+            self._over(self.room.on_job_not_started, printable(body))
+        elif kind == ABORT:
+            self._lost("gave the job up: %s" % printable(body))
+
+    def on_data(self, number, view):
+        self._commit()
+        return self.streams.sinks[number].feed(view)
+
+    def on_source_end(self, number):
+        self.channel.drop_source(number)
+        self.session.end(number)
+
+    def on_read_error(self, number, error):
+        return self.streams.read_error(number, error)
+
+    def on_lost(self, loss):
+        if not self.report:
+            self._lost(loss.words)
+
+    # -- on its way
+    def _accepted(self):
+        self.start_timer.cancel()
+        self.start_timer = None
+        submission = self.submission
+        submission.on_event("job %s started on %s" % (submission.id, self.kept.name))
+        for name in submission.waiting_signals:
+            self.session.signal(name)
+        submission.waiting_signals = []
+        self.streams.accepted()
+        terminal = self.streams.terminal
+        if terminal and terminal.number in self.streams.sources:
+            self.channel.add_source(terminal.number, self.streams.sources[terminal.number])
+            self.channel.flush()
+
+    def _commit(self):
+        if not self.submission.committed and not self.streams.held:
+            self.submission.committed = True
+            self.streams.visible()
+
+    def is_running(self):
+        return not self.over and not self.report and not self.channel.closed
+
+    def signal(self, name):
+        self.session.signal(name)
+        self.channel.flush()
+
+    def resize(self, rows, columns):
+        if self.is_running():
+            self.session.window(rows, columns)
+            self.channel.flush()
+
+    def source_ready(self, number):
+        if self.is_running():
+            self.channel.source_ready(number)
+
+    def consumed(self, number, size):
+        if self.is_running():
+            self.channel.consumed(number, size)
+
+    def output_over(self, number):
+        """This output has been delivered, or nobody reads it any more."""
+        if self.is_running() and self.session.phase is RUNNING:
+            self.session.stop(number)
+            self.channel.flush()
+        self._maybe_over()
+
+    def _exited(self, report):
+        self.report = report
+        self._commit()
+        self.channel.reset_streams()
+        self.room.on_exit(self, report)
+        self._maybe_over()
+
+    def _maybe_over(self):
+        if self.report and self.streams.all_delivered():
+            self._over(self.room.on_job_ended)
+
+    def _lost(self, words):
+        self.channel.close()
+        self._over(self.room.on_job_lost, words)
+
+    def give_up(self):
+        """Nobody wants the job any more: the worker ends it when the connection goes."""
+        if not self.over:
+            self.over = True
+            self.streams.attempt = None
+            if self.start_timer:
+                self.start_timer.cancel()
+            if not self.report:
+                self.channel.close()
+
+    def _over(self, tell, *words):
+        if not self.over:
+            self.over = True
+            self.streams.attempt = None
+            if self.start_timer:
+                self.start_timer.cancel()
+            tell(self, *words)
+
+
+class KeptConnection:
+    """A worker's proven connection, on which jobs run one after another; the channel's owner between them.  The Room
+    makes it, and it is gone when its channel is closed."""
+
+    def __init__(self, room, found):
+        self.room = room
+        self.name = found.name
+        self.address = found.address
+        self.instance = found.instance
+        connection = found.take()
+        self.submitter = connection.getsockname()[0].partition("%")[0]
+        self.leaving = False
+        self.timer = None
+        self.channel = Channel(room.loop, connection, found.session, self)
+
+    def run(self, submission):
+        """OSError when its input cannot be read again."""
+        if self.timer:
+            self.timer.cancel()
+        submission.attempt = Attempt(self.room, self, submission)
+        submission.worker = self.name
+        submission.attempt.start()
+
+    def rest(self):
+        """There is no job for it at the moment."""
+        self.channel.owner = self
+        self.timer = self.room.loop.call_later(KEEP, self.leave)
+
+    def leave(self):
+        """Says goodbye."""
+        if not self.leaving and not self.channel.closed:
+            self.leaving = True
+            self.channel.owner = self
+            self.channel.session.bye()
+            self.channel.on_flushed = self.close
+            self.channel.flush()
+
+    def close(self):
+        if self.timer:
+            self.timer.cancel()
+        self.channel.close()
+        self.room.on_connection_gone(self)
+
+    def on_message(self, kind, number, body):
+        self.close()            # an abort: the worker takes no more jobs here
+
+    def on_lost(self, loss):
+        self.close()
+
+
+class AlertSender:
+    """Sends alerts, a lone one at once and many together, each datagram twice, so that one may be lost."""
+
+    def __init__(self, loop, key, group):
+        self.loop = loop
+        self.key = key
+        self.group = group
+        self.nonce = os.urandom(8)
+        self.sequence = 0
+        self.entries = []
+        self.again = []                 # datagrams to be sent once more
+        self.sent_at = -math.inf
+        self.timer = None
+
+    def add(self, alert):
+        self.entries.append(encode_alert(alert))
+        if not self.timer:
+            wait = max(0.0, self.sent_at + ALERT_GAP - time.monotonic())
+            if wait:
+                self.timer = self.loop.call_later(wait, self._send)
+            else:
+                self._send()
+
+    def _send(self):
+        """What is new, and what was sent the last time once more."""
+        again, self.again = self.again, []
+        for body in pack_alerts(self.entries) if self.entries else ():
+            self.sequence += 1
+            self.again.append(encode_datagram(self.key.udp, ALERT, self.key.id, self.nonce, self.sequence, body))
+        for datagram in self.again + again:
+            self.group.send(datagram)
+        self.entries = []
+        self.sent_at = time.monotonic()
+        self.timer = self.loop.call_later(ALERT_GAP, self._send) if self.again else None
+
+    def close(self):
+        """Sends what is left.  May be called again."""
+        if self.timer:
+            self.timer.cancel()
+        while self.entries or self.again:
+            self._send()
+            self.timer.cancel() if self.timer else None
+        self.timer = None
+
+
+class Room:
+    """All the workers of one key, as one submitter uses them.
+
+    on_ready, if given, is called whenever a job has ended or a slot may be free, so that the owner may submit more.
+    """
+
+    def __init__(self, loop, key, settings, most=1, keep=False, on_ready=None):
+        self.loop = loop
+        self.key = key
+        self.settings = settings
+        self.most = most                # connections at once
+        self.keep = keep                # whether connections wait for more jobs
+        self.on_ready = on_ready
+        self.id = os.urandom(8)
+        self.queue = collections.deque()    # submissions that wait for a worker
+        self.running = set()            # those that have one
+        self.connections = set()
+        self.idle = []
+        self.searches = []
+        self.parallel = SEARCHES if most > 1 else 1
+        self.heard_at = time.monotonic()    # when any worker was heard of last
+        self.workers = {}               # {name: (time, state or None, words)} of those heard of
+        self.last_search = None
+        self.alerts = None
+        self.watch_timer = None
+        self.tls = None                 # the TLS context, once it is needed
+        self.closed = False
+
+    # -- for the owner
+    def submit(self, submission, first=False):
+        """first: in front of the others that wait."""
+        (self.queue.appendleft if first else self.queue.append)(submission)
+        submission.waiting_since = time.monotonic()
+        self._pump()
+
+    def signal(self, submission, name):
+        """A signal for a job.  Returns whether the job will hear of it; otherwise it is done with."""
+        attempt, ends = submission.attempt, name in ("INT", "TERM")
+        if submission.done:
+            return False
+        if not (attempt and attempt.is_running()) or (ends and submission.signalled):
+            if name in ("USR1", "USR2"):
+                submission.waiting_signals.append(name)
+                return True
+            return name in ("TSTP", "CONT")
+        if ends:
+            submission.signalled = name
+        attempt.signal(name)
+        return True
+
+    def cancel(self, submission):
+        """Forgets a job, whatever it is at; nothing is called for it any more.  A running one ends on its worker."""
+        if submission.done:
+            return
+        submission.done = True
+        if submission.attempt:
+            submission.attempt.give_up()
+        self._forget(submission)
+        self._pump()
+
+    def close(self):
+        """Ends all connections, and with them all jobs.  Nothing is called any more."""
+        self.closed = True
+        for submission in list(self.running) + list(self.queue):
+            submission.done = True
+            if submission.attempt:
+                submission.attempt.give_up()
+        self.queue.clear()
+        for search in self.searches:
+            search.stop()
+        for kept in list(self.connections):
+            kept.close()
+        if self.alerts:
+            self.alerts.close()
+            self.alerts.group.close()
+        if self.watch_timer:
+            self.watch_timer.cancel()
+
+    def context(self):
+        self.tls = self.tls or tls_context(self.key, server_side=True)
+        return self.tls
+
+    # -- workers for those that wait
+    def _pump(self):
+        """Gives jobs to idle connections, and looks for more workers where that is not enough."""
+        if self.closed:
+            return
+        now = time.monotonic()
+        while self.queue and self.idle:
+            kept = self.idle.pop()
+            submission = next((each for each in self.queue if each.avoid.get(kept.instance, now) <= now), None)
+            if submission is None:
+                kept.leave()
+                continue
+            self.queue.remove(submission)
+            self._run(kept, submission)
+        wanted = min(len(self.queue), self.parallel, self.most - len(self.connections))
+        while len(self.searches) > max(wanted, 0):
+            self.searches.pop().stop()
+        while len(self.searches) < wanted:
+            self.searches.append(Discovery(self))
+        if self.queue and not self.watch_timer:
+            self.watch_timer = self.loop.call_later(0.25, self._watch)
+
+    def _run(self, kept, submission):
+        self.running.add(submission)
+        try:
+            kept.run(submission)
+        except OSError as error:
+            kept.leave()
+            self._fail(submission, Failure("the input", "it cannot be read again: %s" % reason_of(error)))
+
+    def _watch(self):
+        """Who waits for too long fails; too many searches wait for nothing."""
+        self.watch_timer = None
+        now, limit = time.monotonic(), self.settings.timeout_accept
+        for submission in list(self.queue):
+            since = submission.waiting_since
+            if limit is None and now - max(since, self.heard_at) > NOBODY or limit and now - since > limit:
+                self._fail(submission, self.nobody(submission, now))
+        if self.searches and now - self.searches[0].began > SLOW_SEARCH:
+            self.parallel = 1
+        self._pump()
+
+    # -- what searches say
+    def on_found(self, search, found):
+        """A worker has proven itself and waits for a job."""
+        self.searches.remove(search)
+        self.last_search = search
+        self.parallel = min(self.parallel + 1, SEARCHES)
+        self.heard_at = time.monotonic()
+        kept = KeptConnection(self, found)
+        self.connections.add(kept)
+        self.idle.append(kept)
+        self._pump()
+        if kept in self.idle:
+            kept.rest()
+
+    def on_heard(self, name, state, words):
+        """A worker was heard of: it is busy, it cannot connect, it has failed its handshake."""
+        self.heard_at = time.monotonic()
+        self.workers[name] = self.heard_at, state, words
+
+    def is_avoided(self, instance):
+        """Whether none of the jobs that wait wants this worker now."""
+        now = time.monotonic()
+        return bool(self.queue) and all(each.avoid.get(instance, now) > now for each in self.queue)
+
+    # -- what connections say
+    def on_connection_gone(self, kept):
+        self.connections.discard(kept)
+        if kept in self.idle:
+            self.idle.remove(kept)
+        self._pump()
+
+    def on_exit(self, attempt, report):
+        """A job has ended, though its output may not have been delivered yet."""
+        attempt.submission.report = report
+        self._alert(attempt, COMPLETED, report.status & 255, "")
+        if report.last or not self.keep:
+            attempt.kept.leave()
+
+    def on_job_ended(self, attempt):
+        submission, kept = attempt.submission, attempt.kept
+        if not kept.leaving and not kept.channel.closed:
+            self.idle.append(kept)      # first: what the next call submits runs there
+        self._finish(submission, submission.report.status, None)
+        if kept in self.idle:
+            kept.rest()
+
+    def on_job_not_started(self, attempt, words):
+        """The worker wanted its slot back just when the job was offered: that is nobody's fault."""
+        attempt.kept.close()
+        self._again(attempt.submission)
+
+    def on_job_refused(self, attempt, words):
+        """The job has not started: looking again, as long as there is time, costs nothing."""
+        submission = attempt.submission
+        submission.refusals += 1
+        attempt.kept.close()
+        self.workers[attempt.kept.name] = time.monotonic(), None, "refused: " + words
+        submission.on_event("%s refused the job: %s" % (attempt.kept.name, words), submission.refusals == 1)
+        self._avoid(submission, attempt.kept.instance)
+        self._again(submission)
+
+    def on_job_lost(self, attempt, words):
+        submission, kept = attempt.submission, attempt.kept
+        self._alert(attempt, RATTED_OUT, 0, words)
+        submission.lost += 1
+        submission.last_loss = "worker %s: %s after %.1f s; the job may have run there in part" % (
+            kept.name, words, time.monotonic() - attempt.offered)
+        kept.close()
+        self._avoid(submission, kept.instance)
+        if submission.committed:
+            advice = "its output had begun, so it was not started elsewhere; run it again if that does no harm"
+        elif submission.lost > submission.retries or submission.signalled or not submission.streams.can_rewind():
+            advice = "run it again"
+        else:
+            submission.on_event(submission.last_loss + "; it starts again elsewhere", True)
+            return self._again(submission)
+        self._fail(submission, Failure("worker %s" % kept.name, words, advice))
+
+    def _avoid(self, submission, instance):
+        """Another worker first; when nobody else has come by then it may try again."""
+        seconds = AVOID * 2 ** min(submission.lost + submission.refusals - 1, 10)
+        submission.avoid[instance] = time.monotonic() + seconds
+        self.loop.call_later(seconds, self._announce_again)
+
+    def _announce_again(self):
+        for search in self.searches:
+            search.again()
+
+    def _again(self, submission):
+        self.running.discard(submission)
+        submission.attempt = None
+        if submission.signalled:
+            return self._finish(submission, 128 + SIGNAL_NAMES[submission.signalled], None)
+        self.submit(submission, first=True)
+
+    def _fail(self, submission, failure):
+        self._finish(submission, None, failure)
+
+    def _finish(self, submission, status, failure):
+        if submission.done:
+            return
+        submission.done = True
+        if submission.attempt:
+            submission.attempt.give_up()
+        self._forget(submission)
+        submission.on_done(status, failure, submission)
+        if self.on_ready and not self.closed:
+            self.on_ready()
+        self._pump()
+
+    def _forget(self, submission):
+        self.running.discard(submission)
+        if submission in self.queue:
+            self.queue.remove(submission)
+        submission.streams.ended(submission.report)
+
+    def fail(self, submission, failure):
+        """Something here broke for this job: an output that cannot be written, an input that cannot be read."""
+        self._fail(submission, failure)
+
+    def _alert(self, attempt, verdict, status, words):
+        took = min(int((time.monotonic() - attempt.offered) * 1000), 0xffffffff)
+        kept = attempt.kept
+        if not self.alerts:
+            self.alerts = AlertSender(self.loop, self.key, GroupSocket(self.settings.group, listen=False))
+        self.alerts.add(Alert(verdict, status, took, int(time.time() * 1000), attempt.submission.id, kept.submitter,
+                              kept.name, words))
+
+    def nobody(self, submission, now):
+        """The Failure of a job for which no worker was found: what was tried, what came of it, what to check."""
+        search = self.searches[0] if self.searches else self.last_search
+        why = "%s for %.0f s" % ("no worker was free" if self.heard_at > submission.waiting_since else
+                                 "nobody answered", now - submission.waiting_since)
+        if search:
+            why += "; announced on %s by %s, to connect back to TCP port %d" % (
+                self.settings.group, " ".join(filter(None, search.group.tried)) or "the system's choice", search.port)
+            if search.problems:
+                why += "; could not send: " + ", ".join(search.problems)
+        for name, (_, _, words) in list(self.workers.items())[-3:]:
+            why += "; %s: %s" % (name, words)
+        if submission.last_loss:
+            why += "; before that, " + submission.last_loss
+        return Failure("no worker", why, "is cservice running with this key (%s) in this network, with a free slot?  "
+                       "do firewalls pass UDP port %d to it and TCP back?" % (
+                           self.key.fingerprint, self.settings.group.port))
+
+# ---------------------------------------------------------------- cexec
+
+DESCRIPTOR_FLOOR = 64       # where duplicates of our own go: out of the way of what the user numbers
+COLLECT_AFTER = 1.0         # seconds; a job that ends before leaves its garbage to the system
+
+
 class ReplayableSource:
-    """A source that can start again: a file by seeking, anything else by remembering what was read, up to a cap.
+    """A source that can start again by remembering what was read, up to a cap, in memory.
 
     Until a worker has accepted the job all is remembered, which the first window bounds: a refusal loses nothing.
     """
-    IN_MEMORY = 1 << 20
 
     def __init__(self, loop, fd, ready):
-        self.fd, self.cap, self.recording, self.ended = fd, WINDOW_START, True, False
-        self.live, self.start = open_source(loop, fd, ready), self._offset()
-        self.store, self.length, self.position = None, 0, 0
-
-    def _offset(self):
-        if stream_kind(self.fd) is REGULAR and access_of(self.fd) is IN:
-            try:
-                return os.lseek(self.fd, 0, os.SEEK_CUR)
-            except OSError:
-                pass
-        return None
+        self.live = open_source(loop, fd, ready)
+        self.cap = WINDOW_START
+        self.recording = True
+        self.ended = False
+        self.kept = bytearray()
+        self.position = 0
 
     def read_into(self, view):
-        if self.position < self.length:
-            return self._replay(view)
+        if self.position < len(self.kept):
+            size = min(len(view), len(self.kept) - self.position)
+            view[:size] = self.kept[self.position:self.position + size]
+            self.position += size
+            if not self.recording and self.position == len(self.kept):
+                self.forget()
+            return size
         if self.ended:
             return 0
         size = self.live.read_into(view)
         if size == 0:
             self.ended = True
-        elif size and self.recording and self.start is None:
-            self._record(view[:size])
+        elif size and self.recording:
+            if len(self.kept) + size > self.cap:
+                self.forget()
+            else:
+                self.kept += view[:size]
+                self.position += size
         return size
-
-    def _replay(self, view):
-        self.store.seek(self.position)
-        size = self.store.readinto(view[:self.length - self.position])
-        if not size:
-            raise OSError(errno.EIO, "what was kept of the input is damaged")
-        self.position += size
-        if self.position == self.length and not self.recording:
-            self.forget()
-        return size
-
-    def _record(self, view):
-        if self.length + len(view) > self.cap:
-            return self.forget()
-        try:
-            write_all(self._room(len(view)), view)
-            self.length += len(view)
-            self.position = self.length
-        except OSError:
-            self.forget()       # a full disk costs the second chance, not the job
-
-    def _room(self, size):
-        import io
-        if self.store is None:
-            self.store = io.BytesIO()
-        if isinstance(self.store, io.BytesIO) and self.length + size > self.IN_MEMORY:
-            import tempfile
-            memory, self.store = self.store, tempfile.TemporaryFile(buffering=0)
-            write_all(self.store, memory.getbuffer())
-        self.store.seek(self.length)
-        return self.store
 
     def accepted(self, cap):
         """From now on up to cap bytes are remembered; None for nothing."""
         self.cap = cap or 0
-        if cap is None or self.length > self.cap:
+        if cap is None or len(self.kept) > self.cap:
             self.forget()
 
     def can_rewind(self):
         return self.recording
 
     def rewind(self):
-        self.position, self.ended = 0, self.ended and self.start is None
-        if self.start is not None:
-            os.lseek(self.fd, self.start, os.SEEK_SET)
+        self.position = 0
 
     def forget(self):
         """From now on there is no second chance."""
         self.recording = False
-        if self.store and self.position >= self.length:
-            self.store.close()
-            self.store, self.length, self.position = None, 0, 0
+        if self.position >= len(self.kept):
+            self.kept = bytearray()
+            self.position = 0
 
     def close(self):
-        """The carrier lets go of it; the next one may take it up."""
+        """The channel lets go of it; the next one may take it up."""
 
     def end(self):
         self.live.close()
 
 
-def write_all(store, view):
-    """A disk that is nearly full takes a part without an error."""
-    while len(view):
-        view = view[store.write(view):]
+class EscapeSource:
+    """What the user types, less the commands to cexec, which go to on_command(name)."""
+
+    def __init__(self, loop, fd, ready, character, on_command):
+        self.loop = loop
+        self.live = open_source(loop, fd, ready)
+        self.escapes = EscapeFilter(character)
+        self.on_command = on_command
+        self.buffer = b""
+        self.touched = False
+
+    def read_into(self, view):
+        while not self.buffer:
+            part = bytearray(min(len(view), 4096))
+            size = self.live.read_into(memoryview(part))
+            if not size:
+                return size
+            self.touched = True
+            self.buffer, commands = self.escapes.filter(bytes(part[:size]))
+            for command in commands:
+                self.loop.call_soon_threadsafe(functools.partial(self.on_command, command))
+        size = min(len(view), len(self.buffer))
+        view[:size], self.buffer = self.buffer[:size], self.buffer[size:]
+        return size
+
+    def accepted(self, cap):
+        """What was typed is not remembered."""
+
+    def can_rewind(self):
+        return not self.touched
+
+    def rewind(self):
+        """Nothing has been typed yet."""
+
+    def forget(self):
+        """Nothing is remembered."""
+
+    def close(self):
+        """The channel lets go of it; the next one may take it up."""
+
+    def end(self):
+        self.live.close()
 
 
-class Submission:
-    """One job, from the announcement to its exit status.  Many of them may live in one loop.
+class InheritedStreams(JobStreams):
+    """The descriptors of this process, as its caller left them.  run hears of what breaks here: on_local_failure,
+    on_hang_up, on_command."""
 
-    descriptors: {number: IN, OUT, BOTH or the number it shares}, as carried_descriptors gives them.
-    on_done(status, failure) is called once; failure is None when the status is the job's own.
-    """
-    START_PATIENCE = 1.0    # seconds from the offer to the job's start; doubled with each attempt
-    TERMINAL_MAX = 2048     # bytes kept free in the job message for a terminal's description
-    SIGNAL_GRACE = 10.0     # seconds a job has after INT or TERM
-    AVOID = 0.25            # seconds that a worker which failed the job is passed over, doubled with each attempt
-
-    def __init__(self, loop, key, settings, descriptors, names, on_done, terminal=None):
-        self.loop, self.key, self.settings, self.names, self.on_done = loop, key, settings, names, on_done
-        self.descriptors, self.terminal, self.id = descriptors, terminal, os.urandom(8).hex()
-        self.attempts, self.avoid, self.refusals, self.committed, self.done = 0, set(), {}, False, False
-        self.alert = None           # the last one sent
-        self.patience_from = time.monotonic()
-        self.search = self.channel = self.caller = self.exit = None
-        self.inputs, self.sinks, self.locals, self.owned = {}, {}, {}, {}
-        self.finished_inputs, self.finished_sinks = set(), set()
-        self.deadline, self.signalled, self.signals_waiting = None, None, []
-        size = len(encode_job(Job(self.id, descriptors, names, 1, None)))
-        if size > CONTROL_MAX - self.TERMINAL_MAX:
-            raise Failure("NAME=VALUE", "%d bytes in all, at most %d go along" % (
-                              size, CONTROL_MAX - self.TERMINAL_MAX),
-                          "send what is long through a descriptor", EXIT_USAGE)
-        self._open_local()
-        self._look_for_worker()
-
-    # -- local descriptors
-    def _open_local(self):
-        for fd, kind in self.descriptors.items():
+    def __init__(self, loop, settings, descriptors, terminal, run):
+        super().__init__()
+        self.loop = loop
+        self.settings = settings
+        self.descriptors = descriptors
+        self.terminal = terminal
+        self.run = run
+        self.numbers = {}               # {descriptor: it and the others that share it}
+        self.owned = {}                 # {descriptor: a duplicate for its sink}
+        self.stopped = {}               # {input that the job reads no more: bytes of it that it has read}
+        for fd, kind in descriptors.items():
             if isinstance(kind, int):
-                self.locals[kind].append(fd)
-                continue
-            self.locals[fd] = [fd]
-            if kind == TTY:
-                self._open_terminal(fd)
-            if kind in (IN, BOTH):
-                self.inputs[fd] = ReplayableSource(self.loop, fd, lambda fd=fd: self._source_ready(fd))
-            if kind in (OUT, BOTH):
-                self._open_sink(fd, self._own(fd) if kind == BOTH else fd)
+                self.numbers[kind].append(fd)
+            else:
+                self.numbers[fd] = [fd]
+                self._open(fd, kind)
 
-    def _own(self, fd):
-        """A duplicate, so that source and sink can wait for one descriptor each."""
-        self.owned[fd] = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, DESCRIPTOR_FLOOR)
-        return self.owned[fd]
+    def _open(self, fd, kind):
+        ready = functools.partial(self.source_ready, fd)
+        if kind == TTY:
+            self._open_terminal(fd, ready)
+        elif kind == IN and stream_kind(fd) is REGULAR:
+            self.sources[fd] = FileSource(self.loop, fd, ready, os.lseek(fd, 0, os.SEEK_CUR))
+        elif kind in (IN, BOTH):
+            self.sources[fd] = ReplayableSource(self.loop, fd, ready)
+        if kind == BOTH:        # so that source and sink can wait for one descriptor each
+            self.owned[fd] = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, DESCRIPTOR_FLOOR)
+        if kind in (OUT, BOTH):
+            self._open_sink(fd, self.owned.get(fd, fd))
 
     def _open_sink(self, fd, own):
-        self.sinks[fd] = open_sink(self.loop, own, lambda size: self._consumed(fd, size),
-                                   lambda error: self._sink_failed(fd, error), lambda: self._sink_finished(fd))
+        self.sinks[fd] = open_sink(self.loop, own, functools.partial(self.consumed, fd),
+                                   functools.partial(self._sink_failed, fd), functools.partial(self._output_over, fd))
 
-    def _open_terminal(self, fd):
+    def _open_terminal(self, fd, ready):
         terminal = self.terminal
         if terminal.reading is not None:
-            self.inputs[fd] = EscapeSource(self.loop, terminal.reading, lambda: self._source_ready(fd),
-                                      self.settings.escape if terminal.tty is not None else b"", self._command)
+            escape = self.settings.escape if terminal.tty is not None else b""
+            self.sources[fd] = EscapeSource(self.loop, terminal.reading, ready, escape, self.run.on_command)
         if terminal.writing is None:
             terminal.writing = os.open("/dev/tty" if terminal.tty is not None else os.devnull, os.O_WRONLY)
         self._open_sink(fd, terminal.writing)
 
-    def _command(self, name):
-        """What the user told cexec itself, behind the escape character."""
-        if name == "end":
-            self._fail(Failure("ended", "by the escape sequence"))
-        else:
-            suspend(self, self.terminal, signal.SIGTSTP, 0)     # the whole foreground group, as the key does elsewhere
+    # -- on the job's way
+    def accepted(self):
+        for source in self.sources.values():
+            source.accepted(self.settings.replay << 20 if self.settings.retries else None)
+        if self.terminal:
+            self.terminal.raw()
 
-    def _source_ready(self, fd):
-        if self.channel:
-            self.channel.source_ready(fd)
+    def visible(self):
+        for source in self.sources.values():
+            source.forget()
 
-    def _consumed(self, fd, size):
-        if self.channel and not self.channel.closed:
-            self.channel.consumed(fd, size)
+    def input_stopped(self, number, consumed):
+        self.stopped[number] = consumed
+        self._let_go(number)
 
+    def ended(self, report):
+        """A regular file's offset is put behind what the job has read; without a report it has never moved."""
+        for fd, source in self.sources.items():
+            if isinstance(source, FileSource) and report:
+                consumed = self.stopped.get(fd, report.consumed.get(fd, UNKNOWN))
+                try:
+                    os.lseek(fd, source.position if consumed == UNKNOWN else source.start + consumed, os.SEEK_SET)
+                except OSError:
+                    pass        # it has been closed here because the job reads it no more
+
+    # -- local trouble
     def _sink_failed(self, fd, error):
-        if self.descriptors[fd] == TTY and error.errno == errno.EIO:
-            return self.hang_up()
-        reset = error.errno == errno.ECONNRESET and fd in self.inputs and not self.inputs[fd].ended
+        terminal = self.descriptors[fd] == TTY
+        if terminal and error.errno == errno.EIO:
+            return self.run.on_hang_up()
+        reset = error.errno == errno.ECONNRESET and isinstance(self.sources.get(fd), ReplayableSource) and (
+            not self.sources[fd].ended)
         if error.errno not in (errno.EPIPE, errno.ECONNRESET) or reset:     # its input may be cut short
-            self._fail(Failure("the terminal" if self.descriptors[fd] == TTY else name_of(fd), reason_of(error),
-                               "what the job wrote there is incomplete"))
-            return
-        self.finished_sinks.add(fd)
-        self._let_go(fd)
-        if self.channel and not self.channel.closed and self.channel.session.phase is RUNNING:
-            self.channel.session.stop(fd)
-            self.channel.flush()
-        self._maybe_done()
+            return self.run.on_local_failure(Failure("the terminal" if terminal else name_of(fd), reason_of(error),
+                                                     "what the job wrote there is incomplete"))
+        self._output_over(fd)
 
-    def _sink_finished(self, fd):
-        self.finished_sinks.add(fd)
+    def _output_over(self, fd):
+        self.delivered.add(fd)
         self._let_go(fd)
-        self._maybe_done()
+        self.sink_finished(fd)
+
+    def read_error(self, number, error):
+        """What a source that cannot be read is taken for: nothing yet, or its end."""
+        if self.descriptors[number] == TTY and error.errno == errno.EIO:
+            self.loop.call_soon_threadsafe(self.run.on_hang_up)
+            return None
+        if error.errno != errno.EIO or stream_kind(number) is not TERMINAL:
+            self.run.on_local_failure(Failure(name_of(number), reason_of(error)))
+        return 0
 
     def _let_go(self, fd):
         """One direction of a local descriptor is over: whoever is at its other end must see that."""
-        if fd in self.owned and fd in self.finished_sinks:
+        if fd in self.owned and fd in self.delivered:
             os.close(self.owned.pop(fd))
         if self.descriptors[fd] == TTY or stream_kind(fd) not in (PIPE, SOCKET):
             return
-        if error_descriptor(self.settings) in self.locals[fd]:
+        if error_descriptor(self.settings) in self.numbers[fd]:
             return          # cexec's own last line may have to go there; it ends with the process
-        writing = fd in self.sinks and fd not in self.finished_sinks
-        reading = fd in self.inputs and fd not in self.finished_inputs
+        writing = fd in self.sinks and fd not in self.delivered
+        reading = fd in self.sources and fd not in self.stopped
         if not writing and not reading:
-            if fd in self.inputs:
-                self.inputs[fd].end()
-            for number in self.locals[fd]:
+            if fd in self.sources:
+                self.sources[fd].end()
+            for number in self.numbers[fd]:
                 park(number)
         elif reading and stream_kind(fd) is SOCKET:
             with socket.socket(fileno=os.dup(fd)) as half:
@@ -4307,246 +5033,146 @@ class Submission:
                 except OSError:
                     pass        # the other side was faster
 
-    # -- finding a worker
-    def _look_for_worker(self):
-        limit = self.settings.timeout_accept
-        self.deadline = self.loop.call_at(self.patience_from + limit, self._nobody) if limit else None
-        self.search = Discovery(self.loop, self.key, self.settings, self.avoid, self._found)
-
-    def _nobody(self):
-        self._fail(nobody_answered(self.search, self.settings, self.refusals))
-
-    def _found(self, caller):
-        if self.deadline:
-            self.deadline.cancel()
-        self.caller, self.offered = caller, time.monotonic()
-        connection = caller.take()
-        local = connection.socket.getsockname()[0]
-        self.submitter = local.partition("%")[0]
-        session = caller.session
-        terminal = self.terminal.describe() if self.terminal else None
-        timeout = self.settings.timeout_pingpong
-        session.offer(Job(self.id, self.descriptors, self.names, timeout, terminal), self.submitter)
-        self.channel = Channel(self.loop, connection, session, self)
-        if self.settings.ratout_test:
-            self._alert(RATTED_OUT, 0, "test")
-        for fd in self.finished_sinks:
-            session.stop(fd)        # its reader went while another worker had the job
-        patience = self.START_PATIENCE * 2 ** self.attempts if self.settings.retries else self.settings.timeout_pingpong
-        self._start_timer = self.loop.call_later(patience, self._not_started)
-        for fd, replayable in self.inputs.items():
-            if self.descriptors[fd] != TTY:
-                self.channel.add_source(fd, replayable)
-        self.channel.flush()
-
-    def _started(self):
-        self._start_timer.cancel()
-        self.channel.session.ping(time.monotonic())
-        while self.signals_waiting:
-            self.channel.session.signal(self.signals_waiting.pop(0))
-        for replayable in self.inputs.values():
-            replayable.accepted(self.settings.spill << 20 if self.settings.retries else None)
-        if self.terminal:
-            self.terminal.raw()
-            if self.terminal.number in self.inputs:
-                self.channel.add_source(self.terminal.number, self.inputs[self.terminal.number])
-                self.channel.flush()
-
-    def _not_started(self):
-        if self.channel and not self.channel.closed and self.channel.session.phase is OFFERED:
-            self.channel.lost(Loss(ABORTED, "did not start the job"))
-
-    # -- while the job runs
-    def on_message(self, kind, number, body):
-        if kind == ACCEPTED:
-            self._started()
-        elif kind == REFUSED:
-            self._refused(printable(body))
-        elif kind == END:
-            self._commit()
-            self.sinks[number].finish()
-        elif kind == STOP:
-            self._commit()
-            self.channel.drop_source(number)
-            self.finished_inputs.add(number)
-            self._let_go(number)
-        elif kind == EXIT:
-            self._exited(body)
-        elif kind == ABORT:
-            self._lost("gave the job up: %s" % printable(body))
-
-    def on_data(self, number, body):
-        self._commit()
-        return self.sinks[number].feed(body)
-
-    def _commit(self):
-        """Something of the job has become visible here: it can never start again."""
-        if not self.committed:
-            self.committed = True
-            for replayable in self.inputs.values():
-                replayable.forget()
-
-    def on_source_end(self, number):
-        """The job will see the end too."""
-
-    def on_lost(self, loss):
-        self._lost(loss.words)
-
-    def on_read_error(self, number, error):
-        if self.descriptors[number] == TTY and error.errno == errno.EIO:
-            self.loop.call_soon_threadsafe(self.hang_up)
-            return None
-        if error.errno != errno.EIO or stream_kind(number) is not TERMINAL:
-            self._commit()
-            self._fail(Failure(name_of(number), reason_of(error)))
-        return 0
-
-    def _exited(self, ended):
-        missing = [fd for fd, stream in self.channel.session.receiving.items() if stream.state == "open"]
-        if missing:
-            self._lost("protocol broken: an exit before the end of descriptor %d" % missing[0])
-            return
-        self.exit = ended
-        self._commit()
-        self._alert(COMPLETED, ended.status & 255, "")
-        self.channel.session.bye()
-        self.channel.on_flushed = self.channel.close
-        self.channel.flush()
-        self._maybe_done()
-
-    def _maybe_done(self):
-        if self.exit and all(fd in self.finished_sinks for fd in self.sinks):
-            self._finish(self.exit.status, None)
-
-    # -- when a worker is lost
-    def _refused(self, words):
-        """The job has not started: looking again, as long as there is time, costs nothing."""
-        self.channel.close()
-        self.refusals[self.caller.name] = "refused: " + words
-        self._again("refused the job: %s" % words)
-
-    def _lost(self, words):
-        if self.exit or self.done:
-            return
-        self.channel.close()
-        self._start_timer.cancel()
-        self._alert(RATTED_OUT, 0, words)
-        self.attempts += 1
-        if (self.committed or self.attempts > self.settings.retries or self.signalled
-                or not all(replayable.can_rewind() for replayable in self.inputs.values())):
-            self._fail(Failure("worker %s" % self.caller.name, words, self._advice()))
-        else:
-            self.patience_from = time.monotonic()
-            self._again(words)
-
-    def _forgive(self, instance):
-        """Nobody else has come by now: the worker that failed may try again."""
-        self.avoid.discard(instance)
-        if not self.done:
-            self.search.again()
-
-    def _advice(self):
-        if self.committed:
-            return "its output had begun, so it was not started elsewhere; run it again if that does no harm"
-        return "run it again"
-
-    def _again(self, words):
-        """Another worker gets the same job, with the same input."""
-        if self.terminal:
-            self.terminal.restore()
-        self.avoid.add(self.caller.instance)
-        self._start_timer.cancel()
-        self.loop.call_later(self.AVOID * 2 ** self.attempts, lambda instance=self.caller.instance: self._forgive(instance))
-        self.search.stop()
-        try:
-            for replayable in self.inputs.values():
-                replayable.rewind()
-        except OSError as error:
-            self._fail(Failure("worker %s" % self.caller.name, words,
-                               "the input cannot be read again: %s" % reason_of(error)))
-            return
-        self.channel = None
-        self._look_for_worker()
-
-    def _alert(self, verdict, status, words):
-        took = int((time.monotonic() - self.offered) * 1000)
-        alert = Alert(verdict, status, min(took, 0xffffffff), int(time.time() * 1000), self.id, self.submitter,
-                      self.caller.name, words)
-        search = self.search
-        search.sequence[ALERT] += 1
-        data = encode_datagram(self.key.udp, ALERT, self.key.id, search.nonce, search.sequence[ALERT],
-                                 encode_alert(alert))
-        self.alert = data
-        for _ in range(2 if verdict == RATTED_OUT else 1):
-            search.group.send(data)
-
-    # -- signals and the end
-    def signal(self, name):
-        """The user's signal goes to the job; a second INT or TERM, or a job that ignores it, ends all the same."""
-        channel, ends = self.channel, name in ("INT", "TERM")
-        if not self.is_running() or (ends and self.signalled):
-            if ends or name in ("HUP", "QUIT"):
-                self._finish(128 + getattr(signal, "SIG" + name), None)
-            elif name in ("USR1", "USR2"):
-                self.signals_waiting.append(name)
-            return
-        if ends:
-            self.signalled = name
-            self.loop.call_later(self.SIGNAL_GRACE, lambda: self._finish(128 + getattr(signal, "SIG" + name), None))
-        channel.session.signal(name)
-        channel.flush()
-
-    def is_running(self):
-        return bool(self.channel and not self.channel.closed and self.channel.session.phase in (OFFERED, RUNNING))
-
-    def hang_up(self):
-        """The user's terminal has gone.  A job that lives on it ends; another one decides for itself."""
-        self.signal("HUP")
-        if self.terminal:
-            self._finish(128 + signal.SIGHUP, None)
-
-    def resize(self, rows, columns):
-        if self.is_running():
-            self.channel.session.window(rows, columns)
-            self.channel.flush()
-
-    def _fail(self, failure):
-        self._finish(failure.status, failure)
-
-    def _finish(self, status, failure):
-        if self.done:
-            return
-        self.done = True
-        if self.alert and self.search.group:
-            self.search.group.send(self.alert)      # again, so that a lost datagram loses no line
-        if self.deadline:
-            self.deadline.cancel()
-        if self.channel:
-            self.channel.close()
-        if self.search:
-            self.search.stop()
-        self.on_done(status, failure)
-
 
 def name_of(fd):
     return ("standard input", "standard output", "standard error")[fd] if fd < 3 else "descriptor %d" % fd
 
 
-def nobody_answered(search, settings, refusals):
-    """The one line for a search that found nobody: what was tried, what came of it, what to check."""
-    why = "nobody answered within %g s; announced on %s by %s, to connect back to TCP port %d" % (
-        settings.timeout_accept, settings.group, " ".join(filter(None, search.group.tried)) or "the system's choice",
-        search.port)
-    if search.problems:
-        why += "; could not send: " + ", ".join(search.problems)
-    for name, reason in list(dict(search.reasons, **refusals).items())[-3:]:
-        why += "; %s: %s" % (name, reason)
-    return Failure("no worker", why, "is cservice running with this key (%s) in this network, with a free slot?  "
-                   "do firewalls pass UDP port %d to it and TCP back?" % (search.key.fingerprint, settings.group.port))
+class Run:
+    """One cexec: a Room with one job, this process's descriptors and its signals."""
+
+    def __init__(self, key, settings, descriptors, names, terminal):
+        self.loop = Loop()
+        self.settings = settings
+        self.terminal = terminal
+        self.began = time.monotonic()
+        self.room = Room(self.loop, key, settings, on_event=self.trace)
+        self.streams = InheritedStreams(self.loop, settings, descriptors, terminal, self)
+        self.submission = Submission(self.streams, names, settings.retries, self._done, self.tell)
+
+    def run(self):
+        """(status, Failure or None, number of the signal to die of or None)."""
+        for name in ("INT", "TERM", "QUIT", "USR1", "USR2"):
+            self.loop.on_signal_unless_ignored(SIGNAL_NAMES[name], functools.partial(self._signal, name))
+        self.loop.on_signal_unless_ignored(signal.SIGHUP, lambda number: self.on_hang_up())
+        for number in (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU):
+            self.loop.on_signal_unless_ignored(number, self._suspend)
+        self.loop.on_signal_unless_ignored(signal.SIGCONT, lambda number: self._resume())
+        if self.terminal and self.terminal.tty is not None:
+            self.loop.on_signal_unless_ignored(signal.SIGWINCH, lambda number: self._resize())
+        self.loop.call_later(COLLECT_AFTER, gc.enable)
+        self.room.submit(self.submission)
+        return self.loop.run()
+
+    def _done(self, status, failure, submission):
+        """A job that died of the signal that was sent on to it takes cexec with it, so that a shell's loop ends."""
+        report, sent = submission.report, submission.signalled
+        died = report and report.signalled and report.name == sent
+        self._stop(status, failure, SIGNAL_NAMES[sent] if died else None)
+
+    def _stop(self, status, failure=None, number=None):
+        self.room.close()
+        self.loop.stop((status, failure, number))
+
+    def trace(self, text):
+        if self.settings.verbose:
+            say(CEXEC, "%5d ms: %s" % ((time.monotonic() - self.began) * 1000, text), error_descriptor(self.settings))
+
+    def tell(self, text, always=False):
+        if always and not self.settings.verbose:
+            say(CEXEC, text, error_descriptor(self.settings))
+        self.trace(text)
+
+    # -- what streams say
+    def on_local_failure(self, failure):
+        self.room.fail(self.submission, failure)
+
+    def on_command(self, name):
+        """What the user told cexec itself, behind the escape character."""
+        if name == "end":
+            self.room.fail(self.submission, Failure("the job", "ended by the escape sequence"))
+        else:
+            self._suspend(signal.SIGTSTP, 0)        # the whole foreground group, as the key does elsewhere
+
+    def on_hang_up(self):
+        """The user's terminal has gone.  A job that lives on it ends; another one decides for itself."""
+        self._signal("HUP", signal.SIGHUP)
+        if self.terminal and not self.submission.done:
+            self._die_of(signal.SIGHUP)
+
+    # -- signals
+    def _signal(self, name, number):
+        """It goes to the job; a second INT or TERM, or a job that ignores it, ends cexec all the same."""
+        if not self.room.signal(self.submission, name):
+            self._die_of(number)
+        elif name in ("INT", "TERM"):
+            self.loop.call_later(SIGNAL_GRACE, lambda: self._die_of(number))
+
+    def _die_of(self, number):
+        self.room.cancel(self.submission)
+        self._stop(128 + number, None, number)
+
+    def _suspend(self, number, whom=None):
+        """Stops this process, or whom, as if nothing had caught the signal; a job without a terminal stops too."""
+        self.room.signal(self.submission, "TSTP")
+        if self.terminal:
+            self.terminal.restore()
+        if number == signal.SIGTSTP or in_background():
+            watcher = wake_for_signals()
+            handler = signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid() if whom is None else whom, number)
+            signal.signal(number, handler)      # here it has been continued, or nobody could ever have continued it
+            if watcher:
+                os.kill(watcher, signal.SIGKILL)
+                os.waitpid(watcher, 0)
+        self._resume()
+
+    def _resume(self):
+        self.room.signal(self.submission, "CONT")
+        attempt = self.submission.attempt
+        if self.terminal and attempt and attempt.is_running():
+            self.terminal.raw()
+            self._resize()
+
+    def _resize(self):
+        attempt = self.submission.attempt
+        if attempt:
+            attempt.resize(*self.terminal.size())
 
 
-COLLECT_AFTER = 1.0         # seconds; a job that ends before leaves its garbage to the system
-DESCRIPTOR_FLOOR = 64       # where duplicates of our own go: out of the way of what the user numbers
+def wake_for_signals():
+    """Starts a process that continues this one, while it is stopped, for a signal that ends it: the kernel keeps TERM
+    for a stopped process until then, and with it the worker's slot.  Returns its pid, or None (Linux only)."""
+    if not LINUX:
+        return None
+    ends = sum(1 << number - 1 for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT))
+    parent = os.getpid()
+    try:
+        pid = os.fork()
+    except OSError:
+        return None
+    if pid:
+        return pid
+    try:
+        os.closerange(0, os.sysconf("SC_OPEN_MAX") if os.sysconf("SC_OPEN_MAX") < FD_SETSIZE else FD_SETSIZE)
+        os.setpgid(0, 0)            # it is not to be stopped with the others
+        while os.getppid() == parent:
+            with open("/proc/%d/status" % parent) as file:
+                fields = dict(line.split(":", 1) for line in file if ":" in line)
+            if int(fields["ShdPnd"], 16) & ends:
+                os.kill(parent, signal.SIGCONT)
+            time.sleep(0.1)
+    finally:
+        os._exit(0)
+
+
+def in_background():
+    """Whether the controlling terminal is another process group's at the moment."""
+    try:
+        with open("/dev/tty") as terminal:
+            return os.tcgetpgrp(terminal.fileno()) != os.getpgrp()
+    except OSError:
+        return False
 
 
 def cexec(arguments, settings):
@@ -4566,69 +5192,32 @@ def cexec(arguments, settings):
     if terminal and not terminal.is_ours():
         os.kill(0, signal.SIGTTOU)      # started in the background: stops until it gets the terminal, as editors do
     try:
-        status, failure = run_submission(key, settings, inherited, names, terminal)
+        status, failure, number = Run(key, settings, inherited, names, terminal).run()
     finally:
         if terminal:
             terminal.restore()
     if failure:
         raise failure
+    if number:
+        die_of(number)
     return status
 
 
-def run_submission(key, settings, descriptors, names, terminal):
-    """Runs one job in a loop of its own, with the process's signals; returns (status, failure or None)."""
-    loop = Loop()
-    submission = Submission(loop, key, settings, descriptors, names, lambda *outcome: loop.stop(outcome), terminal)
-    calls = {getattr(signal, "SIG" + name): lambda number, name=name: submission.signal(name)
-             for name in ("INT", "TERM", "QUIT", "USR1", "USR2")}
-    calls[signal.SIGHUP] = lambda number: submission.hang_up()
-    for number in (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU):
-        calls[number] = lambda number: suspend(submission, terminal, number)
-    calls[signal.SIGCONT] = lambda number: resume(submission, terminal)
-    if terminal and terminal.tty is not None:
-        calls[signal.SIGWINCH] = lambda number: submission.resize(*terminal.size())
-    for number, call in calls.items():
-        loop.on_signal_unless_ignored(number, call)
-    loop.call_later(COLLECT_AFTER, gc.enable)
-    return loop.run()
-
-
-def suspend(submission, terminal, number, whom=None):
-    """Stops this process, or whom, as if nothing had caught the signal; a job without a terminal stops too."""
-    submission.signal("TSTP")
-    if terminal:
-        terminal.restore()
-    if number == signal.SIGTSTP or in_background():
-        handler = signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid() if whom is None else whom, number)
-        signal.signal(number, handler)      # here it has been continued, or nobody could ever have continued it
-    resume(submission, terminal)
-
-
-def in_background():
-    """Whether the controlling terminal is another process group's at the moment."""
-    try:
-        with open("/dev/tty") as terminal:
-            return os.tcgetpgrp(terminal.fileno()) != os.getpgrp()
-    except OSError:
-        return False
-
-
-def resume(submission, terminal):
-    submission.signal("CONT")
-    if terminal and submission.is_running():
-        terminal.raw()
-        submission.resize(*terminal.size())
+def die_of(number):
+    """Ends this process as if nothing had ever caught the signal."""
+    if number == signal.SIGQUIT:
+        import resource
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 def check_errors_fd(settings):
     if settings.errors_fd <= settings.max_fd:
         raise Failure("CEXEC_FD_FOR_ERRORS=%d" % settings.errors_fd, "not above CEXEC_MAXFD (%d)" % settings.max_fd,
                       "the job would share it", EXIT_USAGE)
-    try:
-        os.fstat(settings.errors_fd)
-    except OSError:
-        raise Failure("CEXEC_FD_FOR_ERRORS=%d" % settings.errors_fd, "not open", "", EXIT_USAGE) from None
+    if not is_open(settings.errors_fd):
+        raise Failure("CEXEC_FD_FOR_ERRORS=%d" % settings.errors_fd, "not open", "", EXIT_USAGE)
 
 
 def error_descriptor(settings):
@@ -4647,135 +5236,206 @@ def parse_name(word):
     return name, value
 
 
-# ---------------------------------------------------------------- cservice
-
-class Log:
-    """Lines on standard error with time and program, which never block and never flood."""
-    BURST, PER_SECOND = 200, 50
-
-    def __init__(self, name):
-        self.name, self.tokens, self.stamp, self.dropped = name, self.BURST, time.monotonic(), 0
-
-    def __call__(self, text, always=False):
-        now = time.monotonic()
-        self.tokens = min(self.BURST, self.tokens + (now - self.stamp) * self.PER_SECOND)
-        self.stamp = now
-        if (self.tokens < 1 and not always) or not has_room():
-            self.dropped += 1
-            return
-        self.tokens -= 1
-        if self.dropped:
-            text, self.dropped = "%s (%d lines before this one were dropped)" % (text, self.dropped), 0
-        say("%s %s" % (time.strftime("%Y-%m-%dT%H:%M:%S"), self.name), text[:2000])
-
+# ---------------------------------------------------------------- cservice: the daemon
 
 class SubmitterConnection:
-    """A connection to a submitter that has not given the word yet."""
-    CONNECT, WORD = 5.0, 15.0       # seconds to connect; to be told to go ahead or away
+    """A connection to a submitter that has not said GO yet.  The Daemon makes it; it ends with
+    daemon.on_go(self) or daemon.on_no_job(self, refused)."""
+    CONNECT = 5.0           # seconds to connect
+    GO = 15.0               # seconds to be told to go ahead or away
 
-    def __init__(self, service, answer, place):
-        self.service, self.loop, self.answer, self.done = service, service.loop, answer, False
-        self.place, self.began = place, time.monotonic()
-        self.preamble = encode_preamble(service.key.udp, answer, os.urandom(8))
-        self.word = b""
-        self.socket = socket.socket(socket.AF_INET6 if ":" in place[0] else socket.AF_INET, socket.SOCK_STREAM)
-        self.timer = self.loop.call_later(self.CONNECT, lambda: self.end(False))
-        try:
-            self.socket.setblocking(False)
-            tune(self.socket)
-            problem = self.socket.connect_ex(place)
-        except OSError as error:
-            problem = error.errno
-        if problem not in (0, errno.EINPROGRESS):
-            self.loop.call_soon_threadsafe(lambda: self.end(problem == errno.ECONNREFUSED))
+    def __init__(self, daemon, answer, place):
+        self.daemon = daemon
+        self.loop = daemon.loop
+        self.answer = answer
+        self.place = place
+        self.began = time.monotonic()
+        self.preamble = encode_preamble(daemon.key.udp, answer, os.urandom(8))
+        self.go = b""
+        self.over = False
+        self.error = None           # why the connection could not be made
+        self.socket, problem = connect_to(place)
+        self.timer = self.loop.call_later(self.CONNECT, lambda: self._failed(errno.ETIMEDOUT))
+        if problem:
+            self.loop.call_soon_threadsafe(lambda: self._failed(problem))
         else:
             self.loop.watch(self.socket.fileno(), write=self._connected)
 
+    def _failed(self, problem):
+        self.error = problem
+        self.end()
+
     def _connected(self):
-        answer, problem = self.answer, self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        problem = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if problem:
-            return self.end(problem == errno.ECONNREFUSED)
+            return self._failed(problem)
         try:
             self.socket.send(self.preamble)
-        except OSError:
-            return self.end(False)
+        except OSError as error:
+            return self._failed(error.errno)
         self.timer.cancel()
-        self.timer = self.loop.call_later(self.WORD, lambda: self.end(False))
-        self.loop.watch(self.socket.fileno(), read=self._word)
+        self.timer = self.loop.call_later(self.GO, self.end)
+        self.loop.watch(self.socket.fileno(), read=self._read_go)
 
-    def _word(self):
+    def _read_go(self):
         try:
-            part = self.socket.recv(GO_SIZE - len(self.word))
+            part = self.socket.recv(GO_SIZE - len(self.go))
         except BlockingIOError:
-            return None
+            return
         except OSError:
             part = b""
-        self.word += part
-        if part and len(self.word) < GO_SIZE:
-            return None
-        if not hmac.compare_digest(self.word, encode_go(self.service.key.udp, self.preamble)):
-            return self.end(False)
-        self.release()
-        self.service.fork(self)
+        self.go += part
+        if part and len(self.go) < GO_SIZE:
+            return
+        if hmac.compare_digest(self.go, encode_go(self.daemon.key.udp, self.preamble)):
+            self._release()
+            self.daemon.on_go(self)
+        else:
+            self.end()
 
-    def release(self):
-        self.done = True
+    def _release(self):
+        self.over = True
         self.timer.cancel()
         self.loop.watch(self.socket.fileno())
-        self.service.calls.discard(self)
 
-    def end(self, refused):
-        """No job from there."""
-        if not self.done:
-            self.release()
+    def end(self):
+        """No job from there.  May be called again."""
+        if not self.over:
+            self._release()
             self.socket.close()
-            self.service.lost(self.answer, refused)
+            self.daemon.on_no_job(self)
+
+
+class Board:
+    """What a handler posts for the daemon to read when it is killed: in shared memory, so that neither has to wake the
+    other for each of a thousand jobs a second."""
+    FORM = struct.Struct("@q16sq")      # process group of the job in hand, or 0; id of the last job; jobs so far
+
+    def __init__(self):
+        import mmap
+        self.memory = mmap.mmap(-1, self.FORM.size)
+
+    def read(self):
+        """(group, job id, jobs)."""
+        group, job, jobs = self.FORM.unpack_from(self.memory)
+        return group, job.rstrip(b"\0").decode(), jobs
+
+    @property
+    def jobs(self):
+        return self.read()[2]
+
+    def post(self, group, job):
+        """A new job, whose group is not known yet; or its group."""
+        self.FORM.pack_into(self.memory, 0, group, job.encode(), self.jobs + (group == 0))
+
+    def end(self):
+        """No job is in hand."""
+        _, job, jobs = self.read()
+        self.FORM.pack_into(self.memory, 0, 0, job.encode(), jobs)
 
 
 class HandlerProcess:
-    """What the daemon knows of one handler process: its pid, the link to it, and its job's process group."""
+    """What the daemon knows of one handler: its pid, the link to it, its board, and who it serves."""
 
-    def __init__(self, pid, link, answer, address):
-        self.pid, self.link, self.answer, self.address = pid, link, answer, address
-        self.won = self.ended = False
-        self.group, self.job, self.words = None, None, b""
+    def __init__(self, pid, link, board, answer, address, room):
+        self.pid = pid
+        self.link = link
+        self.board = board
+        self.answer = answer
+        self.address = address
+        self.room = room
+        self.began = time.monotonic()
+        self.won = False            # a job has come by it
+        self.over = False           # its slot is free again
+        self.told_to_leave = False
+        self.killer = None          # pid of the child that ends its job
+
+    def tell(self, leave):
+        if leave != self.told_to_leave:
+            self.told_to_leave = leave
+            try:
+                self.link.send(b"leave\n" if leave else b"stay\n")
+            except OSError:
+                pass        # it is about to end
 
 
 class Daemon:
-    """The worker's daemon: hears announcements, answers the ones the rule picks, forks a handler for each job."""
-    ANSWERED = 512             # nonces of the own connections that an alert may still speak of
-    STALE = 1.0             # seconds after which a silent submitter makes room
-    MUTE = 10000.0          # milliseconds that a ratted out worker holds back
-    PLACES = 2048           # announcements whose addresses are remembered; above what the responder remembers
+    """The worker: hears announcements, answers the ones the rule picks, forks a handler for each connection.
 
-    def __init__(self, loop, key, settings, command, log):
-        self.loop, self.key, self.settings, self.command, self.log = loop, key, settings, command, log
+    A fault in one of its callbacks costs the job or datagram in hand: it is logged, and the daemon serves on.
+    """
+    PROVEN = 512            # jobs of ended handlers that an alert may still speak of
+    STALE = 1.0             # seconds after which a silent submitter makes room for those that wait
+    TURN = 0.5              # seconds that a submitter keeps a connection while others wait
+    MUTE = 10000.0          # milliseconds that a ratted out worker holds back
+    LOOK = 0.5              # seconds between two looks at load, waiting submitters and turns
+    VETO_EVERY = 10.0       # seconds between two runs of --if
+    HERE_RATE = 20          # answers to roll calls and announcements a second
+    FAILURE_EVERY = 10.0    # seconds between two lines about one submitter that cannot be reached
+
+    def __init__(self, key, settings, command, log):
+        self.loop = Loop(on_error=self._fault)
+        self.key = key
+        self.settings = settings
+        self.command = command
+        self.log = log
         self.path = find_command(command[0])
+        self.environment = job_environment(settings.user)
         self.context = tls_context(key, server_side=False)
         self.group = GroupSocket(settings.group, listen=True)
         self.responder = Responder(settings.concurrency, usable_cpus(), measured_speed(), uniform, settings.boost)
         self.meter = LoadMeter()
-        self.places, self.recent = collections.OrderedDict(), collections.OrderedDict()
-        self.calls, self.workers, self.ends, self.timer = set(), {}, set(), None
-        self.instance, self.draining = os.urandom(8).hex(), False
-        self.versions_heard, self.hears_alerts = 0, None
-        self._choose_datagrams()
-        loop.watch(self.group.fileno(), read=self._heard)
+        self.instance = os.urandom(8).hex()
+        self.began = time.monotonic()
+        self.connecting = set()         # SubmitterConnections
+        self.handlers = {}              # {pid: HandlerProcess}
+        self.killers = {}               # {pid of a child that ends a job: the HandlerProcess it was of, or None}
+        self.rooms = collections.OrderedDict()      # {nonce: (room, UDP address)} of the announcements remembered
+        self.proven = collections.OrderedDict()     # {id: True} of the last jobs of ended handlers
+        self.jobs_done = 0              # by handlers that have ended
+        self.here_bucket = TokenBucket(self.HERE_RATE, self.HERE_RATE)
+        self.sequence = 0
+        self.timer = None
+        self.draining = False
+        self.vetoed = False
+        self.veto_pid = None            # of the running --if command
+        self.ready_said = False
+        self.veto_at = -math.inf
+        self.sampled_at = 0.0
+        self.refreshed_at = time.monotonic()
+
+    def run(self):
+        """Serves until told to stop; returns 0."""
+        loop = self.loop
         loop.on_signal(signal.SIGCHLD, lambda number: self._reap())
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.on_signal_unless_ignored(number, self._stop)
         loop.on_signal(signal.SIGHUP, lambda number: None)
-        loop.call_later(1.0, self._sample)
-        self._refresh()
+        loop.watch(self.group.fileno(), read=self._heard)
+        loop.call_later(self.LOOK, self._look)
+        if self.settings.veto:
+            self.vetoed = True          # until it has said otherwise
+            self._run_veto()
+        else:
+            self._ready()
+        return loop.run()
 
-    def ready(self):
-        self.log("ready: key %s, group %s, %d slots, command %s%s" % (
-            self.key.fingerprint, self.settings.group, self.settings.concurrency, self.path,
-            ", jobs run as %s" % self.settings.user.pw_name if self.settings.user else ""), always=True)
-        if os.geteuid() == 0 and not self.settings.user:
+    def _ready(self):
+        self.ready_said = True
+        user, interfaces = self.settings.user, self.group.heard_on()
+        self.log("ready: key %s, group %s%s, %s, command %s%s" % (
+            self.key.fingerprint, self.settings.group, " on " + " ".join(interfaces) if interfaces else "",
+            count_text(self.settings.concurrency, "slot"), self.path, ", jobs run as " + user.pw_name if user else ""),
+            always=True)
+        if os.geteuid() == 0 and not user:
             self.log("warning: jobs run as root; --user NAME gives them another user's rights", always=True)
 
-    # -- the network
+    def _fault(self, error):
+        import traceback
+        self.log.note(repr(error), "internal error, the daemon goes on: " + " | ".join(
+            traceback.format_exc().strip().splitlines()))
+
+    # -- datagrams
     def _heard(self):
         changed = False
         for _ in range(256):
@@ -4791,191 +5451,202 @@ class Daemon:
         try:
             datagram = parse_datagram(data)
             if datagram.key_id == self.key.id and self._matters(datagram) and datagram.authentic(self.key.udp):
-                getattr(self, "_" + DATAGRAM_NAMES[datagram.kind])(datagram, source)
+                self.RECEIVED[datagram.kind](self, datagram, source)
                 return True
         except ProtocolError as error:
             if data[:4] == MAGIC and data[4:5] != bytes([WIRE_VERSION]):
-                self.versions_heard += 1
-                if self.versions_heard == 1:
-                    self.log("from %s: %s" % (source[0], error))
+                self.log.note("version", "from %s: %s" % (source[0], error))
         return False
 
     def _matters(self, datagram):
         """Most of what a worker hears is about jobs of others, and not worth an HMAC."""
-        if datagram.kind == HOLD:
-            return datagram.nonce in self.responder.calls
-        if datagram.kind == TAKEN:
-            return self.responder.answered.get(datagram.nonce) != LEARNT
-        return datagram.kind != ALERT or datagram.nonce in self.recent
-
-    def _choose_datagrams(self):
-        """Alerts concern only a worker that has had a job which none has spoken of yet."""
-        if self.hears_alerts != bool(self.recent):
-            self.hears_alerts = bool(self.recent)
-            self.group.pass_only(self.key.id, (ANNOUNCE, HOLD, TAKEN) + (ALERT,) * self.hears_alerts)
+        if datagram.kind in (HOLD, TAKEN):
+            return self.responder.remembers(datagram.nonce)
+        if datagram.kind == ALERT:
+            known = self._proven_jobs()
+            return any(alert.job in known for alert in parse_alerts(datagram)) if known else False
+        return datagram.kind != HERE
 
     def _announce(self, datagram, source):
-        attempt, waited, interval = parse_announcement(datagram)[:3]
+        announcement = parse_announcement(datagram)
         if datagram.port < 1024 or self.draining:
             return
+        self.rooms[datagram.nonce] = announcement.room, source
+        while len(self.rooms) > PENDING_MOST:
+            self.rooms.popitem(last=False)
         place = (source[0], datagram.port) + tuple(source[2:])
-        places = self.places.setdefault(datagram.nonce, [])
-        if place not in places and len(places) < 4:
-            places.append(place)        # a host with several interfaces is heard by several addresses
-        while len(self.places) > self.PLACES:
-            self.places.popitem(last=False)
-        self.responder.announced(now_ms(), datagram.nonce, source[0], attempt, waited, interval)
+        self.responder.announced(now_ms(), datagram.nonce, place, announcement, datagram.sequence)
 
     def _hold(self, datagram, source):
-        self.responder.hold(now_ms(), datagram.nonce, parse_hold(datagram))
+        self.responder.hold(now_ms(), datagram.nonce, parse_hold(datagram), datagram.sequence)
 
     def _taken(self, datagram, source):
         self.responder.taken(now_ms(), datagram.nonce, parse_taken(datagram))
 
     def _alert(self, datagram, source):
-        """Only an alert about a connection that this worker really made counts, and each of those once."""
-        alert = parse_alerts(datagram)[0]
-        known = self.recent.pop(datagram.nonce, None)
-        self._choose_datagrams()
-        if known is None or alert.words == "test":
-            return
-        self.responder.penalise(now_ms(), self.MUTE if alert.verdict == RATTED_OUT else 0)
-        if alert.verdict == RATTED_OUT:
-            self.log("ratted out by %s: %s; holding back for %d s" % (alert.submitter, alert.words, self.MUTE / 1000))
-        self.consider()
+        """Only an alert about a job that a handler has really had counts, and each of those once."""
+        known = self._proven_jobs()
+        for alert in parse_alerts(datagram):
+            if alert.job not in known or alert.words == "test":
+                continue
+            ratted = alert.verdict == RATTED_OUT
+            self.responder.penalise(now_ms(), self.MUTE if ratted else 0)
+            if ratted and self.proven.get(alert.job, True):
+                self.proven[alert.job] = False      # a repetition says nothing new
+                self.log("ratted out by %s: %s; holding back for %d s" % (
+                    alert.submitter, alert.words, self.MUTE / 1000))
 
+    def _proven_jobs(self):
+        jobs = {handler.board.read()[1] for handler in self.handlers.values() if handler.won}
+        return (jobs | set(self.proven)) - {job for job, fresh in self.proven.items() if not fresh}
+
+    def _ask(self, datagram, source):
+        """A roll call: answers after a random part of the spread, and connects first if that is wanted."""
+        spread, flags = parse_ask(datagram)
+        wait = uniform() * spread / 1000
+        if flags & CONNECT and datagram.port >= 1024:
+            place = (source[0], datagram.port) + tuple(source[2:])
+            self.loop.call_later(wait, lambda: ConnectionTest(self, datagram.nonce, source, place))
+        else:
+            self.loop.call_later(wait, lambda: self.send_here(datagram.nonce, source))
+
+    RECEIVED = {ANNOUNCE: _announce, HOLD: _hold, TAKEN: _taken, ALERT: _alert, ASK: _ask}
+
+    def send_here(self, nonce, place, port=0, error=""):
+        """Tells who asked how this worker is; error: why its port could not be reached."""
+        if not self.here_bucket.take(time.monotonic()):
+            return
+        running = self.responder.running
+        state = (UNREACHABLE if error else DRAINING if self.draining else VETOED if self.vetoed else
+                 BUSY if running >= self.settings.concurrency else FREE)
+        here = Here(state, self.settings.concurrency, running, self.responder.waiting(), usable_cpus(),
+                    self.responder.outside, self.responder.cost(now_ms()), int(time.monotonic() - self.began),
+                    self._jobs_done(), port, "", self.instance, socket.gethostname(), VERSION,
+                    "%d.%d.%d" % sys.version_info[:3], self.command_digest(), os.path.basename(self.path), error)
+        self.sequence += 1
+        self.group.send_to(encode_datagram(self.key.udp, HERE, self.key.id, nonce, self.sequence, encode_here(here)),
+                           place)
+
+    def command_digest(self):
+        """The same for workers with the same command and arguments, wherever it is installed."""
+        words = [os.path.basename(self.command[0])] + self.command[1:]
+        return hashlib.sha256("\0".join(words).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+    def _jobs_done(self):
+        return self.jobs_done + sum(handler.board.jobs for handler in self.handlers.values())
+
+    # -- connections
     def consider(self):
         """Asks the rule what is due, does it, and comes back when it wants to be asked again."""
         if self.timer:
             self.timer.cancel()
             self.timer = None
-        if self.draining:
+        if self.draining or self.vetoed:
             return
         for answer in self.responder.due(now_ms()):
             self._connect(answer)
+        for nonce in self.responder.busy_due(now_ms()):
+            self.send_here(nonce, self.rooms[nonce][1])
         due = self.responder.next_due()
         if due is not None:
             self.timer = self.loop.call_at(due / 1000, self.consider)
+        self._take_turns()
 
     def _connect(self, answer):
-        places = self.places.get(answer.nonce)
+        place = self.responder.place(answer.nonce)
         try:
-            if not places:
-                raise OSError
-            places.append(places.pop(0))        # the next attempt tries the next address
-            self.calls.add(SubmitterConnection(self, answer, places[-1]))
-        except OSError:                         # out of descriptors, for one
-            self.loop.call_soon_threadsafe(lambda: self.lost(answer))
+            if place is None:
+                raise OSError(errno.EADDRNOTAVAIL, "its address was forgotten")
+            self.connecting.add(SubmitterConnection(self, answer, place))
+        except OSError as error:                # out of descriptors, for one
+            self.log.note("connect", "no connection to a submitter: %s" % reason_of(error))
+            self.loop.call_soon_threadsafe(lambda: self._lost(answer))
 
-    def lost(self, answer, refused=False):
-        """No job has come of this connection."""
+    def on_no_job(self, connection):
+        """The submitter has taken another worker, or cannot be reached."""
+        self.connecting.discard(connection)
+        if connection.error is not None and connection.error != errno.ECONNREFUSED:
+            self._unreachable(connection)
+        self._lost(connection.answer, connection.error == errno.ECONNREFUSED)
+
+    def _unreachable(self, connection):
+        """Tells both sides: the submitter waits and does not know why."""
+        place, words = connection.place, os.strerror(connection.error)
+        self.responder.place_failed(connection.answer.nonce)
+        self.log.note(place[0], "no connection back to %s: %s; does a firewall there let TCP in?" % (
+            place_text(place), words))
+        known = self.rooms.get(connection.answer.nonce)
+        if known:
+            self.send_here(connection.answer.nonce, known[1], place[1], words)
+
+    def _lost(self, answer, refused=False):
         self.responder.lost(answer.nonce, refused)
         self.consider()
 
-    def _drop_stale(self):
-        """Who was called a while ago and gives no word keeps no slot from those who wait: he may only have recorded
-        somebody's announcements."""
-        if self.responder.calls and self.responder.running >= self.responder.slots:
-            for call in [call for call in self.calls if time.monotonic() - call.began > self.STALE]:
-                call.end(False)
-
-    def _sample(self):
-        self._drop_stale()
-        self.responder.load(now_ms(), self.meter.read([worker.group for worker in self.workers.values() if worker.group]))
-        self.loop.call_later(1.0, self._sample)
-
-    def _refresh(self):
-        self.group.refresh()
-        self.loop.call_later(10.0, self._refresh)
-
     # -- handlers
-    def fork(self, call):
-        """The submitter has given the word: a process of its own goes on from here."""
-        address = call.place[0]
-        self._expect_alert(call.answer.nonce)      # before any can be here
+    def on_go(self, connection):
+        """The submitter has proven itself and wants this worker: a process of its own goes on from here."""
+        self.connecting.discard(connection)
+        address = connection.place[0]
         try:
-            link, far = socket.socketpair()
+            board, (link, far) = Board(), socket.socketpair()
             pid = os.fork()
         except OSError as error:
             self.log("no process for a job from %s: %s" % (address, reason_of(error)))
-            call.socket.close()
-            return self.lost(call.answer)
+            connection.socket.close()
+            return self._lost(connection.answer)
         if pid == 0:
-            self._become_handler(call, link, far)
+            self._become_handler(connection, link, far, board)
         far.close()
-        call.socket.close()
+        connection.socket.close()
         link.setblocking(False)
-        worker = self.workers[pid] = HandlerProcess(pid, link, call.answer, address)
-        self.loop.watch(link.fileno(), read=lambda: self._told(worker))
+        room = self.rooms.get(connection.answer.nonce, (b"",))[0]
+        handler = self.handlers[pid] = HandlerProcess(pid, link, board, connection.answer, address, room)
+        self.loop.watch(link.fileno(), read=lambda: self._told(handler))
 
-    def _expect_alert(self, nonce):
-        self.recent[nonce] = True
-        while len(self.recent) > self.ANSWERED:
-            self.recent.popitem(last=False)
-        self._choose_datagrams()
-
-    def _become_handler(self, call, link, far):
-        """In the forked child: runs the job and ends.  Nothing here may raise or return."""
+    def _become_handler(self, connection, link, far, board):
+        """In the forked child: serves the connection and ends.  Nothing here may raise or return."""
         status = 1
         try:
             os.setsid()         # a Ctrl-C at the daemon's terminal is for the daemon
+            self.loop.close()
+            self.group.close()
+            for other in self.connecting:
+                other.socket.close()
+            for handler in self.handlers.values():
+                handler.link.close()
             link.close()
-            self._forget_all()
-            status = Handler(self, call.socket, call.answer.nonce, far).run()
+            status = Handler(self, connection.socket, far, board).run()
         except BaseException as error:
-            say("cservice", "handler: %s: %s" % (type(error).__name__, error))
+            self._fault(error)
         finally:
             os._exit(status)
 
-    def _forget_all(self):
-        """In a handler: lets go of everything that is the daemon's."""
-        self.loop.close()
-        self.group.close()
-        for call in self.calls:
-            call.socket.close()
-        for worker in self.workers.values():
-            worker.link.close()
-
-    def _told(self, worker):
+    def _told(self, handler):
         try:
-            words = worker.link.recv(4096)
+            words = handler.link.recv(4096).split()
         except BlockingIOError:
             return
         except OSError:
-            words = b""
+            words = []
         if not words:
-            self.loop.watch(worker.link.fileno())
+            self.loop.watch(handler.link.fileno())
             return
-        worker.words += words
-        *lines, worker.words = worker.words.split(b"\n")
-        for line in lines:
-            name, _, value = line.decode().partition(" ")
-            getattr(self, "_told_" + name)(worker, value)
+        if b"won" in words:
+            handler.won = True
+            self.responder.won(handler.answer.nonce)
+        if b"over" in words:
+            self._free(handler)
         self.consider()
 
-    def _told_won(self, worker, job):
-        worker.won, worker.job = True, job
-        self.responder.won(worker.answer.nonce)
-
-    def _told_group(self, worker, group):
-        worker.group = int(group)
-
-    def _told_over(self, worker, value):
-        """The job has ended; its handler only says goodbye."""
-        worker.group = None
-        self._free(worker)
-
-    def _told_ended(self, worker, value):
-        worker.group = None
-
-    def _free(self, worker):
-        if worker.ended:
+    def _free(self, handler):
+        if handler.over:
             return
-        worker.ended = True
-        if worker.won:
+        handler.over = True
+        if handler.won:
             self.responder.freed()
         else:
-            self.responder.lost(worker.answer.nonce)
+            self.responder.lost(handler.answer.nonce)
 
     def _reap(self):
         while True:
@@ -4985,82 +5656,149 @@ class Daemon:
                 break
             if not pid:
                 break
-            if pid in self.workers:
-                self._handler_ended(self.workers[pid], status)
+            if pid in self.handlers:
+                self._handler_ended(self.handlers.pop(pid))
+            elif pid in self.killers:
+                self._free(self.killers.pop(pid))
+            elif pid == self.veto_pid:
+                self._veto_told(status)
         self.consider()
         self._maybe_over()
 
-    def _handler_ended(self, worker, status):
-        self._told(worker)
-        del self.workers[worker.pid]
-        self.loop.watch(worker.link.fileno())
-        worker.link.close()
-        if worker.group:
-            self.log("job %s: its handler was killed; the job ends" % worker.job)
-            self._end_group(worker.group, worker)
-        elif worker.won and not worker.ended and os.WIFSIGNALED(status):
-            self.ends.add(worker)               # a drain waits for this too
-            for wait in 0.0, 0.1, 1.0:          # its job may be anywhere between fork and exec
-                self.loop.call_later(wait, lambda: self._end_strays(worker.job))
-            self.loop.call_later(1.0 + KILL_GRACE, lambda: self._group_ended(worker, worker))
-        else:
-            self._free(worker)
+    def _handler_ended(self, handler):
+        """Its job has ended with it, unless it was killed: then its board still names the job's group."""
+        self._told(handler)
+        self.loop.watch(handler.link.fileno())
+        handler.link.close()
+        group, job, jobs = handler.board.read()
+        self.jobs_done += jobs
+        if job:
+            self.proven.setdefault(job, True)
+            while len(self.proven) > self.PROVEN:
+                self.proven.popitem(last=False)
+        if not group:
+            return self._free(handler)
+        self.log("job %s: its handler was killed; the job ends" % job)
+        try:
+            self.killers[kill_group_in_child(group, self.settings.user)] = handler
+        except OSError as error:
+            self.log("job %s: no process to end it: %s" % (job, reason_of(error)))
+            self._free(handler)
 
-    def _end_strays(self, job):
-        """The handler was killed before it could say which group its job has."""
-        for leader in sessions_of(job):
-            self._end_group(leader, None)
+    # -- time
+    def _look(self):
+        now = time.monotonic()
+        self.loop.call_later(self.LOOK, self._look)
+        if now - self.sampled_at >= 1.0:
+            self.sampled_at = now
+            self.responder.load(now_ms(), self.meter.read(self.responder.running))
+        if now - self.refreshed_at >= 10.0:
+            self.refreshed_at = now
+            self.group.refresh()
+        if self.settings.veto and not self.veto_pid and now - self.veto_at >= self.VETO_EVERY:
+            self._run_veto()
+        if self.responder.waiting():
+            self._drop_stale(now)
+        self._take_turns()
 
-    def _end_group(self, leader, worker):
-        end = GroupKill(self.loop, leader, lambda: self._group_ended(end, worker))
-        self.ends.add(end)
+    def _drop_stale(self, now):
+        """Who was called a while ago and gives no word keeps no slot from those who wait."""
+        if self.responder.running < self.settings.concurrency:
+            return
+        for connection in [each for each in self.connecting if now - each.began > self.STALE]:
+            connection.end()
+        for handler in self.handlers.values():
+            if not handler.won and now - handler.began > self.STALE:
+                signal_process(handler.pid, signal.SIGKILL)
 
-    def _group_ended(self, end, worker):
-        """worker, if any, is the one whose slot this gives back."""
-        self.ends.discard(end)
-        if worker:
-            self._free(worker)
-            self.consider()
-        self._maybe_over()
+    def _take_turns(self):
+        """Whose submitter has had its turn takes no more jobs of it, while others wait that have less."""
+        now = time.monotonic()
+        for handler in self.handlers.values():
+            if not handler.over:
+                handler.tell(self.draining or self.vetoed or (
+                    now - handler.began > self.TURN and self.responder.others_wait(handler.room)))
+
+    # -- the owner's veto
+    def _run_veto(self):
+        self.veto_at = time.monotonic()
+        try:
+            null = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
+            self.veto_pid = os.posix_spawn("/bin/sh", ["sh", "-c", self.settings.veto], os.environ, file_actions=null,
+                                           setsigdef=RESETTABLE)
+        except OSError as error:
+            self.log.note("veto", "--if: %s" % reason_of(error))
+
+    def _veto_told(self, status):
+        """The command of --if has ended, with this wait status."""
+        before, self.veto_pid, self.vetoed = self.vetoed, None, status != 0
+        if not self.ready_said:
+            self._ready()
+        if self.vetoed != before:
+            self.log("--if: %s" % ("no new jobs for the time being" if self.vetoed else "takes jobs again"))
 
     # -- the end
     def _stop(self, number):
         if self.draining:
-            self._kill()
+            for handler in self.handlers.values():
+                signal_process(handler.pid, signal.SIGTERM)
             return
         self.draining = True
-        running = sum(1 for worker in self.workers.values() if worker.won and not worker.ended)
-        name = signal.Signals(number).name
-        self.log("%s: no new jobs, %d running; again to kill them" % (name, running), always=True)
-        self.loop.watch(self.group.fileno())
-        for call in list(self.calls):
-            call.end(False)
-        for worker in self.workers.values():
-            if not worker.won:
-                signal_process(worker.pid, signal.SIGTERM)
+        running = sum(1 for handler in self.handlers.values() if handler.board.read()[0])
+        self.log("%s: no new jobs, %d running; again to kill them" % (signal.Signals(number).name, running),
+                 always=True)
+        for connection in list(self.connecting):
+            connection.end()
+        for handler in self.handlers.values():
+            if not handler.won:
+                signal_process(handler.pid, signal.SIGTERM)
+        self._take_turns()
         self._maybe_over()
 
-    def _kill(self):
-        for worker in self.workers.values():
-            signal_process(worker.pid, signal.SIGTERM)
-
     def _maybe_over(self):
-        if self.draining and not self.workers and not self.ends:
+        if self.draining and not self.handlers and not self.killers:
             self.log("done", always=True)
             self.loop.stop(0)
 
 
-def sessions_of(job):
-    """The sessions whose processes have this job's id in their environment (Linux)."""
-    mark, found = b"CEXEC_JOB=" + job.encode(), set()
-    for pid in process_ids():
-        try:
-            with open("/proc/%s/environ" % pid, "rb") as file:
-                if mark in file.read().split(b"\0"):
-                    found.add(os.getsid(int(pid)))
-        except OSError:
-            pass        # it has ended, or is another user's
-    return found - {os.getsid(0)}
+class ConnectionTest:
+    """Tries for a roll call whether this worker can connect to who asks, and then answers."""
+
+    def __init__(self, daemon, nonce, source, place):
+        self.daemon = daemon
+        self.nonce = nonce
+        self.source = source
+        self.place = place
+        self.socket, problem = connect_to(place)
+        self.timer = daemon.loop.call_later(SubmitterConnection.CONNECT, lambda: self._over(errno.ETIMEDOUT))
+        if problem:
+            daemon.loop.call_soon_threadsafe(lambda: self._over(problem))
+        else:
+            daemon.loop.watch(self.socket.fileno(), write=self._connected)
+
+    def _connected(self):
+        self._over(self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+
+    def _over(self, problem):
+        self.timer.cancel()
+        self.daemon.loop.watch(self.socket.fileno())
+        self.socket.close()
+        self.daemon.send_here(self.nonce, self.source, self.place[1], os.strerror(problem) if problem else "")
+
+
+def job_environment(user):
+    """What every job finds, as bytes: this process's environment, and with --user that user's own places."""
+    environment = {name: value for name, value in os.environb.items() if not name.startswith(b"PEER_")}
+    if user:
+        environment.update({
+            b"HOME": os.fsencode(user.pw_dir), b"SHELL": os.fsencode(user.pw_shell or "/bin/sh"),
+            b"USER": os.fsencode(user.pw_name), b"LOGNAME": os.fsencode(user.pw_name),
+            b"PATH": b"/usr/local/bin:/usr/bin:/bin"})
+    return environment
+
+
+def count_text(number, what):
+    return "%d %s%s" % (number, what, "" if number == 1 else "s")
 
 
 def signal_process(pid, number):
@@ -5076,37 +5814,28 @@ class LoadMeter:
     Up to the number of CPUs it is the time that they were busy, which no sampling misses; what waits beyond that shows
     only in the run queue of the moment.  Both from /proc (Linux); elsewhere the one minute load average.
     """
-    TICKS = os.sysconf("SC_CLK_TCK")
 
     def __init__(self):
-        self.cpus, self.busy, self.total, self.own, self.stamp = os.cpu_count() or 1, 0, 0, {}, time.monotonic()
-        self.read([])
+        self.cpus = os.cpu_count() or 1
+        self.busy = 0
+        self.total = 0
+        self.read(0)
 
-    def read(self, leaders):
-        """leaders: the pids of the own jobs."""
+    def read(self, jobs):
+        """jobs: how many of the own ones run."""
         try:
-            return max(0.0, self._busy() - self._own(leaders)) + max(0, self._queue() - self.cpus - len(leaders))
+            return max(0.0, self._busy() - jobs) + max(0, self._queue() - self.cpus - jobs)
         except (OSError, ValueError, IndexError):
-            return max(0.0, self._average() - len(leaders))
+            return max(0.0, self._average() - jobs)
 
     def _busy(self):
         """CPUs that were busy, on average."""
         with open("/proc/stat") as file:
             ticks = [int(word) for word in file.readline().split()[1:9]]
         total, busy = sum(ticks), sum(ticks) - ticks[3] - ticks[4]      # less idle, and idle with a disk to wait for
-        answered, passed = busy - self.busy, total - self.total
+        used, passed = busy - self.busy, total - self.total
         self.busy, self.total = busy, total
-        return self.cpus * answered / passed if passed > 0 else 0.0
-
-    def _own(self, leaders):
-        """CPUs that the own jobs kept busy: a job that sleeps takes nothing from the next one."""
-        now, known, used = time.monotonic(), {}, 0
-        for pid in leaders:
-            for member in family(pid):
-                known[member] = cpu_ticks(member)
-                used += known[member] - self.own.get(member, 0)
-        passed, self.own, self.stamp = now - self.stamp, known, now
-        return used / self.TICKS / passed if passed > 0 else 0.0
+        return self.cpus * used / passed if passed > 0 else 0.0
 
     def _queue(self):
         with open("/proc/loadavg") as file:
@@ -5117,29 +5846,6 @@ class LoadMeter:
             return os.getloadavg()[0]
         except OSError:
             return 0.0
-
-
-def family(pid):
-    """A process and its descendants, as far as the system tells (Linux)."""
-    found, look = [], [pid]
-    while look and len(found) < 1000:
-        member = look.pop()
-        found.append(member)
-        try:
-            with open("/proc/%d/task/%d/children" % (member, member)) as file:
-                look += map(int, file.read().split())
-        except OSError:
-            pass
-    return found
-
-
-def cpu_ticks(pid):
-    """CPU time of a process and of the children that it has waited for; 0 when it has gone."""
-    try:
-        with open("/proc/%d/stat" % pid, "rb") as file:
-            return sum(map(int, file.read().rpartition(b")")[2].split()[11:15]))
-    except (OSError, ValueError):
-        return 0
 
 
 def measured_speed():
@@ -5170,126 +5876,64 @@ def find_command(name):
                   "COMMAND is a program of this machine, run without a shell", EXIT_USAGE)
 
 
-class Handler:
-    """One job on the worker, in a process of its own: channel, job, streams."""
-    PATIENCE = 15.0         # seconds for handshake and job message
+# ---------------------------------------------------------------- cservice: the handler
 
-    def __init__(self, service, connection, nonce, link):
-        self.service, self.settings, self.key, self.log = service, service.settings, service.key, service.log
-        self.link, self.raw = link, connection
-        self.loop = Loop()
-        self.pid = self.job = self.ended = self.ending = self.remains = self.master = self.slave = None
-        self.ends, self.closing, self.began = {}, [], time.monotonic()
-        self.result = 0
+class RunningJob:
+    """One job on the worker: its process, our ends of its descriptors, and its end.  A Handler makes it and hears of
+    it by on_job_over(report) or on_job_refused(words); it ends with its process's group."""
 
-    # -- the channel
-    def run(self):
-        try:
-            connection = self._shake()
-        except (OSError, ValueError) as error:
-            if isinstance(error, ssl.SSLError) and not isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):
-                self.log("from %s: %s" % (self.peer[0], loss_of(error).words))
-            return 1        # a connection that just ends was not needed any more
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self.loop.on_signal(number, lambda number: self.give_up("the worker was told to stop"))
-        self.loop.on_signal(signal.SIGHUP, lambda number: None)
-        self.loop.on_signal(signal.SIGCHLD, lambda number: self.reap())
-        session = Session(WORKER, 60.0, time.monotonic())
-        session.hello(self.local.partition("%")[0], self.service.instance)
-        self.sinks = {}
-        self.channel = Channel(self.loop, connection, session, self)
-        self.link.setblocking(False)
-        self.loop.watch(self.link.fileno(), read=lambda: self.give_up("the worker was killed"))
-        self.timer = self.loop.call_later(self.PATIENCE, lambda: self.channel.lost(Loss(SILENT, "no job came")))
-        return self.loop.run()
-
-    def _shake(self):
-        self.peer, self.local = self.raw.getpeername(), self.raw.getsockname()[0]
-        self.server_port = self.raw.getsockname()[1]
-        connection = TlsConnection(self.raw, self.service.context, server_side=False)
-        connection.handshake_within(self.PATIENCE)
-        check_peer(connection, self.key)
-        return connection
-
-    def tell(self, words):
-        try:
-            self.link.send(words.encode() + b"\n")
-        except OSError:
-            pass        # the daemon has gone; the link's end says so too
-
-    # -- events of the session
-    def on_read_error(self, number, error):
-        return 0
-
-    def on_data(self, number, view):
-        return self.sinks[number].feed(view)
-
-    def on_message(self, kind, number, body):
-        if kind == WELCOME:
-            self.remote = parse_welcome(body)
-        elif kind == JOB:
-            self.start(body)
-        elif kind == END:
-            self.sinks[number].finish()
-        elif kind == STOP:
-            self.channel.drop_source(number)
-            self.close_end(number, reading=True)
-            self.maybe_over()
-        elif kind == SIGNAL:
-            self.signal(body)
-        elif kind == WINDOW and self.master is not None:
-            set_window(self.master, *body)
-        elif kind == BYE:
-            self.finish(0)
-
-    def signal(self, name):
-        """A terminal's job is not stopped when only its user's cexec is suspended.  Another one is stopped for good:
-        its group has no parent in its session, and for such an orphan TSTP has no effect."""
-        if self.has_group() and not (self.job.terminal and name in ("TSTP", "CONT")):
-            signal_group(self.pid, signal.SIGSTOP if name == "TSTP" else getattr(signal, "SIG" + name))
-
-    def start(self, job):
-        """Runs the command with the submitter's descriptors, or refuses."""
+    def __init__(self, handler, job):
+        self.handler = handler
+        self.daemon = handler.daemon
+        self.loop = handler.loop
+        self.channel = handler.channel
+        self.session = handler.channel.session
         self.job = job
-        self.timer.cancel()
-        self.channel.tick()         # the job has brought its own timeout
-        self.tell("won " + job.id)
+        self.began = time.monotonic()
+        self.pid = None
+        self.ended = False          # the process has, whether or not it was waited for
+        self.usage = None           # what wait4 told
+        self.ends = {}              # {descriptor in the job: our end of it}
+        self.reading = {}           # {input: bytes written to it, or its unread rest once it is at its end}
+        self.written = collections.Counter()
+        self.consumed = {}          # {input that has stopped: bytes of it that the job has read}
+        self.to_close = []          # the job's ends, until it has been started
+        self.master = self.slave = None
+        self.group_kill = None
+        self.cleared = False        # nothing of its group is left
+        self.limit_met = None
+        self.wall_timer = None
+
+    # -- start
+    def start(self):
+        """Runs the command with the submitter's descriptors.  OSError and ValueError when that cannot be."""
+        settings, job = self.handler.settings, self.job
         try:
-            theirs = self.open_ends(job)
-            if self.settings.user:
-                if self.slave is not None:
-                    os.fchown(self.slave, self.settings.user.pw_uid, -1)
-                become_user(self.settings.user)
-            self.pid = spawn(self.service.path, self.service.command, self.environment(job), theirs, self.slave)
-        except (OSError, ValueError) as error:
-            self.refuse("%s: %s" % (self.service.path, reason_of(error)))
-            return
+            if settings.user and os.geteuid() == 0:
+                become_user(settings.user)
+            theirs = self._open_ends()
+            limits = [(name, value) for name, value in settings.limits if name != WALL]
+            self.pid = spawn(self.daemon.path, self.daemon.command, self._environment(), theirs, self.slave, limits)
         finally:
-            for fd in self.closing:
+            for fd in self.to_close:
                 os.close(fd)
-            self.closing = []
-        self.tell("group %d" % self.pid)
-        self.log("job %s: start from %s, pid %d" % (job.id, self.remote_text(), self.pid))
-        self.channel.session.accept(time.monotonic())
-        self.attach()
-        self.channel.flush()
+            self.to_close = []
+        self.handler.board.post(self.pid, job.id)
+        wall = dict(settings.limits).get(WALL)
+        if wall:
+            self.wall_timer = self.loop.call_later(wall, self._out_of_time)
+        self._attach()
 
-    def remote_text(self):
-        peer = self.peer[0].partition("%")[0]
-        return self.remote if self.remote == peer else "%s by %s" % (self.remote, peer)
+    def _out_of_time(self):
+        self.limit_met = "wall"
+        self.kill()
 
-    def refuse(self, words):
-        self.log("job %s: refused to %s: %s" % (self.job.id, self.remote_text(), words))
-        self.channel.session.refuse(words)
-        self.channel.on_flushed = lambda: self.finish(0)
-        self.channel.flush()
-
-    def environment(self, job):
-        environment = {name: value for name, value in os.environb.items() if not name.startswith(b"PEER_")}
-        peer = self.peer
+    def _environment(self):
+        handler, job = self.handler, self.job
+        environment = dict(self.daemon.environment)
         environment.update({
-            b"REMOTE_ADDR": self.remote.encode(), b"REMOTE_PORT": b"%d" % peer[1],
-            b"SERVER_ADDR": self.local.partition("%")[0].encode(), b"SERVER_PORT": b"%d" % self.server_port,
+            b"REMOTE_ADDR": handler.remote.encode(), b"REMOTE_PORT": b"%d" % handler.peer[1],
+            b"SERVER_ADDR": handler.local[0].partition("%")[0].encode(), b"SERVER_PORT": b"%d" % handler.local[1],
             b"CEXEC_JOB": job.id.encode()})
         environment.update({b"PEER_" + name: value for name, value in job.names})
         if job.terminal:
@@ -5298,83 +5942,111 @@ class Handler:
                 environment.pop(name, None)
         return environment
 
-    # -- descriptors of the job
-    def open_ends(self, job):
+    def _open_ends(self):
         """Makes the pipes and socket pairs; returns {descriptor in the job: descriptor here}."""
-        theirs, limit = {}, os.sysconf("SC_OPEN_MAX")
-        if 0 < limit <= 2 * max(job.descriptors, default=0) + 64:
+        theirs, limit, job = {}, os.sysconf("SC_OPEN_MAX"), self.job
+        if 0 < limit <= max(job.descriptors, default=0) + 8:
             raise OSError(errno.EMFILE, "descriptor %d is too high for this machine's limit of %d" % (
                 max(job.descriptors), limit))
         for fd, kind in job.descriptors.items():
             if isinstance(kind, int):
                 theirs[fd] = theirs[kind]
                 continue
-            ours, other = self.make_terminal(job.terminal) if kind == TTY else self.make_end(kind)
+            ours, other = self._make_terminal() if kind == TTY else self._make_end(kind)
             if kind != TTY:
-                self.closing.append(other)
+                self.to_close.append(other)
             self.ends[fd], theirs[fd] = ours, other
         return theirs
 
-    def make_terminal(self, terminal):
+    def _make_terminal(self):
         """Its slave stays open here: what the job makes of its own descriptors must not look like the end."""
         import pty
         self.master, self.slave = pty.openpty()
         os.set_blocking(self.master, False)
-        rows, columns, _, modes = terminal
+        rows, columns, _, modes = self.job.terminal
         set_terminal(self.slave, rows, columns, modes)
         return self.master, self.slave
 
-    def make_end(self, kind):
+    def _make_end(self, kind):
         if kind == BOTH:
             ours, other = socket.socketpair()
             return ours.detach(), other.detach()
         reading, writing = os.pipe()
         ours, other = (writing, reading) if kind == IN else (reading, writing)
         os.set_blocking(ours, False)
-        enlarge_pipe(ours)
         return ours, other
 
-    def attach(self):
+    def _attach(self):
         for fd, ours in list(self.ends.items()):
             kind = self.job.descriptors[fd]
-            source, sink = {BOTH: (SocketSource, SocketSink),
-                            TTY: (TerminalSource, TerminalSink)}.get(kind, (Source, Sink))
+            make_source, make_sink = {BOTH: (SocketSource, SocketSink),
+                                      TTY: (TerminalSource, TerminalSink)}.get(kind, (Source, Sink))
             if kind in UPWARD:
-                self.sinks[fd] = sink(self.loop, ours, lambda size, fd=fd: self.channel.consumed(fd, size),
-                                              lambda error, fd=fd: self.sink_failed(fd),
-                                              lambda fd=fd: self.close_end(fd, writing=True))
-                self.sinks[fd].watch_other_side()
+                sink = make_sink(self.loop, ours, functools.partial(self._consumed, fd),
+                                 functools.partial(self._input_closed, fd), functools.partial(self._input_ended, fd))
+                self.channel.sinks[fd] = sink
+                sink.watch_other_side()
             if kind in DOWNWARD:
-                self.channel.add_source(fd, source(self.loop, ours, lambda fd=fd: self.channel.source_ready(fd)))
+                self.channel.add_source(fd, make_source(self.loop, ours,
+                                                        functools.partial(self.channel.source_ready, fd)))
 
-    def sink_failed(self, fd):
+    # -- its descriptors
+    def _consumed(self, fd, size):
+        self.written[fd] += size
+        self.channel.consumed(fd, size)
+
+    def _read_so_far(self, fd):
+        """How much of this input the job has read; UNKNOWN for what is no pipe or where the system does not tell."""
+        if fd in self.consumed:
+            return self.consumed[fd]
+        unread = unread_bytes(self.ends[fd]) if fd in self.ends and self.job.descriptors[fd] == IN else None
+        return UNKNOWN if unread is None else self.written[fd] - unread
+
+    def _input_closed(self, fd, error):
         """The job reads this descriptor no more."""
-        self.close_end(fd, writing=True)
-        if not self.channel.closed and self.channel.session.phase is RUNNING:
-            self.channel.session.stop(fd)
+        self.consumed[fd] = self._read_so_far(fd)
+        self._close_end(fd, socket.SHUT_WR)
+        if not self.channel.closed and self.session.phase is RUNNING:
+            self.session.stop(fd, self.consumed[fd])
             self.channel.flush()
 
-    def on_source_end(self, number):
-        """The job has closed its end, or shut down its half of a socket pair."""
-        channel, both = self.channel, self.job.descriptors[number] == BOTH
-        if both and number in self.ends and is_hung_up(self.ends[number]):
-            channel.session.stop(number)
-            self.sinks[number].close()
-        if not both:
-            self.close_end(number)
+    def _input_ended(self, fd):
+        """All of it has been written: the job is to see the end.  What it leaves unread is asked at its own end."""
+        if self.job.descriptors[fd] == IN and fd in self.ends:
+            rest = reopen_for_reading(self.ends[fd])
+            self._close_end(fd)
+            if rest is not None:
+                self.ends[fd] = rest
+        else:
+            self._close_end(fd, socket.SHUT_WR)
+
+    def stopped(self, fd):
+        """The submitter reads this output no more."""
+        self.channel.drop_source(fd)
+        self._close_end(fd, socket.SHUT_RD)
         self.maybe_over()
 
-    def close_end(self, fd, reading=False, writing=False):
-        """Shuts one direction of our end, or closes a pipe's."""
-        ours = self.ends.get(fd)
-        if ours is None:
-            return
-        if self.job.descriptors[fd] == TTY:
-            return          # it stays until the job ends: closing it hangs up
-        if self.job.descriptors[fd] == BOTH:
+    def source_ended(self, fd):
+        """The job has closed its end, or shut down its half of a socket pair."""
+        both = self.job.descriptors[fd] == BOTH
+        if both and fd in self.ends and is_hung_up(self.ends[fd]):
+            self.session.stop(fd, UNKNOWN)
+            self.channel.sinks[fd].close()
+        self.channel.drop_source(fd)
+        self.session.end(fd)
+        if not both:
+            self._close_end(fd)
+        self.maybe_over()
+
+    def _close_end(self, fd, how=None):
+        """Shuts one direction of a socket pair, or closes a pipe's end."""
+        ours, kind = self.ends.get(fd), self.job.descriptors[fd]
+        if ours is None or kind == TTY:
+            return          # a terminal stays until the job ends: closing it hangs up
+        if kind == BOTH:
             with socket.socket(fileno=os.dup(ours)) as half:
                 try:
-                    half.shutdown(socket.SHUT_RD if reading else socket.SHUT_WR)
+                    half.shutdown(how)
                 except OSError:
                     pass        # the job has closed its end already
         else:
@@ -5382,102 +6054,318 @@ class Handler:
             self.loop.watch(ours)
             os.close(ours)
 
-    # -- the job's end
-    def reap(self):
-        if not self.pid or self.ended:
-            return
-        pid, status, usage = os.wait4(self.pid, os.WNOHANG)
-        if not pid:
-            return
-        signalled = os.WIFSIGNALED(status)
-        number = os.WTERMSIG(status) if signalled else os.WEXITSTATUS(status)
-        name = signal.Signals(number).name[3:] if signalled and number in signal.Signals.__members__.values() else ""
-        self.ended = ExitReport(signalled, False, number, int((time.monotonic() - self.began) * 1000),
-                           int((usage.ru_utime + usage.ru_stime) * 1000),
-                           usage.ru_maxrss // (1024 if MACOS else 1), name, {})
-        self.maybe_over()
+    def signal(self, name):
+        """A terminal's job is not stopped when only its user's cexec is suspended.  Another one is stopped for good:
+        its group has no parent in its session, and for such an orphan TSTP has no effect."""
+        if self.pid and not self.usage and not (self.job.terminal and name in ("TSTP", "CONT")):
+            signal_group(self.pid, signal.SIGSTOP if name == "TSTP" else SIGNAL_NAMES[name])
+
+    def resize(self, size):
+        if self.master is not None:
+            set_window(self.master, *size)
+
+    # -- its end
+    def child_changed(self):
+        if self.pid and not self.ended and (has_ended(self.pid) if CAN_PEEK else self._reap()):
+            self.ended = True
+            self.maybe_over()
+
+    def _reap(self):
+        """Waits for the process, if it has ended; until then its number stays its own."""
+        if not self.usage:
+            pid, status, usage = os.wait4(self.pid, os.WNOHANG)
+            if pid:
+                self.usage = status, usage
+        return bool(self.usage)
 
     def maybe_over(self):
         """The job is over when its process has ended and every output is at its end and sent.
 
-        A terminal's output ends when nobody has it open, so there the rest of the session ends first."""
-        session = self.channel.session
-        if self.channel.closed or not self.ended or session.phase is not RUNNING:
+        A terminal's output ends when nobody has it open, so there the rest of the session ends first.
+        """
+        if self.channel.closed or not self.ended or self.group_kill or self.session.phase is not RUNNING:
             return
-        if self.slave is not None and self.remains is None:
-            self.remains = GroupKill(self.loop, self.pid, self.cleared)
-        elif all(stream.state == "ended" for stream in session.sending.values()):
-            if self.remains is None and self.has_group():
-                self.remains = GroupKill(self.loop, self.pid, self.cleared, whole=False)
-            elif self.remains in (None, True):
-                self.report()
+        sent = all(stream.state == "ended" for stream in self.session.sending.values())
+        if self.slave is not None and not self.cleared:
+            self._kill_group(True, self._terminal_cleared)
+        elif sent and not self.cleared:
+            self._reap()
+            if signal_group(self.pid, 0):
+                self._kill_group(False, self._all_cleared)
+            else:
+                self._all_cleared()
+        elif sent:
+            self._report()
 
-    def has_group(self):
-        """Whether the job's group is there.  When its leader has ended its number may be somebody else's by now."""
-        if not self.pid or (self.ended and not signal_group(self.pid, 0)):
-            return False
-        return not self.ended or self.pid in session_groups(self.pid)
+    def _kill_group(self, whole, done):
+        self.group_kill = GroupKill(self.pid, whole)
+        self._look(done)
 
-    def cleared(self):
-        """Nothing of the job is left."""
-        self.remains = True
+    def _look(self, done):
+        if self.group_kill.look():
+            self.group_kill = None
+            self._reap()
+            done()
+        else:
+            self.loop.call_later(KILL_LOOK, lambda: self._look(done))
+
+    def _terminal_cleared(self):
+        self.cleared = True
         for number, source in list(self.channel.sources.items()):
             if isinstance(source, TerminalSource):
                 source.ending = True
                 self.channel.source_ready(number)
         self.maybe_over()
 
-    def report(self):
-        """The last message.  The slot is free from here on."""
-        if self.channel.closed:
-            return self.finish(0)
-        channel, ended = self.channel, self.ended
-        channel.session.exit(ended)
-        self.log("job %s: end, %s %d, %.3f s, %d bytes in, %d out" % (
-            self.job.id, "signal" if ended.signalled else "status", ended.number, ended.milliseconds / 1000,
-            channel.received_total, channel.sent_total))
-        self.tell("over")
-        channel.flush()
-        # The slot is free already; a submitter that is slow, or asleep, still gets all that the job wrote.
-        self.loop.call_later(max(self.PATIENCE, 2 * channel.session.timeout), lambda: self.finish(0))
+    def _all_cleared(self):
+        self.cleared = True
+        self.maybe_over()
 
-    # -- when something breaks
-    def on_lost(self, loss):
-        """The submitter has gone or cannot be understood: its job ends."""
-        if self.channel.session.phase is ENDED:
-            return self.finish(0)
-        if self.job and self.pid:
-            self.log("job %s: submitter lost: %s; the job ends" % (self.job.id, loss.words))
-        elif loss.kind is PROTOCOL:
-            self.log("from %s: %s" % (self.peer[0], loss.words))
-        self.end_job()
+    def _report(self):
+        status, usage = self.usage or (signal.SIGKILL, None)        # None: it cannot even be killed
+        signalled = os.WIFSIGNALED(status)
+        number = os.WTERMSIG(status) if signalled else os.WEXITSTATUS(status)
+        name = next((name for name, known in SIGNAL_NAMES.items() if known == number), "") if signalled else ""
+        self.limit_met = self.limit_met or {"XCPU": "cpu", "XFSZ": "file"}.get(name)
+        consumed = {fd: self._read_so_far(fd) for fd in self.session.receiving if fd not in self.consumed}
+        report = ExitReport(
+            signalled, False, number, int((time.monotonic() - self.began) * 1000),
+            int((usage.ru_utime + usage.ru_stime) * 1000) if usage else 0,
+            usage.ru_maxrss // (1024 if MACOS else 1) if usage else 0, name, consumed)
+        self._release()
+        self.handler.on_job_over(report)
 
-    def give_up(self, words):
-        self.loop.watch(self.link.fileno())
-        if self.job and self.pid and not self.channel.closed and self.channel.session.phase is RUNNING:
-            self.log("job %s: %s; the job ends" % (self.job.id, words))
-            self.channel.session.abort(words)
-            self.channel.flush()
-        self.end_job()
-
-    def end_job(self):
-        if self.pid is None:
-            return self.finish(1)
-        if self.ending:
-            return self.ending.kill()
-        self.ending = GroupKill(self.loop, self.pid, lambda: self.finish(1), self.reap)
-        self.channel.close()
-        for fd in list(self.ends):
-            self.sinks[fd].close() if fd in self.sinks else None
-            os.close(self.ends.pop(fd))
+    def _release(self):
+        """Gives back what is held of the job here."""
+        if self.wall_timer:
+            self.wall_timer.cancel()
+        for fd, end in self.ends.items():
+            if fd in self.channel.sinks:
+                self.channel.sinks[fd].close()
+            self.loop.watch(end)
+            os.close(end)
+        self.ends.clear()
         if self.slave is not None:
             os.close(self.slave)
             self.slave = None
 
-    def finish(self, status):
-        self.tell("ended")
+    def kill(self):
+        """Ends the job, whatever it does; a second call does so at once."""
+        if self.group_kill:
+            self.group_kill.kill()
+        elif self.pid and not self.cleared:
+            self._kill_group(True, self._killed)
+
+    def _killed(self):
+        self.cleared = self.ended = True
+        self.maybe_over()
+
+    def abandon(self, done):
+        """The submitter has gone: ends the job and then calls done()."""
+        self._release()
+        if self.group_kill:
+            self.group_kill.kill()
+        elif self.pid and not self.cleared:
+            self._kill_group(True, done)
+            return
+        self._abandoned(done)
+
+    def _abandoned(self, done):
+        if self.group_kill:
+            self.loop.call_later(KILL_LOOK, lambda: self._abandoned(done))
+        else:
+            done()
+
+
+class Handler:
+    """One connection on the worker, in a process of its own: the channel, and the jobs that come by it in turn.
+
+    The daemon's child makes it and ends with it.  It tells the daemon by the link, a line each: `won` when the first
+    job has come, `over` when the slot is free.  The daemon says `leave` when this connection shall take no more jobs,
+    `stay` when it may again.  The end of the link means that the daemon was killed.
+    """
+    PATIENCE = 15.0         # seconds for handshake and first job
+    IDLE = 1.0              # seconds without a job after which a connection gives its slot back
+    LINGER = 5.0            # seconds that a submitter has to read the last words
+
+    def __init__(self, daemon, connection, link, board):
+        self.daemon = daemon
+        self.settings = daemon.settings
+        self.log = daemon.log
+        self.raw = connection
+        self.link = link
+        self.board = board
+        self.loop = Loop()
+        self.channel = None
+        self.running = None         # the RunningJob in hand
+        self.remote = None          # the submitter's address, as it says it
+        self.told_to_leave = False
+        self.slot_given_back = False
+        self.ending = False
+        self.timer = None
+
+    # -- the channel
+    def run(self):
+        """Returns the process's exit status."""
+        try:
+            connection = self._shake_hands()
+        except (OSError, ValueError) as error:
+            loss = loss_of(error)
+            if loss.kind is BROKEN and isinstance(error, ssl.SSLError):
+                self.log("from %s: %s" % (self.raw.getpeername()[0], loss.words))
+            return 1        # a connection that just ends was not needed any more
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.loop.on_signal(number, lambda number: self.give_up("the worker was told to stop"))
+        self.loop.on_signal(signal.SIGHUP, lambda number: None)
+        self.loop.on_signal(signal.SIGCHLD, lambda number: self.running and self.running.child_changed())
+        session = Session(WORKER, 60.0, time.monotonic())
+        session.hello(self.local[0].partition("%")[0], self.daemon.instance)
+        self.channel = Channel(self.loop, connection, session, self)
+        self.link.setblocking(False)
+        self.loop.watch(self.link.fileno(), read=self._told)
+        self.timer = self.loop.call_later(self.PATIENCE, self._finish)
+        return self.loop.run()
+
+    def _shake_hands(self):
+        self.peer, self.local = self.raw.getpeername(), self.raw.getsockname()
+        connection = TlsConnection(self.raw, self.daemon.context, server_side=False)
+        connection.handshake_within(self.PATIENCE)
+        check_peer(connection, self.daemon.key)
+        return connection
+
+    def _tell(self, word):
+        try:
+            self.link.send(word + b"\n")
+        except OSError:
+            pass        # the daemon has gone; the link's end says so too
+
+    def _told(self):
+        try:
+            words = self.link.recv(4096).split()
+        except BlockingIOError:
+            return
+        except OSError:
+            words = []
+        if not words:
+            self.loop.watch(self.link.fileno())
+            return self.give_up("the worker was killed")
+        self.told_to_leave = words[-1] == b"leave"
+        if self.told_to_leave and self.channel.session.phase is ENDED:
+            self._leave()
+
+    # -- what the channel hears
+    def on_message(self, kind, number, body):
+        if kind == WELCOME:
+            self.remote = parse_welcome(body)
+        elif kind == JOB:
+            self._start(body)
+        elif kind == END:
+            self.channel.sinks[number].finish()
+        elif kind == STOP:
+            self.running.stopped(number)
+        elif kind == SIGNAL:
+            self.running.signal(body)
+        elif kind == WINDOW:
+            self.running.resize(body)
+        elif kind == BYE:
+            self._finish()
+
+    def on_data(self, number, view):
+        return self.channel.sinks[number].feed(view)
+
+    def on_source_end(self, number):
+        self.running.source_ended(number)
+
+    def on_read_error(self, number, error):
+        return 0        # an end that cannot be read any more is at its end
+
+    def on_lost(self, loss):
+        """The submitter has gone or cannot be understood: its job ends."""
+        if self.running:
+            self.log("job %s: submitter lost: %s; the job ends" % (self.running.job.id, loss.words))
+        elif loss.kind is PROTOCOL:
+            self.log("from %s: %s" % (place_text(self.peer), loss.words))
+        self._end_job()
+
+    # -- jobs
+    def _start(self, job):
+        self.timer.cancel()
+        self.channel.tick()         # the job has brought its own timeout
+        if not self.board.jobs:
+            self._tell(b"won")
+        self.board.post(0, job.id)
+        self.running = RunningJob(self, job)
+        try:
+            self.running.start()
+        except (OSError, ValueError) as error:
+            words = "%s: %s" % (self.daemon.path, reason_of(error))
+            self.log("job %s: refused to %s: %s" % (job.id, self.remote_text(), words))
+            self.running = None
+            self.channel.session.refuse(words)
+            return self._give_slot_back()
+        self.log("job %s: start from %s, pid %d" % (job.id, self.remote_text(), self.running.pid))
+        self.channel.session.accept(time.monotonic())
+        self.channel.flush()
+
+    def remote_text(self):
+        peer = self.peer[0].partition("%")[0]
+        return self.remote if self.remote == peer else "%s by %s" % (self.remote, peer)
+
+    def on_job_over(self, report):
+        """All of its output is on its way, and its group is gone."""
+        job, limit_met, self.running = self.running.job, self.running.limit_met, None
+        met = " (its limit of %s)" % limit_met if limit_met else ""
+        self.log("job %s: end, %s %d%s, %.3f s, %d bytes in, %d out" % (
+            job.id, "signal" if report.signalled else "status", report.number, met, report.milliseconds / 1000,
+            self.channel.received_total, self.channel.sent_total))
+        self.board.end()
+        self.channel.reset_streams()
+        self.channel.session.exit(report._replace(last=self.told_to_leave))
+        if self.told_to_leave:
+            return self._give_slot_back()
+        self.timer = self.loop.call_later(self.IDLE, self._leave)
+        self.channel.flush()
+
+    def _leave(self):
+        """Takes no more jobs on this connection.  A job that is on its way here is not started, and its submitter
+        learns that from the same words."""
+        if self.channel.session.phase is ENDED:
+            self.channel.session.abort("no more jobs here")
+            self._give_slot_back()
+
+    def _give_slot_back(self):
+        """The last words are said: a submitter that is slow, or asleep, still gets all that the job wrote."""
+        self.timer.cancel()
+        if not self.slot_given_back:
+            self.slot_given_back = True
+            self._tell(b"over")
+        self.channel.flush()
+        self.timer = self.loop.call_later(max(self.LINGER, 2 * self.channel.session.timeout), self._finish)
+
+    # -- the end
+    def give_up(self, words):
+        if self.running and not self.channel.closed:
+            self.log("job %s: %s; the job ends" % (self.running.job.id, words))
+            self.channel.session.abort(words)
+            self.channel.flush()
+        elif self.channel.session.phase is ENDED:
+            return self._leave()
+        self._end_job()
+
+    def _end_job(self):
         self.channel.close()
-        self.loop.stop(status)
+        if not self.running:
+            self._finish()
+        elif self.ending:
+            self.running.kill()
+        else:
+            self.ending = True
+            self.running.abandon(self._finish)
+
+    def _finish(self):
+        self.board.end()
+        self.channel.close()
+        self.loop.stop(0)
 
 
 class TerminalSource(Source):
@@ -5527,13 +6415,6 @@ def is_hung_up(fd):
     return any(events & select.POLLHUP for _, events in poll.poll(0))
 
 
-def become_user(user):
-    """Gives up root for good, with all its groups."""
-    os.initgroups(user.pw_name, user.pw_gid)
-    os.setgid(user.pw_gid)
-    os.setuid(user.pw_uid)
-
-
 def cservice(arguments, settings):
     """cservice APP COMMAND [ARG...]"""
     if len(arguments) < 2:
@@ -5557,13 +6438,6 @@ def cservice(arguments, settings):
     return loop.run()
 
 
-def load_all():
-    """What handlers would import by themselves: after --user they may not be allowed to read it any more."""
-    import pty
-    import resource
-    return pty, resource
-
-
 def close_strays():
     """Whatever was inherited beside the standard three is nobody's business here, nor in the jobs."""
     try:
@@ -5576,6 +6450,26 @@ def close_strays():
 
 
 # ---------------------------------------------------------------- what long-running tools share
+
+class Log:
+    """Lines on standard error with time and program, which never block and never flood."""
+    BURST, PER_SECOND = 200, 50
+
+    def __init__(self, name):
+        self.name, self.tokens, self.stamp, self.dropped = name, self.BURST, time.monotonic(), 0
+
+    def __call__(self, text, always=False):
+        now = time.monotonic()
+        self.tokens = min(self.BURST, self.tokens + (now - self.stamp) * self.PER_SECOND)
+        self.stamp = now
+        if (self.tokens < 1 and not always) or not has_room():
+            self.dropped += 1
+            return
+        self.tokens -= 1
+        if self.dropped:
+            text, self.dropped = "%s (%d lines before this one were dropped)" % (text, self.dropped), 0
+        say("%s %s" % (time.strftime("%Y-%m-%dT%H:%M:%S"), self.name), text[:2000])
+
 
 NOTE_PAUSE = 10.0           # seconds between two notes on one topic: strangers must not fill a log
 REFRESH_EVERY = 10.0        # seconds between two looks at the interfaces
