@@ -1634,12 +1634,12 @@ class Session:
 
 # ---------------------------------------------------------------- choice: which worker runs the job
 #
-# Every worker hears an announcement and sets a timer that grows with its cost, plus a little chance. The first ones to
+# Every worker hears an announcement and sets a timer that grows with its cost, plus a random part. The first ones to
 # fire connect; the submitter tells the rest to hold, takes the first good one and tells all that the job is taken.
 # A shared offset is added to all timers: submitters compute it from what they saw and workers remember it, so it
 # follows the size, load and speed of the cluster, which nobody needs to know. Times are milliseconds.
 
-CHANCE = 3.0            # scale of the random part: about the time from the first connection until all have heard of it
+JITTER = 3.0            # scale of the random part: about the time from the first connection until all have heard of it
 PER_COST = 48.0         # delay per unit of cost (cost is a logarithm: twice as loaded or half as fast waits 33 ms more)
 OFFSET_UNSET = 18.0     # a worker that has heard nothing yet does not know how many others it would collide with
 OFFSET_RANGE = (-150.0, 120.0)   # what a taken message can do at worst; a few jobs later it is mended
@@ -1648,17 +1648,27 @@ QUIET = 2000.0          # after so long without a job the cluster may have becom
 QUIET_REST = 6.0
 SETTLED = 0.2           # a wait that has grown by less than this since the timer was set does not matter
 HOLD_TIME = 20.0        # longer than a handshake on a busy machine, too short for a stalled worker to be noticed
-HOLD_MOST = 1000.0
+HOLD_MOST = 1000.0      # what all holds of one search together can defer one worker
 SPEAK_GAP = 0.3         # holds and takens closer together than this tell nothing new
 LOAD_LAG = 5000.0       # the outside load is smoothed over this time
 PENALTY = 3.0           # added to the cost of a ratted-out worker: any other goes first, a lone one still serves
 PER_SOURCE = 128        # announcements remembered for one submitting host, the oldest jobs first
-PENDING_MOST = 1024       # and in all; each event looks through them, which takes a tenth of a millisecond at worst
-ANSWERED_MOST = 1024       # nonces that get no second connection
+PENDING_MOST = 1024     # and in all; each event looks through them, which takes a tenth of a millisecond at worst
+ANSWERED_MOST = 1024    # nonces that have been answered: most get no second connection
+PLACES_MOST = 8         # addresses that one search was heard from: the submitter's interfaces, proxies, and copies
+REFUSALS_MOST = 2       # when each of its addresses has failed so often, and the last one refused, a search is over
+PORT_LEAST = 1024       # nobody makes a worker connect to a system's own services
 FORGET = 2.5            # a waiting submitter not heard for so many of its intervals is gone
 INTERVAL_RANGE = (40.0, 10000.0)
 CONNECT_GAP = 1.0       # connections per worker: a thousand in a second, so that nobody can use workers as a hammer
 CONNECT_BURST = 64
+
+BUSY_SPREAD = 1000.0    # the answers "busy" come within this time
+BUSY_WORKERS = 10000    # in a room of up to so many about one is the first to speak
+BUSY_ENOUGH = 5         # answers after which the submitter announces at once that it needs no more
+BUSY_AGAIN = 5000.0     # a submitter that has heard one asks again after this
+BUSY_PAUSE = 4000.0     # a worker answers one search at most so often
+BUSY_GAP, BUSY_BURST = 100.0, 10     # and all searches together once in so many ms, after so many at once
 
 AGAIN_FIRST = 20.0      # announcements: 20 ms, 40, 80 ... apart
 AGAIN_MOST = 4000.0     # a worker that starts now finds who waits within this; 100 waiting hosts send 25 a second
@@ -1666,14 +1676,17 @@ AGAIN_JITTER = 0.25
 HANDSHAKES = 4          # at once: more would slow the first one
 PATIENCE = 20.0         # a handshake older than this makes room for a connection that waits
 PATIENCE_GROWTH = 1.25  # each time, for in a distant cluster every handshake takes longer
+PATIENCE_MOST = 1000.0  # from GO to hello while others wait
 CANDIDATES = 64         # connections that are kept at once
+PER_ADDRESS = 4         # of these, unproven ones from one address: its holder must not keep all others out
+FAILURES_MOST = 1024    # addresses whose failed handshakes are remembered
+RANDOMS_MOST = 4096     # preambles remembered, so that no copy passes for another worker
 PREFER_GAP = 0.1        # a connected worker that is cheaper by this is worth waiting for
 PREFER_WAIT = 1.5
 TAKEN_AGAIN = (4.0, 8.0)    # before the hold runs out
 CROWDED = 2.0           # more than two connections are too many: the offset rises by this, times the log of the ratio
 
-SERVED, LEARNT = 1 << 40, 1 << 41   # beyond any attempt: the announcement is over; and its offset has been used
-
+HANDSHAKE, EVICT, WIN = "handshake", "evict", "win"     # what a Selection wants done, beside ANNOUNCE, HOLD and TAKEN
 
 
 def clamp(value, low, high):
@@ -1681,111 +1694,261 @@ def clamp(value, low, high):
     return min(value, high) if value >= low else low
 
 
-class PendingAnnouncement:
-    """One announcement as one worker remembers it."""
-    __slots__ = "nonce source attempt since until base jitter cost wait fire queued".split()
+class Place:
+    """One address that a search was heard from.  source: as the kernel gives it, with the UDP port; port: TCP."""
+    __slots__ = ("source", "port", "sequence", "failures")
 
-    def __init__(self, nonce, source, since):
-        self.nonce, self.source, self.since = nonce, source, since
-        self.queued = False
+    def __init__(self, source, port):
+        self.source = source
+        self.port = port
+        self.sequence = -1      # of the last announcement that came from here first
+        self.failures = 0
+
+    def rank(self):
+        """The least is the best.  Only the submitter itself keeps being the first with a new announcement."""
+        return self.failures, -self.sequence
+
+
+class PendingAnnouncement:
+    """One search for a worker as one worker remembers it, from its first announcement until it is forgotten."""
+    __slots__ = ("nonce source room since until sequence hold_sequence hold_end held base jitter cost wait fire queued "
+                 "busy_at busy_told wants_busy places current over learnt").split()
+
+    def __init__(self, nonce):
+        self.nonce = nonce
+        self.sequence = -1          # the highest of its announcements, and of its holds
+        self.hold_sequence = -1
+        self.hold_end = -math.inf
+        self.held = 0.0             # ms that holds have deferred it
+        self.queued = False         # its time has come, but no slot was free
+        self.wants_busy = False     # its last announcement had TELL_BUSY
+        self.busy_at = None         # when to say that this worker is busy
+        self.busy_told = -math.inf
+        self.places = []
+        self.current = None         # the place of the connection under way, or of the last one
+        self.over = False           # it gets no answer any more
+        self.learnt = False         # its new offset has been taken over
+
+    def heard_from(self, source, port, sequence):
+        """The first bytes to bring a new sequence number are the submitter's, as far as a worker can know; copies from
+        elsewhere come later and never displace it."""
+        new = sequence > self.sequence
+        place = next((place for place in self.places if place.source[0] == source[0]), None)
+        if place is None:
+            if len(self.places) == PLACES_MOST:
+                if not new:
+                    return
+                self.places.remove(max(self.places, key=Place.rank))
+            place = Place(source, port)
+            self.places.append(place)
+        elif new and place.failures:
+            place.source, place.port = source, port     # what was heard first may have been the copy
+        if new:
+            place.sequence = sequence
+
+    def best_place(self):
+        return min(self.places, key=Place.rank)
 
 
 class Responder:
     """When one worker answers which announcement.
 
     slots, cores: jobs at once, processors; speed: 1.0 is usual; uniform() returns a number in (0, 1];
-    boost: a fixed delay in microseconds in place of the load rule. running counts jobs and reserved slots."""
+    boost: a fixed delay in microseconds in place of the load rule.  running counts jobs and reserved slots.
+    stopped: while it is set nobody is answered, as if all slots were taken."""
 
     def __init__(self, slots, cores, speed, uniform, boost=None):
         self.slots, self.cores, self.speed, self.uniform, self.boost = slots, cores, speed, uniform, boost
         self.running = 0
-        self.calls = collections.OrderedDict()      # nonce -> Call, the least recently heard first
-        self.answered = collections.OrderedDict()      # nonce -> the last attempt that gets no answer any more
-        self.answers = {}                              # nonce -> attempt, for connections under way
+        self.stopped = False
+        self.pending = collections.OrderedDict()    # {nonce: PendingAnnouncement}, the least recently heard first
+        self.connecting = {}                        # the same for connections under way
+        self.answered = collections.OrderedDict()   # and for those that have had one, or need none
         self.offset = OFFSET_UNSET + PER_COST * math.log(speed)
         self.offset_high = self.offset_at = None
         self.outside, self.outside_at = 0.0, None
         self.penalty_until = -math.inf
         self.next_connect_at = -math.inf
+        self.next_busy_at = -math.inf
+
+    @property
+    def full(self):
+        return self.stopped or self.running >= self.slots
 
     def load(self, now, outside):
-        """Take one sample of how many processes, the own jobs left out, want a processor."""
+        """Take one sample, each second, of how many processes, the own jobs left out, want a processor."""
         blend = 1.0 if self.outside_at is None else 1 - math.exp((self.outside_at - now) / LOAD_LAG)
         self.outside += blend * (clamp(outside, 0.0, 1e6) - self.outside)
         self.outside_at = now
+        self._forget_silent(now)
 
     def penalise(self, now, ms):
         """Hold back for ms; 0 ends it."""
         self.penalty_until = now + ms
 
-    def announced(self, now, nonce, source, attempt, waited, interval):
-        """Heard an announcement: attempt counts from 0; its submitter has waited so long, repeats after interval."""
-        if nonce in self.answers or attempt <= self.answered.get(nonce, -1):
-            return
-        call = self.calls.get(nonce)
-        if call is None:
-            self._make_room(now, source)
-            call = self.calls[nonce] = PendingAnnouncement(nonce, source, now - clamp(waited, 0.0, 1e9))
-            self._rise_when_quiet(now)
-            self._wait(now, now, call)
-        elif attempt <= call.attempt:
-            return
-        call.attempt = attempt
-        call.until = now + FORGET * clamp(interval, *INTERVAL_RANGE)
-        self.calls.move_to_end(nonce)
+    # -- what is heard
+    def concerned(self, kind, nonce):
+        """Whether a datagram can matter here: most are about jobs of others, and not worth an HMAC."""
+        if kind == HOLD:
+            return nonce in self.pending
+        if kind == TAKEN:
+            record = self._find(nonce)
+            return record is None or not record.learnt
+        return True
 
-    def hold(self, now, nonce, ms):
-        """Another worker has connected: answer ms later, if it is still needed then."""
-        call = self.calls.get(nonce)
-        if call is None:
+    def announced(self, now, nonce, source, announcement, sequence, port):
+        """Heard an Announcement.  source: the address it came from, as the kernel gives it; port: TCP, to connect to.
+        A copy with a sequence number that is not new can at most add a place to connect to."""
+        record = self._find(nonce) or PendingAnnouncement(nonce)
+        new = sequence > record.sequence
+        if port < PORT_LEAST or record.over or sequence < record.sequence:
             return
-        end = now + clamp(ms, 0.0, HOLD_MOST)
-        if call.queued:
-            call.fire = end
+        record.heard_from(source, port, sequence)
+        record.sequence = sequence
+        if nonce in self.connecting or not new:
+            return
+        if nonce not in self.pending:
+            self._make_room(now, source[0])
+            self.answered.pop(nonce, None)
+            self.pending[nonce] = record
+            record.source, record.since, record.queued = source[0], now - clamp(announcement.waited, 0.0, 1e9), False
+            self._rise_when_quiet(now)
+            self._wait(now, now, record)
+        record.room = announcement.room
+        record.until = now + FORGET * clamp(announcement.interval, *INTERVAL_RANGE)
+        record.wants_busy = bool(announcement.flags & TELL_BUSY)
+        self._plan_busy(now, record)
+        self.pending.move_to_end(nonce)
+
+    def hold(self, now, nonce, ms, sequence):
+        """Another worker has connected: answer ms later, if it is still needed then."""
+        record = self.pending.get(nonce)
+        if record is None or sequence <= record.hold_sequence:
+            return
+        record.hold_sequence, end = sequence, now + clamp(ms, 0.0, HOLD_MOST)
+        more = max(0.0, end - max(now, record.hold_end))
+        if record.held + more > HOLD_MOST:
+            return
+        record.held, record.hold_end = record.held + more, max(end, record.hold_end)
+        if record.queued:
+            record.fire = end
         else:
-            self._wait(now, end, call)
+            self._wait(now, end, record)
 
     def taken(self, now, nonce, offset):
         """The job has found its worker; offset: the shared offset from now on, or None."""
-        self.calls.pop(nonce, None)
-        usable = offset is not None and offset == offset
-        if usable and self.answered.get(nonce) != LEARNT:
+        record = self._find(nonce) or PendingAnnouncement(nonce)
+        self.pending.pop(nonce, None)
+        record.over = True
+        if offset is not None and offset == offset and not record.learnt:
+            record.learnt = True
             self._learn(now, clamp(offset, *OFFSET_RANGE))
-        self._spend(nonce, LEARNT if usable else SERVED)
+        if nonce not in self.connecting:
+            self._remember(record)
 
+    # -- connections
     def due(self, now):
-        """The connections to make now. Each has reserved a slot until won and freed, or lost."""
-        full = self.running >= self.slots
-        expired = [call for call in self.calls.values() if call.fire <= now and not (full and call.queued)]
+        """The connections to make now.  Each has reserved a slot until won and freed, or lost."""
+        self._forget_silent(now)
+        full = self.full
+        fired = [record for record in self.pending.values() if record.fire <= now and not (full and record.queued)]
         self.next_connect_at = max(self.next_connect_at, now - CONNECT_BURST * CONNECT_GAP)
         answers = []
-        for call in sorted(expired, key=lambda call: call.since):
-            if call.until <= now:
-                del self.calls[call.nonce]
-            elif self.running >= self.slots:
-                call.queued = True
-            elif self.next_connect_at <= now and (call.queued or self._settled(now, call)):
-                answers.append(self._answer(call))
+        for record in sorted(fired, key=lambda record: record.since):
+            if self.full:
+                record.queued = True
+                self._plan_busy(now, record)
+            elif self.next_connect_at <= now and (record.queued or self._settled(now, record)):
+                answers.append(self._answer(record))
         return answers
 
     def next_due(self):
-        """When to ask due() again, or None."""
-        full = self.running >= self.slots
-        times = [call.fire for call in self.calls.values() if not (full and call.queued)]
-        return max(min(times), self.next_connect_at) if times else None
+        """When to ask due() and busy_due() again, or None."""
+        full = self.full
+        times = [record.busy_at for record in self.pending.values() if record.busy_at is not None]
+        fires = [record.fire for record in self.pending.values() if not (full and record.queued)]
+        if fires:
+            times.append(max(min(fires), self.next_connect_at))
+        return min(times, default=None)
+
+    def place(self, nonce):
+        """Where to connect to for an answer that is due: the address and port, as connect() wants them."""
+        record = self.connecting[nonce]
+        record.current = record.best_place()
+        source = record.current.source
+        return (source[0], record.current.port) + tuple(source[2:])
+
+    def sender(self, nonce):
+        """The UDP address for what is to be said to the submitter; None when it is not known any more."""
+        record = self._find(nonce)
+        if record is None or not record.places:
+            return None
+        return (record.current if nonce in self.connecting and record.current else record.best_place()).source
+
+    def place_failed(self, nonce):
+        """The connection under way has not shown itself to be the submitter's: no such address, no GO.  To be said
+        before lost()."""
+        record = self.connecting[nonce]
+        if record.current:
+            record.current.failures += 1
+
+    def gives_way(self, nonce):
+        """Whether a connection that has been silent for long is to be given up: others wait for its slot, or its
+        submitter is heard from a better place."""
+        record = self.connecting.get(nonce)
+        return bool(record) and (bool(self.full and self.waiting()) or record.best_place() is not record.current)
 
     def won(self, nonce):
         """The connection for nonce has become a job, which keeps the slot until freed()."""
-        self._close(nonce, SERVED)
+        record = self.connecting.pop(nonce)
+        record.over = True
+        self._remember(record)
 
     def lost(self, nonce, refused=False):
-        """The connection for nonce ended without a job; refused: nobody listens there any more."""
-        self._close(nonce, SERVED if refused else 0)
+        """The connection for nonce ended without a job; refused: nobody listens there any more.  A later announcement
+        may be answered again: the submitter is still looking."""
+        if refused:
+            self.place_failed(nonce)
+        record = self.connecting.pop(nonce)
+        if refused and all(place.failures >= REFUSALS_MOST for place in record.places):
+            record.over = True
+        self._remember(record)
         self.running -= 1
 
     def freed(self):
         """A job has ended."""
         self.running -= 1
+
+    # -- who waits
+    def waiting(self, room=None):
+        """How many submitters, those of this room left out, wait for a slot here."""
+        return sum(record.queued and record.room != room for record in self.pending.values())
+
+    def busy_due(self, now):
+        """The nonces whose submitters are to hear now that this worker has no slot free."""
+        self.next_busy_at = max(self.next_busy_at, now - BUSY_BURST * BUSY_GAP)
+        told = []
+        for record in self.pending.values():
+            if record.busy_at is None or record.busy_at > now:
+                continue
+            record.busy_at = None
+            if self.full and self.next_busy_at <= now:
+                self.next_busy_at += BUSY_GAP
+                record.busy_told = now
+                told.append(record.nonce)
+        return told
+
+    def _plan_busy(self, now, record):
+        """Of many workers only a few are to speak before the submitter has heard enough: waits are exponential, so
+        that twice as many workers mean no more answers but an earlier first one."""
+        if not record.wants_busy or not record.queued:
+            record.busy_at = None
+        elif record.busy_at is None and now - record.busy_told >= BUSY_PAUSE:
+            record.busy_at = now + BUSY_SPREAD * max(0.0, 1 + math.log(self.uniform()) / math.log(BUSY_WORKERS))
+
+    # -- the rule
+    def _find(self, nonce):
+        return self.pending.get(nonce) or self.connecting.get(nonce) or self.answered.get(nonce)
 
     def _cost(self, now):
         if self.boost is not None:
@@ -1793,52 +1956,56 @@ class Responder:
         used = self.running * (1 / self.slots + 1 / self.cores) / 2 + self.outside / self.cores
         return math.log((1 + used) / self.speed) + (PENALTY if now < self.penalty_until else 0.0)
 
-    def _delay(self, call):
+    def _delay(self, record):
         if self.boost is not None:
             return self.boost / 1000.0
-        return max(0.0, self.offset + PER_COST * call.cost + call.jitter)
+        return max(0.0, self.offset + PER_COST * record.cost + record.jitter)
 
-    def _wait(self, now, base, call):
-        """Set the timer of call: a fresh wait that begins at base."""
-        call.jitter = CHANCE * math.log(self.uniform())
-        call.base, call.cost = base, self._cost(now)
-        call.wait = self._delay(call)
-        call.fire = base + call.wait
+    def _wait(self, now, base, record):
+        """Set the timer: a fresh wait that begins at base."""
+        record.jitter = JITTER * math.log(self.uniform())
+        record.base, record.cost = base, self._cost(now)
+        record.wait = self._delay(record)
+        record.fire = base + record.wait
 
-    def _settled(self, now, call):
-        """The timer has fired. False if load or offset have risen meanwhile, so that it has to wait on."""
-        call.cost = self._cost(now)
-        call.wait = self._delay(call)
-        call.fire = call.base + call.wait
-        return call.fire <= now + SETTLED
+    def _settled(self, now, record):
+        """The timer has fired.  False if load or offset have risen meanwhile, so that it has to wait on."""
+        record.cost = self._cost(now)
+        record.wait = self._delay(record)
+        record.fire = record.base + record.wait
+        return record.fire <= now + SETTLED
 
-    def _answer(self, call):
-        del self.calls[call.nonce]
-        self.answers[call.nonce] = call.attempt
+    def _answer(self, record):
+        self.connecting[record.nonce] = self.pending.pop(record.nonce)
         self.running += 1
         self.next_connect_at += CONNECT_GAP
-        waited = 0.0 if self.boost is not None else call.wait   # a fixed wait says nothing about the offset
-        return Answer(call.nonce, call.cost, self.offset, waited, call.queued)
+        record.busy_at = None
+        waited = 0.0 if self.boost is not None else record.wait   # a fixed wait says nothing about the offset
+        return Answer(record.nonce, record.cost, self.offset, waited, record.queued)
 
-    def _close(self, nonce, attempt):
-        """The connection is over. A later attempt may be answered again: the submitter is still looking."""
-        self._spend(nonce, max(attempt, self.answers.pop(nonce)))
-
-    def _spend(self, nonce, attempt):
-        self.answered[nonce] = max(attempt, self.answered.get(nonce, 0))
+    def _remember(self, record):
+        if record.over:
+            record.places = []
+        self.answered[record.nonce] = record
         if len(self.answered) > ANSWERED_MOST:
             self.answered.popitem(last=False)
 
+    def _forget_silent(self, now):
+        for record in [record for record in self.pending.values() if record.until <= now]:
+            del self.pending[record.nonce]
+            if record.current:
+                self._remember(record)      # its announcements so far have had their connection
+
     def _make_room(self, now, source):
         """Before one more announcement of source: those that are gone or young go first."""
-        if len(self.calls) < PER_SOURCE:
+        if len(self.pending) < PER_SOURCE:
             return
-        same = [call for call in self.calls.values() if call.source == source]
+        same = [record for record in self.pending.values() if record.source == source]
         if len(same) >= PER_SOURCE:
-            last = max(same, key=lambda call: (call.until <= now, call.since))
-            del self.calls[last.nonce]
-        elif len(self.calls) >= PENDING_MOST:
-            self.calls.popitem(last=False)
+            last = max(same, key=lambda record: (record.until <= now, record.since))
+            del self.pending[last.nonce]
+        elif len(self.pending) >= PENDING_MOST:
+            self.pending.popitem(last=False)
 
     def _rise_when_quiet(self, now):
         if self.offset_at is not None and now - self.offset_at > QUIET:
@@ -1852,12 +2019,15 @@ class Responder:
 
 
 class Candidate:
-    """One worker that has connected. began: when its handshake was started, or None."""
-    __slots__ = "who cost offset waited queued began good".split()
+    """One worker that has connected.  began: when its handshake was started, or None."""
+    __slots__ = ("who", "source", "cost", "offset", "waited", "queued", "began", "proven")
 
-    def __init__(self, *offer):
-        self.who, self.cost, self.offset, self.waited, self.queued = offer
-        self.began, self.good = None, False
+    def __init__(self, who, source, answer):
+        self.who, self.source, self.queued = who, source, answer.queued
+        self.cost = clamp(answer.cost, -20.0, 20.0)
+        self.offset = clamp(answer.offset, *OFFSET_RANGE)
+        self.waited = clamp(answer.waited, 0.0, 1e3)
+        self.began, self.proven = None, False
 
 
 class Selection:
@@ -1867,51 +2037,72 @@ class Selection:
 
     def __init__(self, now, uniform):
         self.uniform, self.since = uniform, now
-        self.restart(now)
-
-    def restart(self, now):
-        """Begin a new round, under a new nonce: the worker chosen did not start the job."""
         self.attempt, self.again = 0, now
-        self.candidates = {}        # who -> Candidate, in the order of arrival
+        self.candidates = {}                    # {who: Candidate}, in the order of arrival
         self.connections = 0
         self.winner = None
         self.choose_by = None
         self.patience = PATIENCE
+        self.failures = collections.Counter()   # {address: handshakes that came to nothing}
+        self.randoms = collections.OrderedDict()
         self.spoke = -math.inf
         self.repeats = []
         self.actions = []
+        self.asking = True                      # whether announcements ask busy workers to say so
+        self.busy_heard = 0                     # answers since then; when the first and the last one came
+        self.busy_first = self.busy_last = -math.inf
 
-    def connected(self, now, who, cost, offset, waited, queued):
-        """A worker has connected and said in its preamble what its Bid was."""
-        candidate = Candidate(who, clamp(cost, -20.0, 20.0), clamp(offset, *OFFSET_RANGE), clamp(waited, 0.0, 1e3),
-                              queued)
+    def connected(self, now, who, source, answer, random):
+        """A worker has connected from this address; answer and random are those of its preamble."""
+        if random in self.randoms:
+            self.actions.append((EVICT, who, "a copy of another worker's first bytes"))
+            return
+        self.randoms[random] = None
+        if len(self.randoms) > RANDOMS_MOST:
+            self.randoms.popitem(last=False)
         self.connections += 1
-        if self.winner or len(self.candidates) >= CANDIDATES:
-            self.actions.append(("evict", who))
+        if self.winner:
+            self.actions.append((EVICT, who, "slower than another"))
+        elif self._admits(source):
+            self.candidates[who] = Candidate(who, source, answer)
         else:
-            self.candidates[who] = candidate
+            self.actions.append((EVICT, who, "too many others from its address"))
         if now - self.spoke >= SPEAK_GAP:
             self._speak(now)
 
     def authenticated(self, now, who):
         """The handshake is done and the worker is one of ours."""
         if who in self.candidates:
-            self.candidates[who].good = True
+            self.candidates[who].proven = True
             if self.choose_by is None:
                 self.choose_by = now + PREFER_WAIT
 
     def closed(self, now, who):
         """The connection is gone, whoever ended it."""
-        self.candidates.pop(who, None)
+        candidate = self.candidates.pop(who, None)
+        if candidate and candidate.began is not None and not candidate.proven:
+            self._failed(candidate)
+
+    def busy(self, now):
+        """A worker has said that it is there but cannot serve now.  Enough such answers are stopped at once."""
+        if not self.busy_heard:
+            self.busy_first = now
+        self.busy_heard += 1
+        self.busy_last = now
+        if self.busy_heard % BUSY_ENOUGH == 0:
+            self.announce_soon(now)
+
+    def announce_soon(self, now):
+        """Announce at once instead of when the timetable says."""
+        self.again = now
 
     def poll(self, now):
-        """What to do now, in this order; each is one of ("announce", attempt, waited, interval), ("hold", ms),
-        ("taken", offset or None), ("handshake", who), ("evict", who), ("win", who)."""
+        """What to do now, in this order; each is one of (ANNOUNCE, attempt, waited, interval, flags), (HOLD, ms),
+        (TAKEN, offset or None), (HANDSHAKE, who), (EVICT, who, why), (WIN, who)."""
         if not self.winner:
             self._choose(now)
         if not self.winner:
-            self._make_room(now)
-            self._handshake(now)
+            self._shake(now)
             if self.again <= now:
                 self._announce(now)
         elif self.repeats and self.repeats[0] <= now:
@@ -1927,18 +2118,19 @@ class Selection:
         if self.winner:
             return self.repeats[0] if self.repeats else None
         times = [self.again]
-        if any(candidate.good for candidate in self.candidates.values()):
+        if any(candidate.proven for candidate in self.candidates.values()):
             times.append(self.choose_by)
-        oldest = self._oldest()
-        if oldest and len(self.candidates) > HANDSHAKES:
-            times.append(oldest.began + self.patience)
+        waiting = self._next_to_shake()
+        stalled = waiting and min(map(self._deadline(waiting), self._shaking()), default=None)
+        if stalled is not None:
+            times.append(stalled)
         return min(times)
 
     def _choose(self, now):
-        good = [candidate for candidate in self.candidates.values() if candidate.good]
-        if not good:
+        proven = [candidate for candidate in self.candidates.values() if candidate.proven]
+        if not proven:
             return
-        best = min(good, key=lambda candidate: candidate.cost)
+        best = min(proven, key=lambda candidate: candidate.cost)
         hoped = any(other.began is not None and other.cost < best.cost - PREFER_GAP
                     for other in self.candidates.values())
         if hoped and now < self.choose_by:
@@ -1946,47 +2138,100 @@ class Selection:
         self.winner = best
         self._speak(now)
         self.repeats = [now + later for later in TAKEN_AGAIN]
-        self.actions.append(("win", best.who))
-        self.actions.extend(("evict", who) for who in self.candidates if who != best.who)
+        self.actions.append((WIN, best.who))
+        self.actions.extend((EVICT, who, "slower than another") for who in self.candidates if who != best.who)
         self.candidates = {}
 
     def _speak(self, now):
         self.spoke = now
-        self.actions.append(("taken", self._offset()) if self.winner else ("hold", HOLD_TIME))
+        self.actions.append((TAKEN, self._offset()) if self.winner else (HOLD, HOLD_TIME))
 
     def _offset(self):
         """The offset for the next job: down by half of what the winner waited, never so far that idler workers would
-        all fire at once, and up when many connected. A winner from a queue tells nothing."""
+        all fire at once, and up when many connected.  A winner from a queue tells nothing."""
         best = self.winner
         if best.queued:
             return None
         base = max(best.offset - best.waited / 2, -PER_COST * best.cost)
         return base + CROWDED * max(0.0, math.log(self.connections / 2))
 
-    def _oldest(self):
-        """The handshake that makes room first, if any."""
-        begun = [c for c in self.candidates.values() if c.began is not None and not c.good]
-        return min(begun, key=lambda candidate: candidate.began, default=None)
+    # -- whose turn it is
+    def _admits(self, source):
+        """Whether one more from this address may stay.  Where there are too many in all, the last one goes of those
+        whose address has the most."""
+        unproven = collections.Counter(candidate.source for candidate in self.candidates.values()
+                                       if not candidate.proven)
+        if unproven[source] >= PER_ADDRESS:
+            return False
+        if len(self.candidates) < CANDIDATES:
+            return True
+        crowd, most = max(unproven.items(), key=lambda item: item[1], default=(source, 0))
+        if unproven[source] >= most:
+            return False
+        last = [candidate for candidate in self.candidates.values() if candidate.source == crowd][-1]
+        self._evict(last, "too many others from its address")
+        return True
 
-    def _make_room(self, now):
-        oldest = self._oldest()
-        if oldest and len(self.candidates) > HANDSHAKES and now >= oldest.began + self.patience:
-            del self.candidates[oldest.who]
-            self.actions.append(("evict", oldest.who))
-            self.patience *= PATIENCE_GROWTH
+    def _shaking(self):
+        return [candidate for candidate in self.candidates.values()
+                if candidate.began is not None and not candidate.proven]
 
-    def _handshake(self, now):
-        for candidate in list(self.candidates.values())[:HANDSHAKES]:
-            if candidate.began is None:
-                candidate.began = now
-                self.actions.append(("handshake", candidate.who))
+    def _next_to_shake(self):
+        """Whose handshake comes next: addresses take turns, those with failed handshakes come last."""
+        waiting = [candidate for candidate in self.candidates.values() if candidate.began is None]
+        at_it = collections.Counter(candidate.source for candidate in self._shaking()) if waiting else {}
+        return min(waiting, default=None,
+                   key=lambda candidate: (self.failures[candidate.source], at_it[candidate.source]))
 
+    def _deadline(self, waiting):
+        """A function: when a handshake makes room for the candidate that waits.  Patience grows only among equals."""
+        return lambda candidate: candidate.began + (
+            PATIENCE if self.failures[candidate.source] > self.failures[waiting.source] else self.patience)
+
+    def _shake(self, now):
+        """Starts handshakes, up to four at once; one that has stalled makes room."""
+        while True:
+            waiting, shaking = self._next_to_shake(), self._shaking()
+            if not waiting:
+                return
+            if len(shaking) >= HANDSHAKES:
+                deadline = self._deadline(waiting)
+                slowest = min(shaking, key=deadline)
+                if now < deadline(slowest):
+                    return
+                if self.failures[slowest.source] <= self.failures[waiting.source]:
+                    self.patience = min(self.patience * PATIENCE_GROWTH, PATIENCE_MOST)
+                self._evict(slowest, "slower than another")
+            waiting.began = now
+            self.actions.append((HANDSHAKE, waiting.who))
+
+    def _evict(self, candidate, why):
+        del self.candidates[candidate.who]
+        if candidate.began is not None:
+            self._failed(candidate)
+        self.actions.append((EVICT, candidate.who, why))
+
+    def _failed(self, candidate):
+        if len(self.failures) >= FAILURES_MOST and candidate.source not in self.failures:
+            self.failures.clear()
+        self.failures[candidate.source] += 1
+
+    # -- announcements
     def _announce(self, now):
         spread = 1 + AGAIN_JITTER * (2 * self.uniform() - 1)
         interval = spread * min(AGAIN_MOST, AGAIN_FIRST * 2 ** min(self.attempt, 20))
-        self.actions.append(("announce", self.attempt, now - self.since, interval))
+        self.actions.append((ANNOUNCE, self.attempt, now - self.since, interval, self._flags(now)))
         self.attempt += 1
         self.again = now + interval
+
+    def _flags(self, now):
+        """TELL_BUSY, until enough have answered or the time for answers is over; and again some seconds later."""
+        if self.asking:
+            self.asking = not self.busy_heard or (self.busy_heard < BUSY_ENOUGH
+                                                  and now - self.busy_first <= BUSY_SPREAD)
+        elif now - self.busy_last >= BUSY_AGAIN:
+            self.asking, self.busy_heard = True, 0
+        return TELL_BUSY if self.asking else 0
 
 
 # ================================================================ below this line the program touches the world
@@ -3673,47 +3918,64 @@ class EscapeSource:
         self.live.close()
 
 
-# ---------------------------------------------------------------- cexec
+# ---------------------------------------------------------------- discovery: from an announcement to a proven worker
+
+CONNECTIONS_MAX = 256       # connections at once at a submitter's port; a stranger's flood ends there
+REASONS_MAX = 20            # workers and strangers whose failures are remembered for the last line
+INSTANCES_MAX = 4096        # workers whose last HERE is remembered, so that no copy counts
+
+
+def worker_name(own, address):
+    """Who a worker is: the address of its connection or datagram.  Its own word only says who it is behind a proxy."""
+    bare = address.partition("%")[0]
+    return address if own in (bare, address) else "%s by %s" % (own, address)
+
 
 class WorkerConnection:
     """A connection that came in after an announcement: a worker, if it can show it.
 
-    It says its preamble in plain, waits for the byte GO, and shows the rest of itself in TLS.
+    It says its preamble in plain, waits for GO, and shows the rest of itself in TLS.  Discovery makes it and closes it,
+    or hands it over when it is chosen: `address` is its TCP address, `name` what it is called, `instance` which run of
+    cservice it is, `answer` its preamble's, `session` is in phase IDLE, `connection` is what to read and write.
     """
     PATIENCE = 10.0         # seconds for everything up to the worker's hello
 
-    def __init__(self, search, connection, address):
-        self.search, self.loop, self.address = search, search.loop, address[0]
-        self.connection, self.data, self.session, self.closed, self.known = connection, b"", None, False, False
-        self.name = self.address        # until it has said its own in TLS
+    def __init__(self, discovery, connection, address):
+        self.discovery, self.loop = discovery, discovery.loop
+        self.address = self.name = address
+        self.connection = connection
+        self.preamble = b""
+        self.answer = None          # with it, the key's holder has spoken, or a copy of what he said
+        self.instance = None
+        self.session = None
+        self.closed = False
         connection.setblocking(False)
         self.timer = self.loop.call_later(self.PATIENCE, lambda: self.close("silent in the handshake"))
-        self.loop.watch(connection.fileno(), read=self._preamble)
+        self.loop.watch(connection.fileno(), read=self._read_preamble)
 
-    def _preamble(self):
+    def _read_preamble(self):
         try:
-            part = self.connection.recv(PREAMBLE_SIZE - len(self.data))
+            part = self.connection.recv(PREAMBLE_SIZE - len(self.preamble))
         except BlockingIOError:
             return
         except OSError as error:
             return self.close(reason_of(error))
-        self.data += part
+        self.preamble += part
         if not part:
             return self.close("closed before it said who it was")
-        if len(self.data) < PREAMBLE_SIZE and self.data[:4] == MAGIC[:len(self.data)]:
+        if len(self.preamble) < PREAMBLE_SIZE and preamble_may_follow(self.preamble, self.discovery.nonce):
             return
         try:
-            offer, _ = parse_preamble(self.search.key.udp, self.search.nonce, self.data)
+            self.answer, random = parse_preamble(self.discovery.key.udp, self.discovery.nonce, self.preamble)
         except ProtocolError as error:
             return self.close(str(error))
-        self.known = True
         self.loop.watch(self.connection.fileno(), read=self._too_early)
-        self.search.connected(self, offer[1:])
+        self.discovery.connected(self, random)
 
     def _too_early(self):
         """Nothing may come before GO but the end."""
         try:
-            words = "spoke out of turn" if self.connection.recv(1) else "gone before the handshake"
+            words = "did not wait for its turn" if self.connection.recv(1) else "gone before the handshake"
         except BlockingIOError:
             return
         except OSError as error:
@@ -3725,8 +3987,8 @@ class WorkerConnection:
         self.loop.watch(self.connection.fileno())
         try:
             tune(self.connection)
-            self.connection.send(encode_go(self.search.key.udp, self.data))   # while the worker makes ready, so does this side
-            self.connection = self.search.context().wrap_socket(
+            self.connection.send(encode_go(self.discovery.key.udp, self.preamble))  # both sides now make ready at once
+            self.connection = self.discovery.context().wrap_socket(
                 self.connection, server_side=True, do_handshake_on_connect=False)
         except (OSError, ValueError) as error:
             return self.close(connection_words(error))
@@ -3736,25 +3998,25 @@ class WorkerConnection:
         fd = self.connection.fileno()
         try:
             self.connection.do_handshake()
-            check_peer(self.connection, self.search.key)
+            check_peer(self.connection, self.discovery.key)
         except ssl.SSLWantReadError:
             return self.loop.watch(fd, read=self._shake)
         except ssl.SSLWantWriteError:
             return self.loop.watch(fd, read=self._shake, write=self._shake)
         except (OSError, ValueError) as error:
             return self.close(connection_words(error))
-        self.session = Session(SUBMITTER, self.search.settings.timeout_pingpong, time.monotonic())
-        self.loop.watch(fd, read=self._hello)
-        self._hello()
+        self.session = Session(SUBMITTER, self.discovery.settings.timeout_pingpong, time.monotonic())
+        self.loop.watch(fd, read=self._read_hello)
+        self._read_hello()
 
-    def _hello(self):
+    def _read_hello(self):
         """Reads up to the worker's hello, which also proves that its process is awake."""
         try:
             data = self.connection.recv(CONTROL_MAX)
             # All of it before the job is offered: nothing may follow the hello unasked.
             for kind, _, body in list(self.session.receive(data, time.monotonic())):
                 if kind == HELLO:
-                    self._authenticated(body)
+                    self._hello(body)
             if not data:
                 self.close("closed in the handshake")
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
@@ -3764,44 +4026,57 @@ class WorkerConnection:
         except ProtocolError as error:
             self.close("protocol broken: %s" % error)
 
-    def _authenticated(self, body):
-        self.name, self.instance = parse_hello(body)
-        if not self.search.wanted(self.address, self.name):
-            self.close("excluded by CEXEC_ACCEPT_SERVER or CEXEC_REJECT_SERVERS")
-        elif self.instance in self.search.avoid:
+    def _hello(self, body):
+        own, self.instance = parse_hello(body)
+        self.name = worker_name(own, self.address)
+        if own in self.discovery.settings.reject_servers:
+            self.close("excluded by CEXEC_REJECT_SERVERS")
+        elif self.instance in self.discovery.avoid:
             self.close("it has failed this job already")
         else:
-            self.search.authenticated(self)
+            self.discovery.authenticated(self)
 
     def take(self):
-        """Hands the connection over to the caller of this."""
+        """Hands the connection over to the caller of this, who reads and closes it from now on."""
         self.timer.cancel()
         self.closed = True
         self.loop.watch(self.connection.fileno())
         return self.connection
 
-    def close(self, why):
+    def close(self, why, failed=True):
+        """failed: whether the worker is to blame."""
         if self.closed:
             return
-        self.closed = True
-        self.timer.cancel()
-        self.loop.watch(self.connection.fileno())
-        self.connection.close()
-        self.search.gone(self, why)
-
-
-CONNECTIONS_MAX = 256           # connections at once at a submitter's port; a stranger's flood ends there
+        self.take().close()
+        self.discovery.gone(self, why, failed)
 
 
 class Discovery:
-    """One round of looking for a worker: announcement, candidates, choice.  on_found(caller) is called once."""
+    """One search for one worker connection: announcement, candidates, choice.  Whoever makes it stops it.
+
+    room_id         8 bytes that name the submitting process
+    avoid           a container of the instances (str) that are not to be used now; it may change
+    on_found(w)     called once, with the WorkerConnection chosen
+    on_heard(name, address, words, here)
+                    called for each sign of life of a worker that has the key: it connected (words and here None), it
+                    failed its handshake (words), it said that it is busy or could not connect back (words, a Here)
+    problems        what went wrong with the last datagram sent, one text for each interface
+    reasons         {name: why the connection came to nothing}, the last ones
+    """
     IDLE = 0.01             # seconds: when nobody has come by then, there is time to prepare the channel
 
-    def __init__(self, loop, key, settings, avoid, on_found):
-        self.loop, self.key, self.settings, self.avoid, self.on_found = loop, key, settings, avoid, on_found
-        self.nonce, self.sequence, self.problems, self.reasons = os.urandom(8), collections.Counter(), [], {}
-        self.callers, self.found, self.tls = {}, None, None     # callers in the order of arrival
-        self.chooser = Selection(now_ms(), uniform)
+    def __init__(self, loop, key, settings, room_id, avoid, on_found, on_heard):
+        self.loop, self.key, self.settings, self.room_id, self.avoid = loop, key, settings, room_id, avoid
+        self.on_found, self.on_heard = on_found, on_heard
+        self.nonce = os.urandom(8)
+        self.sequence = collections.Counter()       # by type of datagram
+        self.heres = collections.OrderedDict()      # {instance: sequence of its last HERE}
+        self.problems, self.reasons = [], {}
+        self.connections = {}                       # {WorkerConnection: None}, in the order of arrival
+        self.found = self.tls = self.timer = None
+        self.selection = Selection(now_ms(), uniform)
+        self.actions = {ANNOUNCE: self._announce, HOLD: self._hold, TAKEN: self._taken,
+                        HANDSHAKE: WorkerConnection.handshake, EVICT: self._evict, WIN: self._win}
         self.group = GroupSocket(settings.group, listen=False)
         try:
             self.listener = open_listener(settings.group, settings.listen_ports)
@@ -3809,8 +4084,8 @@ class Discovery:
             self.group.close()
             raise
         self.port = self.listener.getsockname()[1]
-        self.timer = None
         loop.watch(self.listener.fileno(), read=self._accept)
+        loop.watch(self.group.fileno(), read=self._read_datagrams)
         loop.call_later(self.IDLE, self.context)
         self._act()
 
@@ -3818,103 +4093,10 @@ class Discovery:
         self.tls = self.tls or tls_context(self.key, server_side=True)
         return self.tls
 
-    def _accept(self):
-        for _ in range(64):
-            try:
-                connection, address = self.listener.accept()
-            except BlockingIOError:
-                break
-            except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    self._pause_accepting()
-                break
-            if not self.wanted(address[0]) or not self._make_room():
-                connection.close()
-                continue
-            self.callers[WorkerConnection(self, connection, address)] = None
-        self._act()
-
-    def _make_room(self):
-        """A worker says who it is within a round trip, so whoever has waited longest without a word goes first."""
-        if len(self.callers) >= CONNECTIONS_MAX:
-            stranger = next((caller for caller in self.callers if not caller.known), None)
-            if stranger is None:
-                return False
-            stranger.close("silent, and others came")
-        return True
-
-    def _pause_accepting(self):
-        """Out of descriptors: the connections wait in the backlog until some of ours have ended."""
-        self.loop.watch(self.listener.fileno())
-        self.loop.call_later(0.1, lambda: self.group and self.loop.watch(self.listener.fileno(), read=self._accept))
-
-    def wanted(self, address, name=None):
-        """Whether a worker may be used.  name: its own address, which differs from the connection's behind a proxy."""
-        accept, reject = self.settings.accept_server, self.settings.reject_servers
-        if address in reject or name in reject:
-            return False
-        return not (accept and name) or address in accept or name in accept
-
-    # -- what callers report
-    def connected(self, caller, offer):
-        self.chooser.connected(now_ms(), caller, *offer)
-        self._act()
-
-    def authenticated(self, caller):
-        self.chooser.authenticated(now_ms(), caller)
-        self._act()
-
-    def gone(self, caller, why):
-        self.callers.pop(caller, None)
-        if not self.found:
-            self.reasons = dict(list(self.reasons.items())[-20:], **{caller.name: why})
-        self.chooser.closed(now_ms(), caller)
-        self._act()
-
-    # -- what the rule wants
-    def _act(self):
-        if self.group is None:
-            return
-        for action, *what in self.chooser.poll(now_ms()):
-            getattr(self, "_do_" + action)(*what)
-        if self.group is None:
-            return
-        if self.timer:
-            self.timer.cancel()
-        due = self.chooser.next_due()
-        self.timer = self.loop.call_at(due / 1000, self._act) if due is not None else None
-
     def again(self):
         """Announces now instead of when the timetable says."""
-        if self.group and not self.found:
-            self.chooser.again = now_ms()
-            self._act()
-
-    def _do_announce(self, attempt, waited, interval):
-        body = encode_announcement(Announcement(attempt, waited, interval, 0, bytes(8)))
-        self.send(ANNOUNCE, body, self.port)
-
-    def _do_hold(self, milliseconds):
-        self.send(HOLD, encode_hold(milliseconds))
-
-    def _do_taken(self, offset):
-        self.send(TAKEN, encode_taken(offset))
-
-    def _do_handshake(self, caller):
-        caller.handshake()
-
-    def _do_evict(self, caller):
-        caller.close("slower than another")
-
-    def _do_win(self, caller):
-        self.found = caller
-        self.callers.pop(caller, None)
-        self.on_found(caller)
-
-    def send(self, kind, body, port=0):
-        self.sequence[kind] += 1
-        self.problems = self.group.send(
-            encode_datagram(self.key.udp, kind, self.key.id, self.nonce, self.sequence[kind], body, port))
+        self.selection.announce_soon(now_ms())
+        self._act()
 
     def stop(self):
         """Nobody is wanted any more."""
@@ -3923,11 +4105,138 @@ class Discovery:
         group, self.group = self.group, None
         if self.timer:
             self.timer.cancel()
+        for each in self.listener, group:
+            self.loop.watch(each.fileno())
+            each.close()
+        for connection in list(self.connections):
+            connection.close("not needed", failed=False)
+
+    # -- who comes
+    def _accept(self):
+        for _ in range(64):
+            try:
+                connection, source = self.listener.accept()
+            except BlockingIOError:
+                break
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    self._pause_accepting()
+                break
+            if not self._wanted(source[0]):
+                connection.close()
+                self._note(source[0], "excluded by CEXEC_ACCEPT_SERVER or CEXEC_REJECT_SERVERS")
+                continue
+            self._make_room()
+            self.connections[WorkerConnection(self, connection, source[0])] = None
+        self._act()
+
+    def _make_room(self):
+        """A worker says who it is within a round trip: of the address with the most connections that have said nothing,
+        the one goes that has been silent for longest."""
+        if len(self.connections) >= CONNECTIONS_MAX:
+            silent = [connection for connection in self.connections if not connection.answer]
+            crowd = collections.Counter(connection.address for connection in silent)
+            max(silent, key=lambda connection: crowd[connection.address]).close("silent, and others came")
+
+    def _pause_accepting(self):
+        """Out of descriptors: the connections wait in the backlog until some of ours have ended."""
         self.loop.watch(self.listener.fileno())
-        self.listener.close()
-        for caller in list(self.callers):
-            caller.close("not needed")
-        group.close()
+        self.loop.call_later(0.1, lambda: self.group and self.loop.watch(self.listener.fileno(), read=self._accept))
+
+    def _wanted(self, address):
+        """Whether a worker with this TCP address may be used: what it says of itself does not count."""
+        accept, reject = self.settings.accept_server, self.settings.reject_servers
+        return address not in reject and (not accept or address in accept)
+
+    def _note(self, name, why):
+        self.reasons.pop(name, None)
+        self.reasons = dict(list(self.reasons.items())[1 - REASONS_MAX:], **{name: why})
+
+    def _read_datagrams(self):
+        for _ in range(64):
+            received = self.group and self.group.receive()
+            if not received:
+                break
+            try:
+                datagram = parse_datagram(received[0])
+                if ((datagram.kind, datagram.nonce) == (HERE, self.nonce) and self._wanted(received[1][0])
+                        and datagram.authentic(self.key.udp)):
+                    self._here(parse_here(datagram), datagram.sequence, received[1][0])
+            except ProtocolError:
+                pass        # a stranger's
+        self._act()
+
+    def _here(self, here, sequence, address):
+        """A worker cannot serve now, or could not connect back."""
+        if sequence <= self.heres.get(here.instance, -1):
+            return
+        self.heres[here.instance] = sequence
+        if len(self.heres) > INSTANCES_MAX:
+            self.heres.popitem(last=False)
+        own = parse_address(here.address)
+        name = worker_name(own[0], address) if own else address
+        if here.state == UNREACHABLE:
+            words = "could not connect back to port %d: %s" % (here.port, here.error)
+            self._note(name, words)
+        else:
+            words = STATE_NAMES[here.state]
+            self.selection.busy(now_ms())
+        self.on_heard(name, address, words, here)
+
+    # -- what the connections report
+    def connected(self, connection, random):
+        self.selection.connected(now_ms(), connection, connection.address, connection.answer, random)
+        self.on_heard(connection.name, connection.address, None, None)
+        self._act()
+
+    def authenticated(self, connection):
+        self.selection.authenticated(now_ms(), connection)
+        self._act()
+
+    def gone(self, connection, why, failed):
+        self.connections.pop(connection, None)
+        self.selection.closed(now_ms(), connection)
+        if not self.found:
+            self._note(connection.name, why)
+            if failed and connection.answer:
+                self.on_heard(connection.name, connection.address, why, None)
+        self._act()
+
+    # -- what the selection wants
+    def _act(self):
+        if self.group is None:
+            return
+        for action, *what in self.selection.poll(now_ms()):
+            if self.group:
+                self.actions[action](*what)
+        if self.group is None:
+            return
+        if self.timer:
+            self.timer.cancel()
+        due = self.selection.next_due()
+        self.timer = self.loop.call_at(due / 1000, self._act) if due is not None else None
+
+    def _announce(self, *fields):
+        self.send(ANNOUNCE, encode_announcement(Announcement(*fields, self.room_id)), self.port)
+
+    def _hold(self, milliseconds):
+        self.send(HOLD, encode_hold(milliseconds))
+
+    def _taken(self, offset):
+        self.send(TAKEN, encode_taken(offset))
+
+    def _evict(self, connection, why):
+        connection.close(why, failed=False)
+
+    def _win(self, connection):
+        self.found = connection
+        self.connections.pop(connection, None)
+        self.on_found(connection)
+
+    def send(self, kind, body, port=0):
+        self.sequence[kind] += 1
+        self.problems = self.group.send(
+            encode_datagram(self.key.udp, kind, self.key.id, self.nonce, self.sequence[kind], body, port))
 
 
 def now_ms():
@@ -3938,6 +4247,8 @@ def uniform():
     """A random number in (0, 1]."""
     return (int.from_bytes(os.urandom(7), "big") + 1) / (1 << 56)
 
+
+# ---------------------------------------------------------------- cexec
 
 class ReplayableSource:
     """A source that can start again: a file by seeking, anything else by remembering what was read, up to a cap.
@@ -4158,7 +4469,8 @@ class Submission:
     def _look_for_worker(self):
         limit = self.settings.timeout_accept
         self.deadline = self.loop.call_at(self.patience_from + limit, self._nobody) if limit else None
-        self.search = Discovery(self.loop, self.key, self.settings, self.avoid, self._found)
+        self.search = Discovery(self.loop, self.key, self.settings, bytes.fromhex(self.id), self.avoid, self._found,
+                                lambda *heard: None)
 
     def _nobody(self):
         self._fail(nobody_answered(self.search, self.settings, self.refusals))
@@ -4570,6 +4882,7 @@ class SubmitterConnection:
         if not self.done:
             self.release()
             self.socket.close()
+            self.service.responder.place_failed(self.answer.nonce)
             self.service.lost(self.answer, refused)
 
 
@@ -4587,7 +4900,6 @@ class Daemon:
     ANSWERED = 512             # nonces of the own connections that an alert may still speak of
     STALE = 1.0             # seconds after which a silent submitter makes room
     MUTE = 10000.0          # milliseconds that a ratted out worker holds back
-    PLACES = 2048           # announcements whose addresses are remembered; above what the responder remembers
 
     def __init__(self, loop, key, settings, command, log):
         self.loop, self.key, self.settings, self.command, self.log = loop, key, settings, command, log
@@ -4596,10 +4908,10 @@ class Daemon:
         self.group = GroupSocket(settings.group, listen=True)
         self.responder = Responder(settings.concurrency, usable_cpus(), measured_speed(), uniform, settings.boost)
         self.meter = LoadMeter()
-        self.places, self.recent = collections.OrderedDict(), collections.OrderedDict()
+        self.recent = collections.OrderedDict()
         self.calls, self.workers, self.ends, self.timer = set(), {}, set(), None
         self.instance, self.draining = os.urandom(8).hex(), False
-        self.versions_heard, self.hears_alerts = 0, None
+        self.versions_heard, self.hears_alerts, self.busy_sequence = 0, None, 0
         self._choose_datagrams()
         loop.watch(self.group.fileno(), read=self._heard)
         loop.on_signal(signal.SIGCHLD, lambda number: self._reap())
@@ -4643,11 +4955,9 @@ class Daemon:
 
     def _matters(self, datagram):
         """Most of what a worker hears is about jobs of others, and not worth an HMAC."""
-        if datagram.kind == HOLD:
-            return datagram.nonce in self.responder.calls
-        if datagram.kind == TAKEN:
-            return self.responder.answered.get(datagram.nonce) != LEARNT
-        return datagram.kind != ALERT or datagram.nonce in self.recent
+        if datagram.kind == ALERT:
+            return datagram.nonce in self.recent
+        return self.responder.concerned(datagram.kind, datagram.nonce)
 
     def _choose_datagrams(self):
         """Alerts concern only a worker that has had a job which none has spoken of yet."""
@@ -4656,19 +4966,11 @@ class Daemon:
             self.group.pass_only(self.key.id, (ANNOUNCE, HOLD, TAKEN) + (ALERT,) * self.hears_alerts)
 
     def _announce(self, datagram, source):
-        attempt, waited, interval = parse_announcement(datagram)[:3]
-        if datagram.port < 1024 or self.draining:
-            return
-        place = (source[0], datagram.port) + tuple(source[2:])
-        places = self.places.setdefault(datagram.nonce, [])
-        if place not in places and len(places) < 4:
-            places.append(place)        # a host with several interfaces is heard by several addresses
-        while len(self.places) > self.PLACES:
-            self.places.popitem(last=False)
-        self.responder.announced(now_ms(), datagram.nonce, source[0], attempt, waited, interval)
+        self.responder.announced(now_ms(), datagram.nonce, source, parse_announcement(datagram), datagram.sequence,
+                                 datagram.port)
 
     def _hold(self, datagram, source):
-        self.responder.hold(now_ms(), datagram.nonce, parse_hold(datagram))
+        self.responder.hold(now_ms(), datagram.nonce, parse_hold(datagram), datagram.sequence)
 
     def _taken(self, datagram, source):
         self.responder.taken(now_ms(), datagram.nonce, parse_taken(datagram))
@@ -4694,19 +4996,28 @@ class Daemon:
             return
         for answer in self.responder.due(now_ms()):
             self._connect(answer)
+        for nonce in self.responder.busy_due(now_ms()):
+            self._say_busy(nonce)
         due = self.responder.next_due()
         if due is not None:
             self.timer = self.loop.call_at(due / 1000, self.consider)
 
     def _connect(self, answer):
-        places = self.places.get(answer.nonce)
         try:
-            if not places:
-                raise OSError
-            places.append(places.pop(0))        # the next attempt tries the next address
-            self.calls.add(SubmitterConnection(self, answer, places[-1]))
+            self.calls.add(SubmitterConnection(self, answer, self.responder.place(answer.nonce)))
         except OSError:                         # out of descriptors, for one
             self.loop.call_soon_threadsafe(lambda: self.lost(answer))
+
+    def _say_busy(self, nonce):
+        self.busy_sequence += 1
+        responder = self.responder
+        here = Here(BUSY, responder.slots, responder.running, responder.waiting(), responder.cores, responder.outside,
+                    0.0, 0, 0, 0, "", self.instance, "", VERSION, "", "", "", "")
+        try:
+            self.group.socket.sendto(encode_datagram(self.key.udp, HERE, self.key.id, nonce, self.busy_sequence,
+                                                     encode_here(here)), responder.sender(nonce))
+        except OSError:
+            pass
 
     def lost(self, answer, refused=False):
         """No job has come of this connection."""
@@ -4716,8 +5027,8 @@ class Daemon:
     def _drop_stale(self):
         """Who was called a while ago and gives no word keeps no slot from those who wait: he may only have recorded
         somebody's announcements."""
-        if self.responder.calls and self.responder.running >= self.responder.slots:
-            for call in [call for call in self.calls if time.monotonic() - call.began > self.STALE]:
+        for call in [call for call in self.calls if time.monotonic() - call.began > self.STALE]:
+            if self.responder.gives_way(call.answer.nonce):
                 call.end(False)
 
     def _sample(self):
@@ -4869,7 +5180,7 @@ class Daemon:
         if self.draining:
             self._kill()
             return
-        self.draining = True
+        self.draining = self.responder.stopped = True
         running = sum(1 for worker in self.workers.values() if worker.won and not worker.ended)
         name = signal.Signals(number).name
         self.log("%s: no new jobs, %d running; again to kill them" % (name, running), always=True)
