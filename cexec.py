@@ -1721,12 +1721,12 @@ class Session:
 
 # ---------------------------------------------------------------- choice: which worker runs the job
 #
-# Every worker hears an announcement and sets a timer that grows with its cost, plus a little chance. The first ones to
+# Every worker hears an announcement and sets a timer that grows with its cost, plus a random part. The first ones to
 # fire connect; the submitter tells the rest to hold, takes the first good one and tells all that the job is taken.
 # A shared offset is added to all timers: submitters compute it from what they saw and workers remember it, so it
 # follows the size, load and speed of the cluster, which nobody needs to know. Times are milliseconds.
 
-CHANCE = 3.0            # scale of the random part: about the time from the first connection until all have heard of it
+JITTER = 3.0            # scale of the random part: about the time from the first connection until all have heard of it
 PER_COST = 48.0         # delay per unit of cost (cost is a logarithm: twice as loaded or half as fast waits 33 ms more)
 OFFSET_UNSET = 18.0     # a worker that has heard nothing yet does not know how many others it would collide with
 OFFSET_RANGE = (-150.0, 120.0)   # what a taken message can do at worst; a few jobs later it is mended
@@ -1735,17 +1735,27 @@ QUIET = 2000.0          # after so long without a job the cluster may have becom
 QUIET_REST = 6.0
 SETTLED = 0.2           # a wait that has grown by less than this since the timer was set does not matter
 HOLD_TIME = 20.0        # longer than a handshake on a busy machine, too short for a stalled worker to be noticed
-HOLD_MOST = 1000.0
+HOLD_MOST = 1000.0      # what all holds of one search together can defer one worker
 SPEAK_GAP = 0.3         # holds and takens closer together than this tell nothing new
 LOAD_LAG = 5000.0       # the outside load is smoothed over this time
 PENALTY = 3.0           # added to the cost of a ratted-out worker: any other goes first, a lone one still serves
 PER_SOURCE = 128        # announcements remembered for one submitting host, the oldest jobs first
-PENDING_MOST = 1024       # and in all; each event looks through them, which takes a tenth of a millisecond at worst
-ANSWERED_MOST = 1024       # nonces that get no second connection
+PENDING_MOST = 1024     # and in all; each event looks through them, which takes a tenth of a millisecond at worst
+ANSWERED_MOST = 1024    # nonces that have been answered: most get no second connection
+PLACES_MOST = 8         # addresses that one search was heard from: the submitter's interfaces, proxies, and copies
+REFUSALS_MOST = 2       # when each of its addresses has failed so often, and the last one refused, a search is over
+PORT_LEAST = 1024       # nobody makes a worker connect to a system's own services
 FORGET = 2.5            # a waiting submitter not heard for so many of its intervals is gone
 INTERVAL_RANGE = (40.0, 10000.0)
 CONNECT_GAP = 1.0       # connections per worker: a thousand in a second, so that nobody can use workers as a hammer
 CONNECT_BURST = 64
+
+BUSY_SPREAD = 1000.0    # the answers "busy" come within this time
+BUSY_WORKERS = 10000    # in a room of up to so many about one is the first to speak
+BUSY_ENOUGH = 5         # answers after which the submitter announces at once that it needs no more
+BUSY_AGAIN = 5000.0     # a submitter that has heard one asks again after this
+BUSY_PAUSE = 4000.0     # a worker answers one search at most so often
+BUSY_GAP, BUSY_BURST = 100.0, 10     # and all searches together once in so many ms, after so many at once
 
 AGAIN_FIRST = 20.0      # announcements: 20 ms, 40, 80 ... apart
 AGAIN_MOST = 4000.0     # a worker that starts now finds who waits within this; 100 waiting hosts send 25 a second
@@ -1753,14 +1763,17 @@ AGAIN_JITTER = 0.25
 HANDSHAKES = 4          # at once: more would slow the first one
 PATIENCE = 20.0         # a handshake older than this makes room for a connection that waits
 PATIENCE_GROWTH = 1.25  # each time, for in a distant cluster every handshake takes longer
+PATIENCE_MOST = 1000.0  # from GO to hello while others wait
 CANDIDATES = 64         # connections that are kept at once
+PER_ADDRESS = 4         # of these, unproven ones from one address: its holder must not keep all others out
+FAILURES_MOST = 1024    # addresses whose failed handshakes are remembered
+RANDOMS_MOST = 4096     # preambles remembered, so that no copy passes for another worker
 PREFER_GAP = 0.1        # a connected worker that is cheaper by this is worth waiting for
 PREFER_WAIT = 1.5
 TAKEN_AGAIN = (4.0, 8.0)    # before the hold runs out
 CROWDED = 2.0           # more than two connections are too many: the offset rises by this, times the log of the ratio
 
-SERVED, LEARNT = 1 << 40, 1 << 41   # beyond any attempt: the announcement is over; and its offset has been used
-
+HANDSHAKE, EVICT, WIN = "handshake", "evict", "win"     # what a Selection wants done, beside ANNOUNCE, HOLD and TAKEN
 
 
 def clamp(value, low, high):
@@ -1768,164 +1781,335 @@ def clamp(value, low, high):
     return min(value, high) if value >= low else low
 
 
-class PendingAnnouncement:
-    """One announcement as one worker remembers it."""
-    __slots__ = "nonce source attempt since until base jitter cost wait fire queued".split()
+class Place:
+    """One address that a search was heard from.  source: as the kernel gives it, with the UDP port; port: TCP."""
+    __slots__ = ("source", "port", "sequence", "failures")
 
-    def __init__(self, nonce, source, since):
-        self.nonce, self.source, self.since = nonce, source, since
-        self.queued = False
+    def __init__(self, source, port):
+        self.source = source
+        self.port = port
+        self.sequence = -1      # of the last announcement that came from here first
+        self.failures = 0
+
+    def rank(self):
+        """The least is the best.  Only the submitter itself keeps being the first with a new announcement."""
+        return self.failures, -self.sequence
+
+
+class PendingAnnouncement:
+    """One search for a worker as one worker remembers it, from its first announcement until it is forgotten."""
+    __slots__ = ("nonce source room since until sequence hold_sequence hold_end held base jitter cost wait fire queued "
+                 "busy_at busy_told wants_busy places current over learnt").split()
+
+    def __init__(self, nonce):
+        self.nonce = nonce
+        self.sequence = -1          # the highest of its announcements, and of its holds
+        self.hold_sequence = -1
+        self.hold_end = -math.inf
+        self.held = 0.0             # ms that holds have deferred it
+        self.queued = False         # its time has come, but no slot was free
+        self.wants_busy = False     # its last announcement had TELL_BUSY
+        self.busy_at = None         # when to say that this worker is busy
+        self.busy_told = -math.inf
+        self.places = []
+        self.current = None         # the place of the connection under way, or of the last one
+        self.over = False           # it gets no answer any more
+        self.learnt = False         # its new offset has been taken over
+
+    def heard_from(self, source, port, sequence):
+        """The first bytes to bring a new sequence number are the submitter's, as far as a worker can know; copies from
+        elsewhere come later and never displace it."""
+        new = sequence > self.sequence
+        place = next((place for place in self.places if place.source[0] == source[0]), None)
+        if place is None:
+            if len(self.places) == PLACES_MOST:
+                if not new:
+                    return
+                self.places.remove(max(self.places, key=Place.rank))
+            place = Place(source, port)
+            self.places.append(place)
+        elif new and place.failures:
+            place.source, place.port = source, port     # what was heard first may have been the copy
+        if new:
+            place.sequence = sequence
+
+    def best_place(self):
+        return min(self.places, key=Place.rank)
 
 
 class Responder:
     """When one worker answers which announcement.
 
     slots, cores: jobs at once, processors; speed: 1.0 is usual; uniform() returns a number in (0, 1];
-    boost: a fixed delay in microseconds in place of the load rule. running counts jobs and reserved slots."""
+    boost: a fixed delay in microseconds in place of the load rule.  running counts jobs and reserved slots.
+    stopped: while it is set nobody is answered, as if all slots were taken."""
 
     def __init__(self, slots, cores, speed, uniform, boost=None):
         self.slots, self.cores, self.speed, self.uniform, self.boost = slots, cores, speed, uniform, boost
         self.running = 0
-        self.calls = collections.OrderedDict()      # nonce -> Call, the least recently heard first
-        self.answered = collections.OrderedDict()      # nonce -> the last attempt that gets no answer any more
-        self.answers = {}                              # nonce -> attempt, for connections under way
+        self.held = collections.Counter()           # {room: slots that it has here}
+        self.stopped = False
+        self.pending = collections.OrderedDict()    # {nonce: PendingAnnouncement}, the least recently heard first
+        self.connecting = {}                        # the same for connections under way
+        self.answered = collections.OrderedDict()   # and for those that have had one, or need none
         self.offset = OFFSET_UNSET + PER_COST * math.log(speed)
         self.offset_high = self.offset_at = None
         self.outside, self.outside_at = 0.0, None
         self.penalty_until = -math.inf
         self.next_connect_at = -math.inf
+        self.next_busy_at = -math.inf
+
+    @property
+    def full(self):
+        return self.stopped or self.running >= self.slots
 
     def load(self, now, outside):
-        """Take one sample of how many processes, the own jobs left out, want a processor."""
+        """Take one sample, each second, of how many processes, the own jobs left out, want a processor."""
         blend = 1.0 if self.outside_at is None else 1 - math.exp((self.outside_at - now) / LOAD_LAG)
         self.outside += blend * (clamp(outside, 0.0, 1e6) - self.outside)
         self.outside_at = now
+        self._forget_silent(now)
 
     def penalise(self, now, ms):
         """Hold back for ms; 0 ends it."""
         self.penalty_until = now + ms
 
-    def announced(self, now, nonce, source, attempt, waited, interval):
-        """Heard an announcement: attempt counts from 0; its submitter has waited so long, repeats after interval."""
-        if nonce in self.answers or attempt <= self.answered.get(nonce, -1):
-            return
-        call = self.calls.get(nonce)
-        if call is None:
-            self._make_room(now, source)
-            call = self.calls[nonce] = PendingAnnouncement(nonce, source, now - clamp(waited, 0.0, 1e9))
-            self._rise_when_quiet(now)
-            self._wait(now, now, call)
-        elif attempt <= call.attempt:
-            return
-        call.attempt = attempt
-        call.until = now + FORGET * clamp(interval, *INTERVAL_RANGE)
-        self.calls.move_to_end(nonce)
+    # -- what is heard
+    def concerned(self, kind, nonce):
+        """Whether a datagram can matter here: most are about jobs of others, and not worth an HMAC."""
+        if kind == HOLD:
+            return nonce in self.pending
+        if kind == TAKEN:
+            record = self._find(nonce)
+            return record is None or not record.learnt
+        return True
 
-    def hold(self, now, nonce, ms):
-        """Another worker has connected: answer ms later, if it is still needed then."""
-        call = self.calls.get(nonce)
-        if call is None:
+    def announced(self, now, nonce, source, announcement, sequence, port):
+        """Heard an Announcement.  source: the address it came from, as the kernel gives it; port: TCP, to connect to.
+        A copy with a sequence number that is not new can at most add a place to connect to."""
+        record = self._find(nonce) or PendingAnnouncement(nonce)
+        new = sequence > record.sequence
+        if port < PORT_LEAST or record.over or sequence < record.sequence:
             return
-        end = now + clamp(ms, 0.0, HOLD_MOST)
-        if call.queued:
-            call.fire = end
+        record.heard_from(source, port, sequence)
+        record.sequence = sequence
+        if nonce in self.connecting or not new:
+            return
+        if nonce not in self.pending:
+            self._make_room(now, source[0])
+            self.answered.pop(nonce, None)
+            self.pending[nonce] = record
+            record.source, record.since, record.queued = source[0], now - clamp(announcement.waited, 0.0, 1e9), False
+            self._rise_when_quiet(now)
+            self._wait(now, now, record)
+        record.room = announcement.room
+        record.until = now + FORGET * clamp(announcement.interval, *INTERVAL_RANGE)
+        record.wants_busy = bool(announcement.flags & TELL_BUSY)
+        self._plan_busy(now, record)
+        self.pending.move_to_end(nonce)
+
+    def hold(self, now, nonce, ms, sequence):
+        """Another worker has connected: answer ms later, if it is still needed then."""
+        record = self.pending.get(nonce)
+        if record is None or sequence <= record.hold_sequence:
+            return
+        record.hold_sequence, end = sequence, now + clamp(ms, 0.0, HOLD_MOST)
+        more = max(0.0, end - max(now, record.hold_end))
+        if record.held + more > HOLD_MOST:
+            return
+        record.held, record.hold_end = record.held + more, max(end, record.hold_end)
+        if record.queued:
+            record.fire = end
         else:
-            self._wait(now, end, call)
+            self._wait(now, end, record)
 
     def taken(self, now, nonce, offset):
         """The job has found its worker; offset: the shared offset from now on, or None."""
-        self.calls.pop(nonce, None)
-        usable = offset is not None and offset == offset
-        if usable and self.answered.get(nonce) != LEARNT:
+        record = self._find(nonce) or PendingAnnouncement(nonce)
+        self.pending.pop(nonce, None)
+        record.over = True
+        if offset is not None and offset == offset and not record.learnt:
+            record.learnt = True
             self._learn(now, clamp(offset, *OFFSET_RANGE))
-        self._spend(nonce, LEARNT if usable else SERVED)
+        if nonce not in self.connecting:
+            self._remember(record)
 
+    # -- connections
     def due(self, now):
-        """The connections to make now. Each has reserved a slot until won and freed, or lost."""
-        full = self.running >= self.slots
-        expired = [call for call in self.calls.values() if call.fire <= now and not (full and call.queued)]
+        """The connections to make now.  Each has reserved a slot until won and freed, or lost."""
+        self._forget_silent(now)
+        full = self.full
+        fired = [record for record in self.pending.values() if record.fire <= now and not (full and record.queued)]
         self.next_connect_at = max(self.next_connect_at, now - CONNECT_BURST * CONNECT_GAP)
         answers = []
-        for call in sorted(expired, key=lambda call: call.since):
-            if call.until <= now:
-                del self.calls[call.nonce]
-            elif self.running >= self.slots:
-                call.queued = True
-            elif self.next_connect_at <= now and (call.queued or self._settled(now, call)):
-                answers.append(self._answer(call))
+        for record in sorted(fired, key=lambda record: (self.held[record.room], record.since)):
+            if self.full:
+                record.queued = True
+                self._plan_busy(now, record)
+            elif self.next_connect_at <= now and (record.queued or self._settled(now, record)):
+                answers.append(self._answer(record))
         return answers
 
     def next_due(self):
-        """When to ask due() again, or None."""
-        full = self.running >= self.slots
-        times = [call.fire for call in self.calls.values() if not (full and call.queued)]
-        return max(min(times), self.next_connect_at) if times else None
+        """When to ask due() and busy_due() again, or None."""
+        full = self.full
+        times = [record.busy_at for record in self.pending.values() if record.busy_at is not None]
+        fires = [record.fire for record in self.pending.values() if not (full and record.queued)]
+        if fires:
+            times.append(max(min(fires), self.next_connect_at))
+        return min(times, default=None)
+
+    def place(self, nonce):
+        """Where to connect to for an answer that is due: the address and port, as connect() wants them."""
+        record = self.connecting[nonce]
+        record.current = record.best_place()
+        source = record.current.source
+        return (source[0], record.current.port) + tuple(source[2:])
+
+    def sender(self, nonce):
+        """The UDP address for what is to be said to the submitter; None when it is not known any more."""
+        record = self._find(nonce)
+        if record is None or not record.places:
+            return None
+        return (record.current if nonce in self.connecting and record.current else record.best_place()).source
+
+    def room(self, nonce):
+        """Who made the announcement that a connection under way answers."""
+        return self.connecting[nonce].room
+
+    def place_failed(self, nonce):
+        """The connection under way has not shown itself to be the submitter's: no such address, no GO.  To be said
+        before lost()."""
+        record = self.connecting[nonce]
+        if record.current:
+            record.current.failures += 1
+
+    def gives_way(self, nonce):
+        """Whether a connection that has been silent for long is to be given up: others wait for its slot, or its
+        submitter is heard from a better place."""
+        record = self.connecting.get(nonce)
+        return bool(record) and (bool(self.full and self.waiting()) or record.best_place() is not record.current)
 
     def won(self, nonce):
         """The connection for nonce has become a job, which keeps the slot until freed()."""
-        self._close(nonce, SERVED)
+        record = self.connecting.pop(nonce)
+        record.over = True
+        self._remember(record)
 
     def lost(self, nonce, refused=False):
-        """The connection for nonce ended without a job; refused: nobody listens there any more."""
-        self._close(nonce, SERVED if refused else 0)
-        self.running -= 1
+        """The connection for nonce ended without a job; refused: nobody listens there any more.  A later announcement
+        may be answered again: the submitter is still looking."""
+        if refused:
+            self.place_failed(nonce)
+        record = self.connecting.pop(nonce)
+        if refused and all(place.failures >= REFUSALS_MOST for place in record.places):
+            record.over = True
+        self._remember(record)
+        self._release(record.room)
 
-    def freed(self):
-        """A job has ended."""
-        self.running -= 1
+    def freed(self, room):
+        """A slot that was won is free again."""
+        self._release(room)
 
-    def _cost(self, now):
+    def _release(self, room):
+        self.running -= 1
+        self.held[room] -= 1
+        if not self.held[room]:
+            del self.held[room]
+
+    # -- who waits
+    def waiting(self):
+        """How many searches wait for a slot here."""
+        return sum(record.queued for record in self.pending.values())
+
+    def others_wait(self, room):
+        """Whether somebody waits who has fewer slots here than this room."""
+        return any(record.queued and self.held[record.room] < self.held[room] for record in self.pending.values())
+
+    def busy_due(self, now):
+        """The nonces whose submitters are to hear now that this worker has no slot free."""
+        self.next_busy_at = max(self.next_busy_at, now - BUSY_BURST * BUSY_GAP)
+        told = []
+        for record in self.pending.values():
+            if record.busy_at is None or record.busy_at > now:
+                continue
+            record.busy_at = None
+            if self.full and self.next_busy_at <= now:
+                self.next_busy_at += BUSY_GAP
+                record.busy_told = now
+                told.append(record.nonce)
+        return told
+
+    def _plan_busy(self, now, record):
+        """Of many workers only a few are to speak before the submitter has heard enough: waits are exponential, so
+        that twice as many workers mean no more answers but an earlier first one."""
+        if not record.wants_busy or not record.queued:
+            record.busy_at = None
+        elif record.busy_at is None and now - record.busy_told >= BUSY_PAUSE:
+            record.busy_at = now + BUSY_SPREAD * max(0.0, 1 + math.log(self.uniform()) / math.log(BUSY_WORKERS))
+
+    # -- the rule
+    def _find(self, nonce):
+        return self.pending.get(nonce) or self.connecting.get(nonce) or self.answered.get(nonce)
+
+    def cost(self, now):
+        """What this worker is worth at the moment, as the preamble says it."""
         if self.boost is not None:
             return 0.0
         used = self.running * (1 / self.slots + 1 / self.cores) / 2 + self.outside / self.cores
         return math.log((1 + used) / self.speed) + (PENALTY if now < self.penalty_until else 0.0)
 
-    def _delay(self, call):
+    def _delay(self, record):
         if self.boost is not None:
             return self.boost / 1000.0
-        return max(0.0, self.offset + PER_COST * call.cost + call.jitter)
+        return max(0.0, self.offset + PER_COST * record.cost + record.jitter)
 
-    def _wait(self, now, base, call):
-        """Set the timer of call: a fresh wait that begins at base."""
-        call.jitter = CHANCE * math.log(self.uniform())
-        call.base, call.cost = base, self._cost(now)
-        call.wait = self._delay(call)
-        call.fire = base + call.wait
+    def _wait(self, now, base, record):
+        """Set the timer: a fresh wait that begins at base."""
+        record.jitter = JITTER * math.log(self.uniform())
+        record.base, record.cost = base, self.cost(now)
+        record.wait = self._delay(record)
+        record.fire = base + record.wait
 
-    def _settled(self, now, call):
-        """The timer has fired. False if load or offset have risen meanwhile, so that it has to wait on."""
-        call.cost = self._cost(now)
-        call.wait = self._delay(call)
-        call.fire = call.base + call.wait
-        return call.fire <= now + SETTLED
+    def _settled(self, now, record):
+        """The timer has fired.  False if load or offset have risen meanwhile, so that it has to wait on."""
+        record.cost = self.cost(now)
+        record.wait = self._delay(record)
+        record.fire = record.base + record.wait
+        return record.fire <= now + SETTLED
 
-    def _answer(self, call):
-        del self.calls[call.nonce]
-        self.answers[call.nonce] = call.attempt
+    def _answer(self, record):
+        self.connecting[record.nonce] = self.pending.pop(record.nonce)
         self.running += 1
+        self.held[record.room] += 1
         self.next_connect_at += CONNECT_GAP
-        waited = 0.0 if self.boost is not None else call.wait   # a fixed wait says nothing about the offset
-        return Answer(call.nonce, call.cost, self.offset, waited, call.queued)
+        record.busy_at = None
+        waited = 0.0 if self.boost is not None else record.wait   # a fixed wait says nothing about the offset
+        return Answer(record.nonce, record.cost, self.offset, waited, record.queued)
 
-    def _close(self, nonce, attempt):
-        """The connection is over. A later attempt may be answered again: the submitter is still looking."""
-        self._spend(nonce, max(attempt, self.answers.pop(nonce)))
-
-    def _spend(self, nonce, attempt):
-        self.answered[nonce] = max(attempt, self.answered.get(nonce, 0))
+    def _remember(self, record):
+        if record.over:
+            record.places = []
+        self.answered[record.nonce] = record
         if len(self.answered) > ANSWERED_MOST:
             self.answered.popitem(last=False)
 
+    def _forget_silent(self, now):
+        for record in [record for record in self.pending.values() if record.until <= now]:
+            del self.pending[record.nonce]
+            if record.current:
+                self._remember(record)      # its announcements so far have had their connection
+
     def _make_room(self, now, source):
         """Before one more announcement of source: those that are gone or young go first."""
-        if len(self.calls) < PER_SOURCE:
+        if len(self.pending) < PER_SOURCE:
             return
-        same = [call for call in self.calls.values() if call.source == source]
+        same = [record for record in self.pending.values() if record.source == source]
         if len(same) >= PER_SOURCE:
-            last = max(same, key=lambda call: (call.until <= now, call.since))
-            del self.calls[last.nonce]
-        elif len(self.calls) >= PENDING_MOST:
-            self.calls.popitem(last=False)
+            last = max(same, key=lambda record: (record.until <= now, record.since))
+            del self.pending[last.nonce]
+        elif len(self.pending) >= PENDING_MOST:
+            self.pending.popitem(last=False)
 
     def _rise_when_quiet(self, now):
         if self.offset_at is not None and now - self.offset_at > QUIET:
@@ -1939,12 +2123,15 @@ class Responder:
 
 
 class Candidate:
-    """One worker that has connected. began: when its handshake was started, or None."""
-    __slots__ = "who cost offset waited queued began good".split()
+    """One worker that has connected.  began: when its handshake was started, or None."""
+    __slots__ = ("who", "source", "cost", "offset", "waited", "queued", "began", "proven")
 
-    def __init__(self, *offer):
-        self.who, self.cost, self.offset, self.waited, self.queued = offer
-        self.began, self.good = None, False
+    def __init__(self, who, source, answer):
+        self.who, self.source, self.queued = who, source, answer.queued
+        self.cost = clamp(answer.cost, -20.0, 20.0)
+        self.offset = clamp(answer.offset, *OFFSET_RANGE)
+        self.waited = clamp(answer.waited, 0.0, 1e3)
+        self.began, self.proven = None, False
 
 
 class Selection:
@@ -1954,51 +2141,72 @@ class Selection:
 
     def __init__(self, now, uniform):
         self.uniform, self.since = uniform, now
-        self.restart(now)
-
-    def restart(self, now):
-        """Begin a new round, under a new nonce: the worker chosen did not start the job."""
         self.attempt, self.again = 0, now
-        self.candidates = {}        # who -> Candidate, in the order of arrival
+        self.candidates = {}                    # {who: Candidate}, in the order of arrival
         self.connections = 0
         self.winner = None
         self.choose_by = None
         self.patience = PATIENCE
+        self.failures = collections.Counter()   # {address: handshakes that came to nothing}
+        self.randoms = collections.OrderedDict()
         self.spoke = -math.inf
         self.repeats = []
         self.actions = []
+        self.asking = True                      # whether announcements ask busy workers to say so
+        self.busy_heard = 0                     # answers since then; when the first and the last one came
+        self.busy_first = self.busy_last = -math.inf
 
-    def connected(self, now, who, cost, offset, waited, queued):
-        """A worker has connected and said in its preamble what its Bid was."""
-        candidate = Candidate(who, clamp(cost, -20.0, 20.0), clamp(offset, *OFFSET_RANGE), clamp(waited, 0.0, 1e3),
-                              queued)
+    def connected(self, now, who, source, answer, random):
+        """A worker has connected from this address; answer and random are those of its preamble."""
+        if random in self.randoms:
+            self.actions.append((EVICT, who, "a copy of another worker's first bytes"))
+            return
+        self.randoms[random] = None
+        if len(self.randoms) > RANDOMS_MOST:
+            self.randoms.popitem(last=False)
         self.connections += 1
-        if self.winner or len(self.candidates) >= CANDIDATES:
-            self.actions.append(("evict", who))
+        if self.winner:
+            self.actions.append((EVICT, who, "slower than another"))
+        elif self._admits(source):
+            self.candidates[who] = Candidate(who, source, answer)
         else:
-            self.candidates[who] = candidate
+            self.actions.append((EVICT, who, "too many others from its address"))
         if now - self.spoke >= SPEAK_GAP:
             self._speak(now)
 
     def authenticated(self, now, who):
         """The handshake is done and the worker is one of ours."""
         if who in self.candidates:
-            self.candidates[who].good = True
+            self.candidates[who].proven = True
             if self.choose_by is None:
                 self.choose_by = now + PREFER_WAIT
 
     def closed(self, now, who):
         """The connection is gone, whoever ended it."""
-        self.candidates.pop(who, None)
+        candidate = self.candidates.pop(who, None)
+        if candidate and candidate.began is not None and not candidate.proven:
+            self._failed(candidate)
+
+    def busy(self, now):
+        """A worker has said that it is there but cannot serve now.  Enough such answers are stopped at once."""
+        if not self.busy_heard:
+            self.busy_first = now
+        self.busy_heard += 1
+        self.busy_last = now
+        if self.busy_heard % BUSY_ENOUGH == 0:
+            self.announce_soon(now)
+
+    def announce_soon(self, now):
+        """Announce at once instead of when the timetable says."""
+        self.again = now
 
     def poll(self, now):
-        """What to do now, in this order; each is one of ("announce", attempt, waited, interval), ("hold", ms),
-        ("taken", offset or None), ("handshake", who), ("evict", who), ("win", who)."""
+        """What to do now, in this order; each is one of (ANNOUNCE, attempt, waited, interval, flags), (HOLD, ms),
+        (TAKEN, offset or None), (HANDSHAKE, who), (EVICT, who, why), (WIN, who)."""
         if not self.winner:
             self._choose(now)
         if not self.winner:
-            self._make_room(now)
-            self._handshake(now)
+            self._shake(now)
             if self.again <= now:
                 self._announce(now)
         elif self.repeats and self.repeats[0] <= now:
@@ -2014,18 +2222,19 @@ class Selection:
         if self.winner:
             return self.repeats[0] if self.repeats else None
         times = [self.again]
-        if any(candidate.good for candidate in self.candidates.values()):
+        if any(candidate.proven for candidate in self.candidates.values()):
             times.append(self.choose_by)
-        oldest = self._oldest()
-        if oldest and len(self.candidates) > HANDSHAKES:
-            times.append(oldest.began + self.patience)
+        waiting = self._next_to_shake()
+        stalled = waiting and min(map(self._deadline(waiting), self._shaking()), default=None)
+        if stalled is not None:
+            times.append(stalled)
         return min(times)
 
     def _choose(self, now):
-        good = [candidate for candidate in self.candidates.values() if candidate.good]
-        if not good:
+        proven = [candidate for candidate in self.candidates.values() if candidate.proven]
+        if not proven:
             return
-        best = min(good, key=lambda candidate: candidate.cost)
+        best = min(proven, key=lambda candidate: candidate.cost)
         hoped = any(other.began is not None and other.cost < best.cost - PREFER_GAP
                     for other in self.candidates.values())
         if hoped and now < self.choose_by:
@@ -2033,47 +2242,100 @@ class Selection:
         self.winner = best
         self._speak(now)
         self.repeats = [now + later for later in TAKEN_AGAIN]
-        self.actions.append(("win", best.who))
-        self.actions.extend(("evict", who) for who in self.candidates if who != best.who)
+        self.actions.append((WIN, best.who))
+        self.actions.extend((EVICT, who, "slower than another") for who in self.candidates if who != best.who)
         self.candidates = {}
 
     def _speak(self, now):
         self.spoke = now
-        self.actions.append(("taken", self._offset()) if self.winner else ("hold", HOLD_TIME))
+        self.actions.append((TAKEN, self._offset()) if self.winner else (HOLD, HOLD_TIME))
 
     def _offset(self):
         """The offset for the next job: down by half of what the winner waited, never so far that idler workers would
-        all fire at once, and up when many connected. A winner from a queue tells nothing."""
+        all fire at once, and up when many connected.  A winner from a queue tells nothing."""
         best = self.winner
         if best.queued:
             return None
         base = max(best.offset - best.waited / 2, -PER_COST * best.cost)
         return base + CROWDED * max(0.0, math.log(self.connections / 2))
 
-    def _oldest(self):
-        """The handshake that makes room first, if any."""
-        begun = [c for c in self.candidates.values() if c.began is not None and not c.good]
-        return min(begun, key=lambda candidate: candidate.began, default=None)
+    # -- whose turn it is
+    def _admits(self, source):
+        """Whether one more from this address may stay.  Where there are too many in all, the last one goes of those
+        whose address has the most."""
+        unproven = collections.Counter(candidate.source for candidate in self.candidates.values()
+                                       if not candidate.proven)
+        if unproven[source] >= PER_ADDRESS:
+            return False
+        if len(self.candidates) < CANDIDATES:
+            return True
+        crowd, most = max(unproven.items(), key=lambda item: item[1], default=(source, 0))
+        if unproven[source] >= most:
+            return False
+        last = [candidate for candidate in self.candidates.values() if candidate.source == crowd][-1]
+        self._evict(last, "too many others from its address")
+        return True
 
-    def _make_room(self, now):
-        oldest = self._oldest()
-        if oldest and len(self.candidates) > HANDSHAKES and now >= oldest.began + self.patience:
-            del self.candidates[oldest.who]
-            self.actions.append(("evict", oldest.who))
-            self.patience *= PATIENCE_GROWTH
+    def _shaking(self):
+        return [candidate for candidate in self.candidates.values()
+                if candidate.began is not None and not candidate.proven]
 
-    def _handshake(self, now):
-        for candidate in list(self.candidates.values())[:HANDSHAKES]:
-            if candidate.began is None:
-                candidate.began = now
-                self.actions.append(("handshake", candidate.who))
+    def _next_to_shake(self):
+        """Whose handshake comes next: addresses take turns, those with failed handshakes come last."""
+        waiting = [candidate for candidate in self.candidates.values() if candidate.began is None]
+        at_it = collections.Counter(candidate.source for candidate in self._shaking()) if waiting else {}
+        return min(waiting, default=None,
+                   key=lambda candidate: (self.failures[candidate.source], at_it[candidate.source]))
 
+    def _deadline(self, waiting):
+        """A function: when a handshake makes room for the candidate that waits.  Patience grows only among equals."""
+        return lambda candidate: candidate.began + (
+            PATIENCE if self.failures[candidate.source] > self.failures[waiting.source] else self.patience)
+
+    def _shake(self, now):
+        """Starts handshakes, up to four at once; one that has stalled makes room."""
+        while True:
+            waiting, shaking = self._next_to_shake(), self._shaking()
+            if not waiting:
+                return
+            if len(shaking) >= HANDSHAKES:
+                deadline = self._deadline(waiting)
+                slowest = min(shaking, key=deadline)
+                if now < deadline(slowest):
+                    return
+                if self.failures[slowest.source] <= self.failures[waiting.source]:
+                    self.patience = min(self.patience * PATIENCE_GROWTH, PATIENCE_MOST)
+                self._evict(slowest, "slower than another")
+            waiting.began = now
+            self.actions.append((HANDSHAKE, waiting.who))
+
+    def _evict(self, candidate, why):
+        del self.candidates[candidate.who]
+        if candidate.began is not None:
+            self._failed(candidate)
+        self.actions.append((EVICT, candidate.who, why))
+
+    def _failed(self, candidate):
+        if len(self.failures) >= FAILURES_MOST and candidate.source not in self.failures:
+            self.failures.clear()
+        self.failures[candidate.source] += 1
+
+    # -- announcements
     def _announce(self, now):
         spread = 1 + AGAIN_JITTER * (2 * self.uniform() - 1)
         interval = spread * min(AGAIN_MOST, AGAIN_FIRST * 2 ** min(self.attempt, 20))
-        self.actions.append(("announce", self.attempt, now - self.since, interval))
+        self.actions.append((ANNOUNCE, self.attempt, now - self.since, interval, self._flags(now)))
         self.attempt += 1
         self.again = now + interval
+
+    def _flags(self, now):
+        """TELL_BUSY, until enough have answered or the time for answers is over; and again some seconds later."""
+        if self.asking:
+            self.asking = not self.busy_heard or (self.busy_heard < BUSY_ENOUGH
+                                                  and now - self.busy_first <= BUSY_SPREAD)
+        elif now - self.busy_last >= BUSY_AGAIN:
+            self.asking, self.busy_heard = True, 0
+        return TELL_BUSY if self.asking else 0
 
 
 # ================================================================ below this line the program touches the world
@@ -3911,47 +4173,64 @@ class LocalTerminal:
             return error.errno == errno.ENOTTY
 
 
-# ---------------------------------------------------------------- discovery
+# ---------------------------------------------------------------- discovery: from an announcement to a proven worker
+
+CONNECTIONS_MAX = 256       # connections at once at a submitter's port; a stranger's flood ends there
+REASONS_MAX = 20            # workers and strangers whose failures are remembered for the last line
+INSTANCES_MAX = 4096        # workers whose last HERE is remembered, so that no copy counts
+
+
+def worker_name(own, address):
+    """Who a worker is: the address of its connection or datagram.  Its own word only says who it is behind a proxy."""
+    bare = address.partition("%")[0]
+    return address if own in (bare, address) else "%s by %s" % (own, address)
+
 
 class WorkerConnection:
     """A connection that came in after an announcement: a worker, if it can show it.
 
-    It says its preamble in plain, waits for the byte GO, and shows the rest of itself in TLS.
+    It says its preamble in plain, waits for GO, and shows the rest of itself in TLS.  Discovery makes it and closes it,
+    or hands it over when it is chosen: `address` is its TCP address, `name` what it is called, `instance` which run of
+    cservice it is, `answer` its preamble's, `session` is in phase IDLE, `connection` is what to read and write.
     """
     PATIENCE = 10.0         # seconds for everything up to the worker's hello
 
-    def __init__(self, search, connection, address):
-        self.search, self.loop, self.address = search, search.loop, address[0]
-        self.connection, self.data, self.session, self.closed, self.known = connection, b"", None, False, False
-        self.name = self.address        # until it has said its own in TLS
+    def __init__(self, discovery, connection, address):
+        self.discovery, self.loop = discovery, discovery.loop
+        self.address = self.name = address
+        self.connection = connection
+        self.preamble = b""
+        self.answer = None          # with it, the key's holder has spoken, or a copy of what he said
+        self.instance = None
+        self.session = None
+        self.closed = False
         connection.setblocking(False)
         self.timer = self.loop.call_later(self.PATIENCE, lambda: self.close("silent in the handshake"))
-        self.loop.watch(connection.fileno(), read=self._preamble)
+        self.loop.watch(connection.fileno(), read=self._read_preamble)
 
-    def _preamble(self):
+    def _read_preamble(self):
         try:
-            part = self.connection.recv(PREAMBLE_SIZE - len(self.data))
+            part = self.connection.recv(PREAMBLE_SIZE - len(self.preamble))
         except BlockingIOError:
             return
         except OSError as error:
             return self.close(reason_of(error))
-        self.data += part
+        self.preamble += part
         if not part:
             return self.close("closed before it said who it was")
-        if len(self.data) < PREAMBLE_SIZE and self.data[:4] == MAGIC[:len(self.data)]:
+        if len(self.preamble) < PREAMBLE_SIZE and preamble_may_follow(self.preamble, self.discovery.nonce):
             return
         try:
-            offer, _ = parse_preamble(self.search.key.udp, self.search.nonce, self.data)
+            self.answer, random = parse_preamble(self.discovery.key.udp, self.discovery.nonce, self.preamble)
         except ProtocolError as error:
             return self.close(str(error))
-        self.known = True
         self.loop.watch(self.connection.fileno(), read=self._too_early)
-        self.search.connected(self, offer[1:])
+        self.discovery.connected(self, random)
 
     def _too_early(self):
         """Nothing may come before GO but the end."""
         try:
-            words = "spoke out of turn" if self.connection.recv(1) else "gone before the handshake"
+            words = "did not wait for its turn" if self.connection.recv(1) else "gone before the handshake"
         except BlockingIOError:
             return
         except OSError as error:
@@ -3963,8 +4242,8 @@ class WorkerConnection:
         self.loop.watch(self.connection.fileno())
         try:
             tune(self.connection)
-            self.connection.send(encode_go(self.search.key.udp, self.data))   # while the worker makes ready, so does this side
-            self.connection = TlsConnection(self.connection, self.search.context(), server_side=True)
+            self.connection.send(encode_go(self.discovery.key.udp, self.preamble))  # both sides now make ready at once
+            self.connection = TlsConnection(self.connection, self.discovery.context(), server_side=True)
         except (OSError, ValueError) as error:
             return self.close(loss_of(error).words)
         self.loop.watch(self.connection.fileno(), read=self._shake)
@@ -3974,67 +4253,82 @@ class WorkerConnection:
         try:
             if not self.connection.handshake():
                 return self.loop.watch(fd, read=self._shake, write=self._shake if self.connection.unsent else None)
-            check_peer(self.connection, self.search.key)
+            check_peer(self.connection, self.discovery.key)
         except (OSError, ValueError) as error:
             return self.close(loss_of(error).words)
-        self.session = Session(SUBMITTER, self.search.settings.timeout_pingpong, time.monotonic())
-        self.loop.watch(fd, read=self._hello)
-        self._hello()
+        self.session = Session(SUBMITTER, self.discovery.settings.timeout_pingpong, time.monotonic())
+        self.loop.watch(fd, read=self._read_hello)
+        self._read_hello()
 
-    def _hello(self):
+    def _read_hello(self):
         """Reads up to the worker's hello, which also proves that its process is awake."""
         buffer = memoryview(bytearray(CONTROL_MAX))
         try:
             size = self.connection.read_into(buffer)
-            # All of it before the job is offered: nothing may follow the hello unasked.
-            for kind, _, body in list(self.session.receive(buffer[:size], time.monotonic())) if size else ():
-                if kind == HELLO:
-                    self._authenticated(body)
             if size == 0:
-                self.close("closed in the handshake")
+                return self.close("closed in the handshake")
+            # All of it before the job is offered: nothing may follow the hello unasked.
+            for kind, _, body in list(self.session.receive(buffer[:size or 0], time.monotonic())):
+                if kind == HELLO:
+                    self._hello(body)
         except (OSError, ValueError) as error:
             self.close(loss_of(error).words)
         except ProtocolError as error:
             self.close("protocol broken: %s" % error)
 
-    def _authenticated(self, body):
-        self.name, self.instance = parse_hello(body)
-        if not self.search.wanted(self.address, self.name):
-            self.close("excluded by CEXEC_ACCEPT_SERVER or CEXEC_REJECT_SERVERS")
-        elif self.instance in self.search.avoid:
+    def _hello(self, body):
+        own, self.instance = parse_hello(body)
+        self.name = worker_name(own, self.address)
+        if own in self.discovery.settings.reject_servers:
+            self.close("excluded by CEXEC_REJECT_SERVERS")
+        elif self.instance in self.discovery.avoid:
             self.close("it has failed this job already")
         else:
-            self.search.authenticated(self)
+            self.discovery.authenticated(self)
 
     def take(self):
-        """Hands the connection over to the caller of this."""
+        """Hands the connection over to the caller of this, who reads and closes it from now on."""
         self.timer.cancel()
         self.closed = True
         self.loop.watch(self.connection.fileno())
         return self.connection
 
-    def close(self, why):
+    def close(self, why, failed=True):
+        """failed: whether the worker is to blame."""
         if self.closed:
             return
-        self.closed = True
-        self.timer.cancel()
-        self.loop.watch(self.connection.fileno())
-        self.connection.close()
-        self.search.gone(self, why)
-
-
-CONNECTIONS_MAX = 256           # connections at once at a submitter's port; a stranger's flood ends there
+        self.take().close()
+        self.discovery.gone(self, why, failed)
 
 
 class Discovery:
-    """One round of looking for a worker: announcement, candidates, choice.  on_found(caller) is called once."""
+    """One search for one worker connection: announcement, candidates, choice.  Whoever makes it stops it.
+
+    room_id         8 bytes that name the submitting process
+    context         a function that returns the TLS context
+    avoid           a container of the instances (str) that are not to be used now; it may change
+    on_found(w)     called once, with the WorkerConnection chosen
+    on_heard(name, address, words, here)
+                    called for each sign of life of a worker that has the key: it connected (words and here None), it
+                    failed its handshake (words), it said that it is busy or could not connect back (words, a Here)
+    problems        what went wrong with the last datagram sent, one text for each interface
+    reasons         {name: why the connection came to nothing}, the last ones
+    """
     IDLE = 0.01             # seconds: when nobody has come by then, there is time to prepare the channel
 
-    def __init__(self, loop, key, settings, avoid, on_found):
-        self.loop, self.key, self.settings, self.avoid, self.on_found = loop, key, settings, avoid, on_found
-        self.nonce, self.sequence, self.problems, self.reasons = os.urandom(8), collections.Counter(), [], {}
-        self.callers, self.found, self.tls = {}, None, None     # callers in the order of arrival
-        self.chooser = Selection(now_ms(), uniform)
+    def __init__(self, loop, key, settings, room_id, context, avoid, on_found, on_heard):
+        self.loop, self.key, self.settings, self.room_id, self.avoid = loop, key, settings, room_id, avoid
+        self.context, self.on_found, self.on_heard = context, on_found, on_heard
+        self.began = time.monotonic()
+        self.nonce = os.urandom(8)
+        self.sequence = collections.Counter()       # by type of datagram
+        self.heres = collections.OrderedDict()      # {instance: sequence of its last HERE}
+        self.problems, self.reasons = [], {}
+        self.connections = {}                       # {WorkerConnection: None}, in the order of arrival
+        self.found = self.timer = None
+        self.selection = Selection(now_ms(), uniform)
+        self.actions = {ANNOUNCE: self._announce, HOLD: self._hold, TAKEN: self._taken,
+                        HANDSHAKE: WorkerConnection.handshake, EVICT: self._evict, WIN: self._win}
         self.group = GroupSocket(settings.group, listen=False)
         try:
             self.listener = open_listener(settings.group, settings.listen_ports)
@@ -4042,125 +4336,158 @@ class Discovery:
             self.group.close()
             raise
         self.port = self.listener.getsockname()[1]
-        self.timer = None
         loop.watch(self.listener.fileno(), read=self._accept)
-        loop.call_later(self.IDLE, self.context)
+        loop.watch(self.group.fileno(), read=self._read_datagrams)
+        loop.call_later(self.IDLE, context)
         self._act()
 
-    def context(self):
-        self.tls = self.tls or tls_context(self.key, server_side=True)
-        return self.tls
+    def again(self):
+        """Announces now instead of when the timetable says."""
+        self.selection.announce_soon(now_ms())
+        self._act()
 
+    def stop(self):
+        """Nobody is wanted any more.  May be called again."""
+        if self.group is None:
+            return
+        if not self.found:
+            self._taken(None)
+        group, self.group = self.group, None
+        if self.timer:
+            self.timer.cancel()
+        for each in self.listener, group:
+            self.loop.watch(each.fileno())
+            each.close()
+        for connection in list(self.connections):
+            connection.close("not needed", failed=False)
+
+    # -- who comes
     def _accept(self):
         for _ in range(64):
             try:
-                connection, address = self.listener.accept()
+                connection, source = self.listener.accept()
             except BlockingIOError:
                 break
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                     self._pause_accepting()
                 break
-            if not self.wanted(address[0]) or not self._make_room():
+            if not self._wanted(source[0]):
                 connection.close()
+                self.note(source[0], "excluded by CEXEC_ACCEPT_SERVER or CEXEC_REJECT_SERVERS")
                 continue
-            self.callers[WorkerConnection(self, connection, address)] = None
+            self._make_room()
+            self.connections[WorkerConnection(self, connection, source[0])] = None
         self._act()
 
     def _make_room(self):
-        """A worker says who it is within a round trip, so whoever has waited longest without a word goes first."""
-        if len(self.callers) >= CONNECTIONS_MAX:
-            stranger = next((caller for caller in self.callers if not caller.known), None)
-            if stranger is None:
-                return False
-            stranger.close("silent, and others came")
-        return True
+        """A worker says who it is within a round trip: of the address with the most connections that have said nothing,
+        the one goes that has been silent for longest."""
+        if len(self.connections) >= CONNECTIONS_MAX:
+            silent = [connection for connection in self.connections if not connection.answer]
+            crowd = collections.Counter(connection.address for connection in silent)
+            max(silent, key=lambda connection: crowd[connection.address]).close("silent, and others came")
 
     def _pause_accepting(self):
         """Out of descriptors: the connections wait in the backlog until some of ours have ended."""
         self.loop.watch(self.listener.fileno())
         self.loop.call_later(0.1, lambda: self.group and self.loop.watch(self.listener.fileno(), read=self._accept))
 
-    def wanted(self, address, name=None):
-        """Whether a worker may be used.  name: its own address, which differs from the connection's behind a proxy."""
+    def _wanted(self, address):
+        """Whether a worker with this TCP address may be used: what it says of itself does not count."""
         accept, reject = self.settings.accept_server, self.settings.reject_servers
-        if address in reject or name in reject:
-            return False
-        return not (accept and name) or address in accept or name in accept
+        return address not in reject and (not accept or address in accept)
 
-    # -- what callers report
-    def connected(self, caller, offer):
-        self.chooser.connected(now_ms(), caller, *offer)
+    def note(self, name, why):
+        """Remembers why a worker was of no use."""
+        self.reasons.pop(name, None)
+        self.reasons = dict(list(self.reasons.items())[1 - REASONS_MAX:], **{name: why})
+
+    def _read_datagrams(self):
+        for _ in range(64):
+            received = self.group and self.group.receive()
+            if not received:
+                break
+            try:
+                datagram = parse_datagram(received[0])
+                if ((datagram.kind, datagram.nonce) == (HERE, self.nonce) and self._wanted(received[1][0])
+                        and datagram.authentic(self.key.udp)):
+                    self._here(parse_here(datagram), datagram.sequence, received[1][0])
+            except ProtocolError:
+                pass        # a stranger's
         self._act()
 
-    def authenticated(self, caller):
-        self.chooser.authenticated(now_ms(), caller)
+    def _here(self, here, sequence, address):
+        """A worker cannot serve now, or could not connect back."""
+        if sequence <= self.heres.get(here.instance, -1):
+            return
+        self.heres[here.instance] = sequence
+        if len(self.heres) > INSTANCES_MAX:
+            self.heres.popitem(last=False)
+        own = parse_address(here.address)
+        name = worker_name(own[0], address) if own else address
+        if here.state == UNREACHABLE:
+            words = "could not connect back to port %d: %s" % (here.port, here.error)
+            self.note(name, words)
+        else:
+            words = STATE_NAMES[here.state]
+            self.selection.busy(now_ms())
+        self.on_heard(name, address, words, here)
+
+    # -- what the connections report
+    def connected(self, connection, random):
+        self.selection.connected(now_ms(), connection, connection.address, connection.answer, random)
+        self.on_heard(connection.name, connection.address, None, None)
         self._act()
 
-    def gone(self, caller, why):
-        self.callers.pop(caller, None)
+    def authenticated(self, connection):
+        self.selection.authenticated(now_ms(), connection)
+        self._act()
+
+    def gone(self, connection, why, failed):
+        self.connections.pop(connection, None)
+        self.selection.closed(now_ms(), connection)
         if not self.found:
-            self.reasons = dict(list(self.reasons.items())[-20:], **{caller.name: why})
-        self.chooser.closed(now_ms(), caller)
+            self.note(connection.name, why)
+            if failed and connection.answer:
+                self.on_heard(connection.name, connection.address, why, None)
         self._act()
 
-    # -- what the rule wants
+    # -- what the selection wants
     def _act(self):
         if self.group is None:
             return
-        for action, *what in self.chooser.poll(now_ms()):
-            getattr(self, "_do_" + action)(*what)
+        for action, *what in self.selection.poll(now_ms()):
+            if self.group:
+                self.actions[action](*what)
         if self.group is None:
             return
         if self.timer:
             self.timer.cancel()
-        due = self.chooser.next_due()
+        due = self.selection.next_due()
         self.timer = self.loop.call_at(due / 1000, self._act) if due is not None else None
 
-    def again(self):
-        """Announces now instead of when the timetable says."""
-        if self.group and not self.found:
-            self.chooser.again = now_ms()
-            self._act()
+    def _announce(self, *fields):
+        self.send(ANNOUNCE, encode_announcement(Announcement(*fields, self.room_id)), self.port)
 
-    def _do_announce(self, attempt, waited, interval):
-        body = encode_announcement(Announcement(attempt, waited, interval, 0, bytes(8)))
-        self.send(ANNOUNCE, body, self.port)
-
-    def _do_hold(self, milliseconds):
+    def _hold(self, milliseconds):
         self.send(HOLD, encode_hold(milliseconds))
 
-    def _do_taken(self, offset):
+    def _taken(self, offset):
         self.send(TAKEN, encode_taken(offset))
 
-    def _do_handshake(self, caller):
-        caller.handshake()
+    def _evict(self, connection, why):
+        connection.close(why, failed=False)
 
-    def _do_evict(self, caller):
-        caller.close("slower than another")
-
-    def _do_win(self, caller):
-        self.found = caller
-        self.callers.pop(caller, None)
-        self.on_found(caller)
+    def _win(self, connection):
+        self.found = connection
+        self.connections.pop(connection, None)
+        self.on_found(connection)
 
     def send(self, kind, body, port=0):
         self.sequence[kind] += 1
         self.problems = self.group.send(
             encode_datagram(self.key.udp, kind, self.key.id, self.nonce, self.sequence[kind], body, port))
-
-    def stop(self):
-        """Nobody is wanted any more."""
-        if self.group is None:
-            return
-        group, self.group = self.group, None
-        if self.timer:
-            self.timer.cancel()
-        self.loop.watch(self.listener.fileno())
-        self.listener.close()
-        for caller in list(self.callers):
-            caller.close("not needed")
-        group.close()
 
 
 def now_ms():
@@ -4178,6 +4505,7 @@ def uniform():
 # Room with one job, cmap and the Python API give it many.  What a job reads and writes here is its JobStreams.
 
 SEARCHES = 4                # searches for a worker at once while the room answers quickly
+LAST_WORDS = 0.02           # seconds for which a search that has found somebody goes on to say so
 SLOW_SEARCH = 0.3           # seconds after which a search waits for a slot: more of them would not help
 KEEP = 0.9                  # seconds that a connection without a job is kept; the worker ends it after one
 START_PATIENCE = 1.0        # seconds from the offer to the job's start; doubled with each attempt
@@ -4554,7 +4882,7 @@ class Room:
         self.parallel = SEARCHES if most > 1 else 1
         self.heard_at = time.monotonic()    # when any worker was heard of last
         self.workers = {}               # {name: (time, state or None, words)} of those heard of
-        self.last_search = None
+        self.finished = collections.deque(maxlen=SEARCHES)      # searches that have found somebody
         self.alerts = None
         self.watch_timer = None
         self.tls = None                 # the TLS context, once it is needed
@@ -4600,7 +4928,7 @@ class Room:
             if submission.attempt:
                 submission.attempt.give_up()
         self.queue.clear()
-        for search in self.searches:
+        for search in self.searches + list(self.finished):
             search.stop()
         for kept in list(self.connections):
             kept.close()
@@ -4632,7 +4960,8 @@ class Room:
         while len(self.searches) > max(wanted, 0):
             self.searches.pop().stop()
         while len(self.searches) < wanted:
-            self.searches.append(Discovery(self))
+            self.searches.append(Discovery(self.loop, self.key, self.settings, self.id, self.context,
+                                           self, self.on_found, self.on_heard))
         if self.queue and not self.watch_timer:
             self.watch_timer = self.loop.call_later(0.25, self._watch)
 
@@ -4657,10 +4986,12 @@ class Room:
         self._pump()
 
     # -- what searches say
-    def on_found(self, search, found):
+    def on_found(self, found):
         """A worker has proven itself and waits for a job."""
+        search = next(search for search in self.searches if search.found is found)
         self.searches.remove(search)
-        self.last_search = search
+        self.finished.append(search)
+        self.loop.call_later(LAST_WORDS, search.stop)
         self.parallel = min(self.parallel + 1, SEARCHES)
         self.heard_at = time.monotonic()
         kept = KeptConnection(self, found)
@@ -4670,12 +5001,12 @@ class Room:
         if kept in self.idle:
             kept.rest()
 
-    def on_heard(self, name, state, words):
-        """A worker was heard of: it is busy, it cannot connect, it has failed its handshake."""
+    def on_heard(self, name, address, words, here):
+        """A worker was heard of: it has connected, is busy, cannot connect, has failed its handshake."""
         self.heard_at = time.monotonic()
-        self.workers[name] = self.heard_at, state, words
+        self.workers[name] = self.heard_at, here, words
 
-    def is_avoided(self, instance):
+    def __contains__(self, instance):
         """Whether none of the jobs that wait wants this worker now."""
         now = time.monotonic()
         return bool(self.queue) and all(each.avoid.get(instance, now) > now for each in self.queue)
@@ -4712,7 +5043,8 @@ class Room:
         submission = attempt.submission
         submission.refusals += 1
         attempt.kept.close()
-        self.workers[attempt.kept.name] = time.monotonic(), None, "refused: " + words
+        for search in self.searches or self.finished:
+            search.note(attempt.kept.name, "refused: " + words)
         submission.on_event("%s refused the job: %s" % (attempt.kept.name, words), submission.refusals == 1)
         self._avoid(submission, attempt.kept.instance)
         self._again(submission)
@@ -4786,7 +5118,7 @@ class Room:
 
     def nobody(self, submission, now):
         """The Failure of a job for which no worker was found: what was tried, what came of it, what to check."""
-        search = self.searches[0] if self.searches else self.last_search
+        search = (self.searches or self.finished or (None,))[0]
         why = "%s for %.0f s" % ("no worker was free" if self.heard_at > submission.waiting_since else
                                  "nobody answered", now - submission.waiting_since)
         if search:
@@ -4794,8 +5126,8 @@ class Room:
                 self.settings.group, " ".join(filter(None, search.group.tried)) or "the system's choice", search.port)
             if search.problems:
                 why += "; could not send: " + ", ".join(search.problems)
-        for name, (_, _, words) in list(self.workers.items())[-3:]:
-            why += "; %s: %s" % (name, words)
+            for name, words in list(search.reasons.items())[-3:]:
+                why += "; %s: %s" % (name, words)
         if submission.last_loss:
             why += "; before that, " + submission.last_loss
         return Failure("no worker", why, "is cservice running with this key (%s) in this network, with a free slot?  "
@@ -5390,7 +5722,6 @@ class Daemon:
         self.connecting = set()         # SubmitterConnections
         self.handlers = {}              # {pid: HandlerProcess}
         self.killers = {}               # {pid of a child that ends a job: the HandlerProcess it was of, or None}
-        self.rooms = collections.OrderedDict()      # {nonce: (room, UDP address)} of the announcements remembered
         self.proven = collections.OrderedDict()     # {id: True} of the last jobs of ended handlers
         self.jobs_done = 0              # by handlers that have ended
         self.here_bucket = TokenBucket(self.HERE_RATE, self.HERE_RATE)
@@ -5414,7 +5745,7 @@ class Daemon:
         loop.watch(self.group.fileno(), read=self._heard)
         loop.call_later(self.LOOK, self._look)
         if self.settings.veto:
-            self.vetoed = True          # until it has said otherwise
+            self.vetoed = self.responder.stopped = True     # until it has said otherwise
             self._run_veto()
         else:
             self._ready()
@@ -5460,22 +5791,15 @@ class Daemon:
 
     def _matters(self, datagram):
         """Most of what a worker hears is about jobs of others, and not worth an HMAC."""
-        if datagram.kind in (HOLD, TAKEN):
-            return self.responder.remembers(datagram.nonce)
         if datagram.kind == ALERT:
             known = self._proven_jobs()
             return any(alert.job in known for alert in parse_alerts(datagram)) if known else False
-        return datagram.kind != HERE
+        return datagram.kind != HERE and self.responder.concerned(datagram.kind, datagram.nonce)
 
     def _announce(self, datagram, source):
-        announcement = parse_announcement(datagram)
-        if datagram.port < 1024 or self.draining:
-            return
-        self.rooms[datagram.nonce] = announcement.room, source
-        while len(self.rooms) > PENDING_MOST:
-            self.rooms.popitem(last=False)
-        place = (source[0], datagram.port) + tuple(source[2:])
-        self.responder.announced(now_ms(), datagram.nonce, place, announcement, datagram.sequence)
+        if not self.draining:
+            self.responder.announced(now_ms(), datagram.nonce, source, parse_announcement(datagram),
+                                     datagram.sequence, datagram.port)
 
     def _hold(self, datagram, source):
         self.responder.hold(now_ms(), datagram.nonce, parse_hold(datagram), datagram.sequence)
@@ -5541,23 +5865,20 @@ class Daemon:
         if self.timer:
             self.timer.cancel()
             self.timer = None
-        if self.draining or self.vetoed:
+        if self.draining:
             return
         for answer in self.responder.due(now_ms()):
             self._connect(answer)
         for nonce in self.responder.busy_due(now_ms()):
-            self.send_here(nonce, self.rooms[nonce][1])
+            self.send_here(nonce, self.responder.sender(nonce))
         due = self.responder.next_due()
         if due is not None:
             self.timer = self.loop.call_at(due / 1000, self.consider)
         self._take_turns()
 
     def _connect(self, answer):
-        place = self.responder.place(answer.nonce)
         try:
-            if place is None:
-                raise OSError(errno.EADDRNOTAVAIL, "its address was forgotten")
-            self.connecting.add(SubmitterConnection(self, answer, place))
+            self.connecting.add(SubmitterConnection(self, answer, self.responder.place(answer.nonce)))
         except OSError as error:                # out of descriptors, for one
             self.log.note("connect", "no connection to a submitter: %s" % reason_of(error))
             self.loop.call_soon_threadsafe(lambda: self._lost(answer))
@@ -5565,19 +5886,19 @@ class Daemon:
     def on_no_job(self, connection):
         """The submitter has taken another worker, or cannot be reached."""
         self.connecting.discard(connection)
-        if connection.error is not None and connection.error != errno.ECONNREFUSED:
-            self._unreachable(connection)
-        self._lost(connection.answer, connection.error == errno.ECONNREFUSED)
+        nonce, refused = connection.answer.nonce, connection.error == errno.ECONNREFUSED
+        if connection.error is not None and not refused:
+            self._unreachable(nonce, connection.place, os.strerror(connection.error))
+        self.responder.place_failed(nonce)
+        self._lost(connection.answer, refused)
 
-    def _unreachable(self, connection):
+    def _unreachable(self, nonce, place, words):
         """Tells both sides: the submitter waits and does not know why."""
-        place, words = connection.place, os.strerror(connection.error)
-        self.responder.place_failed(connection.answer.nonce)
         self.log.note(place[0], "no connection back to %s: %s; does a firewall there let TCP in?" % (
             place_text(place), words))
-        known = self.rooms.get(connection.answer.nonce)
-        if known:
-            self.send_here(connection.answer.nonce, known[1], place[1], words)
+        sender = self.responder.sender(nonce)
+        if sender:
+            self.send_here(nonce, sender, place[1], words)
 
     def _lost(self, answer, refused=False):
         self.responder.lost(answer.nonce, refused)
@@ -5600,7 +5921,7 @@ class Daemon:
         far.close()
         connection.socket.close()
         link.setblocking(False)
-        room = self.rooms.get(connection.answer.nonce, (b"",))[0]
+        room = self.responder.room(connection.answer.nonce)
         handler = self.handlers[pid] = HandlerProcess(pid, link, board, connection.answer, address, room)
         self.loop.watch(link.fileno(), read=lambda: self._told(handler))
 
@@ -5644,7 +5965,7 @@ class Daemon:
             return
         handler.over = True
         if handler.won:
-            self.responder.freed()
+            self.responder.freed(handler.room)
         else:
             self.responder.lost(handler.answer.nonce)
 
@@ -5697,18 +6018,16 @@ class Daemon:
             self.group.refresh()
         if self.settings.veto and not self.veto_pid and now - self.veto_at >= self.VETO_EVERY:
             self._run_veto()
-        if self.responder.waiting():
-            self._drop_stale(now)
+        self._drop_stale(now)
         self._take_turns()
 
     def _drop_stale(self, now):
         """Who was called a while ago and gives no word keeps no slot from those who wait."""
-        if self.responder.running < self.settings.concurrency:
-            return
         for connection in [each for each in self.connecting if now - each.began > self.STALE]:
-            connection.end()
+            if self.responder.gives_way(connection.answer.nonce):
+                connection.end()
         for handler in self.handlers.values():
-            if not handler.won and now - handler.began > self.STALE:
+            if not handler.won and now - handler.began > self.STALE and self.responder.gives_way(handler.answer.nonce):
                 signal_process(handler.pid, signal.SIGKILL)
 
     def _take_turns(self):
@@ -5732,6 +6051,7 @@ class Daemon:
     def _veto_told(self, status):
         """The command of --if has ended, with this wait status."""
         before, self.veto_pid, self.vetoed = self.vetoed, None, status != 0
+        self.responder.stopped = self.vetoed
         if not self.ready_said:
             self._ready()
         if self.vetoed != before:
