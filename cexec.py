@@ -150,7 +150,11 @@ def printable(text):
 
 def reason_of(error):
     """The system's words for an OSError, or the error's own."""
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+    words = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if MACOS and getattr(error, "errno", None) == errno.EHOSTUNREACH:
+        words += " (macOS 15 lets no background program into the local network unless that is allowed in System " \
+            "Settings, Privacy & Security, Local Network)"
+    return words
 
 
 def say(prefix, text, descriptor=2):
@@ -2241,17 +2245,23 @@ class Loop:
 
 # ---------------------------------------------------------------- group sockets
 
-# Numbers that Python's socket module lacks in some or all versions.
-SIOCGIFFLAGS, SIOCGIFADDR, SIOCGIFBRDADDR = 0x8913, 0x8915, 0x8919     # Linux
-IFF_UP, IFF_LOOPBACK = 0x1, 0x8
+# Numbers that Python's socket module lacks in some or all versions, or on some systems.
+if LINUX:
+    SIOCGIFFLAGS, SIOCGIFADDR, SIOCGIFBRDADDR, IFREQ_SIZE = 0x8913, 0x8915, 0x8919, 40
+else:                                               # macOS and the BSDs: the size of the request is part of its number
+    IFREQ_SIZE = 144 if sys.platform.startswith("netbsd") else 32
+    SIOCGIFFLAGS, SIOCGIFADDR, SIOCGIFBRDADDR = (0xc0006900 + (IFREQ_SIZE << 16) + number for number in (17, 33, 35))
+IFF_UP, IFF_BROADCAST, IFF_LOOPBACK, IFF_POINTOPOINT = 0x1, 0x2, 0x8, 0x10
 IP_PKTINFO = 8 if LINUX else 26
+IP_RECVIF = 30 if sys.platform.startswith("openbsd") else 20        # the BSDs
+IP_ONESBCAST = 23                                   # FreeBSD
 IP_BOUND_IF, IPV6_BOUND_IF = 25, 125                # macOS
 IP_MULTICAST_ALL, IPV6_MULTICAST_ALL = 49, 29       # Linux
 IPV6_RECVPKTINFO, IPV6_PKTINFO = getattr(socket, "IPV6_RECVPKTINFO", 61), getattr(socket, "IPV6_PKTINFO", 46)   # macOS
-SO_RXQ_OVFL, SO_ATTACH_FILTER = 40, 26              # Linux
-LOAD_WORD, LOAD_OCTET, JUMP_EQUAL, RETURN = 0x20, 0x30, 0x15, 0x06      # Linux's socket filters
+SO_RXQ_OVFL = 40                                    # Linux
 TENTATIVE, DUPLICATE = 0x40, 0x08                   # flags of an IPv6 address that cannot be used
 TRUNCATED = int(socket.MSG_TRUNC)                   # the enumeration's own arithmetic is slow
+PRIVATE_LINKS = ("awdl", "llw", "anpi")             # macOS's own: AirDrop and the like
 
 PKTINFO = struct.Struct("@i4s4s")       # interface, source address, -
 PKTINFO6 = struct.Struct("@16sI")       # source address, interface
@@ -2263,7 +2273,8 @@ BACKLOG = 512               # connections the kernel keeps while we are busy: a 
 
 
 class Interface(collections.namedtuple("Interface", "name index flags addresses broadcast")):
-    """One network interface.  addresses are those of the family asked for, None where the platform does not tell."""
+    """One network interface.  addresses are those of the family asked for, None where the system does not tell, as
+    those of IPv6 outside Linux."""
     __slots__ = ()
 
     @property
@@ -2272,27 +2283,27 @@ class Interface(collections.namedtuple("Interface", "name index flags addresses 
 
     @property
     def usable(self):
-        return bool(self.flags & IFF_UP) and self.addresses != []
+        """Whether to send here unasked.  Outside Linux nearly every system keeps IPv6 tunnels and links of its own."""
+        own = self.addresses is None and (self.flags & IFF_POINTOPOINT or self.name.startswith(PRIVATE_LINKS))
+        return bool(self.flags & IFF_UP) and self.addresses != [] and not own
 
 
 def local_interfaces(family):
     """Every Interface of this machine, up or not.
 
-    Only the first IPv4 address of each is known, which is the one that its broadcasts carry.  Outside Linux just
-    names and numbers are known, and every interface counts as up.
+    Only the first IPv4 address of each is known, which is the one that its broadcasts carry.
     """
-    names = socket.if_nameindex()
-    if not LINUX:
-        return [Interface(name, index, IFF_UP, None, "") for index, name in names]
-    found, inet6 = [], inet6_addresses() if family == socket.AF_INET6 else None
+    names, found = socket.if_nameindex(), []
+    inet6 = inet6_addresses() if LINUX and family == socket.AF_INET6 else {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for index, name in names:
             flags = interface_field(probe, SIOCGIFFLAGS, name)
-            address = interface_field(probe, SIOCGIFADDR, name) if inet6 is None else None
+            address = interface_field(probe, SIOCGIFADDR, name) if family == socket.AF_INET else None
             addresses = [socket.inet_ntoa(address[4:8])] if address else []
+            if family == socket.AF_INET6:
+                addresses = inet6.get(index, []) if LINUX else None
             broadcast = address and interface_field(probe, SIOCGIFBRDADDR, name)
-            found.append(Interface(name, index, struct.unpack_from("@H", flags or bytes(2))[0],
-                                   addresses if inet6 is None else inet6.get(index, []),
+            found.append(Interface(name, index, struct.unpack_from("@H", flags or bytes(2))[0], addresses,
                                    socket.inet_ntoa(broadcast[4:8]) if broadcast else ""))
     return found
 
@@ -2300,7 +2311,7 @@ def local_interfaces(family):
 def interface_field(probe, request, name):
     """What the kernel answers about one interface, after its name; None where it has no such thing, or is gone."""
     try:
-        return fcntl.ioctl(probe.fileno(), request, struct.pack("16s24x", os.fsencode(name)))[16:]
+        return fcntl.ioctl(probe.fileno(), request, os.fsencode(name).ljust(IFREQ_SIZE, b"\0"))[16:]
     except OSError:
         return None
 
@@ -2342,27 +2353,32 @@ class GroupSocket:
     of several listeners only one hears that.  A group on the loopback network hears nothing from elsewhere.
     Sending to a broadcast or multicast group goes out of every interface that is up, each time from an address of
     that interface, so that whoever hears it can connect back; out of loopback only where there is nothing else.
-    Outside Linux and macOS a broadcast leaves by the interface that the system chooses.
+    On the BSDs that is each network's own broadcast address, since 255.255.255.255 is sent by one interface only, or
+    to the default router.  Where no interface is up yet, the socket waits for one: see refresh().
 
     source   local address to send from, as parse_address gives it, for a host that stands in several networks
     home     the interface that was named, or that has the source address; None if there is none
     tried    names of the interfaces that the last send used, "" for the system's own choice
-    dropped  datagrams that the kernel threw away because nobody fetched them, or because of pass_only
+    dropped  datagrams that the kernel threw away because nobody fetched them
     """
 
     def __init__(self, group, listen, source=None):
         self.group, self.listen, self.source = group, listen, source
-        self.tried, self.dropped, self.joined, self.targets, self.home = [], 0, set(), [], None
+        self.tried, self.dropped, self.joined, self.targets, self.home = [], 0, {}, [], None
         self.index, self.loopback_indexes, self.refreshed = 0, set(), 0.0
-        self.socket = socket.socket(group.family, socket.SOCK_DGRAM)
+        try:
+            self.socket = socket.socket(group.family, socket.SOCK_DGRAM)
+        except OSError as error:
+            raise Failure("cannot use the group %s" % (group,), reason_of(error),
+                          "this machine has no IPv6" if group.family == socket.AF_INET6 else "") from None
         try:
             self._options()
             self._bind()
             self._read_interfaces()
             if group.kind == "multicast" and listen:
                 problems = self._join()
-                if not self.joined:
-                    raise Failure("cannot join %s" % group, ", ".join(problems) or "no interface is up")
+                if problems and not self.joined:
+                    raise Failure("cannot join %s" % (group,), ", ".join(problems))
         except BaseException:
             self.close()
             raise
@@ -2376,7 +2392,9 @@ class GroupSocket:
         else:
             self._options4()
         if self.listen:
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
+            size = RECEIVE_BUFFER
+            while not self._try(socket.SOL_SOCKET, socket.SO_RCVBUF, size) and size > DATAGRAM_MAX:
+                size //= 2      # NetBSD refuses what is above its limit, where others take the limit
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if LINUX:
                 self.socket.setsockopt(socket.SOL_SOCKET, SO_RXQ_OVFL, 1)
@@ -2386,14 +2404,25 @@ class GroupSocket:
 
     def _options4(self):
         ip = socket.IPPROTO_IP
-        self.socket.setsockopt(ip, socket.IP_MULTICAST_TTL, HOPS)
-        self.socket.setsockopt(ip, socket.IP_MULTICAST_LOOP, 1)
+        self.socket.setsockopt(ip, socket.IP_MULTICAST_TTL, bytes([HOPS]))      # OpenBSD takes one byte only
+        self.socket.setsockopt(ip, socket.IP_MULTICAST_LOOP, bytes([1]))
         if LINUX:
             self.socket.setsockopt(ip, IP_MULTICAST_ALL, 0)     # else it hears what others on this host have joined
         if LINUX or MACOS:
             self.socket.setsockopt(ip, IP_PKTINFO, 1)
-        elif self.group.only and self.listen:
-            raise Failure(str(self.group), "this system does not tell which device a datagram came in by")
+        else:
+            if not self._try(ip, IP_RECVIF, 1) and self.group.only and self.listen:
+                raise Failure(str(self.group), "this system does not tell which device a datagram came in by")
+            if sys.platform.startswith("freebsd"):
+                self._try(ip, IP_ONESBCAST, 1)      # a network's own broadcast then goes out as 255.255.255.255
+
+    def _try(self, *option):
+        """Whether the system takes this option."""
+        try:
+            self.socket.setsockopt(*option)
+        except OSError:
+            return False
+        return True
 
     def _options6(self):
         ip = socket.IPPROTO_IPV6
@@ -2402,10 +2431,7 @@ class GroupSocket:
         self.socket.setsockopt(ip, socket.IPV6_MULTICAST_LOOP, 1)
         self.socket.setsockopt(ip, IPV6_RECVPKTINFO, 1)
         if LINUX:
-            try:
-                self.socket.setsockopt(ip, IPV6_MULTICAST_ALL, 0)
-            except OSError:
-                pass        # before Linux 4.20
+            self._try(ip, IPV6_MULTICAST_ALL, 0)        # not before Linux 4.20
 
     def _bind(self):
         group = self.group
@@ -2453,38 +2479,46 @@ class GroupSocket:
             return [self.home] if group.only or group.kind != "unicast" else [None]
         usable = [interface for interface in found if interface.usable]
         outer = [] if group.loopback else [interface for interface in usable if not interface.loopback]
-        if not LINUX and not MACOS and group.kind != "multicast":
-            return [None]
+        if group.kind == "broadcast" and not LINUX:
+            outer = [interface for interface in outer if interface.flags & IFF_BROADCAST]
         return outer or [interface for interface in usable if interface.loopback]
 
     def _join(self):
         """Joins the group on every interface in use that it is not yet joined on.  Returns the problems."""
-        wanted = {interface.index: interface.name for interface in self.targets if interface}
-        for index in self.joined - set(wanted):
-            self._membership(index, join=False)
-            self.joined.discard(index)
-        problems = []
-        for index in set(wanted) - self.joined:
-            problem = self._membership(index, join=True)
+        wanted, problems = {interface.index: interface for interface in self.targets if interface}, []
+        for index in set(self.joined) - set(wanted):
+            self._membership(self.joined.pop(index), join=False)
+        for index in set(wanted) - set(self.joined):
+            problem = self._membership(wanted[index], join=True)
             if problem:
-                problems.append("%s: %s" % (wanted[index], problem))
+                problems.append("%s: %s" % (wanted[index].name, problem))
             else:
-                self.joined.add(index)
+                self.joined[index] = wanted[index]
         return problems
 
-    def _membership(self, index, join):
+    def _membership(self, interface, join):
+        """Joins or leaves on one interface.  Returns the problem, None if there is none."""
         packed = socket.inet_pton(self.group.family, self.group.address)
         if self.group.family == socket.AF_INET6:
             what = (socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP if join else socket.IPV6_LEAVE_GROUP)
-            request = struct.pack("@16sI", packed, index)
+            requests = [struct.pack("@16sI", packed, interface.index)]
         else:
             what = (socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP if join else socket.IP_DROP_MEMBERSHIP)
-            request = struct.pack("@4s4si", packed, bytes(4), index)
-        try:
-            self.socket.setsockopt(*what, request)
-        except OSError as error:
-            return None if error.errno == errno.EADDRINUSE else reason_of(error)
-        return None
+            requests = [packed + request for request in interface_requests(interface, join=True)]
+        return self._set_one(what, requests)
+
+    def _set_one(self, what, requests):
+        """Sets the option to the first of these values that the system understands.  Returns the problem or None."""
+        for request in requests:
+            try:
+                self.socket.setsockopt(*what, request)
+            except OSError as error:
+                problem = None if error.errno == errno.EADDRINUSE else reason_of(error)
+                if error.errno != errno.EINVAL:
+                    return problem
+            else:
+                return None
+        return problem
 
     # -- sending
     def send(self, data):
@@ -2503,29 +2537,29 @@ class GroupSocket:
         return problems
 
     def _send(self, data, interface):
-        group, index = self.group, interface.index if interface else 0
-        if group.family == socket.AF_INET6:
-            place = (group.address, group.port, 0, index)
-            note = (socket.IPPROTO_IPV6, IPV6_PKTINFO, PKTINFO6.pack(bytes(16), index))
-        else:
-            place = (group.address, group.port)
-            source = bytes(4) if self.source or not interface or not interface.addresses else \
-                socket.inet_aton(interface.addresses[0])
-            note = (socket.IPPROTO_IP, IP_PKTINFO, PKTINFO.pack(index, source, bytes(4)))
+        group, index, notes = self.group, interface.index if interface else 0, []
+        place = (group.address, group.port, 0, index) if group.family == socket.AF_INET6 else (group.address, group.port)
         if interface and not LINUX:
-            note = self._steer(index)
-        self.socket.sendmsg([data], [note] if interface and note else [], 0, place)
+            self._steer(interface)
+            if group.kind == "broadcast" and not MACOS and interface.broadcast:
+                place = (interface.broadcast, group.port)
+        elif interface and group.family == socket.AF_INET6:
+            notes = [(socket.IPPROTO_IPV6, IPV6_PKTINFO, PKTINFO6.pack(bytes(16), index))]
+        elif interface:
+            source = bytes(4) if self.source or not interface.addresses else socket.inet_aton(interface.addresses[0])
+            notes = [(socket.IPPROTO_IP, IP_PKTINFO, PKTINFO.pack(index, source, bytes(4)))]
+        self.socket.sendmsg([data], notes, 0, place)
 
-    def _steer(self, index):
+    def _steer(self, interface):
         """Names the interface for the next datagram where no note beside the datagram can."""
-        six, four = self.group.family == socket.AF_INET6, struct.pack("@4s4si", bytes(4), bytes(4), index)
-        if MACOS:
-            self.socket.setsockopt(socket.IPPROTO_IPV6 if six else socket.IPPROTO_IP,
-                                   IPV6_BOUND_IF if six else IP_BOUND_IF, index)
-        elif six:
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF, index)
-        else:
-            self.socket.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, four)
+        six, multicast = self.group.family == socket.AF_INET6, self.group.kind == "multicast"
+        level = socket.IPPROTO_IPV6 if six else socket.IPPROTO_IP
+        if multicast and six:
+            self.socket.setsockopt(level, socket.IPV6_MULTICAST_IF, interface.index)
+        elif multicast:
+            self._set_one((level, socket.IP_MULTICAST_IF), interface_requests(interface, join=False))
+        elif MACOS:
+            self.socket.setsockopt(level, IPV6_BOUND_IF if six else IP_BOUND_IF, interface.index)
 
     # -- hearing
     def receive(self):
@@ -2551,24 +2585,23 @@ class GroupSocket:
         for level, kind, value in notes:
             if level == socket.IPPROTO_IP and kind == IP_PKTINFO:
                 index = PKTINFO.unpack_from(value)[0]
+            elif level == socket.IPPROTO_IP and kind == IP_RECVIF and not LINUX:
+                index = struct.unpack_from("@2xH", value)[0]        # sockaddr_dl: length, family, index
             elif level == socket.IPPROTO_IPV6 and kind == IPV6_PKTINFO:
                 index = PKTINFO6.unpack_from(value)[1]
             elif level == socket.SOL_SOCKET and kind == SO_RXQ_OVFL:
                 self.dropped = struct.unpack("@I", value)[0]
         return index
 
-    def pass_only(self, key_id, kinds):
-        """From now on the kernel passes, if it can, only datagrams of this key and these kinds, and those of other
-        protocol versions: the rest wakes nobody."""
-        if not LINUX:
-            return
-        import array
-        program = array.array("B", datagram_filter(key_id, kinds))
-        try:
-            self.socket.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER,
-                                   struct.pack("@HP", len(program) // 8, program.buffer_info()[0]))
-        except OSError:
-            pass        # forbidden, or no memory for it: whoever listens passes over the rest by himself
+    def advice(self):
+        """What to do where the group reaches nobody but this machine itself, and "" where it does."""
+        if self.group.loopback or any(not (interface and interface.loopback) for interface in self.targets):
+            return ""
+        outer = [interface.name for interface in local_interfaces(socket.AF_INET6)
+                 if interface.usable and not interface.loopback]
+        if self.group.family == socket.AF_INET and outer:
+            return "only loopback has an IPv4 address here; to use IPv6, set on all machines: GROUP=ff02::1%%%s" % outer[0]
+        return "no network interface but loopback is up"
 
     def fileno(self):
         return self.socket.fileno()
@@ -2577,18 +2610,17 @@ class GroupSocket:
         self.socket.close()
 
 
-def datagram_filter(key_id, kinds):
-    """The bytes of a socket filter for pass_only (classic BPF, see the kernel's networking/filter).  Loads count from
-    the UDP header, 8 bytes before the datagram; one beyond the end rejects it."""
-    conditions = len(kinds)
-    reject, accept = 7 + conditions, 8 + conditions     # positions; a jump counts from the instruction behind it
-    program = [(LOAD_WORD, 0, 0, 8), (JUMP_EQUAL, 0, reject - 2, int.from_bytes(MAGIC, "big")),
-               (LOAD_OCTET, 0, 0, 12), (JUMP_EQUAL, 0, accept - 4, WIRE_VERSION),
-               (LOAD_WORD, 0, 0, 16), (JUMP_EQUAL, 0, reject - 6, int.from_bytes(key_id, "big")),
-               (LOAD_OCTET, 0, 0, 13)]
-    program += [(JUMP_EQUAL, accept - 8 - place, 0, kind) for place, kind in enumerate(kinds)]
-    program += [(RETURN, 0, 0, 0), (RETURN, 0, 0, 1 << 16)]
-    return b"".join(struct.pack("@HBBI", *instruction) for instruction in program)
+def interface_requests(interface, join):
+    """How an interface is named to IP_ADD_MEMBERSHIP (behind the group) or IP_MULTICAST_IF: the ways to try in turn.
+
+    Linux, FreeBSD and newer BSDs take an ip_mreqn, which has the interface's number; the older BSDs EINVAL but for
+    its address; macOS takes an ip_mreqn for sending only, and to join wants 0.0.0.NUMBER in place of the address.
+    """
+    number = struct.pack("@4si", bytes(4), interface.index)
+    address = socket.inet_aton(interface.addresses[0]) if interface.addresses else None
+    if MACOS and join:
+        return [struct.pack(">I", interface.index)]
+    return [number if join else bytes(4) + number] + ([address] if address and not LINUX else [])
 
 
 # ---------------------------------------------------------------- TCP listeners
@@ -2634,6 +2666,62 @@ def listen_on(place, family, backlog):
 def ports_text(ports):
     """The ranges as the user would write them."""
     return ",".join(str(low) if low == high else "%d-%d" % (low, high) for low, high in ports)
+
+
+# ---------------------------------------------------------------- this machine
+
+def usable_cpus(root="/"):
+    """How many CPUs this process may use: an affinity mask counts, and a quota of its control groups, rounded up."""
+    try:
+        count = len(os.sched_getaffinity(0))
+    except (AttributeError, OSError):
+        count = os.cpu_count() or 1
+    return max(1, math.ceil(min([count, *cpu_quotas(root)])))
+
+
+def cpu_quotas(root):
+    """The CPUs that each control group of this process and each above it may use at once (Linux; versions 2 and 1).
+
+    A container sees its own group as the root, whatever its name outside: what is not found below is looked for there.
+    """
+    for line in read_lines(os.path.join(root, "proc/self/cgroup")):
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        for mount in ["sys/fs/cgroup", "sys/fs/cgroup/unified"] if not controllers else [
+                "sys/fs/cgroup/cpu", "sys/fs/cgroup/" + controllers]:
+            names = [name for name in path.split("/") if name not in ("", "..")]
+            for depth in range(len(names) + 1):
+                place = os.path.join(root, mount, *names[:depth])
+                words = " ".join(read_lines(os.path.join(place, "cpu.max"))).split() if not controllers else [
+                    *read_lines(os.path.join(place, "cpu.cfs_quota_us")),
+                    *read_lines(os.path.join(place, "cpu.cfs_period_us"))]
+                if len(words) == 2 and words[0].isdigit() and words[1].isdigit() and int(words[1]):     # not max, not -1
+                    yield int(words[0]) / int(words[1])
+
+
+def read_lines(path):
+    """The lines of a small file of the system's; none where it is not."""
+    try:
+        with open(path) as file:
+            return file.read().splitlines()
+    except OSError:
+        return []
+
+
+def measured_speed():
+    """This machine's speed by a tiny computation; 1 is a laptop of 2020.
+
+    The best of many short looks, each too short to be interrupted often.  Not rounded: two machines of a kind would
+    fall on two sides of a step, and then the slower one's name would weigh more than a job.  Long numbers, since what
+    hashes cost says more about a CPU's special instructions, and a policy may refuse them.
+    """
+    base, modulus, best = (1 << 255) - 19, (1 << 256) - 189, float("inf")
+    for _ in range(200):
+        start = time.perf_counter()
+        pow(base, (1 << 31) - 1, modulus)
+        best = min(best, time.perf_counter() - start)
+    return max(0.125, min(8.0, 17e-6 / best))
 
 
 # ---------------------------------------------------------------- descriptors
@@ -4653,8 +4741,7 @@ class Daemon:
         self.places, self.recent = collections.OrderedDict(), collections.OrderedDict()
         self.calls, self.workers, self.ends, self.timer = set(), {}, set(), None
         self.instance, self.draining = os.urandom(8).hex(), False
-        self.versions_heard, self.hears_alerts = 0, None
-        self._choose_datagrams()
+        self.versions_heard = 0
         loop.watch(self.group.fileno(), read=self._heard)
         loop.on_signal(signal.SIGCHLD, lambda number: self._reap())
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -4703,12 +4790,6 @@ class Daemon:
             return self.responder.answered.get(datagram.nonce) != LEARNT
         return datagram.kind != ALERT or datagram.nonce in self.recent
 
-    def _choose_datagrams(self):
-        """Alerts concern only a worker that has had a job which none has spoken of yet."""
-        if self.hears_alerts != bool(self.recent):
-            self.hears_alerts = bool(self.recent)
-            self.group.pass_only(self.key.id, (ANNOUNCE, HOLD, TAKEN) + (ALERT,) * self.hears_alerts)
-
     def _announce(self, datagram, source):
         attempt, waited, interval = parse_announcement(datagram)[:3]
         if datagram.port < 1024 or self.draining:
@@ -4731,7 +4812,6 @@ class Daemon:
         """Only an alert about a connection that this worker really made counts, and each of those once."""
         alert = parse_alerts(datagram)[0]
         known = self.recent.pop(datagram.nonce, None)
-        self._choose_datagrams()
         if known is None or alert.words == "test":
             return
         self.responder.penalise(now_ms(), self.MUTE if alert.verdict == RATTED_OUT else 0)
@@ -4807,7 +4887,6 @@ class Daemon:
         self.recent[nonce] = True
         while len(self.recent) > self.ANSWERED:
             self.recent.popitem(last=False)
-        self._choose_datagrams()
 
     def _become_handler(self, call, link, far):
         """In the forked child: runs the job and ends.  Nothing here may raise or return."""
@@ -5035,20 +5114,6 @@ def cpu_ticks(pid):
             return sum(map(int, file.read().rpartition(b")")[2].split()[11:15]))
     except (OSError, ValueError):
         return 0
-
-
-def measured_speed():
-    """This machine's speed by a tiny computation; 1 is a laptop of 2020.
-
-    The best of many short looks, each too short to be interrupted often.  Not rounded: two machines of a kind would
-    fall on two sides of a step, and then the slower one's name would weigh more than a job.
-    """
-    block, best = bytes(1 << 14), float("inf")
-    for _ in range(200):
-        start = time.perf_counter()
-        hashlib.blake2b(block).digest()
-        best = min(best, time.perf_counter() - start)
-    return max(0.125, min(8.0, 17e-6 / best))
 
 
 def find_command(name):
