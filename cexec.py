@@ -1349,8 +1349,10 @@ def stretch(digest):
     try:
         return hashlib.scrypt(digest, salt=SCRYPT_SALT, n=SCRYPT_COST, r=8, p=1, maxmem=SCRYPT_MEMORY, dklen=32)
     except (ValueError, MemoryError) as problem:
-        raise Failure("cannot make a key from text", "scrypt failed: %s" % (str(problem) or "out of memory"),
-                      "it takes 128 MiB of memory; try again, or on another machine") from None
+        why = "out of memory" if isinstance(problem, MemoryError) else str(problem)
+        raise Failure("cannot make a key from text", "scrypt failed: %s" % why,
+                      "it takes 128 MiB of memory, and a policy such as FIPS forbids it; "
+                      "make the key on another machine and copy it") from None
 
 
 class Key:
@@ -2050,6 +2052,9 @@ def tls_context(key, server_side):
     """TLS 1.3 (RFC 8446) only, both sides with a certificate, trusting nobody but the key's other half."""
     global ssl
     import ssl
+    if not ssl.HAS_TLSv1_3:
+        raise Failure("this Python has no TLS 1.3", ssl.OPENSSL_VERSION,
+                      "take a Python with OpenSSL 1.1.1 or later; on a Mac that of python.org or Homebrew", EXIT_USAGE)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False      # names mean nothing here: the certificate itself is pinned
     context.verify_mode = ssl.CERT_REQUIRED
@@ -2069,6 +2074,34 @@ def check_peer(connection, key):
     """ssl.SSLError unless the finished handshake is TLS 1.3 with exactly the pinned certificate."""
     if connection.version() != "TLSv1.3" or connection.getpeercert(True) != key.peer_der:
         raise ssl.SSLError("the peer shows another certificate")
+
+
+def check_tls():
+    """Failure unless the channel's handshake works on this machine: done here in memory, between the halves of a key made
+    for it.  A policy that forbids it would else show at the first job only, and as a fault of the other side."""
+    import shutil
+    folder, path = make_temporary_key()
+    try:
+        one, other = [load_key(name)[0] for name in (path, path + ".pub")]
+        client, server = tls_context(one, server_side=False), tls_context(other, server_side=True)
+        up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
+        waiting = [(client.wrap_bio(down, up), one), (server.wrap_bio(up, down, server_side=True), other)]
+        for _ in range(8):      # each turn is half a round trip
+            for connection, key in waiting[:]:
+                try:
+                    connection.do_handshake()
+                    check_peer(connection, key)
+                    waiting.remove((connection, key))
+                except ssl.SSLWantReadError:
+                    pass
+        if waiting:
+            raise ssl.SSLError("the handshake does not end")
+    except ssl.SSLError as error:
+        raise Failure("no encrypted channel can be made on this machine", reason_of(error),
+                      "it needs TLS 1.3 with signatures of P-256, which OpenSSL's configuration forbids here "
+                      "(MaxProtocol, SignatureAlgorithms, Ciphersuites; %s)" % ssl.OPENSSL_VERSION, EXIT_USAGE) from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def tune(connection):
@@ -5479,9 +5512,12 @@ class TerminalSink(Sink):
 
 def is_hung_up(fd):
     """Whether both directions of a socket pair are closed at the other end."""
-    poll = select.poll()
-    poll.register(fd, 0)
-    return any(events & select.POLLHUP for _, events in poll.poll(0))
+    for event in select.POLLIN, select.POLLOUT:     # macOS reports nothing unasked, and each direction by itself
+        poll = select.poll()
+        poll.register(fd, event)
+        if not any(events & select.POLLHUP for _, events in poll.poll(0)):
+            return False
+    return True
 
 
 def become_user(user):
@@ -5489,6 +5525,20 @@ def become_user(user):
     os.initgroups(user.pw_name, user.pw_gid)
     os.setgid(user.pw_gid)
     os.setuid(user.pw_uid)
+
+
+def check_user(user):
+    """Failure where become_user would fail for every job, as in a user namespace that has no such user."""
+    child = os.fork()
+    if not child:
+        try:
+            become_user(user)
+            os._exit(0)
+        except OSError as error:
+            os._exit(error.errno)
+    number = os.waitpid(child, 0)[1] >> 8
+    if number:
+        raise Failure("--user %s" % user.pw_name, "cannot become this user: %s" % os.strerror(number), "", EXIT_USAGE)
 
 
 def cservice(arguments, settings):
@@ -5503,6 +5553,9 @@ def cservice(arguments, settings):
         park(fd)
     close_strays()
     load_all()
+    if settings.user:
+        check_user(settings.user)
+    check_tls()
     loop = Loop()
     log = Log(CSERVICE)
     if warning:
@@ -6535,6 +6588,7 @@ def stage(path, text, status):
         raise cannot_write(path, problem, status) from None
     try:
         with open(descriptor, "wb") as file:
+            os.fchmod(descriptor, 0o600)        # whatever the umask
             file.write(text)
             file.flush()
             os.fsync(descriptor)
@@ -6602,17 +6656,35 @@ def report(private_path, public_path, key, new):
 DEMO_TEXT = b"one job, the best machine in the room, and every byte of it comes back\n"
 
 
+def make_temporary_key():
+    """(folder, path of a private key in it): the public half beside it ends with .pub; nobody else can read them."""
+    import tempfile
+    mask = os.umask(0o077)
+    try:
+        folder = tempfile.mkdtemp(prefix="cexec-")
+        for name, half in zip(("app", "app.pub"), make_keypair(os.urandom(32))):
+            with open(os.path.join(folder, name), "wb") as file:
+                file.write(half)
+    finally:
+        os.umask(mask)
+    return folder, os.path.join(folder, "app")
+
+
 class Demo:
-    """Two workers, a crat and one job on the loopback network, in a temporary folder that goes with the demo."""
+    """Two workers, a crat and one job on the loopback network, with a key in a temporary folder that goes with the demo.
+
+    The tools are forks of this process and no new programs, so that it does not matter whether there is a file to start
+    again: `ssh host python3 - demo < cexec.py` works.  What they say is shown while something is waited for.
+    """
     PATIENCE = 30.0         # seconds until a tool must be ready
 
     def __init__(self, command):
-        import subprocess
-        import tempfile
-        import threading
-        self.threading = threading
-        self.subprocess, self.command, self.running, self.readers = subprocess, command, [], []
-        self.folder = tempfile.mkdtemp(prefix="cexec-demo-")
+        self.command = command
+        self.running = {}           # {pid: name}
+        self.ended = {}             # {name: status as of a shell}
+        self.outputs = {}           # {descriptor: [name, bytes of a line that has no end yet]}
+        self.lines = {}             # {name: what it said}
+        self.folder, self.key = make_temporary_key()
         self.environment = {name: value for name, value in os.environ.items()
                             if not any(name in setting.names for setting in SETTINGS)}
         self.environment["GROUP"] = self.group()
@@ -6631,86 +6703,123 @@ class Demo:
         text = " ".join(self.command)
         self.tell("$ export GROUP=%s      # only here: keeps the demo on this machine" % self.environment["GROUP"])
         self.tell("$ ckeygen app app.pub")
-        for name, half in zip(("app", "app.pub"), make_keypair(os.urandom(32))):
-            path = os.path.join(self.folder, name)
-            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(half)
         for number in (1, 2):
             self.tell("$ cservice app %s      # worker %d" % (text, number))
-            self.start("worker %d" % number, CSERVICE, *self.command)
+            self.start("worker %d" % number, [CSERVICE, self.key, *self.command])
         self.tell("$ crat app.pub      # the log")
-        self.start("crat", CRAT)
+        self.start("crat", [CRAT, "app.pub"], self.folder)
         self.tell("$ cexec app.pub < input      # the job")
-        status = self.job()
-        self.tell("the job's exit status: %d" % status)
-        return status
+        source = self.input()
+        self.fork("cexec", lambda: self.become([CEXEC, "app.pub"], source, 1, 2, self.folder))
+        self.show(lambda: "cexec" in self.ended, float("inf"))
+        self.show(lambda: "for app.pub" in self.lines["crat"], 2)
+        self.tell("the job's exit status: %d" % self.ended["cexec"])
+        return self.ended["cexec"]
 
-    def arguments(self, tool, *arguments):
-        key = os.path.join(self.folder, "app") if tool == CSERVICE else "app.pub"
-        return [sys.executable, os.path.abspath(__file__), tool, key] + list(arguments)
+    def start(self, name, arguments, folder=None):
+        """Starts a tool and waits until it is ready."""
+        reading, writing = os.pipe()
+        self.outputs[reading], self.lines[name] = [name, b""], ""
+        self.fork(name, lambda: self.become(arguments, os.open(os.devnull, os.O_RDONLY), writing, writing, folder))
+        os.close(writing)
+        self.show(lambda: "ready" in self.lines[name] or name in self.ended, self.PATIENCE)
+        if "ready" not in self.lines[name]:
+            raise Failure("%s did not get ready" % name, "it ended with status %d" % self.ended[name]
+                          if name in self.ended else "", "what it said is above")
 
-    def place(self, tool):
-        """The command is looked for where the user stands; the other tools stand beside the keys."""
-        return None if tool == CSERVICE else self.folder
+    def fork(self, name, call):
+        child = os.fork()
+        if child:
+            self.running[child] = name
+            return
+        status = EXIT_TEMPORARY
+        try:
+            for number in DEMO_SIGNALS:
+                signal.signal(number, signal.SIG_DFL)
+            status = call() or 0
+        except SystemExit as end:
+            status = end.code
+        except BrokenPipeError:
+            pass        # the job reads no more
+        except Exception as error:
+            self.tell("%s: %s: %s" % (name, type(error).__name__, error))
+        finally:
+            os._exit(status)
 
-    def start(self, name, tool, *arguments):
-        """Starts a tool, shows what it says, and waits until it is ready."""
-        process = self.subprocess.Popen(
-            self.arguments(tool, *arguments), env=self.environment, stdin=self.subprocess.DEVNULL, cwd=self.place(tool),
-            stdout=self.subprocess.PIPE, stderr=self.subprocess.STDOUT)
-        ready = self.threading.Event()
-        self.running.append(process)
-        reader = self.threading.Thread(target=self.show, args=(name, process.stdout, ready), daemon=True)
-        self.readers.append(reader)
-        reader.start()
-        if not ready.wait(self.PATIENCE) or process.poll() is not None:
-            raise Failure("demo", "%s did not get ready" % name, "what it said is above")
+    def become(self, arguments, *place):
+        """In the fork: be this tool, with these descriptors as 0, 1 and 2, and in this folder."""
+        for number, fd in enumerate([fcntl.fcntl(fd, fcntl.F_DUPFD, 3) for fd in place[:3]]):
+            os.dup2(fd, number)
+        close_strays()
+        if place[3]:
+            os.chdir(place[3])
+        os.environ.clear()
+        os.environ.update(self.environment)
+        return main(["cexec.py", *arguments])
 
-    def show(self, name, lines, ready):
-        for line in lines:
-            self.tell("%s: %s" % (name, line.decode("utf-8", "replace").rstrip()))
-            if b"ready" in line:
-                ready.set()
-        ready.set()
-
-    def job(self):
-        process = self.subprocess.Popen(self.arguments(CEXEC), env=self.environment, stdin=self.input(),
-                                        cwd=self.place(CEXEC))
-        self.running.append(process)
-        status = process.wait()
-        return status if status >= 0 else 128 - status
+    def show(self, over, seconds):
+        """Shows what the tools say until over() holds, or for so long; remembers those that end."""
+        end = time.monotonic() + seconds
+        while not over() and time.monotonic() < end:
+            for fd in select.select(list(self.outputs), [], [], 0.02)[0]:
+                name, rest = self.outputs[fd]
+                data = os.read(fd, 1 << 16)
+                *lines, self.outputs[fd][1] = (rest + data).split(b"\n")
+                if not data:
+                    os.close(fd)
+                    del self.outputs[fd]
+                for line in lines:
+                    self.tell("%s: %s" % (name, line.decode("utf-8", "replace")))
+                    self.lines[name] += line.decode("utf-8", "replace")
+            for pid in list(self.running):
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    self.ended[self.running.pop(pid)] = status >> 8 if not status & 127 else 128 + (status & 127)
 
     def input(self):
-        """Standard input if something is there to be read, else the text."""
-        if 0 in open_descriptors(0) and not os.isatty(0):
-            return 0
+        """A descriptor for the job: standard input if that brings anything, else one of the text."""
+        first = b""
+        try:
+            if stat.S_ISREG(os.fstat(0).st_mode):
+                if os.lseek(0, 0, os.SEEK_CUR) < os.fstat(0).st_size:
+                    return 0
+            elif not os.isatty(0):
+                first = os.read(0, 1 << 16)
+        except OSError:
+            pass        # closed, or only open for writing
         reading, writing = os.pipe()
-        os.write(writing, DEMO_TEXT)
+        self.fork("input", lambda: self.feed(writing, reading, first))
         os.close(writing)
         return reading
+
+    def feed(self, writing, reading, first):
+        os.close(reading)
+        with open(writing, "wb") as pipe:
+            pipe.write(first or DEMO_TEXT)
+            while first:
+                first = os.read(0, 1 << 16)
+                pipe.write(first)
 
     def close(self):
         """Ends what runs, waits for it, and takes the folder away."""
         import shutil
-        for process in reversed(self.running):
-            if process.poll() is None:
-                process.terminate()
-        for process in self.running:
-            try:
-                process.wait(10)
-            except self.subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        for reader in self.readers:
-            reader.join(10)
+        for number in signal.SIGTERM, signal.SIGKILL:
+            for pid in reversed(list(self.running)):
+                os.kill(pid, number)
+            self.show(lambda: not self.running and not self.outputs, 10)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+DEMO_SIGNALS = signal.SIGTERM, signal.SIGHUP, signal.SIGINT
 
 
 def demo(arguments, settings):
     """demo [COMMAND [ARG...]]"""
     command = arguments or ["tr", "a-z", "A-Z"]
     find_command(command[0])
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+    for fd in set((0, 1, 2)) - set(open_descriptors(2)):
+        park(fd)
+    for number in DEMO_SIGNALS:
         signal.signal(number, end_demo)
     show = Demo(command)
     try:
@@ -6826,6 +6935,8 @@ def run_tool(tool, arguments, environment):
             signal.signal(signal.SIGINT, signal.default_int_handler)
         if tool != CEXEC:
             gc.enable()
+        if __name__ == "__main__":
+            name_process(tool)
         if tool not in TOOL_NAMES:
             return TOOLS[tool][0](arguments, None)
         settings, arguments = read_settings(tool, arguments, environment)
@@ -6840,6 +6951,15 @@ def run_tool(tool, arguments, environment):
             for line in traceback.format_exc().splitlines():
                 say("", line, errors_place(settings))
         return report_failure(tool, failure_of(error), settings)
+
+
+def name_process(name):
+    """What ps, pgrep and killall call this process (Linux): else they would call it python3."""
+    try:
+        with open("/proc/self/comm", "w") as file:
+            file.write(name)
+    except OSError:
+        pass
 
 
 def failure_of(error):
