@@ -156,7 +156,11 @@ def printable(text):
 
 def reason_of(error):
     """The system's words for an OSError, or the error's own."""
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+    words = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if MACOS and getattr(error, "errno", None) == errno.EHOSTUNREACH:
+        words += " (macOS 15 lets no background program into the local network unless that is allowed in System " \
+            "Settings, Privacy & Security, Local Network)"
+    return words
 
 
 def say(prefix, text, descriptor=2):
@@ -366,6 +370,25 @@ def user_name(text):
         raise ValueError("the name of a user of this machine") from None
 
 
+def parse_limits(text):
+    """[(name, number)] of NAME=VALUE, separated by commas or spaces; of one name the last counts."""
+    limits = {}
+    for word in text.replace(",", " ").split():
+        name, _, value = word.partition("=")
+        unit = {"k": 10, "M": 20, "G": 30}.get(value[-1:], 0) if name in ("memory", "file") else 0
+        number = value[:-1] if unit else value
+        if name not in ("wall", "cpu", "memory", "file", "processes") or not whole(number) or not int(number):
+            raise ValueError("wall=SECONDS, cpu=SECONDS, memory=BYTES, file=BYTES (k, M or G behind it), processes=N, "
+                             "separated by commas")
+        limits[name] = int(number) << unit
+    return list(limits.items())
+
+
+def whole(text):
+    """Whether this is a number of a size that anything here may have."""
+    return text.isascii() and text.isdigit() and len(text) <= 12
+
+
 TOOL_NAMES = CEXEC, CSERVICE, CRAT, CPROXY = "cexec", "cservice", "crat", "cproxy"
 
 SETTINGS = (
@@ -373,8 +396,9 @@ SETTINGS = (
             "where announcements go: [DEVICE:]ADDRESS[:PORT]"),
     Setting("group", ("GROUP",), (CSERVICE, CRAT, CPROXY), parse_group, "255.255.255.255", "GROUP",
             "where announcements are heard: [DEVICE:]ADDRESS[:PORT]"),
-    Setting("timeout_accept", ("CEXEC_TIMEOUT_ACCEPT",), (CEXEC,), seconds(0, 10 ** 6), "60", "SECONDS",
-            "time to find a worker; 0 waits for ever"),
+    Setting("timeout_accept", ("CEXEC_TIMEOUT_ACCEPT",), (CEXEC,),
+            lambda text: seconds(0, 10 ** 6)(text) if text else None, "", "SECONDS",
+            "most time to wait for a worker, 0 for ever (default: 60 s without a word from any worker)"),
     Setting("timeout_pingpong", ("CEXEC_TIMEOUT_PINGPONG",), (CEXEC,), seconds(1, 86400), "60", "SECONDS",
             "silence after which a worker is lost"),
     Setting("listen_ports", ("CEXEC_LISTEN_PORTS", "CEXEC_LISTEN_PORT", "CEXEC_PORTS", "CEXEC_PORT"), (CEXEC,),
@@ -391,8 +415,8 @@ SETTINGS = (
             "descriptor, above CEXEC_MAXFD, that gets cexec's own error line"),
     Setting("retries", ("CEXEC_RETRIES",), (CEXEC,), whole_number(0, 100), "3", "N",
             "how often a job that lost its worker before its first output starts again"),
-    Setting("spill", ("CEXEC_SPILL",), (CEXEC,), whole_number(0, 1 << 20), "64", "MIB",
-            "how much of a pipe's input is kept for starting again"),
+    Setting("replay", ("CEXEC_REPLAY",), (CEXEC,), whole_number(0, 1 << 12), "16", "MIB",
+            "how much of an input that is no file is kept in memory for starting again"),
     Setting("ratout_test", ("CEXEC_RATOUT_TEST",), (CEXEC,), switch, "", "0|1",
             "send a test alert after finding a worker"),
     Setting("escape", ("CEXEC_ESCAPE",), (CEXEC,), parse_escape, "~", "CHAR",
@@ -404,6 +428,10 @@ SETTINGS = (
             "MICROSECONDS", "fixed answer delay in place of the load rule"),
     Setting("user", ("CSERVICE_USER",), (CSERVICE,), user_name, "", "NAME",
             "when started as root: whose rights the jobs get"),
+    Setting("veto", ("CSERVICE_IF",), (CSERVICE,), str, "", "COMMAND",
+            "take new jobs only while this shell command ends with 0"),
+    Setting("limits", ("CSERVICE_LIMIT",), (CSERVICE,), parse_limits, "", "NAME=VALUE,...",
+            "what one job may use: wall and cpu (seconds), memory and file (bytes, k M G), processes"),
     Setting("max_skew", ("CRAT_MAX_SKEW",), (CRAT,), seconds(0, 10 ** 9), "900", "SECONDS",
             "how far an alert's clock may differ from this machine's; 0 takes any"),
     Setting("idle", ("CPROXY_IDLE",), (CPROXY,), seconds(1, 10 ** 6), "300", "SECONDS",
@@ -413,6 +441,8 @@ SETTINGS = (
 FLAGS = {   # options without a value: {option: (attribute, value, tool, help)}
     "-t": ("terminal", 1, CEXEC, "give the job a terminal"),
     "-tt": ("terminal", 2, CEXEC, "give the job a terminal even without a local one"),
+    "-v": ("verbose", True, CEXEC, "tell each step on standard error"),
+    "-q": ("quiet", True, CEXEC, "no line that tells what is waited for"),
     "--json": ("json", True, CRAT, "print one JSON object per line"),
 }
 
@@ -446,6 +476,8 @@ def read_settings(tool, arguments, environment):
 
 def _parse(setting, name, text):
     try:
+        if not text and name and name[:1] == "-":
+            raise ValueError("a value that is not empty")
         return setting.parse(text)
     except ValueError as error:
         raise Failure("%s=%s" % (name, text), "not accepted", "accepted: %s" % error, EXIT_USAGE) from None
@@ -1351,8 +1383,10 @@ def stretch(digest):
     try:
         return hashlib.scrypt(digest, salt=SCRYPT_SALT, n=SCRYPT_COST, r=8, p=1, maxmem=SCRYPT_MEMORY, dklen=32)
     except (ValueError, MemoryError) as problem:
-        raise Failure("cannot make a key from text", "scrypt failed: %s" % (str(problem) or "out of memory"),
-                      "it takes 128 MiB of memory; try again, or on another machine") from None
+        why = "out of memory" if isinstance(problem, MemoryError) else str(problem)
+        raise Failure("cannot make a key from text", "scrypt failed: %s" % why,
+                      "it takes 128 MiB of memory, and a policy such as FIPS forbids it; "
+                      "make the key on another machine and copy it") from None
 
 
 class Key:
@@ -2346,6 +2380,9 @@ def tls_context(key, server_side):
     """TLS 1.3 (RFC 8446) only, both sides with a certificate, trusting nobody but the key's other half."""
     global ssl
     import ssl
+    if not ssl.HAS_TLSv1_3:
+        raise Failure("this Python has no TLS 1.3", ssl.OPENSSL_VERSION,
+                      "take a Python with OpenSSL 1.1.1 or later; on a Mac that of python.org or Homebrew", EXIT_USAGE)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False      # names mean nothing here: the certificate itself is pinned
     context.verify_mode = ssl.CERT_REQUIRED
@@ -2472,9 +2509,9 @@ class TlsConnection:
         self.socket.close()
 
 
-def check_peer(connection, key):
+def check_peer(tls, key):
     """ssl.SSLError unless the finished handshake is TLS 1.3 with exactly the pinned certificate."""
-    if connection.tls.version() != "TLSv1.3" or connection.tls.getpeercert(True) != key.peer_der:
+    if tls.version() != "TLSv1.3" or tls.getpeercert(True) != key.peer_der:
         raise ssl.SSLError("the peer shows another certificate")
 
 
@@ -2491,6 +2528,34 @@ def loss_of(error):
     if hasattr(error, "library"):       # an ssl.SSLError
         return Loss(BROKEN, "the channel broke: %s" % (error.reason or reason_of(error)).lower().replace("_", " "))
     return Loss(BROKEN, "the connection broke: %s" % reason_of(error))
+
+
+def check_tls():
+    """Failure unless the channel's handshake works on this machine: done here in memory, between the halves of a key made
+    for it.  A policy that forbids it would else show at the first job only, and as a fault of the other side."""
+    import shutil
+    folder, path = make_temporary_key()
+    try:
+        one, other = [load_key(name)[0] for name in (path, path + ".pub")]
+        client, server = tls_context(one, server_side=False), tls_context(other, server_side=True)
+        up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
+        waiting = [(client.wrap_bio(down, up), one), (server.wrap_bio(up, down, server_side=True), other)]
+        for _ in range(8):      # each turn is half a round trip
+            for connection, key in waiting[:]:
+                try:
+                    connection.do_handshake()
+                    check_peer(connection, key)
+                    waiting.remove((connection, key))
+                except ssl.SSLWantReadError:
+                    pass
+        if waiting:
+            raise ssl.SSLError("the handshake does not end")
+    except ssl.SSLError as error:
+        raise Failure("no encrypted channel can be made on this machine", reason_of(error),
+                      "it needs TLS 1.3 with signatures of P-256, which OpenSSL's configuration forbids here "
+                      "(MaxProtocol, SignatureAlgorithms, Ciphersuites; %s)" % ssl.OPENSSL_VERSION, EXIT_USAGE) from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def tune(connection):
@@ -2682,17 +2747,23 @@ class Loop:
 
 # ---------------------------------------------------------------- group sockets
 
-# Numbers that Python's socket module lacks in some or all versions.
-SIOCGIFFLAGS, SIOCGIFADDR, SIOCGIFBRDADDR = 0x8913, 0x8915, 0x8919     # Linux
-IFF_UP, IFF_LOOPBACK = 0x1, 0x8
+# Numbers that Python's socket module lacks in some or all versions, or on some systems.
+if LINUX:
+    SIOCGIFFLAGS, SIOCGIFADDR, SIOCGIFBRDADDR, IFREQ_SIZE = 0x8913, 0x8915, 0x8919, 40
+else:                                               # macOS and the BSDs: the size of the request is part of its number
+    IFREQ_SIZE = 144 if sys.platform.startswith("netbsd") else 32
+    SIOCGIFFLAGS, SIOCGIFADDR, SIOCGIFBRDADDR = (0xc0006900 + (IFREQ_SIZE << 16) + number for number in (17, 33, 35))
+IFF_UP, IFF_BROADCAST, IFF_LOOPBACK, IFF_POINTOPOINT = 0x1, 0x2, 0x8, 0x10
 IP_PKTINFO = 8 if LINUX else 26
+IP_RECVIF = 30 if sys.platform.startswith("openbsd") else 20        # the BSDs
+IP_ONESBCAST = 23                                   # FreeBSD
 IP_BOUND_IF, IPV6_BOUND_IF = 25, 125                # macOS
 IP_MULTICAST_ALL, IPV6_MULTICAST_ALL = 49, 29       # Linux
 IPV6_RECVPKTINFO, IPV6_PKTINFO = getattr(socket, "IPV6_RECVPKTINFO", 61), getattr(socket, "IPV6_PKTINFO", 46)   # macOS
-SO_RXQ_OVFL, SO_ATTACH_FILTER = 40, 26              # Linux
-LOAD_WORD, LOAD_OCTET, JUMP_EQUAL, RETURN = 0x20, 0x30, 0x15, 0x06      # Linux's socket filters
+SO_RXQ_OVFL = 40                                    # Linux
 TENTATIVE, DUPLICATE = 0x40, 0x08                   # flags of an IPv6 address that cannot be used
 TRUNCATED = int(socket.MSG_TRUNC)                   # the enumeration's own arithmetic is slow
+PRIVATE_LINKS = ("awdl", "llw", "anpi")             # macOS's own: AirDrop and the like
 
 PKTINFO = struct.Struct("@i4s4s")       # interface, source address, -
 PKTINFO6 = struct.Struct("@16sI")       # source address, interface
@@ -2704,7 +2775,8 @@ BACKLOG = 512               # connections the kernel keeps while we are busy: a 
 
 
 class Interface(collections.namedtuple("Interface", "name index flags addresses broadcast")):
-    """One network interface.  addresses are those of the family asked for, None where the platform does not tell."""
+    """One network interface.  addresses are those of the family asked for, None where the system does not tell, as
+    those of IPv6 outside Linux."""
     __slots__ = ()
 
     @property
@@ -2713,27 +2785,27 @@ class Interface(collections.namedtuple("Interface", "name index flags addresses 
 
     @property
     def usable(self):
-        return bool(self.flags & IFF_UP) and self.addresses != []
+        """Whether to send here unasked.  Outside Linux nearly every system keeps IPv6 tunnels and links of its own."""
+        own = self.addresses is None and (self.flags & IFF_POINTOPOINT or self.name.startswith(PRIVATE_LINKS))
+        return bool(self.flags & IFF_UP) and self.addresses != [] and not own
 
 
 def local_interfaces(family):
     """Every Interface of this machine, up or not.
 
-    Only the first IPv4 address of each is known, which is the one that its broadcasts carry.  Outside Linux just
-    names and numbers are known, and every interface counts as up.
+    Only the first IPv4 address of each is known, which is the one that its broadcasts carry.
     """
-    names = socket.if_nameindex()
-    if not LINUX:
-        return [Interface(name, index, IFF_UP, None, "") for index, name in names]
-    found, inet6 = [], inet6_addresses() if family == socket.AF_INET6 else None
+    names, found = socket.if_nameindex(), []
+    inet6 = inet6_addresses() if LINUX and family == socket.AF_INET6 else {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for index, name in names:
             flags = interface_field(probe, SIOCGIFFLAGS, name)
-            address = interface_field(probe, SIOCGIFADDR, name) if inet6 is None else None
+            address = interface_field(probe, SIOCGIFADDR, name) if family == socket.AF_INET else None
             addresses = [socket.inet_ntoa(address[4:8])] if address else []
+            if family == socket.AF_INET6:
+                addresses = inet6.get(index, []) if LINUX else None
             broadcast = address and interface_field(probe, SIOCGIFBRDADDR, name)
-            found.append(Interface(name, index, struct.unpack_from("@H", flags or bytes(2))[0],
-                                   addresses if inet6 is None else inet6.get(index, []),
+            found.append(Interface(name, index, struct.unpack_from("@H", flags or bytes(2))[0], addresses,
                                    socket.inet_ntoa(broadcast[4:8]) if broadcast else ""))
     return found
 
@@ -2741,7 +2813,7 @@ def local_interfaces(family):
 def interface_field(probe, request, name):
     """What the kernel answers about one interface, after its name; None where it has no such thing, or is gone."""
     try:
-        return fcntl.ioctl(probe.fileno(), request, struct.pack("16s24x", os.fsencode(name)))[16:]
+        return fcntl.ioctl(probe.fileno(), request, os.fsencode(name).ljust(IFREQ_SIZE, b"\0"))[16:]
     except OSError:
         return None
 
@@ -2783,27 +2855,32 @@ class GroupSocket:
     of several listeners only one hears that.  A group on the loopback network hears nothing from elsewhere.
     Sending to a broadcast or multicast group goes out of every interface that is up, each time from an address of
     that interface, so that whoever hears it can connect back; out of loopback only where there is nothing else.
-    Outside Linux and macOS a broadcast leaves by the interface that the system chooses.
+    On the BSDs that is each network's own broadcast address, since 255.255.255.255 is sent by one interface only, or
+    to the default router.  Where no interface is up yet, the socket waits for one: see refresh().
 
     source   local address to send from, as parse_address gives it, for a host that stands in several networks
     home     the interface that was named, or that has the source address; None if there is none
     tried    names of the interfaces that the last send used, "" for the system's own choice
-    dropped  datagrams that the kernel threw away because nobody fetched them, or because of pass_only
+    dropped  datagrams that the kernel threw away because nobody fetched them
     """
 
     def __init__(self, group, listen, source=None):
         self.group, self.listen, self.source = group, listen, source
-        self.tried, self.dropped, self.joined, self.targets, self.home = [], 0, set(), [], None
+        self.tried, self.dropped, self.joined, self.targets, self.home = [], 0, {}, [], None
         self.index, self.loopback_indexes, self.refreshed = 0, set(), 0.0
-        self.socket = socket.socket(group.family, socket.SOCK_DGRAM)
+        try:
+            self.socket = socket.socket(group.family, socket.SOCK_DGRAM)
+        except OSError as error:
+            raise Failure("cannot use the group %s" % (group,), reason_of(error),
+                          "this machine has no IPv6" if group.family == socket.AF_INET6 else "") from None
         try:
             self._options()
             self._bind()
             self._read_interfaces()
             if group.kind == "multicast" and listen:
                 problems = self._join()
-                if not self.joined:
-                    raise Failure("cannot join %s" % group, ", ".join(problems) or "no interface is up")
+                if problems and not self.joined:
+                    raise Failure("cannot join %s" % (group,), ", ".join(problems))
         except BaseException:
             self.close()
             raise
@@ -2817,7 +2894,9 @@ class GroupSocket:
         else:
             self._options4()
         if self.listen:
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
+            size = RECEIVE_BUFFER
+            while not self._try(socket.SOL_SOCKET, socket.SO_RCVBUF, size) and size > DATAGRAM_MAX:
+                size //= 2      # NetBSD refuses what is above its limit, where others take the limit
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if LINUX:
                 self.socket.setsockopt(socket.SOL_SOCKET, SO_RXQ_OVFL, 1)
@@ -2827,14 +2906,25 @@ class GroupSocket:
 
     def _options4(self):
         ip = socket.IPPROTO_IP
-        self.socket.setsockopt(ip, socket.IP_MULTICAST_TTL, HOPS)
-        self.socket.setsockopt(ip, socket.IP_MULTICAST_LOOP, 1)
+        self.socket.setsockopt(ip, socket.IP_MULTICAST_TTL, bytes([HOPS]))      # OpenBSD takes one byte only
+        self.socket.setsockopt(ip, socket.IP_MULTICAST_LOOP, bytes([1]))
         if LINUX:
             self.socket.setsockopt(ip, IP_MULTICAST_ALL, 0)     # else it hears what others on this host have joined
         if LINUX or MACOS:
             self.socket.setsockopt(ip, IP_PKTINFO, 1)
-        elif self.group.only and self.listen:
-            raise Failure(str(self.group), "this system does not tell which device a datagram came in by")
+        else:
+            if not self._try(ip, IP_RECVIF, 1) and self.group.only and self.listen:
+                raise Failure(str(self.group), "this system does not tell which device a datagram came in by")
+            if sys.platform.startswith("freebsd"):
+                self._try(ip, IP_ONESBCAST, 1)      # a network's own broadcast then goes out as 255.255.255.255
+
+    def _try(self, *option):
+        """Whether the system takes this option."""
+        try:
+            self.socket.setsockopt(*option)
+        except OSError:
+            return False
+        return True
 
     def _options6(self):
         ip = socket.IPPROTO_IPV6
@@ -2843,10 +2933,7 @@ class GroupSocket:
         self.socket.setsockopt(ip, socket.IPV6_MULTICAST_LOOP, 1)
         self.socket.setsockopt(ip, IPV6_RECVPKTINFO, 1)
         if LINUX:
-            try:
-                self.socket.setsockopt(ip, IPV6_MULTICAST_ALL, 0)
-            except OSError:
-                pass        # before Linux 4.20
+            self._try(ip, IPV6_MULTICAST_ALL, 0)        # not before Linux 4.20
 
     def _bind(self):
         group = self.group
@@ -2894,38 +2981,46 @@ class GroupSocket:
             return [self.home] if group.only or group.kind != "unicast" else [None]
         usable = [interface for interface in found if interface.usable]
         outer = [] if group.loopback else [interface for interface in usable if not interface.loopback]
-        if not LINUX and not MACOS and group.kind != "multicast":
-            return [None]
+        if group.kind == "broadcast" and not LINUX:
+            outer = [interface for interface in outer if interface.flags & IFF_BROADCAST]
         return outer or [interface for interface in usable if interface.loopback]
 
     def _join(self):
         """Joins the group on every interface in use that it is not yet joined on.  Returns the problems."""
-        wanted = {interface.index: interface.name for interface in self.targets if interface}
-        for index in self.joined - set(wanted):
-            self._membership(index, join=False)
-            self.joined.discard(index)
-        problems = []
-        for index in set(wanted) - self.joined:
-            problem = self._membership(index, join=True)
+        wanted, problems = {interface.index: interface for interface in self.targets if interface}, []
+        for index in set(self.joined) - set(wanted):
+            self._membership(self.joined.pop(index), join=False)
+        for index in set(wanted) - set(self.joined):
+            problem = self._membership(wanted[index], join=True)
             if problem:
-                problems.append("%s: %s" % (wanted[index], problem))
+                problems.append("%s: %s" % (wanted[index].name, problem))
             else:
-                self.joined.add(index)
+                self.joined[index] = wanted[index]
         return problems
 
-    def _membership(self, index, join):
+    def _membership(self, interface, join):
+        """Joins or leaves on one interface.  Returns the problem, None if there is none."""
         packed = socket.inet_pton(self.group.family, self.group.address)
         if self.group.family == socket.AF_INET6:
             what = (socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP if join else socket.IPV6_LEAVE_GROUP)
-            request = struct.pack("@16sI", packed, index)
+            requests = [struct.pack("@16sI", packed, interface.index)]
         else:
             what = (socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP if join else socket.IP_DROP_MEMBERSHIP)
-            request = struct.pack("@4s4si", packed, bytes(4), index)
-        try:
-            self.socket.setsockopt(*what, request)
-        except OSError as error:
-            return None if error.errno == errno.EADDRINUSE else reason_of(error)
-        return None
+            requests = [packed + request for request in interface_requests(interface, join=True)]
+        return self._set_one(what, requests)
+
+    def _set_one(self, what, requests):
+        """Sets the option to the first of these values that the system understands.  Returns the problem or None."""
+        for request in requests:
+            try:
+                self.socket.setsockopt(*what, request)
+            except OSError as error:
+                problem = None if error.errno == errno.EADDRINUSE else reason_of(error)
+                if error.errno != errno.EINVAL:
+                    return problem
+            else:
+                return None
+        return problem
 
     # -- sending
     def send(self, data):
@@ -2944,29 +3039,29 @@ class GroupSocket:
         return problems
 
     def _send(self, data, interface):
-        group, index = self.group, interface.index if interface else 0
-        if group.family == socket.AF_INET6:
-            place = (group.address, group.port, 0, index)
-            note = (socket.IPPROTO_IPV6, IPV6_PKTINFO, PKTINFO6.pack(bytes(16), index))
-        else:
-            place = (group.address, group.port)
-            source = bytes(4) if self.source or not interface or not interface.addresses else \
-                socket.inet_aton(interface.addresses[0])
-            note = (socket.IPPROTO_IP, IP_PKTINFO, PKTINFO.pack(index, source, bytes(4)))
+        group, index, notes = self.group, interface.index if interface else 0, []
+        place = (group.address, group.port, 0, index) if group.family == socket.AF_INET6 else (group.address, group.port)
         if interface and not LINUX:
-            note = self._steer(index)
-        self.socket.sendmsg([data], [note] if interface and note else [], 0, place)
+            self._steer(interface)
+            if group.kind == "broadcast" and not MACOS and interface.broadcast:
+                place = (interface.broadcast, group.port)
+        elif interface and group.family == socket.AF_INET6:
+            notes = [(socket.IPPROTO_IPV6, IPV6_PKTINFO, PKTINFO6.pack(bytes(16), index))]
+        elif interface:
+            source = bytes(4) if self.source or not interface.addresses else socket.inet_aton(interface.addresses[0])
+            notes = [(socket.IPPROTO_IP, IP_PKTINFO, PKTINFO.pack(index, source, bytes(4)))]
+        self.socket.sendmsg([data], notes, 0, place)
 
-    def _steer(self, index):
+    def _steer(self, interface):
         """Names the interface for the next datagram where no note beside the datagram can."""
-        six, four = self.group.family == socket.AF_INET6, struct.pack("@4s4si", bytes(4), bytes(4), index)
-        if MACOS:
-            self.socket.setsockopt(socket.IPPROTO_IPV6 if six else socket.IPPROTO_IP,
-                                   IPV6_BOUND_IF if six else IP_BOUND_IF, index)
-        elif six:
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF, index)
-        else:
-            self.socket.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, four)
+        six, multicast = self.group.family == socket.AF_INET6, self.group.kind == "multicast"
+        level = socket.IPPROTO_IPV6 if six else socket.IPPROTO_IP
+        if multicast and six:
+            self.socket.setsockopt(level, socket.IPV6_MULTICAST_IF, interface.index)
+        elif multicast:
+            self._set_one((level, socket.IP_MULTICAST_IF), interface_requests(interface, join=False))
+        elif MACOS:
+            self.socket.setsockopt(level, IPV6_BOUND_IF if six else IP_BOUND_IF, interface.index)
 
     def send_to(self, data, place):
         """Sends one datagram to one address; what cannot be sent is lost, as any datagram may be."""
@@ -3003,24 +3098,23 @@ class GroupSocket:
         for level, kind, value in notes:
             if level == socket.IPPROTO_IP and kind == IP_PKTINFO:
                 index = PKTINFO.unpack_from(value)[0]
+            elif level == socket.IPPROTO_IP and kind == IP_RECVIF and not LINUX:
+                index = struct.unpack_from("@2xH", value)[0]        # sockaddr_dl: length, family, index
             elif level == socket.IPPROTO_IPV6 and kind == IPV6_PKTINFO:
                 index = PKTINFO6.unpack_from(value)[1]
             elif level == socket.SOL_SOCKET and kind == SO_RXQ_OVFL:
                 self.dropped = struct.unpack("@I", value)[0]
         return index
 
-    def pass_only(self, key_id, kinds):
-        """From now on the kernel passes, if it can, only datagrams of this key and these kinds, and those of other
-        protocol versions: the rest wakes nobody."""
-        if not LINUX:
-            return
-        import array
-        program = array.array("B", datagram_filter(key_id, kinds))
-        try:
-            self.socket.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER,
-                                   struct.pack("@HP", len(program) // 8, program.buffer_info()[0]))
-        except OSError:
-            pass        # forbidden, or no memory for it: whoever listens passes over the rest by himself
+    def advice(self):
+        """What to do where the group reaches nobody but this machine itself, and "" where it does."""
+        if self.group.loopback or any(not (interface and interface.loopback) for interface in self.targets):
+            return ""
+        outer = [interface.name for interface in local_interfaces(socket.AF_INET6)
+                 if interface.usable and not interface.loopback]
+        if self.group.family == socket.AF_INET and outer:
+            return "only loopback has an IPv4 address here; to use IPv6, set on all machines: GROUP=ff02::1%%%s" % outer[0]
+        return "no network interface but loopback is up"
 
     def fileno(self):
         return self.socket.fileno()
@@ -3029,18 +3123,17 @@ class GroupSocket:
         self.socket.close()
 
 
-def datagram_filter(key_id, kinds):
-    """The bytes of a socket filter for pass_only (classic BPF, see the kernel's networking/filter).  Loads count from
-    the UDP header, 8 bytes before the datagram; one beyond the end rejects it."""
-    conditions = len(kinds)
-    reject, accept = 7 + conditions, 8 + conditions     # positions; a jump counts from the instruction behind it
-    program = [(LOAD_WORD, 0, 0, 8), (JUMP_EQUAL, 0, reject - 2, int.from_bytes(MAGIC, "big")),
-               (LOAD_OCTET, 0, 0, 12), (JUMP_EQUAL, 0, accept - 4, WIRE_VERSION),
-               (LOAD_WORD, 0, 0, 16), (JUMP_EQUAL, 0, reject - 6, int.from_bytes(key_id, "big")),
-               (LOAD_OCTET, 0, 0, 13)]
-    program += [(JUMP_EQUAL, accept - 8 - place, 0, kind) for place, kind in enumerate(kinds)]
-    program += [(RETURN, 0, 0, 0), (RETURN, 0, 0, 1 << 16)]
-    return b"".join(struct.pack("@HBBI", *instruction) for instruction in program)
+def interface_requests(interface, join):
+    """How an interface is named to IP_ADD_MEMBERSHIP (behind the group) or IP_MULTICAST_IF: the ways to try in turn.
+
+    Linux, FreeBSD and newer BSDs take an ip_mreqn, which has the interface's number; the older BSDs EINVAL but for
+    its address; macOS takes an ip_mreqn for sending only, and to join wants 0.0.0.NUMBER in place of the address.
+    """
+    number = struct.pack("@4si", bytes(4), interface.index)
+    address = socket.inet_aton(interface.addresses[0]) if interface.addresses else None
+    if MACOS and join:
+        return [struct.pack(">I", interface.index)]
+    return [number if join else bytes(4) + number] + ([address] if address and not LINUX else [])
 
 
 # ---------------------------------------------------------------- TCP listeners
@@ -3099,6 +3192,62 @@ def connect_to(place):
 def ports_text(ports):
     """The ranges as the user would write them."""
     return ",".join(str(low) if low == high else "%d-%d" % (low, high) for low, high in ports)
+
+
+# ---------------------------------------------------------------- this machine
+
+def usable_cpus(root="/"):
+    """How many CPUs this process may use: an affinity mask counts, and a quota of its control groups, rounded up."""
+    try:
+        count = len(os.sched_getaffinity(0))
+    except (AttributeError, OSError):
+        count = os.cpu_count() or 1
+    return max(1, math.ceil(min([count, *cpu_quotas(root)])))
+
+
+def cpu_quotas(root):
+    """The CPUs that each control group of this process and each above it may use at once (Linux; versions 2 and 1).
+
+    A container sees its own group as the root, whatever its name outside: what is not found below is looked for there.
+    """
+    for line in read_lines(os.path.join(root, "proc/self/cgroup")):
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        for mount in ["sys/fs/cgroup", "sys/fs/cgroup/unified"] if not controllers else [
+                "sys/fs/cgroup/cpu", "sys/fs/cgroup/" + controllers]:
+            names = [name for name in path.split("/") if name not in ("", "..")]
+            for depth in range(len(names) + 1):
+                place = os.path.join(root, mount, *names[:depth])
+                words = " ".join(read_lines(os.path.join(place, "cpu.max"))).split() if not controllers else [
+                    *read_lines(os.path.join(place, "cpu.cfs_quota_us")),
+                    *read_lines(os.path.join(place, "cpu.cfs_period_us"))]
+                if len(words) == 2 and words[0].isdigit() and words[1].isdigit() and int(words[1]):     # not max, not -1
+                    yield int(words[0]) / int(words[1])
+
+
+def read_lines(path):
+    """The lines of a small file of the system's; none where it is not."""
+    try:
+        with open(path) as file:
+            return file.read().splitlines()
+    except OSError:
+        return []
+
+
+def measured_speed():
+    """This machine's speed by a tiny computation; 1 is a laptop of 2020.
+
+    The best of many short looks, each too short to be interrupted often.  Not rounded: two machines of a kind would
+    fall on two sides of a step, and then the slower one's name would weigh more than a job.  Long numbers, since what
+    hashes cost says more about a CPU's special instructions, and a policy may refuse them.
+    """
+    base, modulus, best = (1 << 255) - 19, (1 << 256) - 189, float("inf")
+    for _ in range(200):
+        start = time.perf_counter()
+        pow(base, (1 << 31) - 1, modulus)
+        best = min(best, time.perf_counter() - start)
+    return max(0.125, min(8.0, 17e-6 / best))
 
 
 # ---------------------------------------------------------------- streams
@@ -3171,53 +3320,41 @@ def carried_descriptors(highest):
     Two numbers of one pipe, socket or open file stay one in the job, so `2>&1` keeps the order of what is written.
     A terminal is read through its lowest number only; its other numbers are for writing.
     """
-    result, terminals = {}, set()
+    result, terminals, alike = {}, set(), {}
     for fd in open_descriptors(highest):
         kind = stream_kind(fd)
-        if kind is None:
-            continue
-        access = access_of(fd)
+        access = kind and access_of(fd)
         if access is None:
             continue
+        status = os.fstat(fd)
         if kind is TERMINAL:
-            access = _terminal_access(fd, access, terminals)
-        same = [other for other, known in result.items() if known == access and _same_open_file(fd, other, kind)]
+            if access is OUT or (access is BOTH and (fd in (1, 2) or status.st_rdev in terminals)):
+                access = OUT
+            else:
+                terminals.add(status.st_rdev)
+                access = IN
+        traits = access, status.st_dev, status.st_ino, status.st_rdev
+        if kind is REGULAR:     # opened alike, and at the same place
+            traits += os.lseek(fd, 0, os.SEEK_CUR), fcntl.fcntl(fd, fcntl.F_GETFL)
+        others = alike.setdefault(traits, [])
+        # To write one file at one place by two openings makes no sense, so they are one; to read it does.
+        same = [other for other in others if kind is not REGULAR or access is not IN or is_same_opening(fd, other)]
         result[fd] = same[0] if same else access
+        if not same:
+            others.append(fd)
     return result
 
 
-def _terminal_access(fd, access, terminals):
-    device = os.fstat(fd).st_rdev
-    if access is OUT or (access is BOTH and (fd in (1, 2) or device in terminals)):
-        return OUT
-    terminals.add(device)
-    return IN
-
-
-def _same_open_file(one, two, kind):
-    """Whether two descriptors that were opened alike share one place in one file, or one pipe, socket or terminal."""
-    a, b = os.fstat(one), os.fstat(two)
-    if (a.st_dev, a.st_ino, a.st_rdev) != (b.st_dev, b.st_ino, b.st_rdev):
-        return False
-    if kind is not REGULAR:
-        return True
-    offset, flags = os.lseek(one, 0, os.SEEK_CUR), fcntl.fcntl(one, fcntl.F_GETFL)
-    if offset != os.lseek(two, 0, os.SEEK_CUR) or flags != fcntl.fcntl(two, fcntl.F_GETFL):
-        return False
-    if access_of(one) is not IN:
-        return True         # to write one file at one place by two openings makes no sense, so it is one
+def is_same_opening(one, two):
+    """Whether two descriptors of one file, at the same place, share that place."""
     try:
         return fcntl.fcntl(one, F_DUPFD_QUERY, two) == 1
-    except OSError:
-        return _shares_offset(one, two, offset)
-
-
-def _shares_offset(one, two, offset):
-    """Moves the one and looks at the other: for kernels that do not answer the question."""
-    try:
-        return os.lseek(one, offset + 1, os.SEEK_SET) == os.lseek(two, 0, os.SEEK_CUR)
-    finally:
-        os.lseek(one, offset, os.SEEK_SET)
+    except OSError:     # a kernel that does not answer: the one is moved, and the other looked at
+        offset = os.lseek(one, 0, os.SEEK_CUR)
+        try:
+            return os.lseek(one, offset + 1, os.SEEK_SET) == os.lseek(two, 0, os.SEEK_CUR)
+        finally:
+            os.lseek(one, offset, os.SEEK_SET)
 
 
 def park(fd):
@@ -3234,7 +3371,8 @@ def is_memory(fd):
 
 
 F_SETPIPE_SZ, F_GETPIPE_SZ = 1031, 1032     # Linux; Python has the names from 3.10 on
-PIPE_SIZE = 1 << 20         # a buffer at a time goes through, where the default takes a quarter of one
+PIPE_FULL = 1 << 16         # what a pipe holds by default
+PIPE_SIZE = 1 << 18         # a buffer at a time goes through; a user's 64 MiB are enough for many
 
 
 def enlarge_pipe(fd):
@@ -3243,7 +3381,57 @@ def enlarge_pipe(fd):
         if LINUX and fcntl.fcntl(fd, F_GETPIPE_SZ) < PIPE_SIZE:
             fcntl.fcntl(fd, F_SETPIPE_SZ, PIPE_SIZE)
     except OSError:
-        pass        # the user's share of pipe memory is used up: smaller pipes are only slower
+        pass        # no pipe, or the user's share of pipe memory is used up: smaller pipes are only slower
+
+
+FIONREAD = 0x541B if LINUX else 0x4004667F      # termios has it too, but costs an import
+
+
+def unread_bytes(fd):
+    """How many bytes are in a pipe, asked at either end, also when all readers have gone; None where nobody tells."""
+    try:
+        return struct.unpack("i", fcntl.ioctl(fd, FIONREAD, bytes(4)))[0] if stream_kind(fd) is PIPE else None
+    except OSError:
+        return None
+
+
+class InputCount:
+    """How much of an input a job has read: what its sink wrote to the job's pipe less what is left in there.
+
+    Who closes the pipe's writing end calls keep() before, and close() when nobody asks any more."""
+
+    def __init__(self, sink):
+        self.sink, self.fd = sink, sink.fd
+        self.left = self.own = None         # what was left in the end; a reading end of our own
+
+    def keep(self):
+        """The writing end is about to be closed.  If there is something left the reading end, which we have given
+        away, is opened once more: earlier it would have hidden from us that the job has closed its own."""
+        self.left = unread_bytes(self.fd)
+        if self.left:
+            try:
+                self.own = os.open("/proc/self/fd/%d" % self.fd, os.O_RDONLY | os.O_NONBLOCK)
+            except OSError:
+                self.left = None        # no /proc, or a pipe that belongs to another user
+        self.fd = self.own
+
+    def read(self):
+        """In bytes, None when it cannot be known."""
+        left = self.left if self.fd is None else unread_bytes(self.fd)
+        return None if left is None else self.sink.written - left
+
+    def close(self):
+        if self.own is not None:
+            os.close(self.own)
+            self.fd = self.own = None
+
+
+def in_background(fd):
+    """Whether another process group has this terminal: reading it would stop this process."""
+    try:
+        return os.tcgetpgrp(fd) != os.getpgrp()
+    except OSError:
+        return False        # no terminal, or not that of this session
 
 
 class Source:
@@ -3251,14 +3439,19 @@ class Source:
     `ready` will be called once there is."""
 
     def __init__(self, loop, fd, ready):
-        self.loop, self.fd, self.ready, self.closed = loop, fd, ready, False
+        self.loop, self.fd, self.ready = loop, fd, ready
+        self.closed = self.enlarged = False
 
     def read_into(self, view):
         try:
-            return self._read(view)
+            size = self._read(view)
         except (BlockingIOError, InterruptedError):
             self.loop.watch(self.fd, read=self._readable)
             return None
+        if size >= PIPE_FULL and not self.enlarged:     # a pipe that was full
+            self.enlarged = True
+            enlarge_pipe(self.fd)
+        return size
 
     def _read(self, view):
         return os.readv(self.fd, [view])
@@ -3274,12 +3467,37 @@ class Source:
             self.loop.watch(self.fd)
 
 
+class FileSource(Source):
+    """A file that is open for reading only, read at a position of its own: the offset, which other processes share,
+    stays at `start` until settle() puts it behind what was used."""
+
+    def __init__(self, loop, fd, ready, start):
+        super().__init__(loop, fd, ready)
+        self.start = self.position = start
+        self.enlarged = True
+
+    def _read(self, view):
+        if hasattr(os, "preadv"):
+            size = os.preadv(self.fd, [view], self.position)
+        else:
+            data = os.pread(self.fd, len(view), self.position)
+            size = len(data)
+            view[:size] = data
+        self.position += size
+        return size
+
+    def settle(self, used):
+        """Moves the shared offset behind the first `used` bytes; None for all that was read."""
+        os.lseek(self.fd, self.position if used is None else self.start + used, os.SEEK_SET)
+
+
 class SocketSource(Source):
     """A socket that others may share.  Its sink watches the same descriptor, so both go through one duplicate each."""
 
     def __init__(self, loop, fd, ready):
         self.socket = socket.socket(fileno=os.dup(fd))
         super().__init__(loop, self.socket.fileno(), ready)
+        self.enlarged = True
 
     def _read(self, view):
         try:
@@ -3301,138 +3519,159 @@ def wait_for(fd, events, seconds=None):
     return bool(poll.poll(None if seconds is None else math.ceil(seconds * 1000)))
 
 
-class ThreadSource(Source):
-    """A terminal or device: one read at a time in a helper thread, and only when somebody wants it."""
+class SharedSource(Source):
+    """A pipe, terminal or device that others may read too: ready one moment and empty the next.
+
+    The system can be asked not to wait for a pipe (RWF_NOWAIT, Linux).  For a FIFO opened by its name, for anything
+    else and on other systems a helper thread reads: once, whenever somebody wants it.
+    """
     CHUNK = 1 << 16
+    LOOK = 0.25             # seconds until the next look whether a terminal is ours again
 
     def __init__(self, loop, fd, ready):
         super().__init__(loop, fd, ready)
-        self.result, self.wanted = None, None
+        kind = stream_kind(fd)
+        self.terminal, self.threaded = kind is TERMINAL, kind is not PIPE or RWF_NOWAIT is None
+        self.wanted = None          # counts the reads that the thread is to do
+        self.asked = False          # it has one to do, or will have
+        self.result = None          # bytes or an OSError
 
     def read_into(self, view):
-        if self.wanted is None:
-            import threading
-            self.wanted = threading.Semaphore(0)
-            threading.Thread(target=self._run, daemon=True).start()
-            self.wanted.release()
+        if not self.threaded:
+            try:
+                return super().read_into(view)
+            except OSError as error:
+                if error.errno not in UNSUPPORTED:
+                    raise
+                self.threaded = True
         if self.result is None:
+            self._ask()
             return None
         if isinstance(self.result, OSError):
             raise self.result
         size = min(len(view), len(self.result))
         view[:size] = self.result[:size]
-        if size < len(self.result):
-            self.result = self.result[size:]
-        elif size:
-            self.result = None
-            self.wanted.release()
+        if size:
+            self.result = self.result[size:] or None
         return size
 
+    def _read(self, view):
+        return os.preadv(self.fd, [view], -1, RWF_NOWAIT)
+
+    def _ask(self):
+        if self.asked or self.closed:
+            return
+        self.asked = True
+        if self.terminal and in_background(self.fd):
+            self.loop.call_later(self.LOOK, self._arrived)
+            return
+        if self.wanted is None:
+            import threading
+            self.wanted = threading.Semaphore(0)
+            threading.Thread(target=self._run, daemon=True).start()
+        self.wanted.release()
+
     def _run(self):
-        while not self.closed:
+        while True:
             self.wanted.acquire()
             if self.closed:
                 return
             self.loop.call_soon_threadsafe(lambda result=self._fetch(): self._arrived(result))
 
     def _fetch(self):
-        while True:
+        """None when the terminal has become somebody else's while this waited."""
+        while not self.closed:
             try:
+                if self.terminal and not MACOS:     # whose poll knows no terminals
+                    wait_for(self.fd, select.POLLIN)
+                    if self.closed or in_background(self.fd):
+                        return None
                 return os.read(self.fd, self.CHUNK)
             except BlockingIOError:     # somebody else set O_NONBLOCK on it
                 wait_for(self.fd, select.POLLIN)
             except OSError as error:
                 return error
+        return None
 
-    def _arrived(self, result):
-        self.result = result
+    def _arrived(self, result=None):
+        self.asked, self.result = False, result
         if not self.closed:
             self.ready()
 
     def close(self):
-        self.closed = True
+        super().close()
         if self.wanted:
             self.wanted.release()
 
 
-class PipeSource(Source):
-    """A pipe that others may read too: ready one moment and empty the next, so RWF_NOWAIT (Linux).
-
-    A FIFO opened by its name, and other systems, do not have that: a thread reads for them.
-    """
-
-    def __init__(self, loop, fd, ready):
-        super().__init__(loop, fd, ready)
-        self.thread = None if RWF_NOWAIT else ThreadSource(loop, fd, ready)
-
-    def read_into(self, view):
-        if not self.thread:
-            try:
-                return super().read_into(view)
-            except OSError as error:
-                if error.errno not in UNSUPPORTED:
-                    raise
-                self.thread = ThreadSource(self.loop, self.fd, self.ready)
-        return self.thread.read_into(view)
-
-    def _read(self, view):
-        return os.preadv(self.fd, [view], -1, RWF_NOWAIT)
-
-    def close(self):
-        super().close()
-        if self.thread:
-            self.thread.close()
-
-
 def open_source(loop, fd, ready):
     kind = stream_kind(fd)
+    if kind is REGULAR and access_of(fd) is IN:
+        try:
+            return FileSource(loop, fd, ready, os.lseek(fd, 0, os.SEEK_CUR))
+        except OSError:
+            pass        # a file of /proc that cannot seek
     if kind is REGULAR or (kind is DEVICE and is_memory(fd)):
         return Source(loop, fd, ready)
-    if kind is SOCKET:
-        return SocketSource(loop, fd, ready)
-    if kind is PIPE:
-        enlarge_pipe(fd)
-    return (PipeSource if kind is PIPE else ThreadSource)(loop, fd, ready)
+    return (SocketSource if kind is SOCKET else SharedSource)(loop, fd, ready)
 
 
 class Sink:
-    """Something to write to.  feed(view) takes data (the view only until it returns, unless it is large);
+    """Something to write to.  feed(view) takes data (the view only until it returns, unless it says that it keeps it);
     consumed(n) is called when bytes have left this process, failed(error) once when nobody takes any more.
     finish() ends it behind what is still queued, then calls finished()."""
-    KEEP = 1 << 16          # a view at least this long is kept, a shorter one copied: it would pin a whole buffer
+    KEEP = BUFFER // 2      # a view at least this long is kept, a shorter one copied: it would pin a whole buffer
+    JOIN = 1 << 16          # short pieces become one, up to here: each by itself would cost 60 bytes more
 
     def __init__(self, loop, fd, consumed, failed, finished):
         self.loop, self.fd = loop, fd
         self.consumed, self.failed, self.finished = consumed, failed, finished
-        self.queue, self.ending, self.done = collections.deque(), False, False
+        self.queue = collections.deque()        # bytearrays and kept views; nobody changes the first one
+        self.ending = self.done = self.enlarged = False
+        self.written = 0                        # bytes that the system has taken
 
     def feed(self, view):
         """Returns whether the view was kept: then its buffer must not be used again."""
         if self.done:
             self.consumed(len(view))
             return False
-        sent = 0 if self.queue else self._try(view)
+        sent = 0
+        if not self.queue:
+            sent = self._try(view)
+            if sent < len(view) and not self.enlarged and not self.done:    # a pipe that is full
+                self.enlarged = True
+                enlarge_pipe(self.fd)
+                sent += self._try(view[sent:])
         if sent:
             self.consumed(sent)
-        rest = view[sent:]
-        if not len(rest) or self.done:
+        if sent == len(view) or self.done:
             return False
-        return self._enqueue(rest)
+        return self._enqueue(view[sent:])
 
     def _enqueue(self, rest):
         kept = len(rest) >= self.KEEP
-        self.queue.append(rest if kept else bytes(rest))
-        self.loop.watch(self.fd, write=self._writable)
+        if not kept and len(self.queue) > 1 and len(self.queue[-1]) + len(rest) <= self.JOIN:
+            self.queue[-1] += rest
+        else:
+            self.queue.append(rest if kept else bytearray(rest))
+            if len(self.queue) == 1:
+                self._wait()
         return kept
+
+    def _wait(self):
+        """There is something in the queue, which was empty."""
+        self.loop.watch(self.fd, write=self._writable)
 
     def _try(self, view):
         try:
-            return self._write(view)
+            sent = self._write(view)
         except (BlockingIOError, InterruptedError):
             return 0
         except OSError as error:
             self._fail(error)
             return 0
+        self.written += sent
+        return sent
 
     def _write(self, view):
         return os.write(self.fd, view)
@@ -3451,7 +3690,7 @@ class Sink:
         self._rest()
 
     def _rest(self):
-        """Nothing is queued: end, or wait for the day that the other side goes."""
+        """Nothing is queued: ends it if that is due."""
         if self.done:
             return
         if self.ending:
@@ -3462,10 +3701,8 @@ class Sink:
 
     def watch_other_side(self):
         """A pipe's writing end becomes readable, on Linux, when its last reader has gone."""
-        self.loop.watch(self.fd, read=self._reader_gone if self._tells_of_readers() else None)
-
-    def _tells_of_readers(self):
-        return LINUX and stream_kind(self.fd) is PIPE and access_of(self.fd) is OUT
+        tells = LINUX and stream_kind(self.fd) is PIPE and access_of(self.fd) is OUT
+        self.loop.watch(self.fd, read=self._reader_gone if tells else None)
 
     def _reader_gone(self):
         if not self.queue:
@@ -3495,13 +3732,10 @@ class Sink:
 class FileSink(Sink):
     """A regular file: it never says that it would block, so all is written at once."""
 
-    def _try(self, view):
-        sent = 0
-        try:
-            while sent < len(view):
-                sent += os.write(self.fd, view[sent:])
-        except OSError as error:
-            self._fail(error)
+    def _write(self, view):
+        sent = os.write(self.fd, view)
+        while sent < len(view):
+            sent += os.write(self.fd, view[sent:])
         return sent
 
     def watch_other_side(self):
@@ -3512,6 +3746,7 @@ class SocketSink(Sink):
     def __init__(self, loop, fd, *calls):
         self.socket = socket.socket(fileno=os.dup(fd))
         super().__init__(loop, self.socket.fileno(), *calls)
+        self.enlarged = True
 
     def _write(self, view):
         return self.socket.send(view, socket.MSG_DONTWAIT)
@@ -3524,36 +3759,31 @@ class SocketSink(Sink):
         self.socket.close()
 
 
-class ThreadSink(Sink):
-    """A pipe or terminal that others may share: a helper thread writes and may block as long as it likes."""
+class SharedSink(Sink):
+    """A pipe, terminal or device that others may share.  What the system takes when asked not to wait (RWF_NOWAIT) it
+    gets so; for what does not know that, a helper thread writes and may block as long as it likes."""
     CHUNK = 1 << 18
 
     def __init__(self, loop, fd, *calls):
         super().__init__(loop, fd, *calls)
-        self.work, self.deaf = None, False
+        self.threaded = RWF_NOWAIT is None
+        self.work = None            # of the thread: what to write, and how many there are
         self.watch_other_side()
 
     def _write(self, view):
-        """A thread is only for what the system, asked not to wait, does not take at once."""
-        if RWF_NOWAIT is None or self.deaf:
-            return 0
-        try:
-            return os.pwritev(self.fd, [view], -1, RWF_NOWAIT)
-        except OSError as error:
-            if error.errno not in UNSUPPORTED:
-                raise
-            self.deaf = True
-            return 0
+        if not self.threaded:
+            try:
+                return os.pwritev(self.fd, [view], -1, RWF_NOWAIT)
+            except OSError as error:
+                if error.errno not in UNSUPPORTED:
+                    raise
+                self.threaded = True
+        return 0
 
-    def _enqueue(self, rest):
-        kept = len(rest) >= self.KEEP
-        self.queue.append(rest if kept else bytes(rest))
-        if len(self.queue) == 1:
-            self.loop.watch(self.fd)
-            self._hand_over()
-        return kept
-
-    def _hand_over(self):
+    def _wait(self):
+        if not self.threaded:
+            return super()._wait()
+        self.loop.watch(self.fd)
         if self.work is None:
             import threading
             self.work = collections.deque(), threading.Semaphore(0)
@@ -3567,7 +3797,7 @@ class ThreadSink(Sink):
             view = items.popleft()
             if view is None:
                 return
-            self.loop.call_soon_threadsafe(lambda error=self._write_all(view): self._written(error))
+            self.loop.call_soon_threadsafe(lambda error=self._write_all(view): self._thread_wrote(error))
 
     def _write_all(self, view):
         view = memoryview(view)
@@ -3580,15 +3810,16 @@ class ThreadSink(Sink):
                 return error
         return None
 
-    def _written(self, error):
+    def _thread_wrote(self, error):
         if self.done:
             return
         if error:
             self._fail(error)
             return
         size = len(self.queue.popleft())
+        self.written += size
         if self.queue:
-            self._hand_over()
+            self._wait()
         self.consumed(size)
         if not self.queue:
             self._rest()
@@ -3605,11 +3836,7 @@ def open_sink(loop, fd, *calls):
     kind = stream_kind(fd)
     if kind is REGULAR or (kind is DEVICE and is_memory(fd)):
         return FileSink(loop, fd, *calls)
-    if kind is SOCKET:
-        return SocketSink(loop, fd, *calls)
-    if kind is PIPE:
-        enlarge_pipe(fd)
-    return ThreadSink(loop, fd, *calls)
+    return (SocketSink if kind is SOCKET else SharedSink)(loop, fd, *calls)
 
 
 # ---------------------------------------------------------------- channel
@@ -3777,6 +4004,8 @@ class Channel:
 
     def _process(self, size):
         """Acts on one buffer of messages; returns whether the channel is still open."""
+        if self.session.phase is OVER:
+            return True         # the last word has been said; what crosses it counts for nothing
         kept = False
         self.processing = True      # what is given back goes out together, at the end
         try:
@@ -4059,6 +4288,20 @@ def become_user(user):
     os.setuid(user.pw_uid)
 
 
+def check_user(user):
+    """Failure where become_user would fail for every job, as in a user namespace that has no such user."""
+    child = os.fork()
+    if not child:
+        try:
+            become_user(user)
+            os._exit(0)
+        except OSError as error:
+            os._exit(error.errno)
+    number = os.waitpid(child, 0)[1] >> 8
+    if number:
+        raise Failure("--user %s" % user.pw_name, "cannot become this user: %s" % os.strerror(number), "", EXIT_USAGE)
+
+
 # ---------------------------------------------------------------- terminals
 
 CONTROL_CHARACTERS = "INTR QUIT ERASE KILL EOF EOL EOL2 START STOP SUSP REPRINT WERASE LNEXT DISCARD".split()
@@ -4253,7 +4496,7 @@ class WorkerConnection:
         try:
             if not self.connection.handshake():
                 return self.loop.watch(fd, read=self._shake, write=self._shake if self.connection.unsent else None)
-            check_peer(self.connection, self.discovery.key)
+            check_peer(self.connection.tls, self.discovery.key)
         except (OSError, ValueError) as error:
             return self.close(loss_of(error).words)
         self.session = Session(SUBMITTER, self.discovery.settings.timeout_pingpong, time.monotonic())
@@ -4635,7 +4878,6 @@ class Attempt:
         job = Job(submission.id, streams.descriptors, submission.names, settings.timeout_pingpong, terminal)
         self.channel.owner = self
         self.session.offer(job, self.kept.submitter)
-        self.channel.sinks = streams.sinks
         for number in streams.delivered:
             self.session.stop(number)       # its reader went while another worker had the job
         patience = START_PATIENCE * 2 ** submission.lost if submission.retries else settings.timeout_pingpong
@@ -4775,7 +5017,7 @@ class KeptConnection:
         self.address = found.address
         self.instance = found.instance
         connection = found.take()
-        self.submitter = connection.getsockname()[0].partition("%")[0]
+        self.submitter = connection.socket.getsockname()[0].partition("%")[0]
         self.leaving = False
         self.timer = None
         self.channel = Channel(room.loop, connection, found.session, self)
@@ -4864,15 +5106,17 @@ class Room:
     """All the workers of one key, as one submitter uses them.
 
     on_ready, if given, is called whenever a job has ended or a slot may be free, so that the owner may submit more.
+    trace(text), if given, hears of each step.
     """
 
-    def __init__(self, loop, key, settings, most=1, keep=False, on_ready=None):
+    def __init__(self, loop, key, settings, most=1, keep=False, on_ready=None, trace=None):
         self.loop = loop
         self.key = key
         self.settings = settings
         self.most = most                # connections at once
         self.keep = keep                # whether connections wait for more jobs
         self.on_ready = on_ready
+        self.trace = trace or (lambda text: None)
         self.id = os.urandom(8)
         self.queue = collections.deque()    # submissions that wait for a worker
         self.running = set()            # those that have one
@@ -4989,6 +5233,7 @@ class Room:
     def on_found(self, found):
         """A worker has proven itself and waits for a job."""
         search = next(search for search in self.searches if search.found is found)
+        self.trace("%s was chosen of %d that connected" % (found.name, search.selection.connections))
         self.searches.remove(search)
         self.finished.append(search)
         self.loop.call_later(LAST_WORDS, search.stop)
@@ -5005,6 +5250,7 @@ class Room:
         """A worker was heard of: it has connected, is busy, cannot connect, has failed its handshake."""
         self.heard_at = time.monotonic()
         self.workers[name] = self.heard_at, here, words
+        self.trace("%s: %s" % (name, words or "connected"))
 
     def __contains__(self, instance):
         """Whether none of the jobs that wait wants this worker now."""
@@ -5140,14 +5386,56 @@ DESCRIPTOR_FLOOR = 64       # where duplicates of our own go: out of the way of 
 COLLECT_AFTER = 1.0         # seconds; a job that ends before leaves its garbage to the system
 
 
-class ReplayableSource:
-    """A source that can start again by remembering what was read, up to a cap, in memory.
+class JobInput:
+    """What feeds one input of a job, for one attempt after another.  read_into() as a Source has it."""
+
+    def __init__(self, live):
+        self.live = live
+
+    def accepted(self, cap):
+        """A worker has the job: from now on up to cap bytes are remembered; None for nothing."""
+
+    def can_rewind(self):
+        """Whether rewind() may be called."""
+        return True
+
+    def rewind(self):
+        """The next attempt reads it from its beginning."""
+
+    def forget(self):
+        """There is no further attempt."""
+
+    def close(self):
+        """The channel lets go of it; the next one may take it up."""
+
+    def end(self):
+        self.live.close()
+
+
+class FileInput(JobInput):
+    """A regular file that is open for reading only.  Its offset, which other processes share, stays where it is until
+    settle()."""
+
+    def __init__(self, loop, fd, ready):
+        super().__init__(FileSource(loop, fd, ready, os.lseek(fd, 0, os.SEEK_CUR)))
+        self.read_into = self.live.read_into
+
+    def rewind(self):
+        self.live.position = self.live.start
+
+    def settle(self, consumed):
+        """Puts the offset behind what the job has read; UNKNOWN stands for all that was sent."""
+        self.live.settle(None if consumed == UNKNOWN else consumed)
+
+
+class ReplayableInput(JobInput):
+    """One that can start again by remembering what was read, up to a cap, in memory.
 
     Until a worker has accepted the job all is remembered, which the first window bounds: a refusal loses nothing.
     """
 
     def __init__(self, loop, fd, ready):
-        self.live = open_source(loop, fd, ready)
+        super().__init__(open_source(loop, fd, ready))
         self.cap = WINDOW_START
         self.recording = True
         self.ended = False
@@ -5159,12 +5447,10 @@ class ReplayableSource:
             size = min(len(view), len(self.kept) - self.position)
             view[:size] = self.kept[self.position:self.position + size]
             self.position += size
-            if not self.recording and self.position == len(self.kept):
+            if not self.recording:
                 self.forget()
             return size
-        if self.ended:
-            return 0
-        size = self.live.read_into(view)
+        size = 0 if self.ended else self.live.read_into(view)
         if size == 0:
             self.ended = True
         elif size and self.recording:
@@ -5176,7 +5462,6 @@ class ReplayableSource:
         return size
 
     def accepted(self, cap):
-        """From now on up to cap bytes are remembered; None for nothing."""
         self.cap = cap or 0
         if cap is None or len(self.kept) > self.cap:
             self.forget()
@@ -5188,25 +5473,18 @@ class ReplayableSource:
         self.position = 0
 
     def forget(self):
-        """From now on there is no second chance."""
         self.recording = False
         if self.position >= len(self.kept):
             self.kept = bytearray()
             self.position = 0
 
-    def close(self):
-        """The channel lets go of it; the next one may take it up."""
 
-    def end(self):
-        self.live.close()
-
-
-class EscapeSource:
+class TypedInput(JobInput):
     """What the user types, less the commands to cexec, which go to on_command(name)."""
 
     def __init__(self, loop, fd, ready, character, on_command):
+        super().__init__(open_source(loop, fd, ready))
         self.loop = loop
-        self.live = open_source(loop, fd, ready)
         self.escapes = EscapeFilter(character)
         self.on_command = on_command
         self.buffer = b""
@@ -5226,23 +5504,8 @@ class EscapeSource:
         view[:size], self.buffer = self.buffer[:size], self.buffer[size:]
         return size
 
-    def accepted(self, cap):
-        """What was typed is not remembered."""
-
     def can_rewind(self):
         return not self.touched
-
-    def rewind(self):
-        """Nothing has been typed yet."""
-
-    def forget(self):
-        """Nothing is remembered."""
-
-    def close(self):
-        """The channel lets go of it; the next one may take it up."""
-
-    def end(self):
-        self.live.close()
 
 
 class InheritedStreams(JobStreams):
@@ -5271,9 +5534,9 @@ class InheritedStreams(JobStreams):
         if kind == TTY:
             self._open_terminal(fd, ready)
         elif kind == IN and stream_kind(fd) is REGULAR:
-            self.sources[fd] = FileSource(self.loop, fd, ready, os.lseek(fd, 0, os.SEEK_CUR))
+            self.sources[fd] = FileInput(self.loop, fd, ready)
         elif kind in (IN, BOTH):
-            self.sources[fd] = ReplayableSource(self.loop, fd, ready)
+            self.sources[fd] = ReplayableInput(self.loop, fd, ready)
         if kind == BOTH:        # so that source and sink can wait for one descriptor each
             self.owned[fd] = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, DESCRIPTOR_FLOOR)
         if kind in (OUT, BOTH):
@@ -5287,7 +5550,7 @@ class InheritedStreams(JobStreams):
         terminal = self.terminal
         if terminal.reading is not None:
             escape = self.settings.escape if terminal.tty is not None else b""
-            self.sources[fd] = EscapeSource(self.loop, terminal.reading, ready, escape, self.run.on_command)
+            self.sources[fd] = TypedInput(self.loop, terminal.reading, ready, escape, self.run.on_command)
         if terminal.writing is None:
             terminal.writing = os.open("/dev/tty" if terminal.tty is not None else os.devnull, os.O_WRONLY)
         self._open_sink(fd, terminal.writing)
@@ -5310,10 +5573,9 @@ class InheritedStreams(JobStreams):
     def ended(self, report):
         """A regular file's offset is put behind what the job has read; without a report it has never moved."""
         for fd, source in self.sources.items():
-            if isinstance(source, FileSource) and report:
-                consumed = self.stopped.get(fd, report.consumed.get(fd, UNKNOWN))
+            if isinstance(source, FileInput) and report:
                 try:
-                    os.lseek(fd, source.position if consumed == UNKNOWN else source.start + consumed, os.SEEK_SET)
+                    source.settle(self.stopped.get(fd, report.consumed.get(fd, UNKNOWN)))
                 except OSError:
                     pass        # it has been closed here because the job reads it no more
 
@@ -5322,7 +5584,7 @@ class InheritedStreams(JobStreams):
         terminal = self.descriptors[fd] == TTY
         if terminal and error.errno == errno.EIO:
             return self.run.on_hang_up()
-        reset = error.errno == errno.ECONNRESET and isinstance(self.sources.get(fd), ReplayableSource) and (
+        reset = error.errno == errno.ECONNRESET and isinstance(self.sources.get(fd), ReplayableInput) and (
             not self.sources[fd].ended)
         if error.errno not in (errno.EPIPE, errno.ECONNRESET) or reset:     # its input may be cut short
             return self.run.on_local_failure(Failure("the terminal" if terminal else name_of(fd), reason_of(error),
@@ -5378,7 +5640,7 @@ class Run:
         self.settings = settings
         self.terminal = terminal
         self.began = time.monotonic()
-        self.room = Room(self.loop, key, settings, on_event=self.trace)
+        self.room = Room(self.loop, key, settings, trace=self.trace)
         self.streams = InheritedStreams(self.loop, settings, descriptors, terminal, self)
         self.submission = Submission(self.streams, names, settings.retries, self._done, self.tell)
 
@@ -5449,7 +5711,7 @@ class Run:
         self.room.signal(self.submission, "TSTP")
         if self.terminal:
             self.terminal.restore()
-        if number == signal.SIGTSTP or in_background():
+        if number == signal.SIGTSTP or has_lost_terminal():
             watcher = wake_for_signals()
             handler = signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid() if whom is None else whom, number)
@@ -5498,11 +5760,11 @@ def wake_for_signals():
         os._exit(0)
 
 
-def in_background():
+def has_lost_terminal():
     """Whether the controlling terminal is another process group's at the moment."""
     try:
         with open("/dev/tty") as terminal:
-            return os.tcgetpgrp(terminal.fileno()) != os.getpgrp()
+            return in_background(terminal.fileno())
     except OSError:
         return False
 
@@ -6168,20 +6430,6 @@ class LoadMeter:
             return 0.0
 
 
-def measured_speed():
-    """This machine's speed by a tiny computation; 1 is a laptop of 2020.
-
-    The best of many short looks, each too short to be interrupted often.  Not rounded: two machines of a kind would
-    fall on two sides of a step, and then the slower one's name would weigh more than a job.
-    """
-    block, best = bytes(1 << 14), float("inf")
-    for _ in range(200):
-        start = time.perf_counter()
-        hashlib.blake2b(block).digest()
-        best = min(best, time.perf_counter() - start)
-    return max(0.125, min(8.0, 17e-6 / best))
-
-
 def find_command(name):
     """The path of an executable file, as a shell would find it."""
     candidates = [name] if "/" in name else [
@@ -6214,8 +6462,8 @@ class RunningJob:
         self.ended = False          # the process has, whether or not it was waited for
         self.usage = None           # what wait4 told
         self.ends = {}              # {descriptor in the job: our end of it}
-        self.reading = {}           # {input: bytes written to it, or its unread rest once it is at its end}
-        self.written = collections.Counter()
+        self.sinks = {}             # {descriptor in the job: Sink}
+        self.counts = {}            # {input: InputCount}, of those that are pipes
         self.consumed = {}          # {input that has stopped: bytes of it that the job has read}
         self.to_close = []          # the job's ends, until it has been started
         self.master = self.slave = None
@@ -6302,25 +6550,21 @@ class RunningJob:
             make_source, make_sink = {BOTH: (SocketSource, SocketSink),
                                       TTY: (TerminalSource, TerminalSink)}.get(kind, (Source, Sink))
             if kind in UPWARD:
-                sink = make_sink(self.loop, ours, functools.partial(self._consumed, fd),
+                sink = make_sink(self.loop, ours, functools.partial(self.channel.consumed, fd),
                                  functools.partial(self._input_closed, fd), functools.partial(self._input_ended, fd))
-                self.channel.sinks[fd] = sink
+                self.sinks[fd] = sink
+                if kind == IN:
+                    self.counts[fd] = InputCount(sink)
                 sink.watch_other_side()
             if kind in DOWNWARD:
                 self.channel.add_source(fd, make_source(self.loop, ours,
                                                         functools.partial(self.channel.source_ready, fd)))
 
     # -- its descriptors
-    def _consumed(self, fd, size):
-        self.written[fd] += size
-        self.channel.consumed(fd, size)
-
     def _read_so_far(self, fd):
-        """How much of this input the job has read; UNKNOWN for what is no pipe or where the system does not tell."""
-        if fd in self.consumed:
-            return self.consumed[fd]
-        unread = unread_bytes(self.ends[fd]) if fd in self.ends and self.job.descriptors[fd] == IN else None
-        return UNKNOWN if unread is None else self.written[fd] - unread
+        """How much of this input the job has read."""
+        count = self.counts[fd].read() if fd in self.counts else None
+        return UNKNOWN if count is None else count
 
     def _input_closed(self, fd, error):
         """The job reads this descriptor no more."""
@@ -6331,14 +6575,10 @@ class RunningJob:
             self.channel.flush()
 
     def _input_ended(self, fd):
-        """All of it has been written: the job is to see the end.  What it leaves unread is asked at its own end."""
-        if self.job.descriptors[fd] == IN and fd in self.ends:
-            rest = reopen_for_reading(self.ends[fd])
-            self._close_end(fd)
-            if rest is not None:
-                self.ends[fd] = rest
-        else:
-            self._close_end(fd, socket.SHUT_WR)
+        """All of it has been written: the job is to see the end."""
+        if fd in self.counts:
+            self.counts[fd].keep()
+        self._close_end(fd, socket.SHUT_WR)
 
     def stopped(self, fd):
         """The submitter reads this output no more."""
@@ -6351,7 +6591,7 @@ class RunningJob:
         both = self.job.descriptors[fd] == BOTH
         if both and fd in self.ends and is_hung_up(self.ends[fd]):
             self.session.stop(fd, UNKNOWN)
-            self.channel.sinks[fd].close()
+            self.sinks[fd].close()
         self.channel.drop_source(fd)
         self.session.end(fd)
         if not both:
@@ -6459,9 +6699,11 @@ class RunningJob:
         """Gives back what is held of the job here."""
         if self.wall_timer:
             self.wall_timer.cancel()
-        for fd, end in self.ends.items():
-            if fd in self.channel.sinks:
-                self.channel.sinks[fd].close()
+        for sink in self.sinks.values():
+            sink.close()
+        for count in self.counts.values():
+            count.close()
+        for end in self.ends.values():
             self.loop.watch(end)
             os.close(end)
         self.ends.clear()
@@ -6550,7 +6792,7 @@ class Handler:
         self.peer, self.local = self.raw.getpeername(), self.raw.getsockname()
         connection = TlsConnection(self.raw, self.daemon.context, server_side=False)
         connection.handshake_within(self.PATIENCE)
-        check_peer(connection, self.daemon.key)
+        check_peer(connection.tls, self.daemon.key)
         return connection
 
     def _tell(self, word):
@@ -6580,7 +6822,7 @@ class Handler:
         elif kind == JOB:
             self._start(body)
         elif kind == END:
-            self.channel.sinks[number].finish()
+            self.running.sinks[number].finish()
         elif kind == STOP:
             self.running.stopped(number)
         elif kind == SIGNAL:
@@ -6591,7 +6833,7 @@ class Handler:
             self._finish()
 
     def on_data(self, number, view):
-        return self.channel.sinks[number].feed(view)
+        return self.running.sinks[number].feed(view)
 
     def on_source_end(self, number):
         self.running.source_ended(number)
@@ -6730,9 +6972,12 @@ class TerminalSink(Sink):
 
 def is_hung_up(fd):
     """Whether both directions of a socket pair are closed at the other end."""
-    poll = select.poll()
-    poll.register(fd, 0)
-    return any(events & select.POLLHUP for _, events in poll.poll(0))
+    for event in select.POLLIN, select.POLLOUT:     # macOS reports nothing unasked, and each direction by itself
+        poll = select.poll()
+        poll.register(fd, event)
+        if not any(events & select.POLLHUP for _, events in poll.poll(0)):
+            return False
+    return True
 
 
 def cservice(arguments, settings):
@@ -6746,16 +6991,17 @@ def cservice(arguments, settings):
     for fd in set((0, 1, 2)) - set(open_descriptors(2)):
         park(fd)
     close_strays()
-    load_all()
-    loop = Loop()
+    import pty, resource, mmap      # noqa: what handlers need: after --user they may not be allowed to read it
+    if settings.user:
+        check_user(settings.user)
+    check_tls()
     log = Log(CSERVICE)
     if warning:
         log(warning)
-    service = Daemon(loop, key, settings, arguments[1:], log)
+    daemon = Daemon(key, settings, arguments[1:], log)
     if hasattr(gc, "freeze"):       # PyPy has none
         gc.freeze()     # what is here stays, and a handler that does not look at it shares its memory
-    service.ready()
-    return loop.run()
+    return daemon.run()
 
 
 def close_strays():
@@ -7792,6 +8038,7 @@ def stage(path, text, status):
         raise cannot_write(path, problem, status) from None
     try:
         with open(descriptor, "wb") as file:
+            os.fchmod(descriptor, 0o600)        # whatever the umask
             file.write(text)
             file.flush()
             os.fsync(descriptor)
@@ -7859,17 +8106,35 @@ def report(private_path, public_path, key, new):
 DEMO_TEXT = b"one job, the best machine in the room, and every byte of it comes back\n"
 
 
+def make_temporary_key():
+    """(folder, path of a private key in it): the public half beside it ends with .pub; nobody else can read them."""
+    import tempfile
+    mask = os.umask(0o077)
+    try:
+        folder = tempfile.mkdtemp(prefix="cexec-")
+        for name, half in zip(("app", "app.pub"), make_keypair(os.urandom(32))):
+            with open(os.path.join(folder, name), "wb") as file:
+                file.write(half)
+    finally:
+        os.umask(mask)
+    return folder, os.path.join(folder, "app")
+
+
 class Demo:
-    """Two workers, a crat and one job on the loopback network, in a temporary folder that goes with the demo."""
+    """Two workers, a crat and one job on the loopback network, with a key in a temporary folder that goes with the demo.
+
+    The tools are forks of this process and no new programs, so that it does not matter whether there is a file to start
+    again: `ssh host python3 - demo < cexec.py` works.  What they say is shown while something is waited for.
+    """
     PATIENCE = 30.0         # seconds until a tool must be ready
 
     def __init__(self, command):
-        import subprocess
-        import tempfile
-        import threading
-        self.threading = threading
-        self.subprocess, self.command, self.running, self.readers = subprocess, command, [], []
-        self.folder = tempfile.mkdtemp(prefix="cexec-demo-")
+        self.command = command
+        self.running = {}           # {pid: name}
+        self.ended = {}             # {name: status as of a shell}
+        self.outputs = {}           # {descriptor: [name, bytes of a line that has no end yet]}
+        self.lines = {}             # {name: what it said}
+        self.folder, self.key = make_temporary_key()
         self.environment = {name: value for name, value in os.environ.items()
                             if not any(name in setting.names for setting in SETTINGS)}
         self.environment["GROUP"] = self.group()
@@ -7888,86 +8153,123 @@ class Demo:
         text = " ".join(self.command)
         self.tell("$ export GROUP=%s      # only here: keeps the demo on this machine" % self.environment["GROUP"])
         self.tell("$ ckeygen app app.pub")
-        for name, half in zip(("app", "app.pub"), make_keypair(os.urandom(32))):
-            path = os.path.join(self.folder, name)
-            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(half)
         for number in (1, 2):
             self.tell("$ cservice app %s      # worker %d" % (text, number))
-            self.start("worker %d" % number, CSERVICE, *self.command)
+            self.start("worker %d" % number, [CSERVICE, self.key, *self.command])
         self.tell("$ crat app.pub      # the log")
-        self.start("crat", CRAT)
+        self.start("crat", [CRAT, "app.pub"], self.folder)
         self.tell("$ cexec app.pub < input      # the job")
-        status = self.job()
-        self.tell("the job's exit status: %d" % status)
-        return status
+        source = self.input()
+        self.fork("cexec", lambda: self.become([CEXEC, "app.pub"], source, 1, 2, self.folder))
+        self.show(lambda: "cexec" in self.ended, float("inf"))
+        self.show(lambda: "for app.pub" in self.lines["crat"], 2)
+        self.tell("the job's exit status: %d" % self.ended["cexec"])
+        return self.ended["cexec"]
 
-    def arguments(self, tool, *arguments):
-        key = os.path.join(self.folder, "app") if tool == CSERVICE else "app.pub"
-        return [sys.executable, os.path.abspath(__file__), tool, key] + list(arguments)
+    def start(self, name, arguments, folder=None):
+        """Starts a tool and waits until it is ready."""
+        reading, writing = os.pipe()
+        self.outputs[reading], self.lines[name] = [name, b""], ""
+        self.fork(name, lambda: self.become(arguments, os.open(os.devnull, os.O_RDONLY), writing, writing, folder))
+        os.close(writing)
+        self.show(lambda: "ready" in self.lines[name] or name in self.ended, self.PATIENCE)
+        if "ready" not in self.lines[name]:
+            raise Failure("%s did not get ready" % name, "it ended with status %d" % self.ended[name]
+                          if name in self.ended else "", "what it said is above")
 
-    def place(self, tool):
-        """The command is looked for where the user stands; the other tools stand beside the keys."""
-        return None if tool == CSERVICE else self.folder
+    def fork(self, name, call):
+        child = os.fork()
+        if child:
+            self.running[child] = name
+            return
+        status = EXIT_TEMPORARY
+        try:
+            for number in DEMO_SIGNALS:
+                signal.signal(number, signal.SIG_DFL)
+            status = call() or 0
+        except SystemExit as end:
+            status = end.code
+        except BrokenPipeError:
+            pass        # the job reads no more
+        except Exception as error:
+            self.tell("%s: %s: %s" % (name, type(error).__name__, error))
+        finally:
+            os._exit(status)
 
-    def start(self, name, tool, *arguments):
-        """Starts a tool, shows what it says, and waits until it is ready."""
-        process = self.subprocess.Popen(
-            self.arguments(tool, *arguments), env=self.environment, stdin=self.subprocess.DEVNULL, cwd=self.place(tool),
-            stdout=self.subprocess.PIPE, stderr=self.subprocess.STDOUT)
-        ready = self.threading.Event()
-        self.running.append(process)
-        reader = self.threading.Thread(target=self.show, args=(name, process.stdout, ready), daemon=True)
-        self.readers.append(reader)
-        reader.start()
-        if not ready.wait(self.PATIENCE) or process.poll() is not None:
-            raise Failure("demo", "%s did not get ready" % name, "what it said is above")
+    def become(self, arguments, *place):
+        """In the fork: be this tool, with these descriptors as 0, 1 and 2, and in this folder."""
+        for number, fd in enumerate([fcntl.fcntl(fd, fcntl.F_DUPFD, 3) for fd in place[:3]]):
+            os.dup2(fd, number)
+        close_strays()
+        if place[3]:
+            os.chdir(place[3])
+        os.environ.clear()
+        os.environ.update(self.environment)
+        return main(["cexec.py", *arguments])
 
-    def show(self, name, lines, ready):
-        for line in lines:
-            self.tell("%s: %s" % (name, line.decode("utf-8", "replace").rstrip()))
-            if b"ready" in line:
-                ready.set()
-        ready.set()
-
-    def job(self):
-        process = self.subprocess.Popen(self.arguments(CEXEC), env=self.environment, stdin=self.input(),
-                                        cwd=self.place(CEXEC))
-        self.running.append(process)
-        status = process.wait()
-        return status if status >= 0 else 128 - status
+    def show(self, over, seconds):
+        """Shows what the tools say until over() holds, or for so long; remembers those that end."""
+        end = time.monotonic() + seconds
+        while not over() and time.monotonic() < end:
+            for fd in select.select(list(self.outputs), [], [], 0.02)[0]:
+                name, rest = self.outputs[fd]
+                data = os.read(fd, 1 << 16)
+                *lines, self.outputs[fd][1] = (rest + data).split(b"\n")
+                if not data:
+                    os.close(fd)
+                    del self.outputs[fd]
+                for line in lines:
+                    self.tell("%s: %s" % (name, line.decode("utf-8", "replace")))
+                    self.lines[name] += line.decode("utf-8", "replace")
+            for pid in list(self.running):
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    self.ended[self.running.pop(pid)] = status >> 8 if not status & 127 else 128 + (status & 127)
 
     def input(self):
-        """Standard input if something is there to be read, else the text."""
-        if 0 in open_descriptors(0) and not os.isatty(0):
-            return 0
+        """A descriptor for the job: standard input if that brings anything, else one of the text."""
+        first = b""
+        try:
+            if stat.S_ISREG(os.fstat(0).st_mode):
+                if os.lseek(0, 0, os.SEEK_CUR) < os.fstat(0).st_size:
+                    return 0
+            elif not os.isatty(0):
+                first = os.read(0, 1 << 16)
+        except OSError:
+            pass        # closed, or only open for writing
         reading, writing = os.pipe()
-        os.write(writing, DEMO_TEXT)
+        self.fork("input", lambda: self.feed(writing, reading, first))
         os.close(writing)
         return reading
+
+    def feed(self, writing, reading, first):
+        os.close(reading)
+        with open(writing, "wb") as pipe:
+            pipe.write(first or DEMO_TEXT)
+            while first:
+                first = os.read(0, 1 << 16)
+                pipe.write(first)
 
     def close(self):
         """Ends what runs, waits for it, and takes the folder away."""
         import shutil
-        for process in reversed(self.running):
-            if process.poll() is None:
-                process.terminate()
-        for process in self.running:
-            try:
-                process.wait(10)
-            except self.subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        for reader in self.readers:
-            reader.join(10)
+        for number in signal.SIGTERM, signal.SIGKILL:
+            for pid in reversed(list(self.running)):
+                os.kill(pid, number)
+            self.show(lambda: not self.running and not self.outputs, 10)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+DEMO_SIGNALS = signal.SIGTERM, signal.SIGHUP, signal.SIGINT
 
 
 def demo(arguments, settings):
     """demo [COMMAND [ARG...]]"""
     command = arguments or ["tr", "a-z", "A-Z"]
     find_command(command[0])
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+    for fd in set((0, 1, 2)) - set(open_descriptors(2)):
+        park(fd)
+    for number in DEMO_SIGNALS:
         signal.signal(number, end_demo)
     show = Demo(command)
     try:
@@ -8083,6 +8385,8 @@ def run_tool(tool, arguments, environment):
             signal.signal(signal.SIGINT, signal.default_int_handler)
         if tool != CEXEC:
             gc.enable()
+        if __name__ == "__main__":
+            name_process(tool)
         if tool not in TOOL_NAMES:
             return TOOLS[tool][0](arguments, None)
         settings, arguments = read_settings(tool, arguments, environment)
@@ -8097,6 +8401,15 @@ def run_tool(tool, arguments, environment):
             for line in traceback.format_exc().splitlines():
                 say("", line, errors_place(settings))
         return report_failure(tool, failure_of(error), settings)
+
+
+def name_process(name):
+    """What ps, pgrep and killall call this process (Linux): else they would call it python3."""
+    try:
+        with open("/proc/self/comm", "w") as file:
+            file.write(name)
+    except OSError:
+        pass
 
 
 def failure_of(error):
