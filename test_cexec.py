@@ -1218,6 +1218,7 @@ def test_the_bytes_of_wire_version_2():
                                 "fc2e1f8004d745fb32afcf0d4bf0175b")
     assert preamble().hex() == ("63786563" "02" "6e6f6e63656e6f6e" "3f000000" "c0500000" "41480000" "00"
                                 "72346e64306d2e2e" "1e17abfd987cca611b87cf88e3c221aa")
+    assert cexec.encode_go(SECRET, preamble()).hex() == "eb79f72376355057093eea4df94c0811"
 
 
 def test_what_is_measured_is_capped_where_its_field_ends():
@@ -1441,8 +1442,8 @@ TERMINAL = [b"24", b"80", b"xterm", b"echo=1"]
     job_texts(timeout=b"0"), job_texts(timeout=b"-1"), job_texts(timeout=b"86400001"), job_texts(timeout=b"9" * 5000),
     job_texts(descriptors=b"0r 0w"), job_texts(descriptors=b"r"), job_texts(descriptors=b"0x"),
     job_texts(descriptors=b"-1r"), job_texts(descriptors=b"32769r"), job_texts(descriptors=b"1=0"),
-    job_texts(descriptors=b"0r 1=0 2=1"), job_texts(descriptors=b"0r 0=0"), job_texts(descriptors=b"0="),
-    job_texts(descriptors=b"0r 1=32769"), job_texts(descriptors=b"\xff\xffr"),
+    job_texts(descriptors=b"0r 1=0 2=1"), job_texts(descriptors=b"2r 3=2 4=3"), job_texts(descriptors=b"0r 0=0"),
+    job_texts(descriptors=b"0="), job_texts(descriptors=b"0r 1=32769"), job_texts(descriptors=b"\xff\xffr"),
     job_texts(names=[b"NOVALUE"]), job_texts(names=[b"=x"]), job_texts(names=[b"1A=x"]), job_texts(names=[b"A-B=x"]),
     job_texts(names=[b"A\xc3\xa9=x"]), job_texts(names=[b"A=x\0y"]), job_texts(descriptors=b"0t"),
     job_texts(descriptors=b"0t", terminal=TERMINAL[:3]), job_texts(descriptors=b"0t 1t", terminal=TERMINAL),
@@ -3212,7 +3213,7 @@ def test_signals_have_numbers_of_their_own_on_the_wire():
         assert str(caught.value) == "signal %d, which is not passed on" % number
 
 
-# ---------------------------------------------------------------- fuzzing of the session, seeded; the failing input is shown
+# ---------------------------------------------------------------- fuzzing of the session, seeded
 
 @pytest.mark.parametrize("role", ROLES)
 def test_no_octets_break_a_session(role):
@@ -7241,7 +7242,7 @@ class Forker:
         self.process.ready()
 
     def start(self, *argv, env=None, fds=None, limits=None, user=None, patch=None):
-        """fds: {number there: descriptor here}.  limits: {"RLIMIT_NOFILE": n}.  patch: {"SubmitterConnection.WORD": 1.0}."""
+        """fds: {number there: descriptor here}.  limits: {"RLIMIT_NOFILE": n}.  patch: {"Handler.PATIENCE": 1.0}."""
         reading, writing = os.pipe()
         request = dict(argv=[str(word) for word in argv], env=clean_environment(env), numbers=list(fds), user=user,
                        limits=limits or {}, patch=patch or {})
