@@ -1004,6 +1004,158 @@ def test_nothing_above_the_line_touches_the_world():
     assert {"parse_datagram", "make_keypair", "parse_job", "encode_exit"} <= pure
 
 
+# ---------------------------------------------------------------- a search finds every caller
+
+NAMED_TUPLE = {"_replace", "_fields", "_asdict", "_make"}       # what begins with _ and is documented
+BY_NAME = {"getattr", "setattr", "delattr", "hasattr"}
+ERROR_NAMES = {"words", "why", "reason", "error", "trouble", "problem", "strerror"}
+
+
+def names_put_together(tree):
+    """Attributes, and entries of an object's or module's dictionary, whose names no search finds."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            if node.func.id in BY_NAME and not isinstance(node.args[1], ast.Constant):
+                yield node.lineno, "%s of a name put together" % node.func.id
+        elif isinstance(node, ast.Subscript):
+            place = node.value
+            if isinstance(place, ast.Attribute) and place.attr == "__dict__" or (
+                    isinstance(place, ast.Call) and isinstance(place.func, ast.Name)
+                    and place.func.id in ("globals", "locals", "vars")
+                    and (not place.args or names_self(place.args[0]))):
+                yield node.lineno, "a name looked up in a dictionary of names"
+
+
+def names_self(node):
+    return isinstance(node, ast.Name) and node.id in ("self", "cls")
+
+
+def replaced_methods(tree):
+    """Methods that are assigned from outside.  A name that is also some class's data is one only where a function is
+    assigned to it."""
+    functions = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))}
+    methods = {node.name for owner in ast.walk(tree) if isinstance(owner, ast.ClassDef)
+               for node in owner.body if isinstance(node, ast.FunctionDef)}
+    data = {node.attr for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and names_self(node.value)}
+
+    def is_function(value):
+        name = value.attr if isinstance(value, ast.Attribute) else value.id if isinstance(value, ast.Name) else None
+        return isinstance(value, ast.Lambda) or name in functions - data
+
+    def assigned():
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign)):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                for target in targets:
+                    for each in ast.walk(target):
+                        if isinstance(each, ast.Attribute) and isinstance(each.ctx, ast.Store):
+                            yield each.lineno, each.value, each.attr, node.value
+            elif (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "setattr"
+                  and isinstance(node.args[1], ast.Constant)):
+                yield node.lineno, node.args[0], node.args[1].value, node.args[2]
+
+    for line, owner, name, value in assigned():
+        if name in methods and not names_self(owner) and (name not in data or is_function(value)):
+            yield line, "the method %s replaced" % name
+
+
+def foreign_privates(tree):
+    """Attributes with _ in front that are not the own object's, nor a module's."""
+    modules = {alias.asname or alias.name.partition(".")[0] for node in ast.walk(tree)
+               if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
+    for node in ast.walk(tree):
+        if (isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.endswith("__")
+                and node.attr not in NAMED_TUPLE and not names_self(node.value)):
+            owner = node.value
+            if isinstance(owner, ast.Call) and isinstance(owner.func, ast.Name) and (
+                    owner.func.id == "super" or owner.func.id == "type" and names_self(owner.args[0])):
+                continue
+            if not (isinstance(owner, ast.Name) and owner.id in modules):
+                yield node.lineno, "the private %s of another object" % node.attr
+
+
+def errors_told_by_their_text(tree):
+    """Where a part of an error's text decides."""
+    caught = {node.name for node in ast.walk(tree) if isinstance(node, ast.ExceptHandler) and node.name}
+
+    def is_words(node):
+        """Whether it is an error, its text, or made of one; not what merely belongs to one."""
+        while isinstance(node, (ast.Call, ast.Subscript, ast.Attribute)):
+            if isinstance(node, ast.Attribute) and node.attr in ERROR_NAMES | {"args"}:
+                return True
+            if isinstance(node, ast.Call) and not isinstance(node.func, ast.Attribute):
+                return any(is_words(argument) for argument in node.args)
+            node = node.func.value if isinstance(node, ast.Call) else node.value
+        return isinstance(node, ast.Name) and node.id in ERROR_NAMES | caught
+
+    def is_text(node):
+        return isinstance(node, ast.Constant) and isinstance(node.value, (str, bytes))
+
+    for node in ast.walk(tree):
+        if (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+                and node.func.attr in ("startswith", "endswith") and is_words(node.func.value)):
+            yield node.lineno, "an error told by its text"
+        elif isinstance(node, ast.Compare) and len(node.ops) == 1:
+            one, two = node.left, node.comparators[0]
+            cut = isinstance(one, ast.Subscript) and isinstance(one.slice, ast.Slice) and is_words(one) and is_text(two)
+            if cut or isinstance(node.ops[0], (ast.In, ast.NotIn)) and is_text(one) and is_words(two):
+                yield node.lineno, "an error told by its text"
+
+
+HIDDEN = [names_put_together, replaced_methods, foreign_privates, errors_told_by_their_text]
+
+
+@pytest.mark.parametrize("look", HIDDEN, ids=[look.__name__ for look in HIDDEN])
+def test_a_search_finds_every_caller(look):
+    with open(CEXEC, encoding="utf-8") as file:
+        tree = ast.parse(file.read())
+    found = sorted(set(look(tree)))
+    assert not found, "\n" + "\n".join("cexec.py:%d: %s" % each for each in found)
+
+
+CLASS = """import os
+class Channel:
+    def lost(self): self.closed = 1
+    def ended(self): self.words = 2
+    def words(self): pass
+"""
+
+
+@pytest.mark.parametrize("look, code", [
+    (names_put_together, "getattr(self, '_' + name)()"), (names_put_together, "getattr(signal, 'SIG' + name, None)"),
+    (names_put_together, "getattr(self, name)"), (names_put_together, "setattr(other, '%s_at' % name, 1)"),
+    (names_put_together, "getattr(self, f'_{name}')"), (names_put_together, "globals()['tool_' + name]()"),
+    (names_put_together, "vars(self)[name]"), (names_put_together, "self.__dict__[name]"),
+    (replaced_methods, "channel.lost = self.gone"), (replaced_methods, "Channel.lost = None"),
+    (replaced_methods, "self.channel.lost = lambda: None"), (replaced_methods, "one, channel.lost = 1, 2"),
+    (replaced_methods, "setattr(channel, 'lost', None)"), (replaced_methods, "channel.words = lambda: None"),
+    (replaced_methods, "channel.words = other.ended"), (replaced_methods, "self.a.channel.lost: int = 1"),
+    (foreign_privates, "channel._sent"), (foreign_privates, "self.channel._source_ended = 1"),
+    (foreign_privates, "self.loop._timers.clear()"), (foreign_privates, "Channel._table"),
+    (foreign_privates, "make()._x"), (foreign_privates, "lambda session: session._end()"),
+    (errors_told_by_their_text, "words.startswith('p')"), (errors_told_by_their_text, "self.why.startswith('p')"),
+    (errors_told_by_their_text, "str(error).startswith('p')"), (errors_told_by_their_text, "loss.words.endswith('p')"),
+    (errors_told_by_their_text, "try:\n    go()\nexcept OSError as trap:\n    x = str(trap).startswith('p')"),
+    (errors_told_by_their_text, "try:\n    go()\nexcept OSError as trap:\n    x = trap.args[0].startswith('p')"),
+    (errors_told_by_their_text, "reason.lower().startswith('p')"), (errors_told_by_their_text, "words[:4] == 'prot'"),
+    (errors_told_by_their_text, "'protocol' in str(error)"), (errors_told_by_their_text, "'p' not in error.strerror")])
+def test_what_a_search_would_miss_is_found(look, code):
+    tree = ast.parse(CLASS + code)
+    assert [line >= 6 for line, _ in look(tree)] == [True]
+    assert [other for other in HIDDEN for _ in other(tree) if other is not look] == []
+
+
+@pytest.mark.parametrize("code", [
+    "getattr(os, 'O_PATH', 0)", "hasattr(self, 'fd')", "TABLE[name](self)", "vars(args)['x']", "channel.closed = 1",
+    "self.lost = 1", "channel.words = 'text'", "channel.lost()", "self._x", "cls._x", "os._exit(0)", "super()._x()",
+    "type(self)._x", "job._replace(id=1)", "channel.__class__", "text.startswith('-')", "error.errno == 2",
+    "os.strerror(number)", "words == 'test'", "words in table", "words[0] == 'x'", "data[:4] == b'cxec'",
+    "line.startswith(words)", "name in ('words', 'why')"])
+def test_what_a_search_finds_is_nothing_to_blame(code):
+    assert [found for look in HIDDEN for found in look(ast.parse(CLASS + code))] == []
+
+
 # ---------------------------------------------------------------- errors
 
 @pytest.mark.parametrize("text, shown", [
