@@ -9937,7 +9937,7 @@ def bench(arguments):
 
 def bench_options(arguments):
     import argparse
-    parts = "".join("  %-9s %s\n" % (name, part.__doc__.splitlines()[0]) for name, part in PARTS.items())
+    parts = "".join("  %-9s %s\n" % (name, part.__doc__) for name, part in PARTS.items())
     parser = argparse.ArgumentParser(prog="test_cexec.py bench", add_help=False)
     for flag in "--quick", "--json":
         parser.add_argument(flag, action="store_true")
@@ -10049,16 +10049,18 @@ class Bench(Crew):
             self.show(name)
 
     def clear(self):
+        """Ends all but the networks."""
         for process in reversed(self.processes):
             process.end()
+        for pid in set(self.left()) - {holder.pid for holder in self.holders}:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.processes, self.servers = [], {}
 
     def end(self):
-        for process in reversed(self.processes + self.holders):
-            process.end()
-        for pid in self.left():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        self.clear()
+        for holder in reversed(self.holders):
+            holder.end()
 
     # -------- programs
 
@@ -10068,11 +10070,12 @@ class Bench(Crew):
             raise NotMeasured("%s is not installed" % name)
         return found
 
-    def known(self, *argv):
-        """Raises NotMeasured unless this command succeeds: whether cexec.py has that tool or name."""
-        if subprocess.run(argv, env=self.env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                          stderr=subprocess.DEVNULL).returncode:
-            raise NotMeasured("this cexec.py does not know it yet")
+    def need(self, what):
+        """Raises NotMeasured unless cexec.py has what this expression names."""
+        try:
+            eval(what)
+        except (AttributeError, KeyError):
+            raise NotMeasured("this cexec.py does not know it yet") from None
 
     def done(self, *argv, input=b""):
         """Runs a command that must succeed; its output."""
@@ -10087,7 +10090,7 @@ class Bench(Crew):
 
     def once(self, make, *arguments):
         """What make(*arguments) returns, made at the first call; a NotMeasured is remembered as well."""
-        memory = self.networks if make in (self.veth, self.host, self.link) else self.servers
+        memory = self.networks if make in (self.veth, self.host, self.pair) else self.servers
         name = (make.__name__, *map(str, arguments))
         if name not in memory:
             try:
@@ -10203,15 +10206,15 @@ class Bench(Crew):
             near, far, between = path, path, []
         else:
             between, far_host = self.once(self.host, "between"), self.once(self.host, "far")
-            near, far = self.networks.setdefault(("proxied", path), (
-                self.pair([], between, path.control, "near")[0], self.pair(between, far_host, path.control, "far")[0]))
+            near, far = (self.once(self.pair, *ends, path.control, "")[0]
+                         for ends in (([], between), (between, far_host)))
         group, beyond = near.group(), far.group()
         worker = self.worker(far, beyond, *command)
         return worker, self.start(*between, "cproxy", far.near, beyond, env={"GROUP": group}).ready(), group
 
     def cexec(self, group, **settings):
         """(command, environment) of one submission."""
-        return [os.path.join(self.bin, "cexec"), self.pub], dict(self.env, GROUP=group, **settings)
+        return [os.path.join(self.bin, "cexec"), self.pub], dict(self.env, GROUP=group, **{name: str(value) for name, value in settings.items()})
 
     def sshd(self, path):
         """An OpenSSH server at the far end.  Login files are left out: bash skips them at this SHLVL."""
@@ -10333,29 +10336,36 @@ class Bench(Crew):
             _, status, used = os.wait4(pid, 0)
             cpu += used.ru_utime + used.ru_stime
             if status:
-                self.fail("%s: wait status %d" % (" ".join(commands[0]), status))
+                self.fail("%s: wait status %d" % (" ".join(commands[0])[:99], status))
         return {"seconds": (time.perf_counter() - started) / jobs, "cpu": cpu / jobs}
 
     def lanes(self, command, env, jobs, lanes):
         """The same for `jobs` runs of one command, `lanes` at once."""
-        left, cpu = iter(range(jobs)), []
+        left, cpu, failed = iter(range(jobs)), [], []
 
         def lane():
-            for _ in left:
-                cpu.append(self.timed(command, env=env)["cpu"])
+            try:
+                for _ in left:
+                    cpu.append(self.timed(command, env=env)["cpu"])
+            except NotMeasured as why:
+                failed.append(why)
         threads = [threading.Thread(target=lane, daemon=True) for _ in range(lanes)]
         started = time.perf_counter()
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
+        if failed:
+            raise failed[0]
         return {"seconds": (time.perf_counter() - started) / jobs, "cpu": sum(cpu) / jobs}
 
     def fail(self, text):
+        """Counts a job that failed, and raises: such a run gives no figure."""
         self.failures += 1
-        say("FAILED: " + text)
         with contextlib.suppress(OSError), open(self.file("stderr"), errors="replace") as file:
-            say(file.read().strip()[-300:] or "it said nothing")
+            text = ": ".join([text, *file.read().splitlines()[-1:]])
+        say("FAILED: " + text)
+        raise NotMeasured(text)
 
     def interleave(self, part, contestants, runs=None):
         """Measures them in turn, so that the machine's moods hit all alike: {name: {field: median}}.  contestants is
@@ -10365,10 +10375,16 @@ class Bench(Crew):
             try:
                 ready[name] = make()
             except NotMeasured as why:
-                self.note(part, "%s: not measured: %s" % (name if isinstance(name, str) else ", ".join(name), why))
+                self.unable(part, name, why)
         for number in range((runs or self.options.runs) + 1):
-            for name, measure in ready.items():
-                result = measure()
+            for name, measure in list(ready.items()):
+                try:
+                    result = measure()
+                except NotMeasured as why:
+                    self.unable(part, name, why)
+                    del ready[name]
+                    found.pop(name, None)
+                    continue
                 if number:      # the first round warms caches
                     found[name].append(result)
         return {name: {field: statistics.median(result[field] for result in results) for field in results[0]}
@@ -10378,6 +10394,9 @@ class Bench(Crew):
 
     def result(self, part, row, column, text, **figures):
         self.results.append(dict(figures, part=part, name=row, column=column, text=text))
+
+    def unable(self, part, name, why):
+        self.note(part, "%s: not measured: %s" % (", ".join(name) if isinstance(name, tuple) else name, why))
 
     def note(self, part, text):
         if (part, text) not in self.notes:
@@ -10399,7 +10418,7 @@ class Bench(Crew):
         texts = {(result["name"], result["column"]): result["text"] for result in mine}
         rows = list(dict.fromkeys(result["name"] for result in mine))
         first = max(map(len, rows), default=0)
-        print("\n%s: %s" % (part, PARTS[part].__doc__.splitlines()[0]))
+        print("\n%s: %s" % (part, PARTS[part].__doc__))
         for row in [None, *rows] if rows else []:
             cells = columns if row is None else [texts.get((row, column), "") for column in columns]
             print(("  %-*s  " % (first, row or "") +
@@ -10460,8 +10479,7 @@ def own_cpu(pid):
 
 
 def bench_stream(lab):
-    """random bytes through cat and back: MB/s, times cexec's speed, CPU seconds of all processes; with cproxy in a
-    line of its own"""
+    """Random bytes through cat and back: MB/s, times cexec's speed, CPU seconds of all processes."""
     for piped, kind in (False, "file"), (True, "pipe"):
         contestants = {}
         for path in lab.paths():
@@ -10508,7 +10526,7 @@ def stream_results(lab, part, found, kind):
 
 
 def bench_long(lab):
-    """the same, file to file, over paths with a round trip of 10 and 50 ms"""
+    """The same, file to file, over paths with a round trip of 10 and 50 ms."""
     contestants, names = {}, []
     for delay in 10, 50:
         path = lab.once(lab.veth, "cubic", delay)
@@ -10523,7 +10541,7 @@ def bench_long(lab):
 
 
 def bench_tiny(lab):
-    """one job that does nothing"""
+    """One job that does nothing."""
     path = lab.paths()[0]
     direct, env = lab.cexec(lab.served(path, "true")[1])
 
@@ -10558,7 +10576,7 @@ def time_results(lab, part, found, against, where):
 
 
 def bench_eight(lab):
-    """jobs that do nothing, eight submitters at once, one worker host: time for each"""
+    """Jobs that do nothing, eight submitters at once, one worker host: time for each."""
     path, jobs = lab.paths()[0], 40 if lab.options.quick else 240
     direct, env = lab.cexec(lab.served(path, "true")[1])
 
@@ -10577,7 +10595,7 @@ def bench_eight(lab):
 
 
 def bench_cmap(lab):
-    """jobs that do nothing from one list, one worker host with 4 slots: time for each"""
+    """Jobs that do nothing from one list, one worker host with 4 slots: time for each."""
     path, jobs = lab.paths()[0], 200 if lab.options.quick else 4000
     group = lab.served(path, "true", concurrency=4)[1]
     few = max(20, jobs // 20)       # for the slow ones
@@ -10588,11 +10606,11 @@ def bench_cmap(lab):
         return lambda: lab.timed(*[list(command)] * times, env=env, stdin=lists[count], jobs=count * times)
 
     def cmap():
-        lab.known("cmap", "--help")
+        lab.need("cexec.TOOLS['cmap']")
         return listed("cmap", "-q", "--lines", lab.pub)
 
     def api():
-        lab.known(lab.python, "-ISc", "import sys; sys.path.insert(0, %r); import cexec; cexec.Room.map" % lab.bin)
+        lab.need("cexec.Room.map")
         return listed(lab.python, "-ISc", BENCH_API, lab.bin, lab.pub, group)
     over, gearman, local = "GNU parallel over ControlMaster", "gearman, 4 workers, 4 clients", "xargs -P4, local"
     found = lab.interleave("cmap", {
@@ -10607,7 +10625,7 @@ def bench_cmap(lab):
 
 
 def bench_blocks(lab):
-    """one file through gzip in blocks of 1 MB: cmap on one host, GNU parallel on local cores, as many slots"""
+    """One file through gzip in blocks of 1 MB: cmap on one host, GNU parallel on local cores, as many slots."""
     path, slots, size = lab.paths()[0], machine_facts()["processors"], max(8, lab.options.size // 8)
     source, group = lab.input_file(size), lab.served(path, "gzip", concurrency=slots)[1]
     env = dict(lab.env, GROUP=group)
@@ -10623,7 +10641,7 @@ def bench_blocks(lab):
         return measure
 
     def cmap():
-        lab.known("cmap", "--help")
+        lab.need("cexec.TOOLS['cmap']")
         return gzip("cmap", "-q", "--block", "1M", lab.pub)
     found = lab.interleave("blocks", {"cmap --block": cmap, "parallel --pipe": lambda: gzip(
         lab.program("parallel"), "--will-cite", "-k", "--pipe", "--block", "1M", "-j%d" % slots, "gzip")})
@@ -10633,7 +10651,7 @@ def bench_blocks(lab):
 
 
 def bench_import(lab):
-    """time of import cexec in a Python of its own, from bytecode"""
+    """Time of `import cexec` in a Python of its own, from bytecode."""
     code = "import sys; sys.path.insert(0, %r)" % lab.bin
     names = {"python3 -I -S": code, "import cexec": code + "; import cexec", "the imports of cexec": IMPORTS}
     time_results(lab, "import", lab.interleave("import", {
@@ -10642,7 +10660,7 @@ def bench_import(lab):
 
 
 def bench_growth(lab):
-    """what grows with a job's size or with the crowd: milliseconds, and microseconds for each unit more"""
+    """What grows with a job's size or with the crowd: milliseconds, and microseconds for each unit more."""
     path = lab.paths()[0]
     server, group = lab.served(path, "true")
     command, env = lab.cexec(group, CEXEC_MAXFD=255)
@@ -10651,47 +10669,32 @@ def bench_growth(lab):
         held = []
         try:
             for number in range(count - 3):
-                with open(self_named(lab, number), "w+b") as file:
-                    held.append(fcntl.fcntl(file.fileno(), fcntl.F_DUPFD, 3))
-            return timed_with(lab, command, env, held)
+                with open(lab.file("held.%d" % number), "w+b") as file:
+                    held.append(fcntl.fcntl(file.fileno(), fcntl.F_DUPFD, 3))       # the job inherits this one
+            return lab.timed(command, env=env)
         finally:
             for fd in held:
                 os.close(fd)
 
     def names(size):
-        pairs = ["N%05d=%s" % (number, "x" * 57) for number in range(size)]     # 64 bytes each
+        pairs = ["N%05d=%s" % (number, "x" * 249) for number in range(size)]    # 256 bytes each
         return lab.timed([*command, *pairs], env=env)
     sizes = (3, 50, 100, 200)
     growth_results(lab, "descriptors", sizes, lab.interleave(
         "growth", {size: lambda size=size: lambda: descriptors(size) for size in sizes}, runs=lab.options.runs * 2))
-    sizes = (16, 240, 480, 960)
-    growth_results(lab, "names of 64 bytes", sizes, lab.interleave(
+    sizes = (4, 60, 120, 240)
+    growth_results(lab, "names of 256 bytes", sizes, lab.interleave(
         "growth", {size: lambda size=size: lambda: names(size) for size in sizes}, runs=lab.options.runs * 2))
     sizes = (1, 10, 40) if lab.options.quick else (1, 100, 500)
     growth_results(lab, "waiting submitters", sizes, {size: waiting(lab, path, size) for size in sizes})
-
-
-def self_named(lab, number):
-    return lab.file("held.%d" % number)
-
-
-def timed_with(lab, command, env, held):
-    """Seconds of one job that has these descriptors too."""
-    started = time.perf_counter()
-    with open(lab.file("stderr"), "ab") as log:
-        status = subprocess.call(command, env=env, pass_fds=held, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                 stderr=log)
-    if status:
-        lab.fail("%s with %d descriptors: status %d" % (" ".join(command), len(held), status))
-    return {"seconds": time.perf_counter() - started}
 
 
 def waiting(lab, path, count):
     """Seconds from the moment that the one slot is free until `count` submitters, all waiting, have been served."""
     server, group = lab.served(path, "cat", concurrency=1)
     command, env = lab.cexec(group, CEXEC_TIMEOUT_ACCEPT=600)
-    first = lab.start(*command, env=dict(env), stdin=subprocess.PIPE)
-    server.log.wait("start from")
+    first = lab.start(*command, env=env, stdin=subprocess.PIPE)
+    wait_until(lambda: must(children(server.pid)))
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as ear:
         ear.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         ear.bind(("", int(group.rpartition(":")[2])))
@@ -10711,23 +10714,24 @@ def waiting(lab, path, count):
 
 
 def growth_results(lab, kind, sizes, found):
-    """One row for each size; what a unit costs beyond the smallest size, so that more than linear growth is seen."""
+    """One row for each size; what a unit costs beyond the smallest size, so that more than linear growth is seen.
+    Growth by less than a tenth of the smallest size's time is taken for a tenth: it would be noise against noise."""
     least, each = sizes[0], {}
-    for size in sizes:
-        row, result, more = "%d %s" % (size, kind), found[size], {}
+    for size in [size for size in sizes if size in found and least in found]:
+        row, result = "%s: %d" % (kind, size), found[size]
         lab.result("growth", row, "in all", "%.1f ms" % (result["seconds"] * 1000), size=size, **result)
         if size > least:
             more = {field: (result[field] - found[least][field]) / (size - least) for field in result}
-            each[size] = more
             lab.result("growth", row, "each more", "%.0f us" % (more["seconds"] * 1e6), size=size, **more)
-        if "cpu" in more and kind.startswith("waiting"):
-            lab.result("growth", row, "worker's CPU each", "%.0f us" % (more["cpu"] * 1e6), size=size)
+            if kind == "waiting submitters":
+                lab.result("growth", row, "worker's CPU each", "%.0f us" % (more["cpu"] * 1e6), size=size)
+            each[size] = {"seconds": max(more["seconds"], found[least]["seconds"] / 10 / (size - least))}
     lab.target("growth", "%s, one of %d against one of %d" % (kind, sizes[-1], sizes[-2]), each, sizes[-1], sizes[-2],
                1.5, most=True)
 
 
 def bench_host(lab):
-    """CPU of one worker host for each job, and what a job costs those who only hear of it"""
+    """CPU of one worker host for each job, and what a job costs workers that only hear of it."""
     path, jobs = lab.paths()[0], 40 if lab.options.quick else 400
     group, other = path.group(), lab.file("other_key")
     if not os.path.exists(other):
@@ -10753,7 +10757,7 @@ def bench_host(lab):
 
 
 def bench_memory(lab):
-    """memory at rest, and the most during the stream, MB"""
+    """Memory at rest, and the most during the stream, in MB."""
     path, peak = lab.paths()[0], collections.Counter()
     server, group = lab.served(path, "cat")
     command, env = lab.cexec(group)
@@ -10768,8 +10772,7 @@ def bench_memory(lab):
     with open(lab.input_file(), "rb") as source, open(lab.file("output"), "wb") as sink:
         client = subprocess.Popen(command, env=env, stdin=source, stdout=sink)
         while client.poll() is None:
-            handlers = [pid for pid in children(server.pid) if "cat" not in command_line(pid).split()]
-            look(worker=server.pid, submitter=client.pid, **({"handler": handlers[0]} if handlers else {}))
+            look(worker=server.pid, submitter=client.pid, **{"handler": pid for pid in children(server.pid)})
             time.sleep(0.01)
     if client.returncode:
         lab.fail("%s: status %d" % (" ".join(command), client.returncode))
@@ -10782,15 +10785,15 @@ def bench_memory(lab):
 
 
 def bench_room(lab):
-    """one job that does nothing in a room of 1, 4 and 30 idle workers"""
+    """One job that does nothing in a room of 1, 4 and 30 idle workers."""
     path, found = lab.paths()[0], {}
     for size in 1, 4, 30:
         group = path.group()
         workers = [lab.start(*path.inside, "cservice", lab.key, "true", env={"GROUP": group}) for _ in range(size)]
         for worker in workers:
             worker.ready(60)
-        found["%d idle workers" % size] = lambda words=lab.cexec(group): lambda: lab.timed(words[0], env=words[1])
-    time_results(lab, "room", lab.interleave("room", found, runs=lab.options.runs * 3), "1 idle workers", path.name)
+        found["idle workers: %d" % size] = lambda words=lab.cexec(group): lambda: lab.timed(words[0], env=words[1])
+    time_results(lab, "room", lab.interleave("room", found, runs=lab.options.runs * 3), "idle workers: 1", path.name)
 
 
 PARTS = {"stream": bench_stream, "long": bench_long, "tiny": bench_tiny, "eight": bench_eight, "cmap": bench_cmap,
