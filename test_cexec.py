@@ -10221,29 +10221,67 @@ def test_a_restarted_crat_is_not_told_the_past(net, key, tmp_path):
 
 # ---------------------------------------------------------------- the benchmark: python3 test_cexec.py bench
 
-BENCH_USAGE = """usage: python3 test_cexec.py bench [--quick] [--json] [--runs N] [--size MB] [CASE ...]
+BENCH_USAGE = """usage: python3 test_cexec.py bench [--quick] [--size MB] [--runs N] [--only PART[,PART...]] [--json]
 
-Measures cexec beside ssh, socat and GNU parallel, where these are installed, on loopback in a namespace
-of its own when root runs it. Runs are interleaved; medians and ratios are printed, and the
-ratios that the project aims at. Starts and stops everything itself and leaves nothing.
+Measures cexec beside ssh, socat, GNU parallel and gearman, where these are installed.  Root measures between network
+namespaces that a veth pair with MTU 1500 joins, under cubic and under bbr where the kernel has them, and on loopback;
+anybody else on loopback only.  Contestants run in turn, round by round; a ratio is one of medians.  Everything that it
+starts ends with it, also on Ctrl-C; what cannot be measured is told with the reason.
 
-cases, all by default:
-  stream    random bytes through cat, file to file and pipe to pipe, with CPU time of both sides
-  tiny      one job that does nothing
-  many      many such jobs, one after the other and eight at once
-  cluster   time to run one on a cluster of 1, 4 and 30 workers
-  proxy     the stream through cproxy
-  memory    of worker, handler and submitter during the stream
+  --quick   little data and few runs: figures are rough
+  --size    MB of random bytes that a stream carries (512; quick: 32)
+  --runs    rounds that count, after one that warms the caches (7; quick: 2)
+  --only    these parts only
+  --json    one JSON object on standard output instead of the tables
 
-  --quick   64 MB and few runs: minutes become seconds, and figures rough
-  --json    one JSON object on standard output instead of the table
+parts:
 """
-IMPORTS = "import ssl, socket, selectors, struct, hmac, hashlib"
 BENCH_PLACE = "CEXEC_BENCH_PLACE"     # in the environment: the benchmark runs inside its namespace, with this directory
+IMPORTS = "import ssl, socket, selectors, struct, hmac, hashlib"
+AES = "ssh aes128-gcm"
+BENCH_API = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import cexec
+with cexec.Room(sys.argv[2], group=sys.argv[3]) as room:
+    for result in room.map(sys.stdin.buffer):
+        assert result.status == 0
+"""
+# Carries whole packets between two devices, each after a delay: what netem does, where the kernel has none.  The header
+# of virtio in front of each packet lets segments of 64 KB pass in one piece.
+BENCH_DELAY = """
+import collections, select, socket, sys, time
+SOL_PACKET, VNET_HDR, IGNORE_OUTGOING, SNDBUFFORCE, RCVBUFFORCE, ALL = 263, 15, 23, 32, 33, 3
+delay, ports = float(sys.argv[1]), []
+for device in sys.argv[2:]:
+    port = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+    for level, option, value in ((SOL_PACKET, VNET_HDR, 1), (SOL_PACKET, IGNORE_OUTGOING, 1),
+                                 (socket.SOL_SOCKET, SNDBUFFORCE, 1 << 26), (socket.SOL_SOCKET, RCVBUFFORCE, 1 << 26)):
+        port.setsockopt(level, option, value)
+    port.setblocking(False)
+    port.bind((device, ALL))
+    ports.append(port)
+lanes = [(source, sink, collections.deque()) for source, sink in (ports, ports[::-1])]
+print("ready", file=sys.stderr, flush=True)
+while True:
+    due = [queue[0][0] for _, _, queue in lanes if queue]
+    readable = select.select(ports, [], [], max(0, min(due) - time.monotonic()) if due else None)[0]
+    for source, sink, queue in lanes:
+        try:
+            for _ in range(64 if source in readable else 0):
+                queue.append((time.monotonic() + delay, source.recv(1 << 17)))
+        except BlockingIOError:
+            pass
+        while queue and queue[0][0] <= time.monotonic():
+            try:
+                sink.send(queue.popleft()[1])
+            except OSError:
+                pass        # a full queue loses packets, as a network does
+"""
 
 
 class NotMeasured(Exception):
-    """Why a contestant cannot be measured here."""
+    """Why a contestant, or a whole part, cannot be measured here."""
 
 
 def bench(arguments):
@@ -10252,41 +10290,47 @@ def bench(arguments):
     if BENCH_PLACE in os.environ:
         return bench_inside(options)
     place = tempfile.mkdtemp(prefix="cexec-bench-")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     child = subprocess.Popen([*bench_namespace(), sys.executable, os.path.abspath(__file__), "bench", *arguments],
                              env=dict(os.environ, **{BENCH_PLACE: place}))
     try:
         return child.wait()
     except KeyboardInterrupt:
-        return 128 + signal.SIGINT      # the part inside has been interrupted too, and says so
+        with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+            child.wait(10)              # the part inside has been interrupted too, and tidies up
+        return 128 + signal.SIGINT
     finally:
-        if child.poll() is None:
-            child.terminate()
+        if child.poll() is None:        # unshare takes all that is inside with it; without it, the part inside tidies
+            child.send_signal(signal.SIGKILL if bench_namespace() else signal.SIGTERM)
             child.wait()
         shutil.rmtree(place, ignore_errors=True)
 
 
 def bench_options(arguments):
     import argparse
+    parts = "".join("  %-9s %s\n" % (name, part.__doc__) for name, part in PARTS.items())
     parser = argparse.ArgumentParser(prog="test_cexec.py bench", add_help=False)
-    for flag in "--quick", "--json", "--help", "-h":
+    for flag in "--quick", "--json":
         parser.add_argument(flag, action="store_true")
-    parser.add_argument("--runs", type=int)
-    parser.add_argument("--size", type=int)
-    parser.add_argument("cases", nargs="*")
+    for number in "--runs", "--size":
+        parser.add_argument(number, type=int)
+    parser.add_argument("--only", type=lambda words: words.split(","), default=list(PARTS))
+    parser.add_argument("-h", "--help", action="store_true")
     options = parser.parse_args(arguments)
-    if options.help or options.h:
-        print(BENCH_USAGE, end="")
+    if options.help:
+        print(BENCH_USAGE + parts, end="")
         sys.exit(0)
-    unknown = set(options.cases) - set(CASES)
+    unknown = set(options.only) - set(PARTS)
     if unknown:
-        parser.error("no case %s: choose from %s" % (" ".join(sorted(unknown)), " ".join(CASES)))
-    options.cases = options.cases or list(CASES)
-    options.size = options.size or (64 if options.quick else 512)
-    options.runs = options.runs or (3 if options.quick else 7)
+        parser.error("no part %s: choose from %s" % (", ".join(sorted(unknown)), ", ".join(PARTS)))
+    if min(options.size or 1, options.runs or 1) < 1:
+        parser.error("--size and --runs take numbers from 1")
+    options.size = options.size or (32 if options.quick else 512)
+    options.runs = options.runs or (2 if options.quick else 7)
     return options
 
 
+@functools.lru_cache(maxsize=None)
 def bench_namespace():
     """The words that run a command with its own network, processes and mounts; [] where that is not to be had.
     All that is inside ends with it."""
@@ -10297,110 +10341,99 @@ def bench_namespace():
     except OSError:
         works = False
     if not works:
-        say("no namespace: measuring on the machine's own loopback")
+        say("no namespaces (they want Linux, root and util-linux): measuring on the machine's own loopback only")
     return words if works else []
 
 
 def bench_inside(options):
     place = os.environ.pop(BENCH_PLACE)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if os.getpid() == 1:
-        loopback_up()
         # A file system in memory keeps the disk out of the figures, and ends with the namespace.
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=0700", "tmpfs", place], stderr=subprocess.DEVNULL)
-    laboratory = Bench(place, options)
+        for where, mode in (place, "0700"), ("/run", "0755"):
+            subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=" + mode, "tmpfs", where], check=True)
+        os.mkdir("/run/sshd", 0o755)    # sshd insists on it
+    lab = None
     try:
-        for name in options.cases:
-            CASES[name](laboratory)
+        lab = Bench(place, options)
+        for name in options.only:
+            lab.part(name)
     except KeyboardInterrupt:
         say("interrupted")
-        return 130
+        return 128 + signal.SIGINT
     finally:
-        laboratory.end()
-    laboratory.finish()
-    return 1 if laboratory.failures else 0
+        if lab:
+            lab.end()
+    lab.finish()
+    return 1 if lab.failures else 0
 
 
-def loopback_up():
-    import fcntl
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        fcntl.ioctl(any_socket, 0x8914, struct.pack("16sh14x", b"lo", 0x1 | 0x40))      # SIOCSIFFLAGS, UP and RUNNING
-
-
-def median(values):
-    ordered = sorted(values)
-    return (ordered[len(ordered) // 2] + ordered[(len(ordered) - 1) // 2]) / 2
-
-
-class Bench:
-    """Everything the cases share: tools, keys, servers that are started when first wanted, and the results."""
-
-    def __init__(self, place, options):
-        self.place, self.options, self.processes = place, options, []
-        self.rows, self.targets, self.notes, self.failures, self.made = [], [], [], 0, {}
-        self.bin = self.path("bin")
-        os.mkdir(self.bin)
-        # The interpreter itself and not a shim, under the name that the tools look for.
-        os.symlink(os.path.realpath(sys.executable), os.path.join(self.bin, "python3"))
-        os.chmod(shutil.copy(CEXEC, self.bin), 0o755)
-        for name in "ckeygen", "cexec", "cservice", "crat", "cproxy":
-            os.symlink("cexec.py", os.path.join(self.bin, name))
-        self.env = clean_environment(PATH=self.bin + os.pathsep + search_path(), HOME=place,
-                                     PYTHONDONTWRITEBYTECODE=None)
-        self.key = self.path("key")
-        self.done("ckeygen", self.key)
-        # One quiet run as any user has had before the one that counts: it leaves cached bytecode where it may.
-        subprocess.run(["cexec", "--version"], env=self.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    def path(self, name):
-        return os.path.join(self.place, name)
-
-    def done(self, *argv):
-        """Runs a command that must succeed."""
-        argv = [shutil.which(argv[0], path=self.env["PATH"]) or argv[0], *argv[1:]]
-        done = subprocess.run(argv, env=self.env, stdin=subprocess.DEVNULL,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        if done.returncode:
-            words = done.stderr.decode(errors="replace").strip()[-300:]
-            raise NotMeasured("%s: %s" % (os.path.basename(argv[0]), words))
-        return done.stdout
-
-    def once(self, make):
-        """What make() returns, made at the first call; a NotMeasured is remembered as well."""
-        if make not in self.made:
-            try:
-                self.made[make] = make()
-            except NotMeasured as why:
-                self.made[make] = why
-        if isinstance(self.made[make], NotMeasured):
-            raise self.made[make]
-        return self.made[make]
-
-    def start(self, *argv, env=None, **popen):
-        argv = [shutil.which(argv[0], path=self.env["PATH"]) or argv[0], *argv[1:]]
-        process = Process(argv, dict(self.env, **(env or {})), **popen)
-        self.processes.append(process)
-        return process
-
-    def stop(self, *processes):
-        for process in processes:
-            process.end()
-            self.processes.remove(process)
-
-    def end(self):
-        self.stop(*reversed(self.processes))
-
-    # -------- the contestants
+class Path(collections.namedtuple("Path", "name control near far broadcast inside")):
+    """A way from the submitter's host, which is the benchmark's own, to the worker's: the congestion control, both
+    addresses, where announcements go, and the words to put before a command that runs on the worker's host."""
+    __slots__ = ()
 
     def group(self):
-        return "127.255.255.255:%d" % free_port()
+        return "%s:%d" % (self.broadcast, free_port())
 
-    def worker(self, group, *command, **settings):
-        return self.start("cservice", self.key, *command, env=dict(settings, GROUP=group)).ready()
 
-    def cexec(self, group):
-        """(command, environment) of one submission."""
-        return [os.path.join(self.bin, "cexec"), self.key + ".pub"], dict(self.env, GROUP=group)
+class Bench(Crew):
+    """What the parts share: the tools, a key, networks and servers that are made when first wanted, the results."""
+
+    def __init__(self, place, options):
+        super().__init__()
+        self.place, self.options, self.failures, self.subnets = place, options, 0, itertools.count(1)
+        self.results, self.notes, self.targets = [], [], []
+        self.networks, self.servers = {}, {}        # what once() has made: for the whole run, for one part
+        self.holders = []
+        self.bin = self.file("bin")
+        os.mkdir(self.bin)
+        # The interpreter itself and not a shim, under the name that the tools look for.
+        self.python = os.path.join(self.bin, "python3")
+        os.symlink(os.path.realpath(sys.executable), self.python)
+        os.chmod(shutil.copy(CEXEC, self.bin), 0o755)
+        for name in "ckeygen", "cexec", "cservice", "cproxy", "cmap":
+            os.symlink("cexec.py", os.path.join(self.bin, name))
+        self.env = clean_environment({MARK: self.mark}, PATH=self.bin + os.pathsep + search_path(), HOME=place,
+                                     PYTHONDONTWRITEBYTECODE=None)
+        self.key, self.pub = self.file("key"), self.file("key.pub")
+        self.done("ckeygen", self.key)      # and leaves cached bytecode, as any user's first run does
+
+    def file(self, name):
+        return os.path.join(self.place, name)
+
+    def write(self, name, text):
+        with open(self.file(name), "w") as file:
+            file.write("\n".join(line.strip() for line in text.splitlines()) + "\n")
+        return self.file(name)
+
+    def part(self, name):
+        """Runs one part; what it started ends with it."""
+        say("part %s" % name)
+        try:
+            PARTS[name](self)
+        except (NotMeasured, AssertionError, OSError) as why:
+            self.note(name, "not measured: %s" % why)
+        finally:
+            self.clear()
+        if not self.options.json:
+            self.show(name)
+
+    def clear(self):
+        """Ends all but the networks."""
+        for process in reversed(self.processes):
+            process.end()
+        for pid in set(self.left()) - {holder.pid for holder in self.holders}:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.processes, self.servers = [], {}
+
+    def end(self):
+        self.clear()
+        for holder in reversed(self.holders):
+            holder.end()
+
+    # -------- programs
 
     def program(self, name):
         found = shutil.which(name, path=search_path())
@@ -10408,45 +10441,38 @@ class Bench:
             raise NotMeasured("%s is not installed" % name)
         return found
 
-    def sshd(self):
-        """Starts an OpenSSH server; the Process.  Login files are left out: bash skips them at this SHLVL."""
-        server, port = self.program("sshd"), free_port(socket.SOCK_STREAM)
-        if os.geteuid() == 0 and not os.path.isdir("/run/sshd"):
-            if os.getpid() != 1:
-                raise NotMeasured("sshd wants the directory /run/sshd")
-            self.done("mount", "-t", "tmpfs", "tmpfs", "/run")
-            os.mkdir("/run/sshd", 0o755)
-        for name in "host_key", "user_key":
-            self.done("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.path(name))
-        self.write("sshd_config", """
-            ListenAddress 127.0.0.1:%d
-            HostKey %s/host_key
-            AuthorizedKeysFile %s/user_key.pub
-            StrictModes no
-            PermitRootLogin yes
-            UsePAM no
-            PidFile none
-            SetEnv SHLVL=5
-            MaxStartups 100
-            MaxSessions 100
-            LogLevel ERROR""" % (port, self.place, self.place))
-        with open(self.path("host_key.pub")) as file:
-            self.write("known_hosts", "[127.0.0.1]:%d %s" % (port, file.read()))
-        self.write("ssh_config", """
-            Host bench
-            HostName 127.0.0.1
-            Port %d
-            User %s
-            IdentityFile %s/user_key
-            IdentitiesOnly yes
-            UserKnownHostsFile %s/known_hosts
-            GlobalKnownHostsFile none
-            BatchMode yes
-            LogLevel ERROR""" % (port, user_name(), self.place, self.place))
-        daemon = self.start(server, "-D", "-e", "-f", self.path("sshd_config"))
-        return self.answering(daemon, self.ssh("true"))
+    def need(self, what):
+        """Raises NotMeasured unless cexec.py has what this expression names."""
+        try:
+            eval(what)
+        except (AttributeError, KeyError):
+            raise NotMeasured("this cexec.py does not know it yet") from None
 
-    def answering(self, daemon, command):
+    def done(self, *argv, input=b""):
+        """Runs a command that must succeed; its output."""
+        done = subprocess.run(argv, env=self.env, input=input, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        if done.returncode:
+            words = done.stderr.decode(errors="replace").strip()[-300:]
+            raise NotMeasured("%s: %s" % (os.path.basename(argv[0]), words or "status %d" % done.returncode))
+        return done.stdout
+
+    def start(self, *argv, env=None, **popen):
+        return super().start(*argv, env=dict(self.env, **(env or {})), **popen)
+
+    def once(self, make, *arguments):
+        """What make(*arguments) returns, made at the first call; a NotMeasured is remembered as well."""
+        memory = self.networks if make in (self.veth, self.host, self.pair) else self.servers
+        name = (make.__name__, *map(str, arguments))
+        if name not in memory:
+            try:
+                memory[name] = make(*arguments)
+            except NotMeasured as why:
+                memory[name] = why
+        if isinstance(memory[name], NotMeasured):
+            raise memory[name]
+        return memory[name]
+
+    def answering(self, daemon, *command):
         """The daemon, once the command succeeds."""
         deadline = time.monotonic() + 10
         while True:
@@ -10458,161 +10484,329 @@ class Bench:
                     raise NotMeasured("%s %s" % (why, " ".join(daemon.log.lines[-1:]))) from None
             time.sleep(0.05)
 
-    def ssh(self, *command, cipher=None, master=False):
-        return [self.program("ssh"), "-F", self.path("ssh_config"), *(["-c", cipher] if cipher else []),
-                *(["-S", self.path("master")] if master else []), "bench", *command]
+    # -------- networks
 
-    def ssh_master(self):
-        """Starts the connection that ControlMaster users share."""
-        self.once(self.sshd)
-        words = self.ssh("true", master=True)
-        return self.answering(self.start(*words[:-2], "-M", "-N", "bench"), [*words[:-2], "-O", "check", "bench"])
+    LOOPBACK = Path("loopback", "", "127.0.0.1", "127.0.0.1", "127.255.255.255", [])
 
-    def socat(self):
-        """Starts a plaintext server of cat; (Process, client's command)."""
+    def paths(self):
+        """Every short path there is here."""
+        found = []
+        for control in "cubic", "bbr":
+            with contextlib.suppress(NotMeasured):
+                found.append(self.once(self.veth, control))
+        return [*found, self.LOOPBACK]
+
+    def host(self, name):
+        """A network namespace: the words that run a command in it."""
+        if os.getpid() != 1:
+            raise NotMeasured("there are no namespaces here")
+        if not self.holders:
+            self.done("ip", "link", "set", "lo", "up")
+        holder = Process(["unshare", "-n", "sh", "-c", "ip link set lo up; echo ready; exec cat"], self.env,
+                         stdin=subprocess.PIPE, stdout=LINES)
+        self.holders.append(holder)
+        holder.out.wait("ready")
+        return ["nsenter", "-n", "-t", str(holder.pid), "--"]
+
+    def link(self, *ends):
+        """Joins two hosts by a veth pair: the names of both devices, the subnet.  An end is a host's words."""
+        number = next(self.subnets)
+        devices = ["v%d%s" % (number, side) for side in "ab"]
+        self.done("ip", *"link add {} mtu 1500 type veth peer name {} mtu 1500".format(*devices).split())
+        for inside, device in zip(ends, devices):
+            if inside:
+                self.done("ip", "link", "set", device, "netns", inside[3])
+            self.done(*inside, "ip", "link", "set", device, "up")
+        return devices, "10.98.%d." % number
+
+    def address(self, inside, device, subnet, number, control):
+        """Gives a host its address, and connections that go there their congestion control."""
+        address = subnet + str(number)
+        self.done(*inside, *"ip addr add {}/24 brd + dev {}".format(address, device).split())
+        self.done(*inside, *"ip route replace {}0/24 dev {} proto kernel scope link src {} congctl {}".format(
+            subnet, device, address, control).split())
+
+    def pair(self, one, other, control, name):
+        """A Path between two hosts; one: the words that run a command there."""
+        devices, subnet = self.link(one, other)
+        for number, (inside, device) in enumerate(zip((one, other), devices), 1):
+            self.address(inside, device, subnet, number, control)
+        return Path(name, control, subnet + "1", subnet + "2", subnet + "255", other), devices
+
+    def veth(self, control, delay=0):
+        """The Path to the worker's host, under this congestion control, with ms of delay there and back together."""
+        far, name = self.once(self.host, "far"), control if not delay else "%d ms, %s" % (delay, control)
+        if not delay:
+            return self.pair([], far, control, name)[0]
+        netem = "tc qdisc add dev %s root netem limit 100000 delay %dms"
+        try:
+            self.done(*(netem % ("lo", 0)).split())
+        except (NotMeasured, OSError):
+            return self.relayed(far, control, delay, name)
+        self.done(*"tc qdisc del dev lo root".split())
+        path, devices = self.pair([], far, control, name)
+        for inside, device in zip(([], far), devices):
+            self.done(*inside, *(netem % (device, delay // 2)).split())
+        return path
+
+    def relayed(self, far, control, delay, name):
+        """The same with a host in the middle that holds back each packet; its devices have no address."""
+        middle = self.host(name)
+        (near_device, one), subnet = self.link([], middle)
+        (other, far_device), _ = self.link(middle, far)
+        self.address([], near_device, subnet, 1, control)
+        self.address(far, far_device, subnet, 2, control)
+        relay = Process([*middle, self.python, "-ISc", BENCH_DELAY, delay / 2000, one, other], self.env)
+        self.holders.append(relay)
+        relay.ready()
+        return Path(name + ", own relay", control, subnet + "1", subnet + "2", subnet + "255", far)
+
+    # -------- the contestants
+
+    def worker(self, path, group, *command, key=None, **settings):
+        return self.start(*path.inside, "cservice", key or self.key, *command, env=dict(settings, GROUP=group)).ready()
+
+    def served(self, path, *command, concurrency=8):
+        """(worker, group) of a worker on the far host."""
+        group = path.group()
+        return self.worker(path, group, *command, CONCURRENCY=concurrency), group
+
+    def proxied(self, path, *command):
+        """(worker, cproxy, group) of a worker that can only be reached by way of cproxy, on a host between the two."""
+        if path is self.LOOPBACK:
+            near, far, between = path, path, []
+        else:
+            between, far_host = self.once(self.host, "between"), self.once(self.host, "far")
+            near, far = (self.once(self.pair, *ends, path.control, "")[0]
+                         for ends in (([], between), (between, far_host)))
+        group, beyond = near.group(), far.group()
+        worker = self.worker(far, beyond, *command)
+        return worker, self.start(*between, "cproxy", far.near, beyond, env={"GROUP": group}).ready(), group
+
+    def cexec(self, group, **settings):
+        """(command, environment) of one submission."""
+        return [os.path.join(self.bin, "cexec"), self.pub], dict(self.env, GROUP=group, **{name: str(value) for name, value in settings.items()})
+
+    def sshd(self, path):
+        """An OpenSSH server at the far end.  Login files are left out: bash skips them at this SHLVL."""
+        server, port, name = self.program("sshd"), free_port(socket.SOCK_STREAM), path.far
+        if os.geteuid() == 0 and not os.path.isdir("/run/sshd"):
+            raise NotMeasured("sshd wants the directory /run/sshd")
+        for key in "host_key", "user_key":
+            if not os.path.exists(self.file(key)):
+                self.done("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.file(key))
+        config = self.write("sshd_config." + name, """
+            ListenAddress %s:%d
+            HostKey %s/host_key
+            AuthorizedKeysFile %s/user_key.pub
+            StrictModes no
+            PermitRootLogin yes
+            UsePAM no
+            PidFile none
+            SetEnv SHLVL=5
+            MaxStartups 100
+            MaxSessions 100
+            LogLevel ERROR""" % (path.far, port, self.place, self.place))
+        with open(self.file("host_key.pub")) as file:
+            self.write("known_hosts", "bench " + file.read())
+        self.write("ssh_config." + name, """
+            Host bench
+            HostName %s
+            HostKeyAlias bench
+            Port %d
+            User %s
+            IdentityFile %s/user_key
+            IdentitiesOnly yes
+            UserKnownHostsFile %s/known_hosts
+            GlobalKnownHostsFile none
+            BatchMode yes
+            LogLevel ERROR""" % (path.far, port, user_name(), self.place, self.place))
+        return self.answering(self.start(*path.inside, server, "-D", "-e", "-f", config), *self.ssh(path, "true"))
+
+    def ssh(self, path, *command, cipher=None, master=False):
+        return [self.program("ssh"), "-F", self.file("ssh_config." + path.far), *(["-c", cipher] if cipher else []),
+                *(["-S", self.file("master")] if master else []), "bench", *command]
+
+    def master(self, path):
+        """Starts the connection that ControlMaster users share; the words of a job over it."""
+        self.once(self.sshd, path)
+        words = self.ssh(path, "true", master=True)
+        self.answering(self.start(*words[:-2], "-M", "-N", "bench"), *words[:-2], "-O", "check", "bench")
+        return words
+
+    def parallel(self, path, lanes):
+        """The words of GNU parallel over ControlMaster, but for the arguments."""
+        program, words = self.program("parallel"), self.once(self.master, path)
+        return [program, "--will-cite", "-j%d" % lanes, "--ssh", " ".join(words[:-2]), "-S", "%d/bench" % lanes, "true"]
+
+    def socat(self, path):
+        """A plaintext server of cat: (Process, client's command)."""
         program, port = self.program("socat"), free_port(socket.SOCK_STREAM)
         # -t: how long the way back may last after the way there has ended.
-        server = self.start(program, "-t", "60", "TCP-LISTEN:%d,bind=127.0.0.1,reuseaddr,fork" % port, "EXEC:cat")
-        client = [program, "-t", "60", "-", "TCP:127.0.0.1:%d" % port]
-        self.answering(server, client)
-        return server, client
+        server = self.start(*path.inside, program, "-t", "60",
+                            "TCP-LISTEN:%d,bind=%s,reuseaddr,fork" % (port, path.far), "EXEC:cat")
+        client = [program, "-t", "60", "-", "TCP:%s:%d" % (path.far, port)]
+        return self.answering(server, *client), client
 
-    def write(self, name, text):
-        with open(self.path(name), "w") as file:
-            file.write("\n".join(line.strip() for line in text.splitlines()) + "\n")
+    def gearman(self, path, lanes):
+        """A server of gearman with command workers that run true; the words of a client with one job a line."""
+        server, program, port = self.program("gearmand"), self.program("gearman"), free_port(socket.SOCK_STREAM)
+        words = [program, "-h", path.far, "-p", str(port), "-f", "bench"]
+        daemon = self.start(*path.inside, server, "-L", path.far, "-p", port, "--log-file=stderr")
+        for _ in range(lanes):
+            self.start(*path.inside, *words[:5], "-w", *words[5:], "--", "true")
+        return self.answering(daemon, *words, "-t", "5000", "-s") and [*words, "-n"]
 
     # -------- measuring
 
-    def input_file(self):
-        path = self.path("input")
-        with open(path, "wb") as file:
-            for _ in range(self.options.size):
-                file.write(os.urandom(1 << 20))
+    def input_file(self, size=None):
+        size = size or self.options.size
+        path = self.file("input.%d" % size)
+        if not os.path.exists(path):
+            with open(path, "wb") as file:
+                for _ in range(size):
+                    file.write(os.urandom(1 << 20))
         return path
 
-    def stream(self, command, env, server, piped):
-        """Sends the input file through the command: {seconds, near, far}, CPU seconds of the command and of the
-        server with all it started.  The bytes must come back the same."""
-        source, sink, helpers = open(self.once(self.input_file), "rb"), open(self.path("output"), "wb"), []
-        before = cpu_seconds(server.pid)
-        started = time.perf_counter()
-        if piped:
-            feeder = subprocess.Popen(["cat"], stdin=source, stdout=subprocess.PIPE)
-            main = subprocess.Popen(command, env=env, stdin=feeder.stdout, stdout=subprocess.PIPE)
-            drain = subprocess.Popen(["cat"], stdin=main.stdout, stdout=sink)
-            feeder.stdout.close()
-            main.stdout.close()
-            helpers = [feeder, drain]
-        else:
-            main = subprocess.Popen(command, env=env, stdin=source, stdout=sink)
-        _, status, used = os.wait4(main.pid, 0)
-        main.returncode = status
-        for helper in helpers:
-            helper.wait()
+    def stream(self, command, env, servers, piped=False, size=None):
+        """Sends the input file through the command: {seconds, cpu}, CPU seconds of the command and of the servers
+        with all that they started.  The bytes must come back the same."""
+        path = self.input_file(size)
+        before, started = sum(cpu_seconds(server.pid) for server in servers), time.perf_counter()
+        with open(path, "rb") as source, open(self.file("output"), "wb") as sink:
+            if piped:
+                feeder = subprocess.Popen(["cat"], stdin=source, stdout=subprocess.PIPE)
+                main = subprocess.Popen(command, env=env, stdin=feeder.stdout, stdout=subprocess.PIPE)
+                drain = subprocess.Popen(["cat"], stdin=main.stdout, stdout=sink)
+                feeder.stdout.close()
+                main.stdout.close()
+            else:
+                main = subprocess.Popen(command, env=env, stdin=source, stdout=sink)
+            _, status, used = os.wait4(main.pid, 0)
+            main.returncode = status
+            if piped:
+                feeder.wait()
+                drain.wait()
         seconds = time.perf_counter() - started
-        source.close()
-        sink.close()
-        if subprocess.call(["cmp", self.path("input"), self.path("output")]) or status:
+        if status or subprocess.call(["cmp", path, self.file("output")]):
             self.fail("%s: wait status %d, or the bytes differ" % (" ".join(command), status))
-        return {"seconds": seconds, "near": used.ru_utime + used.ru_stime,
-                "far": settled_cpu_seconds(server.pid) - before}
+        far = sum(settled_cpu_seconds(server.pid) for server in servers) - before
+        return {"seconds": seconds, "cpu": used.ru_utime + used.ru_stime + far}
 
-    def spawn(self, command, env):
-        """Starts one tiny job the cheapest way; its pid."""
-        log = self.path("stderr"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600
-        streams = (os.devnull, os.O_RDONLY, 0), (os.devnull, os.O_WRONLY, 0), log
-        actions = [(os.POSIX_SPAWN_OPEN, number, *stream) for number, stream in enumerate(streams)]
-        return os.posix_spawnp(command[0], command, env, file_actions=actions)
+    def spawn(self, command, env, stdin=os.devnull, stdout=os.devnull):
+        """Starts a command the cheapest way; its pid."""
+        flags = os.O_WRONLY | os.O_CREAT
+        streams = (stdin, os.O_RDONLY), (stdout, flags | os.O_TRUNC), (self.file("stderr"), flags | os.O_APPEND)
+        actions = [(os.POSIX_SPAWN_OPEN, number, *stream, 0o600) for number, stream in enumerate(streams)]
+        return os.posix_spawnp(shutil.which(command[0], path=env["PATH"]), command, env, file_actions=actions)
 
-    def timed(self, command, env):
-        """Seconds that one tiny job takes from start to end."""
-        started = time.perf_counter()
-        _, status = os.waitpid(self.spawn(command, env), 0)
-        seconds = time.perf_counter() - started
-        if status:
-            self.fail("%s: wait status %d" % (" ".join(command), status))
-        return {"seconds": seconds}
+    def timed(self, *commands, env=None, jobs=1, **streams):
+        """Runs these commands at once: {seconds, cpu} by job, from the start to the last one's end."""
+        started, cpu = time.perf_counter(), 0
+        for pid in [self.spawn(command, env or self.env, **streams) for command in commands]:
+            _, status, used = os.wait4(pid, 0)
+            cpu += used.ru_utime + used.ru_stime
+            if status:
+                self.fail("%s: wait status %d" % (" ".join(commands[0])[:99], status))
+        return {"seconds": (time.perf_counter() - started) / jobs, "cpu": cpu / jobs}
 
-    def rate(self, command, env, jobs, lanes):
-        """Seconds per job when `lanes` callers run `jobs` of them."""
-        left = iter(range(jobs))
+    def lanes(self, command, env, jobs, lanes):
+        """The same for `jobs` runs of one command, `lanes` at once."""
+        left, cpu, failed = iter(range(jobs)), [], []
 
         def lane():
-            for _ in left:
-                self.timed(command, env)
-        threads = [threading.Thread(target=lane) for _ in range(lanes)]
+            try:
+                for _ in left:
+                    cpu.append(self.timed(command, env=env)["cpu"])
+            except NotMeasured as why:
+                failed.append(why)
+        threads = [threading.Thread(target=lane, daemon=True) for _ in range(lanes)]
         started = time.perf_counter()
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        return {"seconds": (time.perf_counter() - started) / jobs}
+        if failed:
+            raise failed[0]
+        return {"seconds": (time.perf_counter() - started) / jobs, "cpu": sum(cpu) / jobs}
 
     def fail(self, text):
+        """Counts a job that failed, and raises: such a run gives no figure."""
         self.failures += 1
+        with contextlib.suppress(OSError), open(self.file("stderr"), errors="replace") as file:
+            text = ": ".join([text, *file.read().splitlines()[-1:]])
         say("FAILED: " + text)
-        try:
-            with open(self.path("stderr"), errors="replace") as file:
-                say(file.read().strip()[-300:] or "it said nothing")
-        except OSError:
-            pass
+        raise NotMeasured(text)
 
-    def interleave(self, case, contestants, runs=None):
-        """Measures them in turn, so that the machine's moods hit all alike: {name: medians}.  A contestant is
-        (name, make); make() returns the function that measures once, or raises NotMeasured."""
-        ready = []
-        for name, make in contestants:
+    def interleave(self, part, contestants, runs=None):
+        """Measures them in turn, so that the machine's moods hit all alike: {name: {field: median}}.  contestants is
+        {name: make}; make() returns the function that measures once, or raises NotMeasured."""
+        ready, found = {}, collections.defaultdict(list)
+        for name, make in contestants.items():
             try:
-                ready.append((name, make()))
+                ready[name] = make()
             except NotMeasured as why:
-                self.row(case, name, note="not measured: %s" % why)
-        found = {name: [] for name, _ in ready}
-        for round_ in range((runs or self.options.runs) + 1):
-            for name, measure in ready:
-                result = measure()
-                if round_:      # the first one warms caches
+                self.unable(part, name, why)
+        for number in range((runs or self.options.runs) + 1):
+            for name, measure in list(ready.items()):
+                try:
+                    result = measure()
+                except NotMeasured as why:
+                    self.unable(part, name, why)
+                    del ready[name]
+                    found.pop(name, None)
+                    continue
+                if number:      # the first round warms caches
                     found[name].append(result)
-        return {name: {field: [result[field] for result in results] for field in results[0]}
+        return {name: {field: statistics.median(result[field] for result in results) for field in results[0]}
                 for name, results in found.items()}
 
     # -------- results
 
-    def row(self, case, name, **fields):
-        self.rows.append(dict(fields, case=case, name=name))
+    def result(self, part, row, column, text, **figures):
+        self.results.append(dict(figures, part=part, name=row, column=column, text=text))
 
-    def target(self, case, text, value, limit, most=False):
-        """A ratio, and what it should be at least (or at most)."""
-        self.targets.append({"case": case, "what": text, "value": round(value, 3),
-                             "at_most" if most else "at_least": limit,
-                             "met": value <= limit if most else value >= limit})
+    def unable(self, part, name, why):
+        self.note(part, "%s: not measured: %s" % (", ".join(name) if isinstance(name, tuple) else name, why))
 
-    def show(self, case, title, columns):
-        """Prints one case's rows, its targets below; columns are (heading, function of the row)."""
-        if self.options.json:
-            return
-        print("\n%s" % title)
-        mine = [row for row in self.rows if row["case"] == case]
-        measured = [row for row in mine if "note" not in row]
-        if measured:
-            print("  %-34s" % "" + "".join("%14s" % heading for heading, _ in columns))
-        for row in measured:
-            print("  %-34s" % row["name"] + "".join("%14s" % text(row) for _, text in columns))
-        for row in mine:
-            if "note" in row:
-                print("  %-34s  %s" % (row["name"], row["note"]))
-        for target in self.targets:
-            if target["case"] == case:
-                bound = next("%s %s" % (name.replace("_", " "), target[name]) for name in target if name[:3] == "at_")
-                verdict = "met" if target["met"] else "MISSED"
-                print("  %-6s %s: %.2f (%s)" % (verdict, target["what"], target["value"], bound))
+    def note(self, part, text):
+        if (part, text) not in self.notes:
+            self.notes.append((part, text))
+
+    def target(self, part, what, found, one, other, limit, most=False, field="seconds"):
+        """How many times `one` is of `other`, if both were measured, and what it should be at least (or at most)."""
+        if one in found and other in found:
+            value = found[one][field] / found[other][field] if found[other][field] else math.inf
+            met = value <= limit if most else value >= limit
+            self.targets.append({"part": part, "what": what, "value": value, "limit": limit, "most": most, "met": met})
+
+    def show(self, part):
+        """Prints one part's table, what could not be measured, and the aims."""
+        mine = [result for result in self.results if result["part"] == part]
+        columns = list(dict.fromkeys(result["column"] for result in mine))
+        widths = [max(len(result["text"]) for result in mine if result["column"] == column) for column in columns]
+        widths = [max(width, len(column)) for width, column in zip(widths, columns)]
+        texts = {(result["name"], result["column"]): result["text"] for result in mine}
+        rows = list(dict.fromkeys(result["name"] for result in mine))
+        first = max(map(len, rows), default=0)
+        print("\n%s: %s" % (part, PARTS[part].__doc__))
+        for row in [None, *rows] if rows else []:
+            cells = columns if row is None else [texts.get((row, column), "") for column in columns]
+            print(("  %-*s  " % (first, row or "") +
+                   "  ".join(cell.rjust(width) for cell, width in zip(cells, widths))).rstrip())
+        for text in [text for name, text in self.notes if name == part]:
+            print("  " + text)
+        for aim in [aim for aim in self.targets if aim["part"] == part]:
+            print("  %-6s %s: %.2f (at %s %s)" % ("met" if aim["met"] else "MISSED", aim["what"], aim["value"],
+                                                  "most" if aim["most"] else "least", aim["limit"]))
         sys.stdout.flush()
 
     def finish(self):
         facts = machine_facts()
         if self.options.json:
-            import json
             print(json.dumps({"machine": facts, "size_mb": self.options.size, "runs": self.options.runs,
-                              "results": self.rows, "targets": self.targets, "failures": self.failures}, indent=1))
+                              "results": self.results, "targets": self.targets, "failures": self.failures,
+                              "notes": [{"part": part, "text": text} for part, text in self.notes]}, indent=1))
         else:
             print("\n" + "\n".join("%s: %s" % pair for pair in facts.items()))
             print("failed jobs: %d" % self.failures)
@@ -10625,7 +10819,6 @@ def user_name():
 
 def machine_facts():
     import platform
-    import ssl
     version = subprocess.run(["ssh", "-V"], stderr=subprocess.PIPE).stderr.decode() if shutil.which("ssh") else "none"
     python = platform.python_version(), os.path.realpath(sys.executable), ssl.OPENSSL_VERSION
     return {"processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -10647,216 +10840,336 @@ def settled_cpu_seconds(pid):
     return cpu_seconds(pid)
 
 
-def milliseconds(row):
-    return "%.1f ms" % (row["seconds"] * 1000)
-
-
-def ratio(row):
-    return "%.2f x" % row["ratio"] if "ratio" in row else ""
+def own_cpu(pid):
+    """(CPU seconds, times that it slept and woke) of a process's own threads."""
+    seconds = wakes = 0
+    for thread in os.listdir("/proc/%d/task" % pid):
+        seconds += int(proc(pid, "task/%s/schedstat" % thread).split()[0]) / 1e9
+        wakes += int(proc(pid, "task/%s/status" % thread).partition("\nvoluntary_ctxt_switches:")[2].split()[0])
+    return seconds, wakes
 
 
 def bench_stream(lab):
-    """Streams, file to file and pipe to pipe."""
-    group = lab.group()
-    server = lab.worker(group, "cat")
-
-    def cexec_stream(piped):
-        return lambda: lambda: lab.stream(*lab.cexec(group), server, piped)
-
-    def ssh_stream(piped, cipher=None):
-        def make():
-            daemon = lab.once(lab.sshd)
-            return lambda: lab.stream(lab.ssh("cat", cipher=cipher), lab.env, daemon, piped)
-        return make
-
-    def socat_stream(piped):
-        def make():
-            daemon, client = lab.once(lab.socat)
-            return lambda: lab.stream(client, lab.env, daemon, piped)
-        return make
-    for case, piped, words in ("stream-file", False, "file to file"), ("stream-pipe", True, "pipe to pipe"):
-        aes, plain = "ssh aes128-gcm@openssh.com", "socat, plaintext"
-        found = lab.interleave(case, [
-            ("cexec", cexec_stream(piped)), (aes, ssh_stream(piped, "aes128-gcm@openssh.com")),
-            ("ssh, default cipher", ssh_stream(piped)), (plain, socat_stream(piped))])
-        stream_rows(lab, case, found)
-        for other, least in (aes, 1.2), ("ssh, default cipher", 2.1), (plain, 0.75):
-            if other in found:
-                lab.target(case, "speed against %s" % other, speed_ratio(found, "cexec", other), least)
-        if aes in found:
-            lab.target(case, "CPU time against %s" % aes, cpu_of(found["cexec"]) / cpu_of(found[aes]), 1.0, most=True)
-        show_streams(lab, case, "%d MB of random bytes through cat and back, %s" % (lab.options.size, words))
-    lab.stop(server)
+    """Random bytes through cat and back: MB/s, times cexec's speed, CPU seconds of all processes."""
+    for piped, kind in (False, "file"), (True, "pipe"):
+        contestants = {}
+        for path in lab.paths():
+            contestants.update(stream_contestants(lab, "stream", path, piped, kind, proxy=True))
+        found = lab.interleave("stream", contestants)
+        stream_results(lab, "stream", found, kind)
+        for path in lab.paths():
+            ours, aes, name = (kind + ", cexec", path.name), (kind + ", " + AES, path.name), kind + ", " + path.name
+            least = 1.2 if piped else 1.1 if path.name == "bbr" else 1.25
+            lab.target("stream", "%s, speed against %s" % (name, AES), found, aes, ours, least)
+            lab.target("stream", "%s, CPU against %s" % (name, AES), found, ours, aes, 1.0, most=True, field="cpu")
+            lab.target("stream", "%s, through cproxy against direct" % name, found, ours,
+                       (kind + ", cexec through cproxy", path.name), 0.8)
 
 
-def cpu_of(result):
-    return median(result["near"]) + median(result["far"])
+def stream_contestants(lab, part, path, piped, kind, proxy=False):
+    """{(row, path's name): make} of all that can carry a stream over this path."""
+    def cexec_stream():
+        server, group = lab.served(path, "cat")
+        return lambda: lab.stream(*lab.cexec(group), [server], piped)
+
+    def proxied_stream():
+        worker, proxy, group = lab.proxied(path, "cat")
+        return lambda: lab.stream(*lab.cexec(group), [worker, proxy], piped)
+
+    def ssh_stream(cipher=None):
+        daemon = lab.once(lab.sshd, path)
+        return lambda: lab.stream(lab.ssh(path, "cat", cipher=cipher), lab.env, [daemon], piped)
+
+    def socat_stream():
+        daemon, client = lab.once(lab.socat, path)
+        return lambda: lab.stream(client, lab.env, [daemon], piped)
+    makes = {"cexec": cexec_stream, AES: lambda: ssh_stream("aes128-gcm@openssh.com"),
+             "ssh, default cipher": ssh_stream, "socat, plaintext": socat_stream,
+             **({"cexec through cproxy": proxied_stream} if proxy else {})}
+    return {("%s, %s" % (kind, name), path.name): make for name, make in makes.items()}
 
 
-def speed_ratio(found, one, other):
-    """How much faster `one` is, run by run: each pair ran under the same mood of the machine."""
-    return median([theirs / ours for ours, theirs in zip(found[one]["seconds"], found[other]["seconds"])])
+def stream_results(lab, part, found, kind):
+    for (row, path), result in found.items():
+        speed, ours = lab.options.size / result["seconds"], found.get((kind + ", cexec", path), result)
+        ratio = ours["seconds"] / result["seconds"]
+        lab.result(part, row, path, "%4.0f MB/s %5.2fx %5.2f s" % (speed, ratio, result["cpu"]), ratio=ratio, **result)
 
 
-def stream_rows(lab, case, found, against="cexec"):
-    for name, result in found.items():
-        lab.row(case, name, seconds=median(result["seconds"]), all_seconds=result["seconds"],
-                cpu_submitter=median(result["near"]), cpu_worker=median(result["far"]),
-                cpu_per_gb=cpu_of(result) * 1000 / lab.options.size, ratio=speed_ratio(found, name, against))
-
-
-def show_streams(lab, case, title):
-    lab.show(case, title, [("seconds", lambda row: "%.2f s" % row["seconds"]),
-                           ("speed", lambda row: "%.0f MB/s" % (lab.options.size / row["seconds"])),
-                           ("to cexec's", ratio),
-                           ("CPU near", lambda row: "%.2f s" % row["cpu_submitter"]),
-                           ("CPU far", lambda row: "%.2f s" % row["cpu_worker"]),
-                           ("CPU per GB", lambda row: "%.2f s" % row["cpu_per_gb"])])
+def bench_long(lab):
+    """The same, file to file, over paths with a round trip of 10 and 50 ms."""
+    contestants, names = {}, []
+    for delay in 10, 50:
+        path = lab.once(lab.veth, "cubic", delay)
+        names.append(path.name)
+        contestants.update(stream_contestants(lab, "long", path, False, "file"))
+    found = lab.interleave("long", contestants, runs=max(1, lab.options.runs // 2))
+    stream_results(lab, "long", found, "file")
+    for name in names:
+        for ssh in AES, "ssh, default cipher":
+            lab.target("long", "%s, speed against %s" % (name, ssh), found, ("file, " + ssh, name),
+                       ("file, cexec", name), 1.0)
 
 
 def bench_tiny(lab):
     """One job that does nothing."""
-    group = lab.group()
-    server = lab.worker(group, "true")
+    path = lab.paths()[0]
+    direct, env = lab.cexec(lab.served(path, "true")[1])
 
     def cold():
-        lab.once(lab.sshd)
-        return lambda: lab.timed(lab.ssh("true"), lab.env)
+        lab.once(lab.sshd, path)
+        return lambda: lab.timed(lab.ssh(path, "true"))
 
     def warm():
-        lab.once(lab.ssh_master)
-        return lambda: lab.timed(lab.ssh("true", master=True), lab.env)
-
-    python, script = os.path.join(lab.bin, "python3"), os.path.join(lab.bin, "cexec.py")
-    link, (direct, env) = "cexec, called by its link", lab.cexec(group)
-    found = lab.interleave("tiny", [
-        (link, lambda: lambda: lab.timed(direct, env)),
-        ("python3 cexec.py cexec", lambda: lambda: lab.timed([python, script, "cexec", *direct[1:]], env)),
-        ("python3 -I -S and the imports", lambda: lambda: lab.timed([python, "-I", "-S", "-c", IMPORTS], lab.env)),
-        ("ssh, cold", cold), ("ssh, ControlMaster", warm)], runs=8 if lab.options.quick else 40)
-    time_rows(lab, "tiny", found, link)
-    if "ssh, cold" in found:
-        lab.target("tiny", "times faster than cold ssh", speed_ratio(found, link, "ssh, cold"), 6)
-    lab.target("tiny", "time against python3 with the imports",
-               speed_ratio(found, "python3 -I -S and the imports", link), 1.6, most=True)
-    lab.show("tiny", "one job that does nothing (ssh without login files)",
-             [("median", milliseconds), ("speed to ours", ratio)])
-    lab.stop(server)
+        words = lab.once(lab.master, path)
+        return lambda: lab.timed(words)
+    link, compiled, script = "cexec, by its link", "python3 cexec.py cexec, compiled anew", lab.file("bin/cexec.py")
+    imports = "python3 -I -S and the imports"
+    found = lab.interleave("tiny", {
+        link: lambda: lambda: lab.timed(direct, env=env),
+        compiled: lambda: lambda: lab.timed([lab.python, script, "cexec", *direct[1:]], env=env),
+        imports: lambda: lambda: lab.timed([lab.python, "-I", "-S", "-c", IMPORTS]),
+        "python3 -I -S": lambda: lambda: lab.timed([lab.python, "-I", "-S", "-c", ""]),
+        "ssh, cold": cold, "ssh, ControlMaster": warm}, runs=lab.options.runs * 5)
+    time_results(lab, "tiny", found, link, path.name)
+    lab.target("tiny", "times faster than cold ssh", found, "ssh, cold", link, 5.5)
+    lab.target("tiny", "time against Python with the imports", found, link, imports, 1.35, most=True)
 
 
-def time_rows(lab, case, found, against):
+def time_results(lab, part, found, against, where):
+    """Rows of milliseconds and jobs a second."""
     for name, result in found.items():
-        lab.row(case, name, seconds=median(result["seconds"]), all_seconds=result["seconds"],
-                ratio=speed_ratio(found, name, against))
+        ratio = found.get(against, result)["seconds"] / result["seconds"]
+        lab.result(part, name, where, "%.2f ms" % (result["seconds"] * 1000), ratio=ratio, **result)
+        lab.result(part, name, "jobs/s", "%.1f" % (1 / result["seconds"]))
+        lab.result(part, name, "speed", "%.2fx" % ratio)
+        lab.result(part, name, "CPU here", "%.2f ms" % (result["cpu"] * 1000))
 
 
-def bench_many(lab):
-    """Many tiny jobs: jobs per second."""
-    group, jobs = lab.group(), 48 if lab.options.quick else 240
-    server = lab.worker(group, "true", CONCURRENCY=8)
+def bench_eight(lab):
+    """Jobs that do nothing, eight submitters at once, one worker host: time for each."""
+    path, jobs = lab.paths()[0], 40 if lab.options.quick else 240
+    direct, env = lab.cexec(lab.served(path, "true")[1])
 
-    def ours(lanes):
-        return lambda: lambda: lab.rate(*lab.cexec(group), jobs, lanes)
-
-    def warm(lanes):
-        def make():
-            lab.once(lab.ssh_master)
-            return lambda: lab.rate(lab.ssh("true", master=True), lab.env, jobs, lanes)
-        return make
+    def warm():
+        words = lab.once(lab.master, path)
+        return lambda: lab.lanes(words, lab.env, jobs, 8)
 
     def parallel():
-        program = lab.program("parallel")
-        lab.once(lab.ssh_master)
-        ssh = "%s -F %s -S %s" % (lab.program("ssh"), lab.path("ssh_config"), lab.path("master"))
-        command = [program, "--will-cite", "-j8", "--ssh", ssh, "-S", "8/bench", "true", ":::", *map(str, range(jobs))]
-        return lambda: {"seconds": lab.timed(command, lab.env)["seconds"] / jobs}
-    over = "parallel over ControlMaster"
-    for case, lanes, words in ("many-1", 1, "one after the other"), ("many-8", 8, "eight at once"):
-        others = [("ssh, ControlMaster", warm(lanes))] + ([(over, parallel)] if lanes > 1 else [])
-        found = lab.interleave(case, [("cexec", ours(lanes)), *others], runs=max(2, lab.options.runs // 2))
-        time_rows(lab, case, found, "cexec")
-        if over in found:
-            lab.target(case, "jobs per second against %s" % over, speed_ratio(found, "cexec", over), 2)
-        lab.show(case, "%d jobs that do nothing, %s, one worker host" % (jobs, words),
-                 [("jobs/s", lambda row: "%.1f" % (1 / row["seconds"])), ("to cexec's", ratio)])
-    lab.stop(server)
+        command = [*lab.parallel(path, 8), ":::", *map(str, range(jobs))]
+        return lambda: lab.timed(command, jobs=jobs)
+    over = "GNU parallel over ControlMaster"
+    found = lab.interleave("eight", {"cexec": lambda: lambda: lab.lanes(direct, env, jobs, 8), over: parallel,
+                                     "ssh, ControlMaster": warm})
+    time_results(lab, "eight", found, "cexec", path.name)
+    lab.target("eight", "jobs a second against " + over, found, over, "cexec", 1.0)
 
 
-def bench_cluster(lab):
-    """Time to run a job where 1, 4 and 30 workers are idle."""
-    groups, servers = {}, []
-    for size in 1, 4, 30:
-        groups[size] = lab.group()
-        servers += [lab.start("cservice", lab.key, "true", env={"GROUP": groups[size]}) for _ in range(size)]
-    for server in servers:
-        server.ready(60)
-    time.sleep(1)       # the load of starting them all is gone
-    found = lab.interleave("cluster", [
-        ("%d idle worker%s" % (size, "s" * (size > 1)), lambda group=group: lambda: lab.timed(*lab.cexec(group)))
-        for size, group in groups.items()], runs=10 if lab.options.quick else 50)
-    time_rows(lab, "cluster", found, "1 idle worker")
-    more = median(found["30 idle workers"]["seconds"]) - median(found["1 idle worker"]["seconds"])
-    lab.target("cluster", "milliseconds more with 30 workers", more * 1000, 5, most=True)
-    lab.show("cluster", "one job that does nothing, on a cluster of idle workers", [("median", milliseconds)])
-    lab.stop(*servers)
+def bench_cmap(lab):
+    """Jobs that do nothing from one list, one worker host with 4 slots: time for each."""
+    path, jobs = lab.paths()[0], 200 if lab.options.quick else 4000
+    group = lab.served(path, "true", concurrency=4)[1]
+    few = max(20, jobs // 20)       # for the slow ones
+    lists = {count: lab.write("lines.%d" % count, "\n".join(map(str, range(count)))) for count in (jobs, jobs // 4, few)}
+    env = dict(lab.env, GROUP=group)
+
+    def listed(*command, count=jobs, times=1):
+        return lambda: lab.timed(*[list(command)] * times, env=env, stdin=lists[count], jobs=count * times)
+
+    def cmap():
+        lab.need("cexec.TOOLS['cmap']")
+        return listed("cmap", "-q", "--lines", lab.pub)
+
+    def api():
+        lab.need("cexec.Room.map")
+        return listed(lab.python, "-ISc", BENCH_API, lab.bin, lab.pub, group)
+    over, gearman, local = "GNU parallel over ControlMaster", "gearman, 4 workers, 4 clients", "xargs -P4, local"
+    found = lab.interleave("cmap", {
+        "cmap": cmap, "Room.map": api,
+        gearman: lambda: listed(*lab.gearman(path, 4), count=jobs // 4, times=4),
+        local: lambda: listed(lab.program("xargs"), "-P4", "-n1", "true"),
+        over: lambda: listed(*lab.parallel(path, 4), count=few)}, runs=max(1, lab.options.runs // 2))
+    time_results(lab, "cmap", found, "cmap", path.name)
+    lab.target("cmap", "jobs a second against gearman", found, gearman, "cmap", 1.0)
+    lab.target("cmap", "jobs a second against " + over, found, over, "cmap", 20)
+    lab.target("cmap", "Room.map against cmap", found, "cmap", "Room.map", 0.8)
 
 
-def bench_proxy(lab):
-    """The stream through cproxy."""
-    near, far = lab.group(), lab.group()
-    server = lab.worker(far, "cat")
-    proxy = lab.start("cproxy", "127.0.0.1", far, env={"GROUP": near}).ready()
-    found = lab.interleave("proxy", [
-        (name, lambda group=group: lambda: lab.stream(*lab.cexec(group), server, False))
-        for name, group in (("direct", far), ("through cproxy", near))])
-    stream_rows(lab, "proxy", found, "direct")
-    lab.target("proxy", "speed against direct", speed_ratio(found, "through cproxy", "direct"), 0.8)
-    show_streams(lab, "proxy", "%d MB of random bytes through cat and back, file to file" % lab.options.size)
-    lab.stop(proxy, server)
+def bench_blocks(lab):
+    """One file through gzip in blocks of 1 MB: cmap on one host, GNU parallel on local cores, as many slots."""
+    path, slots, size = lab.paths()[0], machine_facts()["processors"], max(8, lab.options.size // 8)
+    source, group = lab.input_file(size), lab.served(path, "gzip", concurrency=slots)[1]
+    env = dict(lab.env, GROUP=group)
+
+    def gzip(*command):
+        def measure():
+            result = lab.timed(list(command), env=env, stdin=source, stdout=lab.file("packed"))
+            with open(lab.file("packed"), "rb") as packed, open(lab.file("output"), "wb") as output:
+                subprocess.run(["gzip", "-dc"], stdin=packed, stdout=output)
+            if subprocess.call(["cmp", source, lab.file("output")]):
+                lab.fail("%s: the bytes differ" % " ".join(command))
+            return result
+        return measure
+
+    def cmap():
+        lab.need("cexec.TOOLS['cmap']")
+        return gzip("cmap", "-q", "--block", "1M", lab.pub)
+    found = lab.interleave("blocks", {"cmap --block": cmap, "parallel --pipe": lambda: gzip(
+        lab.program("parallel"), "--will-cite", "-k", "--pipe", "--block", "1M", "-j%d" % slots, "gzip")})
+    for name, result in found.items():
+        lab.result("blocks", name, "%d MB, %s" % (size, path.name), "%.1f MB/s" % (size / result["seconds"]), **result)
+    lab.target("blocks", "cmap against parallel", found, "parallel --pipe", "cmap --block", 0.9)
+
+
+def bench_import(lab):
+    """Time of `import cexec` in a Python of its own, from bytecode."""
+    code = "import sys; sys.path.insert(0, %r)" % lab.bin
+    names = {"python3 -I -S": code, "import cexec": code + "; import cexec", "the imports of cexec": IMPORTS}
+    time_results(lab, "import", lab.interleave("import", {
+        name: lambda text=text: lambda: lab.timed([lab.python, "-I", "-S", "-c", text])
+        for name, text in names.items()}, runs=lab.options.runs * 5), "import cexec", "time")
+
+
+def bench_growth(lab):
+    """What grows with a job's size or with the crowd: milliseconds, and microseconds for each unit more."""
+    path = lab.paths()[0]
+    server, group = lab.served(path, "true")
+    command, env = lab.cexec(group, CEXEC_MAXFD=255)
+
+    def descriptors(count):
+        held = []
+        try:
+            for number in range(count - 3):
+                with open(lab.file("held.%d" % number), "w+b") as file:
+                    held.append(fcntl.fcntl(file.fileno(), fcntl.F_DUPFD, 3))       # the job inherits this one
+            return lab.timed(command, env=env)
+        finally:
+            for fd in held:
+                os.close(fd)
+
+    def names(size):
+        pairs = ["N%05d=%s" % (number, "x" * 249) for number in range(size)]    # 256 bytes each
+        return lab.timed([*command, *pairs], env=env)
+    sizes = (3, 50, 100, 200)
+    growth_results(lab, "descriptors", sizes, lab.interleave(
+        "growth", {size: lambda size=size: lambda: descriptors(size) for size in sizes}, runs=lab.options.runs * 2))
+    sizes = (4, 60, 120, 240)
+    growth_results(lab, "names of 256 bytes", sizes, lab.interleave(
+        "growth", {size: lambda size=size: lambda: names(size) for size in sizes}, runs=lab.options.runs * 2))
+    sizes = (1, 10, 40) if lab.options.quick else (1, 100, 500)
+    growth_results(lab, "waiting submitters", sizes, {size: waiting(lab, path, size) for size in sizes})
+
+
+def waiting(lab, path, count):
+    """Seconds from the moment that the one slot is free until `count` submitters, all waiting, have been served."""
+    server, group = lab.served(path, "cat", concurrency=1)
+    command, env = lab.cexec(group, CEXEC_TIMEOUT_ACCEPT=600)
+    first = lab.start(*command, env=env, stdin=subprocess.PIPE)
+    wait_until(lambda: must(children(server.pid)))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as ear:
+        ear.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        ear.bind(("", int(group.rpartition(":")[2])))
+        ear.settimeout(60)
+        pids, heard = [lab.spawn(command, env) for _ in range(count)], set()
+        while len(heard) < count:
+            data = ear.recv(2048)
+            if data[5:6] == bytes([cexec.ANNOUNCE]):
+                heard.add(data[12:20])      # the search's own number
+    before, started = cpu_seconds(server.pid), time.perf_counter()
+    first.stdin.close()
+    statuses = [os.waitpid(pid, 0)[1] for pid in pids]
+    seconds = time.perf_counter() - started
+    if any(statuses):
+        lab.fail("%d of %d waiting submitters failed" % (sum(map(bool, statuses)), count))
+    return {"seconds": seconds, "cpu": settled_cpu_seconds(server.pid) - before}
+
+
+def growth_results(lab, kind, sizes, found):
+    """One row for each size; what a unit costs beyond the smallest size, so that more than linear growth is seen.
+    Growth by less than a tenth of the smallest size's time is taken for a tenth: it would be noise against noise."""
+    least, each = sizes[0], {}
+    for size in [size for size in sizes if size in found and least in found]:
+        row, result = "%s: %d" % (kind, size), found[size]
+        lab.result("growth", row, "in all", "%.1f ms" % (result["seconds"] * 1000), size=size, **result)
+        if size > least:
+            more = {field: (result[field] - found[least][field]) / (size - least) for field in result}
+            lab.result("growth", row, "each more", "%.0f us" % (more["seconds"] * 1e6), size=size, **more)
+            if kind == "waiting submitters":
+                lab.result("growth", row, "worker's CPU each", "%.0f us" % (more["cpu"] * 1e6), size=size)
+            each[size] = {"seconds": max(more["seconds"], found[least]["seconds"] / 10 / (size - least))}
+    lab.target("growth", "%s, one of %d against one of %d" % (kind, sizes[-1], sizes[-2]), each, sizes[-1], sizes[-2],
+               1.5, most=True)
+
+
+def bench_host(lab):
+    """CPU of one worker host for each job, and what a job costs workers that only hear of it."""
+    path, jobs = lab.paths()[0], 40 if lab.options.quick else 400
+    group, other = path.group(), lab.file("other_key")
+    if not os.path.exists(other):
+        lab.done("ckeygen", other)
+    server = lab.worker(path, group, "true", CONCURRENCY=8)
+    idle = {"idle worker, same key": lab.worker(path, group, "true", BOOST=900000),
+            "idle worker, another key": lab.worker(path, group, "true", key=other)}
+    command, env = lab.cexec(group)
+    lab.timed(command, env=env)
+    for lanes, words in (1, "one by one"), (8, "eight at once"):
+        pids = {"the worker's daemon": server.pid, **{name: process.pid for name, process in idle.items()}}
+        before, all_before = {name: own_cpu(pid) for name, pid in pids.items()}, settled_cpu_seconds(server.pid)
+        used = lab.lanes(command, env, jobs, lanes)
+        everything = (settled_cpu_seconds(server.pid) - all_before) / jobs
+        for name, pid in pids.items():
+            cpu, wakes = ((after - earlier) / jobs for after, earlier in zip(own_cpu(pid), before[name]))
+            lab.result("host", name, words, "%6.0f us, %4.1f wakes" % (cpu * 1e6, wakes), cpu=cpu, wakes=wakes)
+            if name in idle:
+                lab.result("host", name + ", 100 jobs/s", words, "%.2f %% of a core" % (cpu * 1e4))
+            else:
+                lab.result("host", "handler and job", words, "%.0f us" % ((everything - cpu) * 1e6))
+        lab.result("host", "submitter", words, "%.0f us" % (used["cpu"] * 1e6), **used)
 
 
 def bench_memory(lab):
-    """Memory of the three processes, at rest and during the stream."""
-    group, peak = lab.group(), {}
-    server = lab.worker(group, "cat")
-    lab.timed(*lab.cexec(group))
-    wait_until(lambda: peak.update(rest=rss(server.pid)), 1)
+    """Memory at rest, and the most during the stream, in MB."""
+    path, peak = lab.paths()[0], collections.Counter()
+    server, group = lab.served(path, "cat")
     command, env = lab.cexec(group)
-    source, sink = open(lab.once(lab.input_file), "rb"), open(lab.path("output"), "wb")
-    client = subprocess.Popen(command, env=env, stdin=source, stdout=sink)
-    while client.poll() is None:
-        watched = [("submitter", client.pid), ("worker", server.pid)]
-        watched += [("handler", pid) for pid in children(server.pid)]
-        for name, pid in watched:
-            for field, measure in ("private", private), ("pss", pss), ("rss", rss):
-                peak[name, field] = max(peak.get((name, field), 0), measure(pid))
-        time.sleep(0.02)
-    source.close()
-    sink.close()
-    for name, words in ("worker", "worker, during the stream"), ("handler", "handler"), ("submitter", "submitter"):
-        lab.row("memory", words, **{field: peak.get((name, field), 0) for field in ("private", "pss", "rss")})
-    lab.row("memory", "worker, at rest", rss=peak["rest"], pss=pss(server.pid), private=private(server.pid))
-    for words, value, most in (("worker at rest, MB resident", peak["rest"], 20),
-                               ("handler, MB private", peak.get(("handler", "private"), 0), 5),
-                               ("submitter, MB private", peak.get(("submitter", "private"), 0), 12)):
-        lab.target("memory", words, value / 1e6, most, most=True)
-    lab.show("memory", "peak memory, %d MB stream" % lab.options.size, [
-        (field, lambda row, field=field: "%.1f MB" % (row[field] / 1e6)) for field in ("private", "pss", "rss")])
-    lab.stop(server)
+    lab.timed(command, env=env)
+    settled_cpu_seconds(server.pid)
+
+    def look(**pids):
+        for name, pid in pids.items():
+            for field, measure in ("resident", rss), ("private", private):
+                peak[name, field] = max(peak[name, field], measure(pid) / 1e6)
+    look(worker_at_rest=server.pid)
+    with open(lab.input_file(), "rb") as source, open(lab.file("output"), "wb") as sink:
+        client = subprocess.Popen(command, env=env, stdin=source, stdout=sink)
+        while client.poll() is None:
+            look(worker=server.pid, submitter=client.pid, **{"handler": pid for pid in children(server.pid)})
+            time.sleep(0.01)
+    if client.returncode:
+        lab.fail("%s: status %d" % (" ".join(command), client.returncode))
+    for (name, field), value in peak.items():
+        lab.result("memory", name.replace("_", " "), field, "%.1f" % value, megabytes=value)
+    for (name, field), most in {("worker_at_rest", "resident"): 20, ("handler", "private"): 5,
+                                ("submitter", "private"): 12}.items():
+        lab.target("memory", "%s, MB %s" % (name.replace("_", " "), field),
+                   {"found": {"mb": peak[name, field]}, "one": {"mb": 1}}, "found", "one", most, True, "mb")
 
 
-def bench_choice(lab):
-    """The rule's own code over a simulated network: connections for each job, and what the choice adds."""
-    for workers in (4, 200) if lab.options.quick else (4, 200, 10000):
-        found = simulate(workers, 60, 20) if workers <= 200 else simulate(workers, 12, 8)
-        lab.row("choice", "%d workers" % workers, connections=found["mean"], added=found["median"])
-        lab.target("choice", "connections for each job, %d workers" % workers, found["mean"], 3, most=True)
-    lab.show("choice", "one job on an idle cluster, simulated", [
-        ("connections", lambda row: "%.2f" % row["connections"]), ("added", lambda row: "%.2f ms" % row["added"])])
+def bench_room(lab):
+    """One job that does nothing in a room of 1, 4 and 30 idle workers."""
+    path, found = lab.paths()[0], {}
+    for size in 1, 4, 30:
+        group = path.group()
+        workers = [lab.start(*path.inside, "cservice", lab.key, "true", env={"GROUP": group}) for _ in range(size)]
+        for worker in workers:
+            worker.ready(60)
+        found["idle workers: %d" % size] = lambda words=lab.cexec(group): lambda: lab.timed(words[0], env=words[1])
+    time_results(lab, "room", lab.interleave("room", found, runs=lab.options.runs * 3), "idle workers: 1", path.name)
 
 
-CASES = {"stream": bench_stream, "tiny": bench_tiny, "many": bench_many, "cluster": bench_cluster,
-         "proxy": bench_proxy, "memory": bench_memory, "choice": bench_choice}
+PARTS = {"stream": bench_stream, "long": bench_long, "tiny": bench_tiny, "eight": bench_eight, "cmap": bench_cmap,
+         "blocks": bench_blocks, "import": bench_import, "growth": bench_growth, "host": bench_host,
+         "memory": bench_memory, "room": bench_room}
 
 
 if __name__ == "__main__":
