@@ -2382,12 +2382,15 @@ class Selection:
 
 # ---------------------------------------------------------------- TLS
 
+NO_CHANNEL = "no encrypted channel can be made on this machine"
+
+
 def tls_context(key, server_side):
     """TLS 1.3 (RFC 8446) only, both sides with a certificate, trusting nobody but the key's other half."""
     global ssl
     import ssl
     if not ssl.HAS_TLSv1_3:
-        raise Failure("this Python has no TLS 1.3", ssl.OPENSSL_VERSION,
+        raise Failure(NO_CHANNEL, "this Python has %s, without TLS 1.3" % ssl.OPENSSL_VERSION,
                       "take a Python with OpenSSL 1.1.1 or later; on a Mac that of python.org or Homebrew", EXIT_USAGE)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False      # names mean nothing here: the certificate itself is pinned
@@ -2539,25 +2542,29 @@ def loss_of(error):
 def check_tls():
     """Failure unless the channel's handshake works on this machine: done here in memory, between the halves of a key made
     for it.  A policy that forbids it would else show at the first job only, and as a fault of the other side."""
+    global ssl
     import shutil
-    folder, path = make_temporary_key()
+    import ssl
+    try:
+        folder, path = make_temporary_key()
+    except OSError:
+        return          # there is no place for it; the first job will show
     try:
         one, other = [load_key(name)[0] for name in (path, path + ".pub")]
         client, server = tls_context(one, server_side=False), tls_context(other, server_side=True)
         up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
         waiting = [(client.wrap_bio(down, up), one), (server.wrap_bio(up, down, server_side=True), other)]
-        for _ in range(8):      # each turn is half a round trip
-            for connection, key in waiting[:]:
-                try:
-                    connection.do_handshake()
-                    check_peer(connection, key)
-                    waiting.remove((connection, key))
-                except ssl.SSLWantReadError:
-                    pass
-        if waiting:
-            raise ssl.SSLError("the handshake does not end")
-    except ssl.SSLError as error:
-        raise Failure("no encrypted channel can be made on this machine", reason_of(error),
+        for connection, key in waiting * 4:     # each turn of the two is a round trip
+            try:
+                connection.do_handshake()
+            except ssl.SSLWantReadError:
+                pass
+        for connection, key in waiting:
+            check_peer(connection, key)
+    except (ssl.SSLError, Failure) as error:
+        if not ssl.HAS_TLSv1_3:
+            raise
+        raise Failure(NO_CHANNEL, getattr(error, "why", "") or reason_of(error),
                       "it needs TLS 1.3 with signatures of P-256, which OpenSSL's configuration forbids here "
                       "(MaxProtocol, SignatureAlgorithms, Ciphersuites; %s)" % ssl.OPENSSL_VERSION, EXIT_USAGE) from None
     finally:
@@ -2801,7 +2808,7 @@ def local_interfaces(family):
 
     Only the first IPv4 address of each is known, which is the one that its broadcasts carry.
     """
-    names, found = socket.if_nameindex(), []
+    names, found = interface_names(), []
     inet6 = inet6_addresses() if LINUX and family == socket.AF_INET6 else {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for index, name in names:
@@ -2814,6 +2821,14 @@ def local_interfaces(family):
             found.append(Interface(name, index, struct.unpack_from("@H", flags or bytes(2))[0], addresses,
                                    socket.inet_ntoa(broadcast[4:8]) if broadcast else ""))
     return found
+
+
+def interface_names():
+    """[(number, name), ...] of all interfaces."""
+    if hasattr(socket, "if_nameindex"):
+        return socket.if_nameindex()
+    return [(int(read_lines("/sys/class/net/%s/ifindex" % name)[0]), name)      # PyPy
+            for name in sorted(os.listdir("/sys/class/net"))]
 
 
 def interface_field(probe, request, name):
@@ -2840,11 +2855,10 @@ def inet6_addresses():
 
 def device_index(name):
     """The number of the interface with this name.  Failure names those there are."""
-    try:
-        return socket.if_nametoindex(name)
-    except OSError:
-        known = " ".join(known for _, known in socket.if_nameindex())
-        raise Failure(name, "no such device, this machine has: " + known) from None
+    known = {known: index for index, known in interface_names()}
+    if name not in known:
+        raise Failure(name, "no such device, this machine has: " + " ".join(known))
+    return known[name]
 
 
 def socket_address(family, address, port, device=""):
@@ -3241,6 +3255,27 @@ def read_lines(path):
         return []
 
 
+O_ACCMODE = getattr(os, "O_ACCMODE", 3)     # PyPy lacks this and what the next two are for
+
+
+def duplicate(fd, least):
+    """A duplicate of the descriptor, closed on exec, with a number of at least this."""
+    if hasattr(fcntl, "F_DUPFD_CLOEXEC"):
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, least)
+    made = fcntl.fcntl(fd, fcntl.F_DUPFD, least)
+    os.set_inheritable(made, False)
+    return made
+
+
+def read_into(fd, view):
+    """How many bytes a read put into the view."""
+    if hasattr(os, "readv"):
+        return os.readv(fd, [view])
+    data = os.read(fd, len(view))
+    view[:len(data)] = data
+    return len(data)
+
+
 def measured_speed():
     """This machine's speed by a tiny computation; 1 is a laptop of 2020.
 
@@ -3296,7 +3331,7 @@ def is_stream(fd):
 
 def access_of(fd):
     """IN, OUT or BOTH, as the descriptor was opened; None for one that is good for ioctl only."""
-    mode = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+    mode = fcntl.fcntl(fd, fcntl.F_GETFL) & O_ACCMODE
     return {os.O_RDONLY: IN, os.O_WRONLY: OUT, os.O_RDWR: BOTH}.get(mode)
 
 
@@ -3460,7 +3495,7 @@ class Source:
         return size
 
     def _read(self, view):
-        return os.readv(self.fd, [view])
+        return read_into(self.fd, view)
 
     def _readable(self):
         self.loop.watch(self.fd)
@@ -4095,7 +4130,7 @@ def _spawn_at_once(path, command, environment, ends):
     moved = {}
     try:
         for fd, end in ends.items():        # first out of the way of the numbers that the job wants
-            moved[fd] = end if end >= above else fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, above)
+            moved[fd] = end if end >= above else duplicate(end, above)
         actions = [(os.POSIX_SPAWN_DUP2, other, fd) for fd, other in moved.items()]
         actions += [(os.POSIX_SPAWN_CLOSE, fd) for fd in range(3) if fd not in ends and is_open(fd)]
         return os.posix_spawn(path, command, environment, file_actions=actions, setsid=True, setsigmask=(),
@@ -4169,8 +4204,8 @@ def set_limit(name, value):
 def _place_descriptors(ends, report):
     """Puts every end where the job wants it; returns the report pipe's number, moved out of the way."""
     above = max(max(ends, default=0), 2) + 1
-    moved = {fd: fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, above) for fd, end in ends.items()}
-    report = fcntl.fcntl(report, fcntl.F_DUPFD_CLOEXEC, above)
+    moved = {fd: duplicate(end, above) for fd, end in ends.items()}
+    report = duplicate(report, above)
     for fd in range(above):
         if fd in moved:
             os.dup2(moved[fd], fd, inheritable=True)
@@ -5544,7 +5579,7 @@ class InheritedStreams(JobStreams):
         elif kind in (IN, BOTH):
             self.sources[fd] = ReplayableInput(self.loop, fd, ready)
         if kind == BOTH:        # so that source and sink can wait for one descriptor each
-            self.owned[fd] = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, DESCRIPTOR_FLOOR)
+            self.owned[fd] = duplicate(fd, min(DESCRIPTOR_FLOOR, os.sysconf("SC_OPEN_MAX") // 2))
         if kind in (OUT, BOTH):
             self._open_sink(fd, self.owned.get(fd, fd))
 
