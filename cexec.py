@@ -450,6 +450,7 @@ def _read_options(tool, arguments):
 WIRE_VERSION = 2            # one number for datagrams, preamble and session: they change together
 MAGIC = b"cxec"
 TAG_SIZE = 16
+U32_MAX = 0xffffffff         # what is measured and greater is sent as this
 
 ANNOUNCE, HOLD, TAKEN, ALERT, ASK, HERE = 1, 2, 3, 4, 5, 6
 DATAGRAM_NAMES = {ANNOUNCE: "announce", HOLD: "hold", TAKEN: "taken", ALERT: "alert", ASK: "ask", HERE: "here"}
@@ -466,9 +467,9 @@ def tag(secret, *parts):
     return hmac.digest(secret, b"".join(parts), "sha256")[:TAG_SIZE]
 
 
-def pack_short_texts(texts):
-    """Texts (str), each behind its length in one byte; what is longer than 255 bytes is cut."""
-    encoded = [text.encode("utf-8", "replace")[:255] for text in texts]
+def pack_short_texts(texts, longest=255):
+    """Texts (str), each behind its length in one byte; cut behind the last character that fits into `longest` bytes."""
+    encoded = [text.encode("utf-8", "replace")[:longest].decode("utf-8", "ignore").encode() for text in texts]
     return b"".join(bytes([len(text)]) + text for text in encoded)
 
 
@@ -564,7 +565,7 @@ class Announcement(collections.namedtuple("Announcement", "attempt waited interv
 
 def encode_announcement(announcement):
     attempt, waited, interval, flags, room = announcement
-    return ANNOUNCE_BODY.pack(min(attempt, 65535), int(min(waited, 1 << 31)), int(interval), flags, room)
+    return ANNOUNCE_BODY.pack(min(attempt, 65535), int(min(waited, U32_MAX)), int(interval), flags, room)
 
 
 def parse_announcement(datagram):
@@ -611,14 +612,15 @@ class Alert(collections.namedtuple("Alert", "verdict status milliseconds clock j
 
 
 def encode_alert(alert):
-    return ALERT_BODY.pack(*alert[:4]) + pack_short_texts(alert[4:])
+    verdict, status, milliseconds, clock, *texts = alert
+    return ALERT_BODY.pack(verdict, status, min(milliseconds, U32_MAX), clock) + pack_short_texts(texts)
 
 
 def pack_alerts(entries):
     """[body of one datagram, ...] that hold these encoded alerts in order, as many in each as fit."""
-    bodies = [b""]
+    bodies = []
     for entry in entries:
-        if len(bodies[-1]) + len(entry) > ALERTS_ROOM:
+        if not bodies or len(bodies[-1]) + len(entry) > ALERTS_ROOM:
             bodies.append(b"")
         bodies[-1] += entry
     return bodies
@@ -643,6 +645,7 @@ STATE_NAMES = {FREE: "free", BUSY: "busy", DRAINING: "draining", VETOED: "vetoed
 # State; slots, running, waiting, CPUs; load, cost; seconds up, jobs done; port it could not connect to.
 HERE_BODY = struct.Struct(">BHHHHffIIH")
 HERE_TEXTS = 8
+HERE_TEXT_MAX = 130         # bytes of one of them: all eight fit a datagram at their longest
 
 
 class Here(collections.namedtuple(
@@ -659,15 +662,16 @@ class Here(collections.namedtuple(
 
 def encode_here(here):
     short = [min(number, 65535) for number in here[1:5]]
-    return HERE_BODY.pack(here.state, *short, here.load, here.cost, min(here.up, 0xffffffff),
-                          min(here.done, 0xffffffff), here.port) + pack_short_texts(
-                              [text[:80] for text in here[10:]])
+    return HERE_BODY.pack(here.state, *short, here.load, here.cost, int(min(here.up, U32_MAX)),
+                          min(here.done, U32_MAX), here.port) + pack_short_texts(here[10:], HERE_TEXT_MAX)
 
 
 def parse_here(datagram):
     fields = unpack_body(HERE_BODY, datagram)
     if fields[0] not in STATE_NAMES:
         raise ProtocolError("a worker in unknown state %d" % fields[0])
+    if not all(map(math.isfinite, fields[5:7])):
+        raise ProtocolError("a worker whose load is no number")
     texts, _ = unpack_short_texts(datagram.body, HERE_BODY.size, HERE_TEXTS)
     return Here(*fields, *texts)
 
@@ -850,7 +854,7 @@ def encode_job(job):
     if job.terminal:
         rows, columns, name, modes = job.terminal
         terminal = [b"%d" % rows, b"%d" % columns, name, b" ".join(b"%s=%d" % mode for mode in sorted(modes.items()))]
-    return pack_texts([job.id.encode(), " ".join(descriptors).encode(), b"%d" % (job.timeout * 1000),
+    return pack_texts([job.id.encode(), " ".join(descriptors).encode(), b"%d" % round(job.timeout * 1000),
                        pack_texts(terminal), pack_texts([name + b"=" + value for name, value in job.names])])
 
 
@@ -936,7 +940,7 @@ class ExitReport(collections.namedtuple("ExitReport", "signalled last number mil
 
 
 def encode_exit(report):
-    measured = [min(number, 0xffffffff) for number in report[3:6]]
+    measured = [min(number, U32_MAX) for number in report[3:6]]
     return (EXIT_BODY.pack(report.signalled, report.last, report.number, *measured) + pack_short_texts([report.name])
             + b"".join(EXIT_COUNT.pack(*item) for item in report.consumed.items()))
 
@@ -948,9 +952,11 @@ def parse_exit(data):
     if max(signalled, last) > 1 or not signalled <= number <= (127 if signalled else 255):
         raise ProtocolError("an exit message of a status that does not exist")
     (name,), at = unpack_short_texts(data, EXIT_BODY.size, 1)
-    if (len(data) - at) % EXIT_COUNT.size:
-        raise ProtocolError("an exit message cut short")
-    return ExitReport(bool(signalled), bool(last), number, *measured, name, dict(EXIT_COUNT.iter_unpack(data[at:])))
+    count, rest = divmod(len(data) - at, EXIT_COUNT.size)
+    consumed = dict(EXIT_COUNT.iter_unpack(data[at:len(data) - rest]))
+    if rest or len(consumed) < count or max(consumed, default=0) > DESCRIPTOR_MAX:
+        raise ProtocolError("an exit message with improper counts")
+    return ExitReport(bool(signalled), bool(last), number, *measured, name, consumed)
 
 
 class EscapeFilter:
