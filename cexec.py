@@ -381,6 +381,7 @@ FLAGS = {   # options without a value: {option: (attribute, value, tool, help)}
     "-t": ("terminal", 1, CEXEC, "give the job a terminal"),
     "-tt": ("terminal", 2, CEXEC, "give the job a terminal even without a local one"),
     "--json": ("json", True, CRAT, "print one JSON object per line"),
+    "--time": ("time", True, CRAT, "put date and time in front of each line"),
 }
 
 
@@ -1155,7 +1156,7 @@ def key_blocks(text):
         labels.append(label)
     if not blocks:
         raise ProtocolError("it holds no key at all")
-    pairs = zip(text.split(b"\n") + [None], pem_text(labels, blocks).split(b"\n") + [None])
+    pairs = zip(text.splitlines(True) + [None], pem_text(labels, blocks).splitlines(True) + [None])
     for number, (found, written) in enumerate(pairs, 1):
         if found != written:
             raise ProtocolError("line %d is not as ckeygen wrote it: a line too many or too few, or an edit" % number)
@@ -5391,10 +5392,11 @@ def close_strays():
 
 # ---------------------------------------------------------------- crat
 
-ALERTS_KEPT = 1 << 16       # alerts remembered so that none is printed twice; about 10 MB when full
-LINES_KEPT = 10000          # lines kept for a reader that is slow: some minutes of a busy cluster, at most 5 MB
-STRANGERS_RATE = 1000       # lines a second for unknown keys: nothing vouches for them, so they must not fill a disk
-STRANGERS_BURST = 5000
+ALERTS_KEPT = 1 << 16       # alerts of a key remembered, so that none is printed twice; about 10 MB when full
+LINES_KEPT = 10000          # lines kept for a reader that is slow: some seconds of a very busy room, at most 5 MB
+WRITE_MAX = 4096            # bytes written at once: POSIX's pipes do not mix so many with another writer's
+KEY_RATE, KEY_BURST = 4000, 8000        # lines a second for each key, and for all where none is given
+STRANGERS_RATE, STRANGERS_BURST = 10, 100       # beside keys: nothing vouches for these, so they must not fill a disk
 START_SLACK = 1.0           # seconds by which an alert may be older than this crat: clocks of one network agree so far
 WORDS_MAX = 200             # characters of a reason that are shown
 RECEIVE_ROUND = 256         # datagrams taken in a row before signals and timers get their turn
@@ -5430,15 +5432,15 @@ class Report(collections.namedtuple(
 
 
 class ReplayWindow:
-    """Names seen, at most `limit`.  The oldest is forgotten first, and from then on all that is as old counts as seen:
-    so nothing is new twice, however much came in between."""
+    """Names seen, at most `limit`.  The oldest is forgotten first, and from then on nothing as old as that is new: so
+    no name is new twice, however much came in between."""
 
     def __init__(self, limit):
         self.limit, self.names, self.ages, self.floor = limit, set(), [], -1
 
-    def new(self, name, clock):
-        """Whether this name was never seen; clock orders names by age."""
-        if name in self.names or clock <= self.floor:
+    def add(self, name, clock):
+        """Remembers a name that is not in `names`; False if it is older than what was forgotten.  clock is its age."""
+        if clock <= self.floor:
             return False
         self.names.add(name)
         heapq.heappush(self.ages, (clock, name))
@@ -5446,6 +5448,18 @@ class ReplayWindow:
             self.floor, oldest = heapq.heappop(self.ages)
             self.names.discard(oldest)
         return True
+
+
+class AlertHistory:
+    """What a reader of alerts keeps of one key (of all unknown ones together, where key is None): so no holder of one
+    key can silence the lines of another."""
+
+    def __init__(self, key, rate, burst):
+        self.key = key
+        self.name = printable(key.name) if key else "unknown keys"
+        self.window = ReplayWindow(ALERTS_KEPT)
+        self.bucket = TokenBucket(rate, burst)
+        self.count = 0
 
 
 class AlertReader:
@@ -5456,61 +5470,58 @@ class AlertReader:
     """
 
     def __init__(self, keys, max_skew, started):
-        self.keys, self.max_skew, self.started = {}, max_skew, started
+        self.max_skew, self.started = max_skew, started
+        self.histories = {}         # {key id: [AlertHistory, ...]}
         for key in keys:
-            self.keys.setdefault(key.id, []).append(key)
-        self.known, self.unknown, self.count = ReplayWindow(ALERTS_KEPT), ReplayWindow(ALERTS_KEPT), 0
-        self.bucket = TokenBucket(STRANGERS_RATE, STRANGERS_BURST)
+            self.histories.setdefault(key.id, []).append(AlertHistory(key, KEY_RATE, KEY_BURST))
+        self.strangers = AlertHistory(None, *(STRANGERS_RATE, STRANGERS_BURST) if keys else (KEY_RATE, KEY_BURST))
 
     def read(self, data, source, now):
-        """(Report, None) for an alert to print, (None, (topic, text)) for what deserves a note, else (None, None).
+        """([Report of an alert to print, ...], [(topic, text) of what deserves a note, ...]) of one datagram.
         source is the sender's address; now is UNIX time."""
         try:
             datagram = parse_datagram(data)
+            if datagram.kind != ALERT:
+                return [], []
+            alerts = parse_alerts(datagram)
         except ProtocolError as problem:
-            return None, ("foreign", "ignored from %s: %s" % (source, problem)) if data[:4] == MAGIC else None
-        if datagram.kind != ALERT:
-            return None, None
-        keys = self.keys.get(datagram.key_id)
-        key = next((key for key in keys or () if datagram.authentic(key.udp)), None)
-        if keys and not key:
-            return None, ("forged", "ignored from %s: an alert for %s that is forged or damaged"
-                          % (source, printable(keys[0].name)))
-        try:
-            alert = parse_alerts(datagram)[0]
-        except ProtocolError as problem:
-            return None, ("foreign", "ignored from %s: %s" % (source, problem))
-        refusal = self._refusal(datagram, alert, key, source, now)
-        if refusal is not None:
-            return None, refusal or None
-        return self._report(datagram, alert, key, source, now), None
+            return [], [("foreign", "ignored from %s: %s" % (source, problem))] if data[:4] == MAGIC else []
+        known = self.histories.get(datagram.key_id)
+        history = next((each for each in known or [self.strangers]
+                        if not each.key or datagram.authentic(each.key.udp)), None)
+        if not history:
+            text = "ignored from %s: an alert for %s that is forged or damaged" % (source, known[0].name)
+            return [], [("forged", text)]
+        reports, notes = [], []
+        for alert in alerts:
+            refusal = self._refusal(datagram.key_id, alert, history, now)
+            if refusal is None:
+                reports.append(Report(
+                    now, alert.verdict, alert.submitter if parse_address(alert.submitter) else source,
+                    alert.worker if parse_address(alert.worker) else "?", history.name if history.key else None,
+                    "0x" + datagram.key_id.hex(), bool(history.key), alert.status, safe_id(alert.job),
+                    printable(alert.words)[:WORDS_MAX], alert.milliseconds / 1000))
+            elif refusal:
+                topic, words = refusal
+                notes.append(((topic, history.name), "not shown from %s for %s: %s" % (source, history.name, words)))
+        return reports, notes
 
-    def _refusal(self, datagram, alert, key, source, now):
-        """Why this alert is not printed: a note, () for a mere repetition; None if it is to be printed."""
-        # The body has the sender's clock, so two alerts of one search differ; copies of one may differ in sequence.
-        name = hashlib.sha256(datagram.key_id + datagram.nonce + datagram.body).digest()[:16]
-        self.count += 1
-        if not key:
-            if not self.unknown.new(name, self.count):
-                return ()
-            few = self.bucket.take(now)
-            return None if few else ("strangers", "too many alerts of unknown keys: some not shown")
-        if name in self.known.names:
+    def _refusal(self, key_id, alert, history, now):
+        """None if this alert is to be printed, () if it is a repetition, else (topic, words) of a note."""
+        # The same alert may come again in a datagram with another nonce or sequence, alone or among others.
+        name = hashlib.sha256(key_id + encode_alert(alert)).digest()[:16]
+        if name in history.window.names:
             return ()
-        ahead = alert.clock / 1000 - now
-        if self.max_skew and (abs(ahead) > self.max_skew or alert.clock / 1000 < self.started - START_SLACK):
-            return ("stale", "not shown from %s: an alert for %s whose clock is %.0f s %s ours: replayed, sent before "
-                    "this crat began, or a clock is wrong (see CRAT_MAX_SKEW)"
-                    % (source, printable(key.name), abs(ahead), "ahead of" if ahead > 0 else "behind"))
-        return None if self.known.new(name, alert.clock if self.max_skew else self.count) else ()
-
-    @staticmethod
-    def _report(datagram, alert, key, source, now):
-        return Report(
-            now, alert.verdict, alert.submitter if parse_address(alert.submitter) else source,
-            alert.worker if parse_address(alert.worker) else "?", printable(key.name) if key else None,
-            "0x" + datagram.key_id.hex(), bool(key), alert.status, safe_id(alert.job),
-            printable(alert.words)[:WORDS_MAX], alert.milliseconds / 1000)
+        ahead, by_clock = alert.clock / 1000 - now, bool(history.key and self.max_skew)
+        if by_clock and (abs(ahead) > self.max_skew or now + ahead < self.started - START_SLACK):
+            return "stale", ("an alert whose clock is %.0f s %s ours: replayed, sent before this crat began, or a clock "
+                             "is wrong (see CRAT_MAX_SKEW)" % (abs(ahead), "ahead of" if ahead > 0 else "behind"))
+        if not history.bucket.take(now):
+            return "rate", "more than %d alerts a second" % history.bucket.rate
+        history.count += 1
+        if not history.window.add(name, alert.clock if by_clock else history.count):
+            return "old", "an alert older than the last %d, which are all that is remembered" % ALERTS_KEPT
+        return None
 
 
 def safe_id(text):
@@ -5519,8 +5530,8 @@ def safe_id(text):
 
 
 class LineWriter:
-    """Writes lines to a descriptor, each by itself, from a thread: so a reader that stops reading stops nothing else,
-    and no flag of a descriptor that others share is changed.
+    """Writes lines to a descriptor at once, from a thread: so a reader that stops reading stops nothing else, and no
+    flag of a descriptor that others share is changed.
 
     on_error(OSError) is called once, in the thread.  put() gives up lines beyond LINES_KEPT.
     """
@@ -5536,7 +5547,7 @@ class LineWriter:
         with self.changed:
             if len(self.lines) >= LINES_KEPT:
                 return False
-            self.lines.append(line)
+            self.lines.append((line + "\n").encode("utf-8", "backslashreplace"))
             self.changed.notify_all()
         return True
 
@@ -5547,20 +5558,19 @@ class LineWriter:
                     self.busy = False
                     self.changed.notify_all()
                     self.changed.wait_for(lambda: self.lines)
-                    line, self.busy = self.lines.popleft(), True
-                self._write((line + "\n").encode("utf-8", "backslashreplace"))
+                    data, self.busy = self.lines.popleft(), True
+                    while self.lines and len(data) + len(self.lines[0]) <= WRITE_MAX:
+                        data += self.lines.popleft()
+                while data:
+                    try:
+                        data = data[os.write(self.descriptor, data):]
+                    except BlockingIOError:
+                        wait_for(self.descriptor, select.POLLOUT)       # somebody who shares it made it non-blocking
         except OSError as error:
             with self.changed:
                 self.failed = True
                 self.changed.notify_all()
             self.on_error(error)
-
-    def _write(self, data):
-        while data:
-            try:
-                data = data[os.write(self.descriptor, data):]
-            except BlockingIOError:
-                wait_for(self.descriptor, select.POLLOUT)       # somebody who shares it made it non-blocking
 
     def finish(self, seconds):
         """Waits until all is written, or no longer."""
@@ -5574,7 +5584,8 @@ class Crat:
     FINISH = 1.0            # seconds that a slow reader of the last lines is given at the end
 
     def __init__(self, keys, settings):
-        self.settings, self.notes = settings, Notes("crat")
+        self.settings, self.log = settings, Log(CRAT)
+        self.names = ", ".join("%s (%s)" % (key.name, key.fingerprint) for key in keys) or "none"
         self.reader = AlertReader(keys, settings.max_skew, time.time())
         self.socket, self.loop = GroupSocket(settings.group, listen=True), Loop()
         self.writer = LineWriter(1, lambda error: self.loop.call_soon_threadsafe(lambda: self.loop.stop(error)))
@@ -5586,8 +5597,7 @@ class Crat:
                 self.loop.on_signal_unless_ignored(number, lambda number: self.loop.stop(None))
             self.loop.watch(self.socket.fileno(), read=self._hear)
             self.loop.call_later(REFRESH_EVERY, self._refresh)
-            say_unless_blocked("crat", "ready: hears %s, %d key%s" % (
-                self.settings.group, len(self.reader.keys), "" if len(self.reader.keys) == 1 else "s"))
+            self.log("ready: hears %s, keys: %s" % (self.settings.group, self.names))
             error = self.loop.run()
             if error is None:
                 self.writer.finish(self.FINISH)
@@ -5606,12 +5616,16 @@ class Crat:
             if heard is None:
                 break
             data, source, _ = heard
-            report, say_unless_blocked = self.reader.read(data, source[0], time.time())
-            if say_unless_blocked:
-                self.notes.note(*say_unless_blocked)
-            if report and not self.writer.put(report.json() if self.settings.json else report.line()):
-                self.notes.note("full", "standard output is not read: lines lost")
-        self.notes.dropped(self.socket)
+            reports, notes = self.reader.read(data, source[0], time.time())
+            for report in reports:
+                line = report.json() if self.settings.json else report.line()
+                if self.settings.time and not self.settings.json:
+                    line = time.strftime("%Y-%m-%dT%H:%M:%S ", time.localtime(report.heard)) + line
+                if not self.writer.put(line):
+                    notes.append(("full", "standard output is not read: lines lost"))
+            for topic, text in notes:
+                self.log.note(topic, text)
+        self.log.datagrams_lost(self.socket.dropped)
 
 
 def crat(arguments, settings):
@@ -6170,9 +6184,9 @@ def read_key(path):
             text = os.read(descriptor, KEY_FILE_LIMIT + 1)
         finally:
             os.close(descriptor)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
     except OSError as problem:
+        if problem.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+            return None
         raise Failure("cannot read the key %s" % path, reason_of(problem),
                       status=EXIT_TEMPORARY if problem.errno in SHORTAGES else EXIT_USAGE) from None
     key, warning, mode, me = parse_key(text, path), None, stat.S_IMODE(status.st_mode), os.geteuid()
