@@ -1152,7 +1152,7 @@ def key_blocks(text):
         try:
             blocks.append(binascii.a2b_base64(body.partition(b"-----END ")[0]))
         except ValueError:
-            raise ProtocolError("its base64 is damaged") from None
+            raise ProtocolError("its base64 is damaged or cut short") from None
         labels.append(label)
     if not blocks:
         raise ProtocolError("it holds no key at all")
@@ -6271,8 +6271,8 @@ def list_keys(paths):
         try:
             key, warning = load_key(path)
             problem, hint = warning, ""
-            status = status or print_out("%s %s %s\n" % (
-                key.fingerprint, "private" if key.private else "public ", printable(key.path)))
+            half = "private" if key.private else "public "
+            status = print_out("%s %s %s\n" % (key.fingerprint, half, printable(key.path))) or status
         except Failure as failure:
             problem, hint, status = str(failure), failure.hint, status or failure.status
         for prefix, text in ("ckeygen", problem), ("", hint and "  " + hint):
@@ -6302,7 +6302,7 @@ def existing_private(path):
     try:
         text, key, warning = read_key(path) or (None, None, None)
         if key and not key.private:
-            raise Failure("", "it is a public half")
+            raise Failure("", "it is a public half", status=EXIT_USAGE)
     except Failure as problem:
         raise Failure("cannot use %s as a private key" % path, problem.why, "it was left as it is; choose another name",
                       EXIT_TEMPORARY if problem.status == EXIT_TEMPORARY else EXIT_BAD_PRIVATE) from None
@@ -6316,7 +6316,7 @@ def replaced_public(path):
     try:
         text, key, _ = read_key(path) or (None, None, None)
         if key and key.private:
-            raise Failure("", "it is a private half")
+            raise Failure("", "it is a private half", status=EXIT_USAGE)
         return text
     except Failure as problem:
         raise Failure("cannot replace %s" % path, problem.why, "it was left as it is; choose another name, or move it",
