@@ -444,6 +444,7 @@ FLAGS = {   # options without a value: {option: (attribute, value, tool, help)}
     "-v": ("verbose", True, CEXEC, "tell each step on standard error"),
     "-q": ("quiet", True, CEXEC, "no line that tells what is waited for"),
     "--json": ("json", True, CRAT, "print one JSON object per line"),
+    "--time": ("time", True, CRAT, "put date and time in front of each line"),
 }
 
 
@@ -1079,8 +1080,8 @@ class EscapeFilter:
 
 # ---------------------------------------------------------------- keys
 # One key is two P-256 identities, the worker's and the client's. All of it follows from 32 bytes, by rules without
-# chance (RFC 5869, RFC 6979), so that the same 32 bytes give the same files on every machine. Files are checked by
-# building them again from the few numbers in them and comparing: what differs in any byte is not a key.
+# chance (RFC 5869, RFC 6979), so that the same 32 bytes give the same files on every machine. A checksum at the end of
+# each file finds every damage, so loading one, at each start of a tool, takes no arithmetic on the curve.
 #
 # Limit: Python's integers do not work in constant time. A program that can time ckeygen or the start of a tool on
 # the same machine might learn about a key; nobody on the network can, because OpenSSL does every handshake.
@@ -1095,8 +1096,8 @@ PHRASE_BYTES = 16           # characters that are not white space: four short wo
 PHRASE_KINDS = 8            # different ones among them: "aaaa..." and "123123..." are guessed at once
 KEY_FILE_LIMIT = 8192       # a private half has about 1,540 bytes; more is some other file
 
-PRIVATE_LABELS = (b"PRIVATE KEY", b"CERTIFICATE", b"CKEY CLIENT KEY", b"CKEY CLIENT CERT")
-PUBLIC_LABELS = (b"PRIVATE KEY", b"CERTIFICATE", b"CKEY WORKER CERT")
+PRIVATE_LABELS = (b"PRIVATE KEY", b"CERTIFICATE", b"CKEY CLIENT KEY", b"CKEY CLIENT CERT", b"CKEY CHECKSUM")
+PUBLIC_LABELS = (b"PRIVATE KEY", b"CERTIFICATE", b"CKEY WORKER CERT", b"CKEY CHECKSUM")
 
 # The curve y^2 = x^3 - 3x + b modulo p, with its base point and the (prime) number of points, n.
 P256_P = 0xffffffff00000001000000000000000000000000ffffffffffffffffffffffff
@@ -1166,13 +1167,6 @@ def public_point(scalar):
     return b"\x04" + x.to_bytes(32, "big") + y.to_bytes(32, "big")
 
 
-def on_curve(point):
-    """Whether these bytes are an uncompressed point of the curve, with both numbers below p."""
-    x, y = int.from_bytes(point[1:33], "big"), int.from_bytes(point[33:], "big")
-    return (len(point) == 65 and point[0] == 4 and max(x, y) < P256_P
-            and (y * y - x * x * x + 3 * x - P256_B) % P256_P == 0)
-
-
 def ecdsa_nonces(scalar, digest):
     """The candidates for k of RFC 6979 with SHA-256, in order; all but the first are for one case in 2^32."""
     seed = scalar.to_bytes(32, "big") + (int.from_bytes(digest, "big") % P256_N).to_bytes(32, "big")
@@ -1198,19 +1192,9 @@ def ecdsa_sign(scalar, message):
             return r, s
 
 
-def ecdsa_agrees(scalar, message, r, s):
-    """Whether s is what ecdsa_sign would have made of the other three.
+# DER is only written here: OpenSSL reads it.
 
-    It needs no multiplication of points, so it takes microseconds. Damage to any of the four is found; somebody who
-    holds SCALAR could still choose another r, but such a one can sign anyway.
-    """
-    digest = hashlib.sha256(message).digest()
-    return (s * next(ecdsa_nonces(scalar, digest)) - int.from_bytes(digest, "big") - r * scalar) % P256_N == 0
-
-
-# DER and PEM: writer beside reader.
-
-DER_INTEGER, DER_BITS, DER_OCTETS, DER_OBJECT, DER_TEXT = 0x02, 0x03, 0x04, 0x06, 0x0c
+DER_INTEGER, DER_BITS, DER_BYTES, DER_OBJECT, DER_TEXT = 0x02, 0x03, 0x04, 0x06, 0x0c
 DER_SEQUENCE, DER_SET = 0x30, 0x31
 
 
@@ -1227,31 +1211,8 @@ def der_integer(number):
     return der(DER_INTEGER, number.to_bytes(number.bit_length() // 8 + 1, "big"))
 
 
-def der_values(data):
-    """The [(tag, content)] that DATA is a sequence of; ProtocolError unless each is just as der() writes it."""
-    values, at = [], 0
-    while at < len(data):
-        extra = {0x81: 1, 0x82: 2}.get(data[at + 1], 0) if at + 1 < len(data) else 0
-        start = at + 2 + extra
-        end = start + int.from_bytes(data[start - max(extra, 1):start], "big")
-        content = data[start:end]
-        if der(data[at], content) != data[at:end]:
-            raise ProtocolError("not DER")
-        values.append((data[at], content))
-        at = end
-    return values
-
-
-def der_child(data, index, tag):
-    """The content of value number INDEX in DATA, which must have this TAG; ProtocolError if there is none such."""
-    values = der_values(data)
-    if index >= len(values) or values[index][0] != tag:
-        raise ProtocolError("not the DER values expected")
-    return values[index][1]
-
-
 def pem_text(labels, blocks):
-    """The PEM text of these DER blocks under these labels."""
+    """The PEM text of these blocks (bytes) under these labels."""
     lines = []
     for label, block in zip(labels, blocks):
         lines.append(b"-----BEGIN " + label + b"-----\n")
@@ -1260,19 +1221,38 @@ def pem_text(labels, blocks):
     return b"".join(lines)
 
 
-def pem_blocks(text):
-    """(labels, blocks) of a PEM text; ProtocolError unless it is, byte for byte, as pem_text() writes it."""
+def key_text(labels, blocks):
+    """A key file: the DER blocks, and the SHA-256 of the text so far as the last block."""
+    text = pem_text(labels, blocks)
+    return text + pem_text(labels[-1:], [hashlib.sha256(text).digest()])
+
+
+def key_blocks(text):
+    """(labels, DER blocks) of a key file; ProtocolError, which says why, unless key_text() wrote every byte of it."""
     labels, blocks = [], []
+    if len(text) > KEY_FILE_LIMIT:
+        raise ProtocolError("it is too large")
+    if b"\r" in text:
+        raise ProtocolError("its lines end in CR LF: a copy by way of Windows, or as text, has changed it")
     for part in text.split(b"-----BEGIN ")[1:]:
         label, _, body = part.partition(b"-----\n")
         try:
-            block = binascii.a2b_base64(body.partition(b"-----END ")[0])
+            blocks.append(binascii.a2b_base64(body.partition(b"-----END ")[0]))
         except ValueError:
-            raise ProtocolError("its base64 is damaged") from None
+            raise ProtocolError("its base64 is damaged or cut short") from None
         labels.append(label)
-        blocks.append(block)
-    if not blocks or pem_text(labels, blocks) != text:
-        raise ProtocolError("it is incomplete or damaged" if blocks else "it holds no key at all")
+    if not blocks:
+        raise ProtocolError("it holds no key at all")
+    pairs = zip(text.splitlines(True) + [None], pem_text(labels, blocks).splitlines(True) + [None])
+    for number, (found, written) in enumerate(pairs, 1):
+        if found != written:
+            raise ProtocolError("line %d is not as ckeygen wrote it: a line too many or too few, or an edit" % number)
+    if tuple(labels) not in (PRIVATE_LABELS, PUBLIC_LABELS):
+        short = tuple(labels) in (PRIVATE_LABELS[:len(labels)], PUBLIC_LABELS[:len(labels)])
+        raise ProtocolError("its end is missing" if short else "it holds something else")
+    checksum = blocks.pop()
+    if hashlib.sha256(pem_text(labels, blocks)).digest() != checksum:
+        raise ProtocolError("it is damaged: its checksum does not fit")
     return tuple(labels), blocks
 
 
@@ -1287,25 +1267,16 @@ SIGNATURE_ALGORITHM = der(DER_SEQUENCE, der(DER_OBJECT, b"\x2a\x86\x48\xce\x3d\x
 DER_TRUE = der(0x01, b"\xff")
 # No certificate may be issued under one of ours (CA:FALSE, an empty sequence), and it may only sign (digitalSignature).
 EXTENSIONS = der(0xa3, der(DER_SEQUENCE,
-                           der(DER_SEQUENCE, OID_BASIC_CONSTRAINTS, DER_TRUE, der(DER_OCTETS, der(DER_SEQUENCE))),
-                           der(DER_SEQUENCE, OID_KEY_USAGE, DER_TRUE, der(DER_OCTETS, der(DER_BITS, b"\x07\x80")))))
+                           der(DER_SEQUENCE, OID_BASIC_CONSTRAINTS, DER_TRUE, der(DER_BYTES, der(DER_SEQUENCE))),
+                           der(DER_SEQUENCE, OID_KEY_USAGE, DER_TRUE, der(DER_BYTES, der(DER_BITS, b"\x07\x80")))))
 VALIDITY = der(DER_SEQUENCE, der(0x17, b"700101000000Z"), der(0x18, b"99991231235959Z"))      # clocks may be wrong
 
 
 def private_block(scalar, point):
     """The PKCS#8 block of a private key, public part included."""
-    key = der(DER_SEQUENCE, der_integer(1), der(DER_OCTETS, scalar.to_bytes(32, "big")),
+    key = der(DER_SEQUENCE, der_integer(1), der(DER_BYTES, scalar.to_bytes(32, "big")),
               der(0xa1, der(DER_BITS, b"\x00", point)))
-    return der(DER_SEQUENCE, der_integer(0), KEY_ALGORITHM, der(DER_OCTETS, key))
-
-
-def private_scalar(block):
-    """The number in a PKCS#8 block; ProtocolError when it is none or out of range. The rest of it is not looked at."""
-    key = der_child(der_child(der_child(block, 0, DER_SEQUENCE), 2, DER_OCTETS), 0, DER_SEQUENCE)
-    scalar = int.from_bytes(der_child(key, 1, DER_OCTETS), "big")
-    if not 0 < scalar < P256_N:
-        raise ProtocolError("its private key is out of range")
-    return scalar
+    return der(DER_SEQUENCE, der_integer(0), KEY_ALGORITHM, der(DER_BYTES, key))
 
 
 def certificate_body(role, point):
@@ -1322,19 +1293,6 @@ def certificate(role, point, signature):
                der(DER_BITS, b"\x00", der(DER_SEQUENCE, *map(der_integer, signature))))
 
 
-def certificate_parts(role, block):
-    """(point, (r, s)) of a certificate; ProtocolError unless certificate() makes the same bytes of them."""
-    content = der_child(block, 0, DER_SEQUENCE)
-    point = der_child(der_child(der_child(content, 0, DER_SEQUENCE), 6, DER_SEQUENCE), 1, DER_BITS)[1:]
-    numbers = der_child(der_child(content, 2, DER_BITS)[1:], 0, DER_SEQUENCE)
-    signature = [int.from_bytes(der_child(numbers, at, DER_INTEGER), "big") for at in (0, 1)]
-    if not on_curve(point) or not all(0 < number < P256_N for number in signature):
-        raise ProtocolError("a number in its certificate is out of range")
-    if certificate(role, point, signature) != block:
-        raise ProtocolError("its certificate is not one of ckeygen's")
-    return point, signature
-
-
 # The two halves.
 
 def identity(role, scalar):
@@ -1346,28 +1304,21 @@ def identity(role, scalar):
 def make_keypair(master):
     """(private half, public half) as the bytes of their files, from 32 secret bytes."""
     scalars = [1 + int.from_bytes(hkdf(master, role, 48), "big") % (P256_N - 1) for role in (WORKER_ROLE, CLIENT_ROLE)]
-    private = pem_text(PRIVATE_LABELS, identity(WORKER_ROLE, scalars[0]) + identity(CLIENT_ROLE, scalars[1]))
+    private = key_text(PRIVATE_LABELS, identity(WORKER_ROLE, scalars[0]) + identity(CLIENT_ROLE, scalars[1]))
     return private, public_half(private)
 
 
 def public_half(private):
-    """The bytes of APP.pub from those of APP: the client's two blocks and the worker's certificate, relabelled."""
-    labels, blocks = pem_blocks(private)
-    if labels != PRIVATE_LABELS:
-        raise ProtocolError("it is not a private half")
-    return pem_text(PUBLIC_LABELS, [blocks[2], blocks[3], blocks[1]])
-
-
-def master_from_text(text):
-    """The 32 secret bytes that a phrase or a program stands for; Failure when it is too easy to guess."""
-    return master_from_pieces([text])
+    """The bytes of APP.pub from those of a valid APP: the client's two blocks and the worker's certificate."""
+    _, (_, worker_certificate, *client) = key_blocks(private)
+    return key_text(PUBLIC_LABELS, client + [worker_certificate])
 
 
 def master_from_pieces(pieces):
-    """As master_from_text, for a text of any size that comes in pieces.
+    """The 32 secret bytes that a text stands for, a phrase or a program; Failure when it is too easy to guess.
 
-    What scrypt gets is the SHA-512 of the text, so that memory stays small. The rule for phrases is simple and knows
-    no dictionary: PHRASE_BYTES that are not white space, PHRASE_KINDS of them different.
+    The text comes in pieces and may have any size: what scrypt gets is its SHA-512. The rule for phrases is simple and
+    knows no dictionary: PHRASE_BYTES that are not white space, PHRASE_KINDS of them different.
     """
     digest, start = hashlib.sha512(), b""
     for piece in pieces:
@@ -1383,16 +1334,17 @@ def master_from_pieces(pieces):
 
 def stretch(digest):
     """32 bytes from DIGEST by scrypt, which makes every guess dear."""
+    elsewhere = "make the key on another machine and copy it"
     if not hasattr(hashlib, "scrypt"):
-        raise Failure("cannot make a key from text", "this Python was built without scrypt",
-                      "make the key on another machine and copy it")
+        raise Failure("cannot make a key from text", "this Python was built without scrypt", elsewhere)
     try:
         return hashlib.scrypt(digest, salt=SCRYPT_SALT, n=SCRYPT_COST, r=8, p=1, maxmem=SCRYPT_MEMORY, dklen=32)
     except (ValueError, MemoryError) as problem:
-        why = "out of memory" if isinstance(problem, MemoryError) else str(problem)
-        raise Failure("cannot make a key from text", "scrypt failed: %s" % why,
-                      "it takes 128 MiB of memory, and a policy such as FIPS forbids it; "
-                      "make the key on another machine and copy it") from None
+        if isinstance(problem, MemoryError) or "malloc" in str(problem):
+            why, hint = "out of memory", "scrypt takes 128 MiB; try again, or " + elsewhere
+        else:
+            why, hint = "OpenSSL refuses scrypt here (%s)" % problem, "a policy such as FIPS forbids it; " + elsewhere
+        raise Failure("cannot make a key from text", why, hint) from None
 
 
 class Key:
@@ -1401,7 +1353,7 @@ class Key:
     path         the file, for load_cert_chain: its first two blocks are this half's own identity
     name         the key as the user named it, for logs
     private      whether this is the private half (own is the worker, peer is the client; else the reverse)
-    id           4 bytes that name the key in datagrams: the start of the SHA-256 of the worker's public point
+    id           4 bytes that name the key in datagrams: the start of the SHA-256 of the worker's certificate
     fingerprint  the same hash for people, 16 bytes of it
     udp          32 bytes that authenticate datagrams
     own_der, peer_der, peer_pem   the certificates to show and to demand (peer_pem is a str, for cadata=)
@@ -1409,55 +1361,25 @@ class Key:
 
     __slots__ = ("path", "name", "private", "id", "fingerprint", "udp", "own_der", "peer_der", "peer_pem")
 
-    def __init__(self, path, private, worker_point, client_scalar, own_der, peer_der):
-        digest = hashlib.sha256(worker_point).digest()
+    def __init__(self, path, private, blocks):
         self.path = self.name = path
         self.private = private
+        self.own_der, self.peer_der = blocks[1], blocks[-1]
+        digest = hashlib.sha256(self.own_der if private else self.peer_der).digest()
         self.id = digest[:4]
         self.fingerprint = "SHA256:" + digest[:16].hex()
-        self.udp = hkdf(client_scalar.to_bytes(32, "big"), UDP_LABEL, 32)
-        self.own_der, self.peer_der = own_der, peer_der
-        self.peer_pem = pem_text([b"CERTIFICATE"], [peer_der]).decode("ascii")
+        self.udp = hkdf(blocks[2 if private else 0], UDP_LABEL, 32)     # the client's private key: both halves have it
+        self.peer_pem = pem_text([b"CERTIFICATE"], [self.peer_der]).decode("ascii")
 
 
 def parse_key(text, path):
-    """The Key in the bytes of a key file; Failure unless ckeygen could have written every byte of them.
-
-    A private half is made again from its two numbers (some milliseconds). A public half is loaded at each start of
-    cexec, so there is no time for multiplications: of the worker's certificate only the signature's shape is checked.
-    """
+    """The Key in the bytes of a key file; Failure when they are not what ckeygen wrote."""
     try:
-        if len(text) > KEY_FILE_LIMIT:
-            raise ProtocolError("it is too large")
-        labels, blocks = pem_blocks(text)
-        if labels == PRIVATE_LABELS:
-            return parse_private(text, blocks, path)
-        if labels == PUBLIC_LABELS:
-            return parse_public(blocks, path)
-        raise ProtocolError("it holds something else")
+        labels, blocks = key_blocks(text)
     except ProtocolError as problem:
         raise Failure("%s is not a key" % path, str(problem), "copy it again, or make it with ckeygen",
                       EXIT_USAGE) from None
-
-
-def parse_private(text, blocks, path):
-    """The Key of a private half; ProtocolError unless its two numbers give the very same file."""
-    worker, client = private_scalar(blocks[0]), private_scalar(blocks[2])
-    if pem_text(PRIVATE_LABELS, identity(WORKER_ROLE, worker) + identity(CLIENT_ROLE, client)) != text:
-        raise ProtocolError("its parts do not belong together")
-    point, _ = certificate_parts(WORKER_ROLE, blocks[1])
-    return Key(path, True, point, client, blocks[1], blocks[3])
-
-
-def parse_public(blocks, path):
-    """The Key of a public half; ProtocolError unless its parts belong together, as far as parse_key promises."""
-    client = private_scalar(blocks[0])
-    client_point, signature = certificate_parts(CLIENT_ROLE, blocks[1])
-    worker_point, _ = certificate_parts(WORKER_ROLE, blocks[2])
-    if (private_block(client, client_point) != blocks[0]
-            or not ecdsa_agrees(client, certificate_body(CLIENT_ROLE, client_point), *signature)):
-        raise ProtocolError("its parts do not belong together")
-    return Key(path, False, worker_point, client, blocks[1], blocks[2])
+    return Key(path, labels == PRIVATE_LABELS, blocks)
 
 
 # ---------------------------------------------------------------- session
@@ -2582,6 +2504,72 @@ def tune(connection):
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
+# ---------------------------------------------------------------- log: what the tools that keep running say
+
+NOTE_PAUSE = 10.0           # seconds between two notes on one topic: strangers must not fill a log
+TOPICS_MAX = 1000           # topics remembered; an address may be part of one, and strangers have many
+
+
+class TokenBucket:
+    """So many a second on average, so many at once."""
+    __slots__ = ("rate", "burst", "left", "when")
+
+    def __init__(self, rate, burst):
+        self.rate, self.burst, self.left, self.when = rate, burst, burst, 0.0
+
+    def take(self, now):
+        """Whether one more is allowed now, and counts it."""
+        self.left = min(self.burst, self.left + max(0, now - self.when) * self.rate)
+        self.when = now
+        if self.left < 1:
+            return False
+        self.left -= 1
+        return True
+
+
+class Log:
+    """Lines on standard error with time and tool, which never block and never flood.
+
+    Lines beyond BURST and PER_SECOND are dropped and counted, and so is what would have to wait for a slow reader.
+    note() is for what strangers can cause: of each topic the first at once, then one in NOTE_PAUSE with their number.
+    """
+    BURST, PER_SECOND = 200, 50
+
+    def __init__(self, tool, clock=time.monotonic):
+        self.tool = tool
+        self.clock = clock
+        self.bucket = TokenBucket(self.PER_SECOND, self.BURST)
+        self.dropped = 0        # lines since the last one that was written
+        self.topics = {}        # {topic: (when it was noted, how many have not been since)}, the oldest first
+        self.lost = 0           # datagrams, as told to datagrams_lost()
+
+    def __call__(self, text, always=False):
+        if not (self.bucket.take(self.clock()) or always) or not has_room():
+            self.dropped += 1
+            return
+        if self.dropped:
+            text, self.dropped = "%s (%d lines before this one were dropped)" % (text, self.dropped), 0
+        say("%s %s" % (time.strftime("%Y-%m-%dT%H:%M:%S"), self.tool), text[:2000])
+
+    def note(self, topic, text):
+        now = self.clock()
+        when, held = self.topics.get(topic, (-NOTE_PAUSE, 0))
+        if now - when < NOTE_PAUSE:
+            self.topics[topic] = when, held + 1
+            return
+        self.topics.pop(topic, None)
+        self.topics[topic] = now, 0
+        if len(self.topics) > TOPICS_MAX:
+            del self.topics[next(iter(self.topics))]
+        self(text + (" (and %d more such since the last note)" % held if held else ""))
+
+    def datagrams_lost(self, count):
+        """Notes what the system has thrown away, `count` so far, of what should have been heard."""
+        if count != self.lost:
+            self.note("lost", "%d datagrams lost, this machine is too busy" % (count - self.lost))
+            self.lost = count
+
+
 # ---------------------------------------------------------------- loop
 
 def has_room():
@@ -2783,6 +2771,7 @@ PKTINFO6 = struct.Struct("@16sI")       # source address, interface
 HOPS = 31                   # multicast: across a campus, not across the world
 RECEIVE_BUFFER = 1 << 20    # bytes the kernel may keep for us, if its own limit lets it: a burst of 1,000 datagrams
 REJECTS_MAX = 64            # unwanted datagrams passed over in one call: a flood of them must not hold the loop
+REFRESH_EVERY = 10.0        # seconds between two looks at the interfaces
 REFRESH_PAUSE = 1.0         # seconds between two looks at the interfaces that failed sends ask for
 BACKLOG = 512               # connections the kernel keeps while we are busy: a cold cluster's first answers
 
@@ -7056,82 +7045,13 @@ def close_strays():
     os.closerange(3, highest + 1)
 
 
-# ---------------------------------------------------------------- what long-running tools share
-
-class Log:
-    """Lines on standard error with time and program, which never block and never flood."""
-    BURST, PER_SECOND = 200, 50
-
-    def __init__(self, name):
-        self.name, self.tokens, self.stamp, self.dropped = name, self.BURST, time.monotonic(), 0
-
-    def __call__(self, text, always=False):
-        now = time.monotonic()
-        self.tokens = min(self.BURST, self.tokens + (now - self.stamp) * self.PER_SECOND)
-        self.stamp = now
-        if (self.tokens < 1 and not always) or not has_room():
-            self.dropped += 1
-            return
-        self.tokens -= 1
-        if self.dropped:
-            text, self.dropped = "%s (%d lines before this one were dropped)" % (text, self.dropped), 0
-        say("%s %s" % (time.strftime("%Y-%m-%dT%H:%M:%S"), self.name), text[:2000])
-
-
-NOTE_PAUSE = 10.0           # seconds between two notes on one topic: strangers must not fill a log
-REFRESH_EVERY = 10.0        # seconds between two looks at the interfaces
-
-
-def say_unless_blocked(prefix, text):
-    """As say, on standard error; the line is lost when it would have to wait for who reads that."""
-    if has_room():
-        say(prefix, text)
-
-
-class Notes:
-    """Remarks on standard error: of each topic at once the first, then at most one in NOTE_PAUSE with their number."""
-
-    def __init__(self, prefix, clock=time.monotonic):
-        self.prefix, self.clock, self.last, self.held, self.lost = prefix, clock, {}, {}, 0
-
-    def note(self, topic, text):
-        now = self.clock()
-        if now - self.last.get(topic, -NOTE_PAUSE) < NOTE_PAUSE:
-            self.held[topic] = self.held.get(topic, 0) + 1
-            return
-        more, self.last[topic] = self.held.pop(topic, 0), now
-        say_unless_blocked(self.prefix, text + (" (and %d more such since the last note)" % more if more else ""))
-
-    def dropped(self, heard):
-        """Notes what the kernel threw away of what this GroupSocket should have heard."""
-        if heard.dropped != self.lost:
-            self.note("dropped", "%d datagrams lost, this machine is too busy" % (heard.dropped - self.lost))
-            self.lost = heard.dropped
-
-
-class TokenBucket:
-    """So many a second on average, so many at once."""
-    __slots__ = ("rate", "burst", "left", "when")
-
-    def __init__(self, rate, burst):
-        self.rate, self.burst, self.left, self.when = rate, burst, burst, 0.0
-
-    def take(self, now):
-        """Whether one more is allowed now, and counts it."""
-        self.left = min(self.burst, self.left + max(0, now - self.when) * self.rate)
-        self.when = now
-        if self.left < 1:
-            return False
-        self.left -= 1
-        return True
-
-
 # ---------------------------------------------------------------- crat
 
-ALERTS_KEPT = 1 << 16       # alerts remembered so that none is printed twice; about 10 MB when full
-LINES_KEPT = 10000          # lines kept for a reader that is slow: some minutes of a busy cluster, at most 5 MB
-STRANGERS_RATE = 1000       # lines a second for unknown keys: nothing vouches for them, so they must not fill a disk
-STRANGERS_BURST = 5000
+ALERTS_KEPT = 1 << 16       # alerts of a key remembered, so that none is printed twice; about 10 MB when full
+LINES_KEPT = 10000          # lines kept for a reader that is slow: some seconds of a very busy room, at most 5 MB
+WRITE_MAX = 4096            # bytes written at once: POSIX's pipes do not mix so many with another writer's
+KEY_RATE, KEY_BURST = 4000, 8000        # lines a second for each key, and for all where none is given
+STRANGERS_RATE, STRANGERS_BURST = 10, 100       # beside keys: nothing vouches for these, so they must not fill a disk
 START_SLACK = 1.0           # seconds by which an alert may be older than this crat: clocks of one network agree so far
 WORDS_MAX = 200             # characters of a reason that are shown
 RECEIVE_ROUND = 256         # datagrams taken in a row before signals and timers get their turn
@@ -7167,15 +7087,15 @@ class Report(collections.namedtuple(
 
 
 class ReplayWindow:
-    """Names seen, at most `limit`.  The oldest is forgotten first, and from then on all that is as old counts as seen:
-    so nothing is new twice, however much came in between."""
+    """Names seen, at most `limit`.  The oldest is forgotten first, and from then on nothing as old as that is new: so
+    no name is new twice, however much came in between."""
 
     def __init__(self, limit):
         self.limit, self.names, self.ages, self.floor = limit, set(), [], -1
 
-    def new(self, name, clock):
-        """Whether this name was never seen; clock orders names by age."""
-        if name in self.names or clock <= self.floor:
+    def add(self, name, clock):
+        """Remembers a name that is not in `names`; False if it is older than what was forgotten.  clock is its age."""
+        if clock <= self.floor:
             return False
         self.names.add(name)
         heapq.heappush(self.ages, (clock, name))
@@ -7183,6 +7103,18 @@ class ReplayWindow:
             self.floor, oldest = heapq.heappop(self.ages)
             self.names.discard(oldest)
         return True
+
+
+class AlertHistory:
+    """What a reader of alerts keeps of one key (of all unknown ones together, where key is None): so no holder of one
+    key can silence the lines of another."""
+
+    def __init__(self, key, rate, burst):
+        self.key = key
+        self.name = printable(key.name) if key else "unknown keys"
+        self.window = ReplayWindow(ALERTS_KEPT)
+        self.bucket = TokenBucket(rate, burst)
+        self.count = 0
 
 
 class AlertReader:
@@ -7193,61 +7125,58 @@ class AlertReader:
     """
 
     def __init__(self, keys, max_skew, started):
-        self.keys, self.max_skew, self.started = {}, max_skew, started
+        self.max_skew, self.started = max_skew, started
+        self.histories = {}         # {key id: [AlertHistory, ...]}
         for key in keys:
-            self.keys.setdefault(key.id, []).append(key)
-        self.known, self.unknown, self.count = ReplayWindow(ALERTS_KEPT), ReplayWindow(ALERTS_KEPT), 0
-        self.bucket = TokenBucket(STRANGERS_RATE, STRANGERS_BURST)
+            self.histories.setdefault(key.id, []).append(AlertHistory(key, KEY_RATE, KEY_BURST))
+        self.strangers = AlertHistory(None, *(STRANGERS_RATE, STRANGERS_BURST) if keys else (KEY_RATE, KEY_BURST))
 
     def read(self, data, source, now):
-        """(Report, None) for an alert to print, (None, (topic, text)) for what deserves a note, else (None, None).
+        """([Report of an alert to print, ...], [(topic, text) of what deserves a note, ...]) of one datagram.
         source is the sender's address; now is UNIX time."""
         try:
             datagram = parse_datagram(data)
+            if datagram.kind != ALERT:
+                return [], []
+            alerts = parse_alerts(datagram)
         except ProtocolError as problem:
-            return None, ("foreign", "ignored from %s: %s" % (source, problem)) if data[:4] == MAGIC else None
-        if datagram.kind != ALERT:
-            return None, None
-        keys = self.keys.get(datagram.key_id)
-        key = next((key for key in keys or () if datagram.authentic(key.udp)), None)
-        if keys and not key:
-            return None, ("forged", "ignored from %s: an alert for %s that is forged or damaged"
-                          % (source, printable(keys[0].name)))
-        try:
-            alert = parse_alerts(datagram)[0]
-        except ProtocolError as problem:
-            return None, ("foreign", "ignored from %s: %s" % (source, problem))
-        refusal = self._refusal(datagram, alert, key, source, now)
-        if refusal is not None:
-            return None, refusal or None
-        return self._report(datagram, alert, key, source, now), None
+            return [], [("foreign", "ignored from %s: %s" % (source, problem))] if data[:4] == MAGIC else []
+        known = self.histories.get(datagram.key_id)
+        history = next((each for each in known or [self.strangers]
+                        if not each.key or datagram.authentic(each.key.udp)), None)
+        if not history:
+            text = "ignored from %s: an alert for %s that is forged or damaged" % (source, known[0].name)
+            return [], [("forged", text)]
+        reports, notes = [], []
+        for alert in alerts:
+            refusal = self._refusal(datagram.key_id, alert, history, now)
+            if refusal is None:
+                reports.append(Report(
+                    now, alert.verdict, alert.submitter if parse_address(alert.submitter) else source,
+                    alert.worker if parse_address(alert.worker) else "?", history.name if history.key else None,
+                    "0x" + datagram.key_id.hex(), bool(history.key), alert.status, safe_id(alert.job),
+                    printable(alert.words)[:WORDS_MAX], alert.milliseconds / 1000))
+            elif refusal:
+                topic, words = refusal
+                notes.append(((topic, history.name), "not shown from %s for %s: %s" % (source, history.name, words)))
+        return reports, notes
 
-    def _refusal(self, datagram, alert, key, source, now):
-        """Why this alert is not printed: a note, () for a mere repetition; None if it is to be printed."""
-        # The body has the sender's clock, so two alerts of one search differ; copies of one may differ in sequence.
-        name = hashlib.sha256(datagram.key_id + datagram.nonce + datagram.body).digest()[:16]
-        self.count += 1
-        if not key:
-            if not self.unknown.new(name, self.count):
-                return ()
-            few = self.bucket.take(now)
-            return None if few else ("strangers", "too many alerts of unknown keys: some not shown")
-        if name in self.known.names:
+    def _refusal(self, key_id, alert, history, now):
+        """None if this alert is to be printed, () if it is a repetition, else (topic, words) of a note."""
+        # The same alert may come again in a datagram with another nonce or sequence, alone or among others.
+        name = hashlib.sha256(key_id + encode_alert(alert)).digest()[:16]
+        if name in history.window.names:
             return ()
-        ahead = alert.clock / 1000 - now
-        if self.max_skew and (abs(ahead) > self.max_skew or alert.clock / 1000 < self.started - START_SLACK):
-            return ("stale", "not shown from %s: an alert for %s whose clock is %.0f s %s ours: replayed, sent before "
-                    "this crat began, or a clock is wrong (see CRAT_MAX_SKEW)"
-                    % (source, printable(key.name), abs(ahead), "ahead of" if ahead > 0 else "behind"))
-        return None if self.known.new(name, alert.clock if self.max_skew else self.count) else ()
-
-    @staticmethod
-    def _report(datagram, alert, key, source, now):
-        return Report(
-            now, alert.verdict, alert.submitter if parse_address(alert.submitter) else source,
-            alert.worker if parse_address(alert.worker) else "?", printable(key.name) if key else None,
-            "0x" + datagram.key_id.hex(), bool(key), alert.status, safe_id(alert.job),
-            printable(alert.words)[:WORDS_MAX], alert.milliseconds / 1000)
+        ahead, by_clock = alert.clock / 1000 - now, bool(history.key and self.max_skew)
+        if by_clock and (abs(ahead) > self.max_skew or now + ahead < self.started - START_SLACK):
+            return "stale", ("an alert whose clock is %.0f s %s ours: replayed, sent before this crat began, or a clock "
+                             "is wrong (see CRAT_MAX_SKEW)" % (abs(ahead), "ahead of" if ahead > 0 else "behind"))
+        if not history.bucket.take(now):
+            return "rate", "more than %d alerts a second" % history.bucket.rate
+        history.count += 1
+        if not history.window.add(name, alert.clock if by_clock else history.count):
+            return "old", "an alert older than the last %d, which are all that is remembered" % ALERTS_KEPT
+        return None
 
 
 def safe_id(text):
@@ -7256,8 +7185,8 @@ def safe_id(text):
 
 
 class LineWriter:
-    """Writes lines to a descriptor, each by itself, from a thread: so a reader that stops reading stops nothing else,
-    and no flag of a descriptor that others share is changed.
+    """Writes lines to a descriptor at once, from a thread: so a reader that stops reading stops nothing else, and no
+    flag of a descriptor that others share is changed.
 
     on_error(OSError) is called once, in the thread.  put() gives up lines beyond LINES_KEPT.
     """
@@ -7273,7 +7202,7 @@ class LineWriter:
         with self.changed:
             if len(self.lines) >= LINES_KEPT:
                 return False
-            self.lines.append(line)
+            self.lines.append((line + "\n").encode("utf-8", "backslashreplace"))
             self.changed.notify_all()
         return True
 
@@ -7284,20 +7213,19 @@ class LineWriter:
                     self.busy = False
                     self.changed.notify_all()
                     self.changed.wait_for(lambda: self.lines)
-                    line, self.busy = self.lines.popleft(), True
-                self._write((line + "\n").encode("utf-8", "backslashreplace"))
+                    data, self.busy = self.lines.popleft(), True
+                    while self.lines and len(data) + len(self.lines[0]) <= WRITE_MAX:
+                        data += self.lines.popleft()
+                while data:
+                    try:
+                        data = data[os.write(self.descriptor, data):]
+                    except BlockingIOError:
+                        wait_for(self.descriptor, select.POLLOUT)       # somebody who shares it made it non-blocking
         except OSError as error:
             with self.changed:
                 self.failed = True
                 self.changed.notify_all()
             self.on_error(error)
-
-    def _write(self, data):
-        while data:
-            try:
-                data = data[os.write(self.descriptor, data):]
-            except BlockingIOError:
-                wait_for(self.descriptor, select.POLLOUT)       # somebody who shares it made it non-blocking
 
     def finish(self, seconds):
         """Waits until all is written, or no longer."""
@@ -7311,7 +7239,8 @@ class Crat:
     FINISH = 1.0            # seconds that a slow reader of the last lines is given at the end
 
     def __init__(self, keys, settings):
-        self.settings, self.notes = settings, Notes("crat")
+        self.settings, self.log = settings, Log(CRAT)
+        self.names = ", ".join("%s (%s)" % (key.name, key.fingerprint) for key in keys) or "none"
         self.reader = AlertReader(keys, settings.max_skew, time.time())
         self.socket, self.loop = GroupSocket(settings.group, listen=True), Loop()
         self.writer = LineWriter(1, lambda error: self.loop.call_soon_threadsafe(lambda: self.loop.stop(error)))
@@ -7323,8 +7252,7 @@ class Crat:
                 self.loop.on_signal_unless_ignored(number, lambda number: self.loop.stop(None))
             self.loop.watch(self.socket.fileno(), read=self._hear)
             self.loop.call_later(REFRESH_EVERY, self._refresh)
-            say_unless_blocked("crat", "ready: hears %s, %d key%s" % (
-                self.settings.group, len(self.reader.keys), "" if len(self.reader.keys) == 1 else "s"))
+            self.log("ready: hears %s, keys: %s" % (self.settings.group, self.names))
             error = self.loop.run()
             if error is None:
                 self.writer.finish(self.FINISH)
@@ -7343,12 +7271,16 @@ class Crat:
             if heard is None:
                 break
             data, source, _ = heard
-            report, say_unless_blocked = self.reader.read(data, source[0], time.time())
-            if say_unless_blocked:
-                self.notes.note(*say_unless_blocked)
-            if report and not self.writer.put(report.json() if self.settings.json else report.line()):
-                self.notes.note("full", "standard output is not read: lines lost")
-        self.notes.dropped(self.socket)
+            reports, notes = self.reader.read(data, source[0], time.time())
+            for report in reports:
+                line = report.json() if self.settings.json else report.line()
+                if self.settings.time and not self.settings.json:
+                    line = time.strftime("%Y-%m-%dT%H:%M:%S ", time.localtime(report.heard)) + line
+                if not self.writer.put(line):
+                    notes.append(("full", "standard output is not read: lines lost"))
+            for topic, text in notes:
+                self.log.note(topic, text)
+        self.log.datagrams_lost(self.socket.dropped)
 
 
 def crat(arguments, settings):
@@ -7643,7 +7575,7 @@ class Cproxy:
     """Carries what is heard on one group over to another, and the connections that come back."""
 
     def __init__(self, source, target, settings):
-        self.source, self.target, self.idle, self.notes = source, target, settings.idle, Notes("cproxy")
+        self.source, self.target, self.idle, self.notes = source, target, settings.idle, Log(CPROXY)
         self.inside, self.outside = GroupSocket(settings.group, listen=True), GroupSocket(target, False, source)
         self.own = self.outside.socket.getsockname()[:2]
         self.duplicates, self.rate, self.rates = DuplicateFilter(), TokenBucket(SEND_RATE, SEND_BURST), collections.OrderedDict()
@@ -7666,7 +7598,7 @@ class Cproxy:
         return 0
 
     def log(self, text):
-        say_unless_blocked("cproxy", text)
+        self.notes(text)
 
     def _drain(self, number):
         """The first signal lets what is running end, the second does not."""
@@ -7697,7 +7629,7 @@ class Cproxy:
             if heard is None:
                 break
             self._datagram(*heard)
-        self.notes.dropped(self.inside)
+        self.notes.datagrams_lost(self.inside.dropped)
 
     def _datagram(self, data, source, index):
         try:
@@ -7893,101 +7825,115 @@ def cproxy(arguments, settings):
 
 EXIT_BAD_PRIVATE, EXIT_NO_PUBLIC, EXIT_NO_PRIVATE, EXIT_OTHER_KEY = 101, 102, 103, 104
 SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EAGAIN)     # these may pass by themselves
+CKEYGEN_USAGE = "usage: ckeygen [-stdin] APP [APP.pub], or ckeygen -l FILE..."
 
 
-def read_key_file(path):
-    """(text, mode) of a regular file, no more of it than shows that it is too large; OSError as from open()."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)     # opening a FIFO must not wait
+def read_key(path):
+    """(text, Key, warning or None) of this one file, None where there is none; Failure when it is of no use."""
     try:
-        mode = os.fstat(descriptor).st_mode
-        if not stat.S_ISREG(mode):
-            raise OSError(errno.EINVAL, "not a regular file")
-        return os.read(descriptor, KEY_FILE_LIMIT + 1), mode
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)      # opening a FIFO must not wait
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.EINVAL, "not a regular file")
+            text = os.read(descriptor, KEY_FILE_LIMIT + 1)
+        finally:
+            os.close(descriptor)
+    except OSError as problem:
+        if problem.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+            return None
+        raise Failure("cannot read the key %s" % path, reason_of(problem),
+                      status=EXIT_TEMPORARY if problem.errno in SHORTAGES else EXIT_USAGE) from None
+    key, warning, mode, me = parse_key(text, path), None, stat.S_IMODE(status.st_mode), os.geteuid()
+    if mode & 0o077:
+        warning = "warning: others can use the key %s (mode %04o); to stop that: chmod 600 %s" % (path, mode, path)
+    elif me and status.st_uid not in (0, me):
+        warning = "warning: the key %s belongs to another user, who can use it" % path
+    return text, key, warning
 
 
 def load_key(path, want=None):
     """(Key, warning or None) from the file PATH, or PATH.pub unless want is "private"; the first usable one counts.
 
     WANT is "private", "public" or None for either half. Failure: why PATH itself (or, where it is missing, PATH.pub)
-    is of no use. The warning is for a file that others can read.
+    is of no use. The warning is for a file that others can use.
     """
     refusal = None
     for name in [path] if want == "private" else [path, path + ".pub"]:
         try:
-            key, warning = load_half(name, want)
-            key.name = path
-            return key, warning
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except OSError as problem:
-            status = EXIT_TEMPORARY if problem.errno in SHORTAGES else EXIT_USAGE
-            refusal = refusal or Failure("cannot read the key %s" % name, reason_of(problem), status=status)
+            _, key, warning = read_key(name) or (None, None, None)
+            if key and want == "private" and not key.private:
+                raise Failure("%s is a public half" % name, "serving needs the private key", status=EXIT_USAGE)
+            if key and want == "public" and key.private:
+                raise Failure("%s is a private half" % name, "submitting needs the public one",
+                              "make it with: ckeygen %s" % name, EXIT_USAGE)
         except Failure as problem:
             refusal = refusal or problem
+        else:
+            if key:
+                key.name = path
+                return key, warning
     raise refusal or Failure("no key %s" % path, "there is no such file",
                              "make one with ckeygen, or copy it from where it was made", EXIT_USAGE)
 
 
-def load_half(path, want):
-    """(Key, warning or None) from this one file; Failure when it is no key or not the half that is wanted."""
-    text, mode = read_key_file(path)
-    key = parse_key(text, path)
-    if want == "private" and not key.private:
-        raise Failure("%s is a public half" % path, "serving needs the private key", status=EXIT_USAGE)
-    if want == "public" and key.private:
-        raise Failure("%s is a private half" % path, "submitting needs the public one",
-                      "make it with: ckeygen %s" % path, EXIT_USAGE)
-    return key, exposure(path, mode)
-
-
-def exposure(path, mode):
-    """The warning for a key file that is open to others, or None."""
-    if not mode & 0o077:
-        return None
-    return "warning: others can use the key %s (mode %04o); to stop that: chmod 600 %s" % (
-        path, stat.S_IMODE(mode), path)
-
-
 def ckeygen(arguments, settings):
-    """Make the key APP, unless it is there, and its public half; 0, or Failure with one of the statuses above."""
-    from_text, private_path, public_path = ckeygen_arguments(arguments)
+    """Makes the key APP, unless it is there, and its public half; with -l tells what each FILE is. Returns the status,
+    or raises Failure with one of those above."""
+    options, names = set(), list(arguments)
+    while names and names[0].startswith("-"):
+        option = names.pop(0)
+        if option == "--":
+            break
+        if option not in ("-stdin", "--stdin", "-l"):
+            raise Failure("unknown option %s" % option, hint=CKEYGEN_USAGE, status=EXIT_USAGE)
+        options.add(option.lstrip("-"))
+    if options == {"l"} and names:
+        return list_keys(names)
+    if "l" in options or len(names) not in (1, 2) or not all(names):
+        raise Failure("one or two file names are needed", hint=CKEYGEN_USAGE, status=EXIT_USAGE)
+    private_path, public_path = (names + [names[0] + ".pub"])[:2]
+    if os.path.realpath(private_path) == os.path.realpath(public_path):
+        raise Failure("APP and APP.pub are the same file", private_path, status=EXIT_USAGE)
     found = existing_private(private_path)
-    check_public(public_path)
+    if not found and private_path.endswith(".pub"):
+        raise Failure(private_path, "that is the name of a public half, and this would be the private one",
+                      "say: ckeygen %s" % private_path[:-4], EXIT_USAGE)
+    replaced = replaced_public(public_path)
     private = found
-    if from_text:
+    if "stdin" in options:
         private = make_keypair(master_from_pieces(standard_input()))[0]
     elif not found:
         private = make_keypair(os.urandom(32))[0]
     if found not in (None, private):
         raise Failure("%s exists and is another key" % private_path, "the text given does not lead to it",
                       "it was left as it is; choose another name", EXIT_OTHER_KEY)
-    if not found:
-        spare_foreign_public(private_path, public_path, public_half(private))
-    key = parse_key(private, private_path)
+    if not (found or replaced in (None, public_half(private)) or os.path.lexists(private_path)):
+        raise Failure("cannot replace %s" % public_path, "it is the public half of another key, perhaps the only copy",
+                      "it was left as it is; name another file, or move it away", EXIT_NO_PUBLIC)
     write_halves(private_path, public_path, private, not found)
-    report(private_path, public_path, key, not found)
+    made = "%s from %s" % (public_path, private_path) if found else "%s and %s" % (private_path, public_path)
+    say("ckeygen", "made %s, key %s" % (made, parse_key(private, private_path).fingerprint))
+    say("ckeygen", "both are secret: copy %s to the machines that serve (it can submit as well), "
+        "%s to those that only submit" % (private_path, public_path))
     return 0
 
 
-def ckeygen_arguments(arguments):
-    """(whether -stdin was given, APP, APP.pub)."""
-    arguments, from_text = list(arguments), False
-    while arguments and arguments[0].startswith("-"):
-        option = arguments.pop(0)
-        if option == "--":
-            break
-        if option not in ("-stdin", "--stdin"):
-            raise Failure("unknown option %s" % option, hint="usage: ckeygen [-stdin] APP [APP.pub]", status=EXIT_USAGE)
-        from_text = True
-    if len(arguments) not in (1, 2) or not all(arguments):
-        raise Failure("one or two file names are needed", hint="usage: ckeygen [-stdin] APP [APP.pub]",
-                      status=EXIT_USAGE)
-    private, public = (arguments + [arguments[0] + ".pub"])[:2]
-    if os.path.realpath(private) == os.path.realpath(public):
-        raise Failure("APP and APP.pub are the same file", private, status=EXIT_USAGE)
-    return from_text, private, public
+def list_keys(paths):
+    """Prints which half each file is and the fingerprint of its key; the status."""
+    status = 0
+    for path in paths:
+        try:
+            key, warning = load_key(path)
+            problem, hint = warning, ""
+            half = "private" if key.private else "public "
+            status = print_out("%s %s %s\n" % (key.fingerprint, half, printable(key.path))) or status
+        except Failure as failure:
+            problem, hint, status = str(failure), failure.hint, status or failure.status
+        for prefix, text in ("ckeygen", problem), ("", hint and "  " + hint):
+            if text:
+                say(prefix, text)
+    return status
 
 
 def standard_input():
@@ -8009,102 +7955,66 @@ def standard_input():
 def existing_private(path):
     """The bytes of the private half in PATH, or None where there is no file; else Failure 101."""
     try:
-        text, mode = read_key_file(path)
-        key = parse_key(text, path)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as problem:
-        if problem.errno == errno.ENAMETOOLONG:
-            return None             # writing it will say so
-        status = EXIT_TEMPORARY if problem.errno in SHORTAGES else EXIT_BAD_PRIVATE
-        raise Failure("cannot use the key %s" % path, reason_of(problem), status=status) from None
+        text, key, warning = read_key(path) or (None, None, None)
+        if key and not key.private:
+            raise Failure("", "it is a public half", status=EXIT_USAGE)
     except Failure as problem:
-        raise Failure("%s exists and is not a private key" % path, problem.why,
-                      "it was left as it is; choose another name", EXIT_BAD_PRIVATE) from None
-    if not key.private:
-        raise Failure("%s exists and is not a private key" % path, "it is a public half",
-                      "it was left as it is; choose another name", EXIT_BAD_PRIVATE)
-    if exposure(path, mode):
-        say("ckeygen", exposure(path, mode))
+        raise Failure("cannot use %s as a private key" % path, problem.why, "it was left as it is; choose another name",
+                      EXIT_TEMPORARY if problem.status == EXIT_TEMPORARY else EXIT_BAD_PRIVATE) from None
+    if warning:
+        say("ckeygen", warning)
     return text
 
 
-def spare_foreign_public(private_path, path, public):
-    """Failure 102 where a new key's public half would replace that of another key, perhaps the only copy here."""
+def replaced_public(path):
+    """The public half that is in PATH, or None where there is no file; Failure 102 where there is something else."""
     try:
-        text, _ = read_key_file(path)
-    except OSError:
-        return          # check_public has seen to what matters
-    if text and text != public and not os.path.lexists(private_path):   # else another ckeygen was faster by a moment
-        raise Failure("cannot write %s" % path, "it exists and is the public half of another key",
-                      "it was left as it is; name another file, or move it away", EXIT_NO_PUBLIC)
-
-
-def check_public(path):
-    """Failure 102 where writing the public half to PATH would destroy something that is no public half."""
-    try:
-        text, _ = read_key_file(path)
-        if text and parse_key(text, path).private:
-            raise Failure("", "it is a private key")
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    except OSError as problem:
-        raise cannot_write(path, problem, EXIT_NO_PUBLIC) from None
+        text, key, _ = read_key(path) or (None, None, None)
+        if key and key.private:
+            raise Failure("", "it is a private half", status=EXIT_USAGE)
+        return text
     except Failure as problem:
-        raise Failure("cannot write %s" % path, "it exists and is not a public half: %s" % problem.why,
-                      "it was left as it is; name another file, or move it away", EXIT_NO_PUBLIC) from None
+        raise Failure("cannot replace %s" % path, problem.why, "it was left as it is; choose another name, or move it",
+                      EXIT_TEMPORARY if problem.status == EXIT_TEMPORARY else EXIT_NO_PUBLIC) from None
 
 
 def write_halves(private_path, public_path, private, new):
-    """Write APP.pub, and APP where it is NEW: both wholly or, when something fails, neither (or APP alone)."""
+    """Writes APP.pub, and APP where it is new: both whole or, when something fails, neither (or APP alone).
+
+    A symbolic link is replaced, never written through: in a folder like /tmp, anybody may have put it there.
+    """
+    files = [(private_path, private, EXIT_NO_PRIVATE)] * new + [(public_path, public_half(private), EXIT_NO_PUBLIC)]
     staged = []
     try:
-        if new:
-            staged.append(stage(private_path, private, EXIT_NO_PRIVATE))
-        staged.append(stage(public_path, public_half(private), EXIT_NO_PUBLIC))
-        if new:
-            put_new(staged[0], private_path)
-        put_over(staged[-1], public_path)
+        for path, text, status in files:
+            staged.append(os.path.join(os.path.dirname(path), ".ckeygen-" + os.urandom(8).hex()))
+            descriptor = os.open(staged[-1], os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            with open(descriptor, "wb") as file:
+                os.fchmod(descriptor, 0o600)            # whatever the umask is
+                file.write(text)
+                file.flush()
+                os.fsync(descriptor)
+        for (path, _, status), temporary in zip(files, staged):
+            if status == EXIT_NO_PRIVATE:
+                put_new(temporary, path)
+            else:
+                os.replace(temporary, path)
+    except OSError as problem:
+        raise Failure("cannot write %s" % path, reason_of(problem),
+                      status=EXIT_TEMPORARY if problem.errno in SHORTAGES else status) from None
     finally:
         for temporary in staged:
             discard(temporary)
 
 
-def stage(path, text, status):
-    """The name of a new file beside PATH, mode 0600, that holds TEXT and has reached the disk."""
-    temporary = os.path.join(os.path.dirname(os.path.realpath(path)), ".ckeygen-" + os.urandom(8).hex())
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    except OSError as problem:
-        raise cannot_write(path, problem, status) from None
-    try:
-        with open(descriptor, "wb") as file:
-            os.fchmod(descriptor, 0o600)        # whatever the umask
-            file.write(text)
-            file.flush()
-            os.fsync(descriptor)
-    except BaseException as problem:
-        discard(temporary)
-        if isinstance(problem, OSError):
-            raise cannot_write(path, problem, status) from None
-        raise
-    return temporary
-
-
 def put_new(temporary, path):
-    """Give the finished file its name PATH; Failure 103 if that exists by now, whatever it is."""
+    """Gives the finished file its name PATH; OSError if that exists by now, whatever it is."""
     try:
-        try:
-            os.link(temporary, path)
-        except (OSError, AttributeError):       # a file system or a Python without hard links; or PATH exists
-            put_reserved(temporary, path)
-    except OSError as problem:
-        raise cannot_write(path, problem, EXIT_NO_PRIVATE) from None
-
-
-def put_reserved(temporary, path):
-    """As os.link (OSError if PATH exists): take the name with an empty file, then move the finished one onto it."""
-    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        return os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except (OSError, AttributeError):       # a file system or a Python without hard links: take the name first
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     try:
         os.replace(temporary, path)
     except OSError:
@@ -8112,34 +8022,12 @@ def put_reserved(temporary, path):
         raise
 
 
-def put_over(temporary, path):
-    """Give the finished file the name PATH, in one step, in place of what is there; a symbolic link stays one."""
-    try:
-        os.replace(temporary, os.path.realpath(path))
-    except OSError as problem:
-        raise cannot_write(path, problem, EXIT_NO_PUBLIC) from None
-
-
 def discard(temporary):
-    """Remove a file of ours if it is still there."""
+    """Removes a file of ours if it is still there."""
     try:
         os.unlink(temporary)
     except OSError:
         pass
-
-
-def cannot_write(path, problem, status):
-    """The Failure for a file that cannot be written."""
-    return Failure("cannot write %s" % path, reason_of(problem),
-                   status=EXIT_TEMPORARY if problem.errno in SHORTAGES else status)
-
-
-def report(private_path, public_path, key, new):
-    """Tell what was made and who is to get it."""
-    made = "%s and %s" % (private_path, public_path) if new else "%s from %s" % (public_path, private_path)
-    say("ckeygen", "made %s, key %s" % (made, key.fingerprint))
-    say("ckeygen", "both are secret: copy %s to the machines that serve (it can submit as well), "
-        "%s to those that only submit" % (private_path, public_path))
 
 
 # ---------------------------------------------------------------- demo
@@ -8327,10 +8215,11 @@ def end_demo(number, frame):
 # ---------------------------------------------------------------- the tools
 
 TOOLS = collections.OrderedDict([
-    ("ckeygen", (ckeygen, "ckeygen [-stdin] APP [APP.pub]", """\
+    ("ckeygen", (ckeygen, CKEYGEN_USAGE[7:], """\
 Makes the private key APP for the workers and its public half APP.pub for the submitters.
 Both are secret.  If APP exists, only APP.pub is made from it.
   -stdin           derive the key from standard input: the same text, the same key
+  -l               tell which half each FILE is, and the key's fingerprint
 """)),
     (CEXEC, (cexec, "cexec [-t] [OPTION...] APP[.pub] [NAME=VALUE...]", """\
 Runs the job that the workers of the key serve on the best of them, as if it were local.
