@@ -154,6 +154,10 @@ def printable(text):
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in text)
 
 
+def count_text(number, what):
+    return "%d %s%s" % (number, what, "" if number == 1 else "s")
+
+
 def reason_of(error):
     """The system's words for an OSError, or the error's own."""
     words = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -4778,6 +4782,7 @@ def uniform():
 # Room with one job, cmap and the Python API give it many.  What a job reads and writes here is its JobStreams.
 
 SEARCHES = 4                # searches for a worker at once while the room answers quickly
+RECENTLY = 15.0             # seconds for which what a worker said last counts
 LAST_WORDS = 0.02           # seconds for which a search that has found somebody goes on to say so
 SLOW_SEARCH = 0.3           # seconds after which a search waits for a slot: more of them would not help
 KEEP = 0.9                  # seconds that a connection without a job is kept; the worker ends it after one
@@ -5234,6 +5239,7 @@ class Room:
         while len(self.searches) > max(wanted, 0):
             self.searches.pop().stop()
         while len(self.searches) < wanted:
+            self.trace("announces on %s for key %s" % (self.settings.group, self.key.fingerprint))
             self.searches.append(Discovery(self.loop, self.key, self.settings, self.id, self.context,
                                            self, self.on_found, self.on_heard))
         if self.queue and not self.watch_timer:
@@ -5392,6 +5398,19 @@ class Room:
         self.alerts.add(Alert(verdict, status, took, int(time.time() * 1000), attempt.submission.id, kept.submitter,
                               kept.name, words))
 
+    def waiting_text(self, submission):
+        """What a job waits for, in a line for the user."""
+        now = time.monotonic()
+        recent = [(name, here, words) for name, (when, here, words) in self.workers.items() if now - when < RECENTLY]
+        waited = "%.0f s" % (now - submission.waiting_since)
+        trouble = [(name, words) for name, here, words in recent if words and (not here or here.state == UNREACHABLE)]
+        if trouble:
+            return "waiting: %s: %s, %s" % (*trouble[-1], waited)
+        if recent:
+            busy = all(here and here.state == BUSY for _, here, _ in recent)
+            return "waiting: %s, %s, %s" % (count_text(len(recent), "worker"), "all busy" if busy else "none free", waited)
+        return "nobody has answered yet, %s" % waited
+
     def nobody(self, submission, now):
         """The Failure of a job for which no worker was found: what was tried, what came of it, what to check."""
         search = (self.searches or self.finished or (None,))[0]
@@ -5413,7 +5432,34 @@ class Room:
 # ---------------------------------------------------------------- cexec
 
 DESCRIPTOR_FLOOR = 64       # where duplicates of our own go: out of the way of what the user numbers
+WAITING_AFTER = 2.0         # seconds until a line tells what is waited for
 COLLECT_AFTER = 1.0         # seconds; a job that ends before leaves its garbage to the system
+
+
+class StatusLine:
+    """A line on a terminal that is updated in place; it does nothing on anything else."""
+
+    def __init__(self, fd):
+        self.fd = fd
+        self.shown = False
+        self.usable = is_open(fd) and os.isatty(fd)
+
+    def show(self, text):
+        if self.usable and has_room():
+            self.shown = True
+            try:
+                columns = os.get_terminal_size(self.fd).columns or 80
+                os.write(self.fd, b"\r\x1b[K" + printable(text)[:columns - 1].encode("utf-8", "replace"))
+            except OSError:
+                self.usable = False
+
+    def clear(self):
+        if self.shown:
+            self.shown = False
+            try:
+                os.write(self.fd, b"\r\x1b[K")
+            except OSError:
+                pass        # the terminal has gone
 
 
 class JobInput:
@@ -5670,6 +5716,7 @@ class Run:
         self.settings = settings
         self.terminal = terminal
         self.began = time.monotonic()
+        self.status = StatusLine(-1 if settings.quiet or settings.verbose else error_descriptor(settings))
         self.room = Room(self.loop, key, settings, trace=self.trace)
         self.streams = InheritedStreams(self.loop, settings, descriptors, terminal, self)
         self.submission = Submission(self.streams, names, settings.retries, self._done, self.tell)
@@ -5685,8 +5732,16 @@ class Run:
         if self.terminal and self.terminal.tty is not None:
             self.loop.on_signal_unless_ignored(signal.SIGWINCH, lambda number: self._resize())
         self.loop.call_later(COLLECT_AFTER, gc.enable)
+        if self.status.usable:
+            self.loop.call_later(WAITING_AFTER, self._show_waiting)
         self.room.submit(self.submission)
         return self.loop.run()
+
+    def _show_waiting(self):
+        """Tells a user at a terminal what is waited for, until the job has been started."""
+        if not self.submission.attempt:
+            self.status.show("cexec: %s" % self.room.waiting_text(self.submission))
+            self.loop.call_later(1.0, self._show_waiting)
 
     def _done(self, status, failure, submission):
         """A job that died of the signal that was sent on to it takes cexec with it, so that a shell's loop ends."""
@@ -5695,6 +5750,7 @@ class Run:
         self._stop(status, failure, SIGNAL_NAMES[sent] if died else None)
 
     def _stop(self, status, failure=None, number=None):
+        self.status.clear()
         self.room.close()
         self.loop.stop((status, failure, number))
 
@@ -5703,6 +5759,7 @@ class Run:
             say(CEXEC, "%5d ms: %s" % ((time.monotonic() - self.began) * 1000, text), error_descriptor(self.settings))
 
     def tell(self, text, always=False):
+        self.status.clear()
         if always and not self.settings.verbose:
             say(CEXEC, text, error_descriptor(self.settings))
         self.trace(text)
@@ -6409,10 +6466,6 @@ def job_environment(user):
     return environment
 
 
-def count_text(number, what):
-    return "%d %s%s" % (number, what, "" if number == 1 else "s")
-
-
 def signal_process(pid, number):
     try:
         os.kill(pid, number)
@@ -7010,6 +7063,18 @@ def is_hung_up(fd):
     return True
 
 
+def hide_memory():
+    """Keeps this process's memory, and so the key, from other processes of its user, such as its jobs (Linux)."""
+    try:
+        import ctypes
+        ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+    except (ImportError, OSError, AttributeError):
+        pass        # the manual tells to use --user
+
+
+PR_SET_DUMPABLE = 4
+
+
 def cservice(arguments, settings):
     """cservice APP COMMAND [ARG...]"""
     if len(arguments) < 2:
@@ -7025,6 +7090,7 @@ def cservice(arguments, settings):
     if settings.user:
         check_user(settings.user)
     check_tls()
+    hide_memory()
     log = Log(CSERVICE)
     if warning:
         log(warning)
