@@ -1757,15 +1757,11 @@ class Place:
         self.sequence = -1      # of the last announcement that came from here first
         self.failures = 0
 
-    def rank(self):
-        """The least is the best.  Only the submitter itself keeps being the first with a new announcement."""
-        return self.failures, -self.sequence
-
 
 class PendingAnnouncement:
     """One search for a worker as one worker remembers it, from its first announcement until it is forgotten."""
     __slots__ = ("nonce source room since until sequence hold_sequence hold_end held base jitter cost wait fire queued "
-                 "busy_at busy_told wants_busy places current over learnt").split()
+                 "busy_at busy_told wants_busy places current connections over learnt").split()
 
     def __init__(self, nonce):
         self.nonce = nonce
@@ -1779,19 +1775,19 @@ class PendingAnnouncement:
         self.busy_told = -math.inf
         self.places = []
         self.current = None         # the place of the connection under way, or of the last one
+        self.connections = 0
         self.over = False           # it gets no answer any more
         self.learnt = False         # its new offset has been taken over
 
     def heard_from(self, source, port, sequence):
-        """The first bytes to bring a new sequence number are the submitter's, as far as a worker can know; copies from
-        elsewhere come later and never displace it."""
+        """Only the submitter can go on to be the first with new sequence numbers: copies come later."""
         new = sequence > self.sequence
         place = next((place for place in self.places if place.source[0] == source[0]), None)
         if place is None:
             if len(self.places) == PLACES_MOST:
                 if not new:
                     return
-                self.places.remove(max(self.places, key=Place.rank))
+                self.places.remove(min(self.places, key=lambda place: (place.sequence, -place.failures)))
             place = Place(source, port)
             self.places.append(place)
         elif new and place.failures:
@@ -1799,8 +1795,17 @@ class PendingAnnouncement:
         if new:
             place.sequence = sequence
 
-    def best_place(self):
-        return min(self.places, key=Place.rank)
+    def newest_place(self):
+        """The one that was first with the last announcement: the submitter, unless its datagram was lost."""
+        return max(self.places, key=lambda place: place.sequence)
+
+    def next_place(self):
+        """Every third connection tries another one, for the first to be heard need not be one that can be reached."""
+        self.connections += 1
+        self.current = self.newest_place()
+        if self.connections % 3 == 0:
+            self.current = min(self.places, key=lambda place: (place.failures, -place.sequence))
+        return self.current
 
 
 class Responder:
@@ -1927,17 +1932,15 @@ class Responder:
 
     def place(self, nonce):
         """Where to connect to for an answer that is due: the address and port, as connect() wants them."""
-        record = self.connecting[nonce]
-        record.current = record.best_place()
-        source = record.current.source
-        return (source[0], record.current.port) + tuple(source[2:])
+        place = self.connecting[nonce].next_place()
+        return (place.source[0], place.port) + tuple(place.source[2:])
 
     def sender(self, nonce):
         """The UDP address for what is to be said to the submitter; None when it is not known any more."""
         record = self._find(nonce)
         if record is None or not record.places:
             return None
-        return (record.current if nonce in self.connecting and record.current else record.best_place()).source
+        return (record.current if nonce in self.connecting and record.current else record.newest_place()).source
 
     def room(self, nonce):
         """Who made the announcement that a connection under way answers."""
@@ -1954,7 +1957,7 @@ class Responder:
         """Whether a connection that has been silent for long is to be given up: others wait for its slot, or its
         submitter is heard from a better place."""
         record = self.connecting.get(nonce)
-        return bool(record) and (bool(self.full and self.waiting()) or record.best_place() is not record.current)
+        return bool(record) and (bool(self.full and self.waiting()) or record.newest_place() is not record.current)
 
     def won(self, nonce):
         """The connection for nonce has become a job, which keeps the slot until freed()."""
@@ -2236,7 +2239,7 @@ class Selection:
         if len(self.candidates) < CANDIDATES:
             return True
         crowd, most = max(unproven.items(), key=lambda item: item[1], default=(source, 0))
-        if unproven[source] >= most:
+        if unproven[source] + 1 >= most:
             return False
         last = [candidate for candidate in self.candidates.values() if candidate.source == crowd][-1]
         self._evict(last, "too many others from its address")
