@@ -7727,6 +7727,29 @@ import array, json, os, resource, signal, socket, sys, traceback
 sys.path.insert(0, sys.argv[1])
 import cexec, pty, pwd, ssl, tempfile, termios, tty
 
+def inject(owner, name):
+    # The method raises at its first call out of the daemon's loop, and tells of its second one.
+    owner, daemon, calls = vars(cexec)[owner], os.getpid(), []
+    original = vars(owner)[name]
+
+    def out_of_the_loop(frame):
+        while frame and frame.f_code is not cexec.Loop.run.__code__:
+            frame = frame.f_back
+        return frame
+
+    def faulty(*arguments, **named):
+        if os.getpid() == daemon and len(calls) < 2 and out_of_the_loop(sys._getframe(1)):
+            calls.append(name)
+            os.write(2, b"fault: call %d\n" % len(calls))
+            if len(calls) == 1:
+                raise RuntimeError("injected")
+        return original(*arguments, **named)
+
+    setattr(owner, name, faulty)
+    for table in [vars(owner), *vars(owner).values()]:
+        if isinstance(table, dict):
+            table.update({key: faulty for key, value in table.items() if value is original})
+
 def become(request, fds):
     os.setsid()
     high = [cexec.fcntl.fcntl(fd, cexec.fcntl.F_DUPFD, 300) for fd in fds]
@@ -7745,6 +7768,8 @@ def become(request, fds):
     for name, value in request["patch"].items():
         owner, _, name = name.rpartition(".")
         setattr(getattr(cexec, owner) if owner else cexec, name, value)
+    if request["fault"]:
+        inject(*request["fault"].split("."))
     try:
         os._exit(cexec.main(["cexec.py"] + request["argv"]))
     except SystemExit as end:
@@ -7822,11 +7847,12 @@ class Forker:
             self.process = start(sys.executable, "-c", FORKER, HERE, stdin=far)
         self.process.ready()
 
-    def start(self, *argv, env=None, fds=None, limits=None, user=None, patch=None):
-        """fds: {number there: descriptor here}.  limits: {"RLIMIT_NOFILE": n}.  patch: {"Handler.PATIENCE": 1.0}."""
+    def start(self, *argv, env=None, fds=None, limits=None, user=None, patch=None, fault=None):
+        """fds: {number there: descriptor here}.  limits: {"RLIMIT_NOFILE": n}.  patch: {"Handler.PATIENCE": 1.0}.
+        fault: "Daemon._look", a method that raises once."""
         reading, writing = os.pipe()
         request = dict(argv=[str(word) for word in argv], env=clean_environment(env), numbers=list(fds), user=user,
-                       limits=limits or {}, patch=patch or {})
+                       limits=limits or {}, patch=patch or {}, fault=fault)
         rights = struct.pack("%di" % (1 + len(fds)), writing, *fds.values())
         with self.lock:
             self.listener.sendmsg([json.dumps(request).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
@@ -7901,11 +7927,10 @@ def forker(room):
     forker.end()
 
 
-def forked_worker(forker, room, *words, key=None, limits=None, user=None, patch=None, **env):
+def forked_worker(forker, room, *words, key=None, limits=None, user=None, patch=None, fault=None, **env):
     """A worker, ready, run by the forker: a Forked whose .errors has the log."""
     worker = forker.submit("cservice", *words, key or room.key, *DOER, env=room.settings(env), limits=limits,
-                           user=user, patch=patch)
-
+                           user=user, patch=patch, fault=fault)
     wait_until(lambda: assert_contains(worker.errors, b"ready"))
     return worker
 
@@ -8002,15 +8027,17 @@ class Impostor:
     def send(self, data):
         self.udp.sendto(data, ("127.255.255.255", self.room.port))
 
-    def announce(self):
+    def announce(self, port=None):
         self.nonce = os.urandom(8)
         body = cexec.encode_announcement(cexec.Announcement(0, 0, 4000, 0, os.urandom(8)))
-        data = cexec.encode_datagram(self.public.udp, cexec.ANNOUNCE, self.public.id, self.nonce, 1, body, self.port)
+        data = cexec.encode_datagram(self.public.udp, cexec.ANNOUNCE, self.public.id, self.nonce, 1, body,
+                                     port or self.port)
         self.send(data)
         return data
 
-    def accept(self):
+    def accept(self, seconds=10):
         """(a worker that has answered, past its preamble; the word that lets it go on)."""
+        self.listener.settimeout(seconds)
         connection = self._hold(self.listener.accept()[0])
         connection.settimeout(10)
         data = receive_exactly(connection, cexec.PREAMBLE_SIZE)
@@ -9015,6 +9042,122 @@ def assert_logged(worker, seen, words, lie):
 
 def assert_tidy(worker, fds):
     assert children(worker.pid) == [] and zombies(worker.pid) == [] and len(open_fds(worker.pid)) <= fds
+
+
+# -- a fault of the daemon's own
+
+DAEMON = "Daemon", "SubmitterConnection", "ConnectionTest", "HandlerProcess"      # classes whose objects its loop calls
+
+
+def daemon_callbacks():
+    """"Class.method" of every method of the daemon that is called from outside its class: given away as a value or in
+    a lambda, in a table, or told by its name to be some object's owner's."""
+    with open(CEXEC, encoding="utf-8") as file:
+        owners = {node.name: node for node in ast.parse(file.read()).body
+                  if isinstance(node, ast.ClassDef) and node.name in DAEMON}
+    methods = {name: {node.name for node in owner.body if isinstance(node, ast.FunctionDef)}
+               for name, owner in owners.items()}
+
+    def given(owner):
+        for node in ast.walk(owner):
+            if isinstance(node, ast.Call):
+                for value in node.args + [named.value for named in node.keywords if named.arg != "on_error"]:
+                    if isinstance(value, ast.Lambda):
+                        yield from (each.func for each in ast.walk(value.body) if isinstance(each, ast.Call))
+                    yield value
+            elif isinstance(node, ast.Dict):
+                yield from node.values
+            elif isinstance(node, ast.FunctionDef) and node.name.startswith("on_"):
+                yield ast.Name(node.name)
+
+    found = set()
+    for name, owner in owners.items():
+        for value in given(owner):
+            if isinstance(value, ast.Name) and value.id in methods[name]:
+                found.add((name, value.id))
+            elif isinstance(value, ast.Attribute):
+                own = names_self(value.value) and value.attr in methods[name]
+                found |= {(each, value.attr) for each in ([name] if own else methods) if value.attr in methods[each]}
+    return sorted("%s.%s" % each for each in found)
+
+
+class Stimuli:
+    """Whatever may make a daemon of one slot call something; each costs it a job at most."""
+
+    def __init__(self, forker, room, worker, impostor):
+        self.forker, self.room, self.worker, self.impostor = forker, room, worker, impostor
+        self.all = [self.job, self.silent_submitter, self.refusing_submitter, self.roll_call, self.killed_handler]
+
+    def job(self):
+        """With all its datagrams, up to the alert."""
+        quick(self.forker, self.room, "DO=cat", input=b"data", env={"CEXEC_TIMEOUT_ACCEPT": 5})
+
+    def silent_submitter(self):
+        """Is called and hangs up."""
+        self.impostor.announce()
+        with contextlib.suppress(OSError):
+            self.impostor.accept(3)[0].close()
+        self.say(cexec.TAKEN, cexec.encode_taken(None))
+
+    def refusing_submitter(self):
+        """Wants to be called where nobody listens."""
+        with socket.socket() as closed:
+            closed.bind(("127.0.0.1", 0))
+            self.impostor.announce(closed.getsockname()[1])
+        time.sleep(0.2)
+        self.say(cexec.TAKEN, cexec.encode_taken(None))
+
+    def roll_call(self):
+        for flags in 0, cexec.CONNECT:
+            self.impostor.nonce = os.urandom(8)
+            self.say(cexec.ASK, cexec.encode_ask(0, flags))
+
+    def killed_handler(self):
+        """In the middle of its job."""
+        job = self.forker.submit("cexec", self.room.pub, "DO=echo ready; exec sleep 60",
+                                 env=self.room.settings({"CEXEC_RETRIES": 0, "CEXEC_TIMEOUT_ACCEPT": 5}))
+        with contextlib.suppress(AssertionError):
+            job.out.wait(6, 5)
+            for pid in children(self.worker.pid):
+                os.kill(pid, signal.SIGKILL)
+        job.wait()
+
+    def stop(self):
+        self.worker.signal(signal.SIGTERM)
+
+    def say(self, kind, body):
+        public = self.impostor.public
+        self.impostor.send(cexec.encode_datagram(public.udp, kind, public.id, self.impostor.nonce, 1, body,
+                                                 self.impostor.port if kind == cexec.ASK else 0))
+
+    def until(self, words, stimuli):
+        """Gives one after the other until the worker's log has these words; the one that brought them."""
+        for give in stimuli:
+            give()
+            with contextlib.suppress(AssertionError):
+                wait_until(lambda: assert_contains(self.worker.errors, words), 1)
+                return give
+        pytest.fail("%r is not in the log:\n%s" % (words, self.worker.errors.data.decode()))
+
+
+@LINUX_ONLY
+@pytest.mark.parametrize("callback", daemon_callbacks())
+def test_a_fault_in_a_callback_of_the_daemon_costs_one_job_at_most(room, forker, callback):
+    """The log has the traceback, the only slot is free for the next job, and the callback is called again."""
+    worker = forked_worker(forker, room, fault=callback, CONCURRENCY=1)
+    with Impostor(room) as impostor:
+        stimuli = Stimuli(forker, room, worker, impostor)
+        brought = stimuli.until(b"fault: call 1", stimuli.all + [stimuli.stop])
+        wait_until(lambda: assert_contains(worker.errors, b"RuntimeError: injected"))
+        assert b"Traceback (most recent call last)" in worker.errors.data
+        assert_serving(forker, room)
+        if brought != stimuli.stop:
+            stimuli.until(b"fault: call 2", [brought] * 3)
+            assert_serving(forker, room)
+    worker.signal(signal.SIGTERM)
+    assert worker.wait() == 0
+    assert worker.errors.wait_end().count(b"Traceback (most recent call last)") == 1, worker.errors.data.decode()
+    assert b"fault: call 2" in worker.errors.data
 
 
 # -- strangers
