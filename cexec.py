@@ -7505,7 +7505,7 @@ class ProxyRelay:
             return self.end(reason_of(error))
         # From here on the worker says nothing before the submitter does: only its end can come.
         self._enter("waiting")
-        self.loop.watch(self.worker.fileno(), read=lambda: self.end("the worker has gone"))
+        self.loop.watch(self.worker.fileno(), read=lambda: self.end("the worker has gone or did not wait"))
         self.proxy.preamble_read(self)
 
     def connect(self):
