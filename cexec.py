@@ -438,9 +438,13 @@ SETTINGS = (
             "what one job may use: wall and cpu (seconds), memory and file (bytes, k M G), processes"),
     Setting("max_skew", ("CRAT_MAX_SKEW",), (CRAT,), seconds(0, 10 ** 9), "900", "SECONDS",
             "how far an alert's clock may differ from this machine's; 0 takes any"),
+    Setting("keys", ("CPROXY_KEY",), (CPROXY,), lambda text: list(filter(None, text.split(":"))), "", "APP.pub",
+            "carry this key's jobs only; several times for several keys"),
     Setting("idle", ("CPROXY_IDLE",), (CPROXY,), seconds(1, 10 ** 6), "300", "SECONDS",
             "silence after which a relayed connection is ended"),
 )
+
+REPEATABLE = {"keys": ":"}  # settings whose option may be given several times, and what then stands between the values
 
 FLAGS = {   # options without a value: {option: (attribute, value, tool, help)}
     "-t": ("terminal", 1, CEXEC, "give the job a terminal"),
@@ -506,7 +510,10 @@ def _read_options(tool, arguments):
         elif not equals and not arguments:
             raise Failure(name, "an option without its value", "see %s --help" % tool, EXIT_USAGE)
         else:
-            given[options[name].attribute] = name, value if equals else arguments.pop(0)
+            attribute, value = options[name].attribute, value if equals else arguments.pop(0)
+            if attribute in given and attribute in REPEATABLE:
+                value = given[attribute][1] + REPEATABLE[attribute] + value
+            given[attribute] = name, value
     # What follows the COMMAND of cservice is the command's own.
     for word in arguments[1:2 if tool == CSERVICE else None]:
         if word in own_flags or word.partition("=")[0] in options:
@@ -3203,6 +3210,17 @@ def connect_to(place):
     except OSError as error:
         problem = error.errno
     return made, 0 if problem == errno.EINPROGRESS else problem
+
+
+def receive_up_to(connection, data, size):
+    """`data` and what has come behind it, together at most `size` bytes.  EOFError at the other side's end."""
+    try:
+        part = connection.recv(size - len(data))
+    except BlockingIOError:
+        return data
+    if not part:
+        raise EOFError("closed before it said who it was")
+    return data + part
 
 
 def ports_text(ports):
@@ -7376,23 +7394,26 @@ def crat(arguments, settings):
 
 
 # ---------------------------------------------------------------- cproxy
-# A datagram heard on GROUP is sent again to TARGET, the announcements with a port of ours: a "door" on the far side.
-# A worker that comes to a door is relayed to the submitter, once its first bytes show that it answers that very
-# announcement: so the proxy leads to nothing but submitters that ask for workers.
+# A datagram heard on GROUP is sent again to TARGET; one that asks workers to connect back, with a listener's port of
+# ours.  A worker that connects there is relayed to the submitter, once its preamble shows that it answers that very
+# datagram.  Before the submitter's GO nothing but the preamble passes, so what is no submitter answers nobody.
+# What workers answer by datagram comes to the socket that asked them, and goes to where the question came from.
 
-LISTENERS_MAX = 256             # doors open at once: searches going on; the one silent for longest makes room
-LISTENERS_PER_SOURCE = 64       # of these, for one submitting host: a stranger's flood must not close all the others'
-LISTENER_SECONDS = 30.0         # a door stays so long after the last announcement: cexec repeats its own every 5 s at most
-ACTIVE_PER_LISTENER = 4         # relayed at once for one announcement, as many as cexec shakes hands with; others wait
-CONNECTIONS_PER_LISTENER = 64       # connections kept for one announcement, waiting ones included
+LISTENERS_MAX = 256         # announcements and roll calls at once; the one silent for longest makes room
+LISTENERS_PER_SOURCE = 64   # of these, for one submitting host: a stranger's flood must not close all the others'
+LISTENER_SECONDS = 30.0     # each is kept so long after it was last heard: cexec repeats its own every 5 s at most
+ACTIVE_PER_LISTENER = 4     # relayed at once for one announcement, as many as cexec shakes hands with; others wait
+CONNECTIONS_PER_LISTENER = 64   # connections kept for one announcement, waiting ones included
 RELAYS_MAX = 2000           # connections in all, as far as descriptors suffice
 DESCRIPTORS_PER_RELAY = 2
-PREAMBLE_SECONDS = 10.0        # to say the opening bytes
+PREAMBLE_SECONDS = 10.0     # to say the preamble
 CONNECT_SECONDS = 5.0       # to reach the submitter
-DUPLICATE_SECONDS = 60.0         # a datagram heard again within this time is the same one, come back around a loop
-DUPLICATES_MAX = 1 << 15        # datagrams remembered for that; more than SEND_RATE lets through while one goes around
+GO_SECONDS = 15.0           # for the submitter to choose, as long as a worker waits for it
+HANDSHAKE_MAX = 4096        # bytes that a submitter sends at most to a worker that it then does not take
+DUPLICATE_SECONDS = 60.0    # a datagram heard again within this time is the same one, come back around a loop
+DUPLICATES_MAX = 1 << 15    # datagrams remembered for that; more than SEND_RATE lets through while one goes around
 COPIES = {ALERT: 3}         # times that one datagram passes; else once.  cexec repeats alerts, against loss
-SEND_RATE, SEND_BURST = 2000, 2000          # datagrams a second in all: about 200 jobs a second
+SEND_RATE, SEND_BURST = 2000, 2000          # datagrams a second in all, each way: about 200 jobs a second
 SOURCE_RATE, SOURCE_BURST = 1000, 1000      # from one address
 SOURCES_MAX = 1024          # addresses whose rate is remembered
 PIECE = 1 << 18             # bytes read at once; smaller ones cost speed
@@ -7400,18 +7421,20 @@ HELD_MAX = 1 << 26          # bytes held for slow readers in all, from which on 
 SMALL_PIECE = 1 << 14       # then RELAYS_MAX relays hold as much again at most
 PUMP_ROUNDS = 8             # moves in a row before others get their turn
 SWEEP_SECONDS = 1.0
+TEXT = bytes(range(32, 127)) + b"\t\r\n"    # GO is random; a banner made of these alone is some other server's
 
 
 class DuplicateFilter:
-    """Which datagrams have passed already, for ECHO_SECONDS; at most ECHOES_MAX."""
+    """Which datagrams have passed already, for DUPLICATE_SECONDS; at most DUPLICATES_MAX."""
 
     def __init__(self):
-        self.passed = collections.OrderedDict()
+        self.passed = collections.OrderedDict()     # {hash: (times, when first)}
 
     def may_pass(self, datagram, now):
         """Whether this datagram may pass (once more), whatever its port; counts it."""
         name = hashlib.sha256(datagram.data[:6] + datagram.data[8:]).digest()[:16]
-        while self.passed and (len(self.passed) >= DUPLICATES_MAX or self._oldest() < now - DUPLICATE_SECONDS):
+        while self.passed and (len(self.passed) >= DUPLICATES_MAX
+                               or next(iter(self.passed.values()))[1] < now - DUPLICATE_SECONDS):
             self.passed.popitem(last=False)
         times, first = self.passed.get(name, (0, now))
         if times >= COPIES.get(datagram.kind, 1):
@@ -7419,151 +7442,180 @@ class DuplicateFilter:
         self.passed[name] = times + 1, first
         return True
 
-    def _oldest(self):
-        return next(iter(self.passed.values()))[1]
 
-
-class Buffer:
-    """Room for one read, shared by all relays, and the count of the bytes that they hold for slow readers."""
+class RelayBuffer:
+    """Memory for one read, shared by all relays, and the count of the bytes that they hold for slow readers."""
 
     def __init__(self):
-        self.room, self.held = memoryview(bytearray(PIECE)), 0
+        self.memory = memoryview(bytearray(PIECE))
+        self.held = 0
 
-    def place(self):
-        return self.room if self.held < HELD_MAX else self.room[:SMALL_PIECE]
+    def free(self):
+        return self.memory if self.held < HELD_MAX else self.memory[:SMALL_PIECE]
 
 
 class Pump:
     """One direction of a relay: bytes that came from `source` go to `sink`, at most PIECE of them held in between.
 
     They are copied: splicing them through a pipe is no faster here, and needs three times the descriptors.
-    Raises OSError when a side is broken.
+    at: the side used last, which is the broken one when pump() raises OSError.
     """
-    __slots__ = ("source", "sink", "buffer", "pending", "moved", "ended", "over")
+    __slots__ = ("source", "sink", "buffer", "pending", "moved", "ended", "over", "at")
 
-    def __init__(self, source, sink, buffer, pending=b""):
-        self.source, self.sink, self.buffer, self.pending = source, sink, buffer, memoryview(pending)
-        self.moved, self.ended, self.over = 0, False, False
-        buffer.held += len(pending)
-
-    @property
-    def full(self):
-        """Whether it waits for the sink; else it waits for the source."""
-        return bool(self.pending)
+    def __init__(self, source, sink, buffer, pending=b"", moved=0):
+        self.source, self.sink, self.buffer = source, sink, buffer
+        self.at = source
+        self.pending = b""          # read and not yet sent: while there is any, it waits for the sink
+        self.moved = moved          # bytes sent
+        self.ended = self.over = False      # the source has ended; the sink has been told so
+        self._hold(memoryview(pending))
 
     def pump(self):
         """Moves what can be moved now."""
         for _ in range(0 if self.over else PUMP_ROUNDS):
+            if self.pending:
+                self._hold(self._send(self.pending))
+                if self.pending:
+                    return
+            if self.ended:
+                self.over, self.at = True, self.sink
+                return self.sink.shutdown(socket.SHUT_WR)
             try:
-                self._drain()
-                if self.ended:
-                    self.over = True
-                    return self.sink.shutdown(socket.SHUT_WR)
-                self._fill()
+                self._read()
             except BlockingIOError:
-                return None
-        return None
+                return
 
-    def _drain(self):
-        """All that is held to the sink; BlockingIOError when it takes no more."""
-        while self.pending:
-            self._sent(self.sink.send(self.pending))
-
-    def _sent(self, count):
-        self.pending, self.moved, self.buffer.held = self.pending[count:], self.moved + count, self.buffer.held - count
-
-    def _fill(self):
+    def _read(self):
         """Bytes from the source, on to the sink as far as it takes them; BlockingIOError when there are none yet."""
-        place = self.buffer.place()
-        size = self.source.recv_into(place)
+        self.at, memory = self.source, self.buffer.free()
+        size = self.source.recv_into(memory)
         self.ended = not size
+        self._hold(memoryview(bytes(self._send(memory[:size]) if size else b"")))
+
+    def _send(self, data):
+        """What is left of it after the sink has taken what it takes at once."""
+        self.at = self.sink
         try:
-            sent = self.sink.send(place[:size]) if size else 0
+            sent = self.sink.send(data)
         except BlockingIOError:
             sent = 0
         self.moved += sent
-        self.pending = memoryview(bytes(place[sent:size]))
-        self.buffer.held += size - sent
+        return data[sent:]
+
+    def _hold(self, rest):
+        self.buffer.held += len(rest) - len(self.pending)
+        self.pending = rest
 
     def close(self):
         """Gives up what is held.  May be called again."""
-        self.buffer.held -= len(self.pending)
-        self.pending = memoryview(b"")
+        self._hold(b"")
 
 
 class ProxyListener:
-    """The port on the far side that stands for one announcement's port."""
+    """What was heard under one nonce from one place, and the port on the far side that stands for the one it names.
 
-    def __init__(self, name, target, nonce, listening):
-        self.name, self.target, self.nonce, self.listening = name, target, nonce, listening
-        self.port, self.heard = listening.getsockname()[1], 0.0
-        self.callers, self.waiting, self.active = set(), collections.deque(), set()
+    Made and ended by Cproxy.  secret: of the key that it is authentic for; None where none was given.
+    submitter: where to connect for the workers.  asker: where its datagrams come from, and answers go.
+    """
+
+    def __init__(self, name, datagram, source, secret, listening):
+        self.name, self.key_id, self.nonce, self.secret = name, datagram.key_id, datagram.nonce, secret
+        self.submitter = (source[0], datagram.port, *source[2:])
+        self.asker = source
+        self.listening = listening          # None where nobody is asked to connect
+        self.port = listening.getsockname()[1] if listening else 0
+        self.heard = 0.0
+        self.connections = {}               # ProxyRelays as keys, in the order of arrival
+        self.waiting = collections.deque()
+        self.active = set()
+        self.chosen = 0                     # how many were told to go on
+
+    def fileno(self):
+        return self.listening.fileno() if self.listening else -1
 
 
 class ProxyRelay:
-    """One worker's connection, from its knock at a door to its end.  Its states:
+    """One worker's connection, from its arrival at a ProxyListener to its end.  Its states:
 
-    knocking    the worker has yet to say that it answers this announcement
+    preamble    the worker has yet to say that it answers this announcement
     waiting     enough others are active for this announcement
     connecting  to the submitter
+    go          the submitter has the preamble and has yet to choose; nothing else has passed
     running     bytes pass
     over
     """
 
     def __init__(self, proxy, number, listener, worker, address):
         self.proxy, self.loop, self.number, self.listener, self.worker = proxy, proxy.loop, number, listener, worker
-        self.name, self.submitter, self.pumps, self.opening = place_text(address), None, (), b""
-        self.state, self.since, self.deadline = "knocking", time.monotonic(), time.monotonic() + PREAMBLE_SECONDS
+        self.names = "%s to %s" % (place_text(address), place_text(listener.submitter))
+        self.submitter = None
+        self.preamble = self.go = b""
+        self.pumps = ()
+        self.since = time.monotonic()
+        self._enter("preamble", PREAMBLE_SECONDS)
         worker.setblocking(False)
         keep_alive(worker)
         self.loop.watch(worker.fileno(), read=self._read_preamble)
 
-    def _read_preamble(self):
-        """Reads the worker's opening.  Its tag is the submitter's to judge; the nonce is in clear."""
-        try:
-            data = self.worker.recv(PREAMBLE_SIZE - len(self.opening))
-        except BlockingIOError:
-            return
-        except OSError as error:
-            return self.end(reason_of(error))
-        self.opening += data
-        expected = MAGIC + bytes([WIRE_VERSION]) + self.listener.nonce
-        if not data or self.opening[:len(expected)] != expected[:len(self.opening)]:
-            return self.end("not an answer to this announcement")
-        if len(self.opening) == PREAMBLE_SIZE:
-            # From here on the worker says nothing before the submitter does: only its end can come.
-            self.state, self.deadline = "waiting", None
-            self.loop.watch(self.worker.fileno(), read=self._gone)
-            self.proxy.preamble_read(self)
+    def _enter(self, state, seconds=None):
+        self.state, self.deadline = state, seconds and time.monotonic() + seconds
 
-    def _gone(self):
-        self.end("the worker has gone")
+    def _read_preamble(self):
+        listener = self.listener
+        try:
+            self.preamble = receive_up_to(self.worker, self.preamble, PREAMBLE_SIZE)
+            if not preamble_may_follow(self.preamble, listener.nonce):
+                raise ProtocolError("not an answer to this announcement")
+            if len(self.preamble) < PREAMBLE_SIZE:
+                return
+            if listener.secret:
+                parse_preamble(listener.secret, listener.nonce, self.preamble)
+        except (OSError, EOFError, ProtocolError) as error:
+            return self.end(reason_of(error))
+        # From here on the worker says nothing before the submitter does: only its end can come.
+        self._enter("waiting")
+        self.loop.watch(self.worker.fileno(), read=lambda: self.end("the worker has gone or did not wait"))
+        self.proxy.preamble_read(self)
 
     def connect(self):
         """It is this one's turn."""
-        self.state, self.deadline = "connecting", time.monotonic() + CONNECT_SECONDS
-        self.loop.watch(self.worker.fileno())
-        family = socket.AF_INET6 if ":" in self.listener.target[0] else socket.AF_INET
+        self._enter("connecting", CONNECT_SECONDS)
         try:
-            self.submitter = socket.socket(family, socket.SOCK_STREAM)
-            self.submitter.setblocking(False)
-            keep_alive(self.submitter)
-            error = self.submitter.connect_ex(self.listener.target)
-        except OSError as problem:
-            return self.end(reason_of(problem))
-        if error not in (0, errno.EINPROGRESS):
-            return self.end(os.strerror(error))
+            self.submitter, problem = connect_to(self.listener.submitter)
+        except OSError as error:
+            problem = error.errno
+        if problem:
+            return self.end("the submitter: " + os.strerror(problem))
         self.loop.watch(self.submitter.fileno(), write=self._connected)
 
     def _connected(self):
-        error = self.submitter.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if error:
-            return self.end("the submitter: " + os.strerror(error))
-        self.state, self.deadline = "running", time.monotonic() + self.proxy.idle
-        self.pumps = (Pump(self.worker, self.submitter, self.proxy.buffer, self.opening),
-                      Pump(self.submitter, self.worker, self.proxy.buffer))
-        self.proxy.log("relay %d: %s to %s" % (self.number, self.name, place_text(self.listener.target)))
-        self._pump_up()
+        problem = self.submitter.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if problem:
+            return self.end("the submitter: " + os.strerror(problem))
+        self._enter("go", GO_SECONDS)
+        self.loop.watch(self.submitter.fileno(), read=self._read_go)
+        try:
+            self.submitter.send(self.preamble)
+        except OSError:
+            self.end("not chosen")
+
+    def _read_go(self):
+        """Reads one byte more than GO has: another server that says more than that at once is found out."""
+        try:
+            self.go = receive_up_to(self.submitter, self.go, GO_SIZE + 1)
+        except (OSError, EOFError):
+            return self.end("not chosen")
+        if len(self.go) < GO_SIZE:
+            return
+        secret = self.listener.secret
+        if not (hmac.compare_digest(self.go, encode_go(secret, self.preamble)) if secret
+                else len(self.go) == GO_SIZE and self.go.strip(TEXT)):
+            return self.end("what listens there is no submitter")
+        self._enter("running")
+        self.listener.chosen += 1
+        self.pumps = (Pump(self.worker, self.submitter, self.proxy.buffer, moved=PREAMBLE_SIZE),
+                      Pump(self.submitter, self.worker, self.proxy.buffer, self.go))
+        self._pump_down()
 
     def _pump_up(self):
         self._pump(self.pumps[0])
@@ -7584,38 +7636,51 @@ class ProxyRelay:
             # The submitter has done with this one: a worker that does not notice must not keep others waiting.
             self.proxy.released(self)
         watch = self.loop.watch
-        watch(self.worker.fileno(), None if up.over or up.full else self._pump_up,
-              self._pump_down if down.full else None)
-        watch(self.submitter.fileno(), None if down.over or down.full else self._pump_down,
-              self._pump_up if up.full else None)
+        watch(self.worker.fileno(), None if up.over or up.pending else self._pump_up,
+              self._pump_down if down.pending else None)
+        watch(self.submitter.fileno(), None if down.over or down.pending else self._pump_down,
+              self._pump_up if up.pending else None)
 
     def _broken(self, pump, error):
         """One direction is broken.  What the other has in hand came before that, and still goes where it can."""
-        other = self.pumps[self.pumps[0] is pump]
+        up, down = self.pumps
+        other = up if pump is down else down
         try:
             other.pump()
         except OSError:
             pass
+        by_submitter = pump.at is self.submitter
         if other.ended:
             # The side that refuses has ended its own direction before: it closed, as programs do that are done.
-            return self.end(None if pump.ended else "closed while bytes were on their way")
-        self.end(reason_of(error))
+            self.end(None if pump.ended else "closed while bytes were on their way")
+        elif (by_submitter and self.listener.chosen > 1 and down.moved <= HANDSHAKE_MAX
+                and time.monotonic() < self.since + GO_SECONDS):
+            self.end("not chosen")      # of several that shook hands the submitter takes one and drops the others
+        else:
+            self.end("%s: %s" % ("the submitter" if by_submitter else "the worker", reason_of(error)))
 
     def end(self, why=None):
         """Ends it: after both ends of data quietly, else with a reset to both sides and the reason in the log."""
         if self.state == "over":
             return
-        ran, self.state = self.state in ("running", "connecting"), "over"
+        tell = self.state in PASSING
+        self._enter("over")
         for side in filter(None, (self.worker, self.submitter)):
             self.loop.watch(side.fileno())
             close_socket(side, reset=why is not None)
         for pump in self.pumps:
             pump.close()
-        if ran:
+        if tell:
             up, down = [pump.moved for pump in self.pumps] or (0, 0)
-            self.proxy.log("relay %d: %s, %d bytes to the submitter, %d to the worker, %.3f s" % (
-                self.number, why or "ended", up, down, time.monotonic() - self.since))
+            self.proxy.log("relay %d: %s: %s, %d bytes to the submitter, %d to the worker, %.3f s" % (
+                self.number, self.names, why or "ended", up, down, time.monotonic() - self.since))
         self.proxy.over(self)
+
+
+PASSING = ("connecting", "go", "running")       # the states of a relay that gets a line, and that a drain waits for
+# What it means when a state lasts too long.
+TOO_LONG = {"preamble": "silent", "connecting": "the submitter cannot be reached", "go": "not chosen",
+            "running": "idle"}
 
 
 def keep_alive(connection):
@@ -7641,26 +7706,34 @@ def place_text(address):
 
 
 class Cproxy:
-    """Carries what is heard on one group over to another, and the connections that come back."""
+    """Carries what is heard on one group over to another, and the answers back: connections and datagrams."""
 
-    def __init__(self, source, target, settings):
-        self.source, self.target, self.idle, self.notes = source, target, settings.idle, Log(CPROXY)
+    def __init__(self, source, target, keys, settings):
+        self.source, self.target, self.idle, self.log = source, target, settings.idle, Log(CPROXY)
+        self.secrets = {}           # {key id: secrets of the keys given}; empty: all datagrams pass
+        for key in keys:
+            self.secrets.setdefault(key.id, []).append(key.udp)
         self.inside, self.outside = GroupSocket(settings.group, listen=True), GroupSocket(target, False, source)
+        self.outside.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)    # a roll call's answers
         self.own = self.outside.socket.getsockname()[:2]
-        self.duplicates, self.rate, self.rates = DuplicateFilter(), TokenBucket(SEND_RATE, SEND_BURST), collections.OrderedDict()
-        self.listeners, self.relays, self.count, self.draining = collections.OrderedDict(), set(), 0, False
+        self.duplicates, self.rates = DuplicateFilter(), collections.OrderedDict()
+        self.forth, self.back = TokenBucket(SEND_RATE, SEND_BURST), TokenBucket(SEND_RATE, SEND_BURST)
+        self.listeners = {}         # {name: ProxyListener}, oldest first
+        self.relays, self.silent = {}, {}       # as keys: all connections; those without a preamble, oldest first
+        self.count, self.draining = 0, False
         self.most, self.full = raise_descriptor_limit(), False
-        self.buffer, self.spare = Buffer(), os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self.buffer, self.spare = RelayBuffer(), os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self.loop = Loop()
 
-    def run(self, group):
+    def run(self, words):
         try:
             for number in (signal.SIGTERM, signal.SIGINT):
                 self.loop.on_signal_unless_ignored(number, self._drain)
-            self.loop.watch(self.inside.fileno(), read=self._hear)
+            self.loop.watch(self.inside.fileno(), read=lambda: self._hear(self.inside, self._forward))
+            self.loop.watch(self.outside.fileno(), read=lambda: self._hear(self.outside, self._bring_back))
             self.loop.call_later(REFRESH_EVERY, self._refresh)
             self.loop.call_later(SWEEP_SECONDS, self._sweep)
-            self.log("ready: hears %s, tells %s from %s" % (group, self.target, self.source[0]))
+            self.log("ready: " + words, always=True)
             self.loop.run()
         finally:
             self._close()
@@ -7671,13 +7744,15 @@ class Cproxy:
 
     def _drain(self, number):
         """The first signal lets what is running end, the second does not."""
-        if self.draining or not any(relay.state in ("connecting", "running") for relay in self.relays):
+        passing = sum(relay.state in PASSING for relay in self.relays)
+        if self.draining or not passing:
             return self.loop.stop()
         self.draining = True
         self.loop.watch(self.inside.fileno())
+        self.loop.watch(self.outside.fileno())
         for name in list(self.listeners):
             self._close_listener(name)
-        self.log("stopping: waits for %d relays" % len(self.relays))
+        self.log("stopping: waits for %d relays" % passing)
 
     def _close(self):
         self.draining = False       # nothing more to wait for
@@ -7692,91 +7767,118 @@ class Cproxy:
             os.close(self.spare)
 
     # -- datagrams
-    def _hear(self):
+    def _hear(self, group, act):
         for _ in range(RECEIVE_ROUND):
-            heard = self.inside.receive()
+            heard = group.receive()
             if heard is None:
                 break
-            self._datagram(*heard)
-        self.notes.datagrams_lost(self.inside.dropped)
+            try:
+                act(parse_datagram(heard[0]), *heard[1:])
+            except ProtocolError:
+                pass
+        self.log.datagrams_lost(self.inside.dropped)
 
-    def _datagram(self, data, source, index):
-        try:
-            datagram = parse_datagram(data)
-        except ProtocolError:
-            return
-        if source[:2] == self.own or index and index == self._far_link():
-            return          # it is on the far side already
-        now = time.monotonic()
-        if datagram.kind == ANNOUNCE and datagram.port < 1024:
+    def _forward(self, datagram, source, index):
+        """From the near side to the far one."""
+        kind, data, now = datagram.kind, datagram.data, time.monotonic()
+        if source[:2] == self.own or index and index == self._far_link() or kind == HERE:
+            return          # it is on the far side already, or nobody asked for it
+        asked = kind == ANNOUNCE or kind == ASK and parse_ask(datagram)[1] & CONNECT
+        if kind == ANNOUNCE and datagram.port < 1024:
             return          # no worker would connect to that
-        if not self._allowed(source[0], now):
-            return self.notes.note("rate", "too many datagrams from %s: some not carried on" % source[0])
+        secret = next((secret for secret in self.secrets.get(datagram.key_id, ()) if datagram.authentic(secret)), None)
+        if self.secrets and not secret or not self._allowed(source[0], self.forth, now):
+            return
         if not self.duplicates.may_pass(datagram, now):
             return
-        if datagram.kind == ANNOUNCE:
-            listener = self._listener_for(datagram, source, now)
-            data = listener and with_port(data, listener.port)
-        elif datagram.kind == TAKEN:
+        if kind in (ANNOUNCE, ASK):
+            listener = self._listener_for(datagram, source, secret, asked and datagram.port >= 1024, now)
+            if not listener:
+                return
+            data = with_port(data, listener.port)
+        elif kind == TAKEN:
             self._taken(datagram, source)
-        problems = self.outside.send(data) if data else ()
+        problems = self.outside.send(data)
         if problems:
-            self.notes.note("send", "cannot send to %s: %s" % (self.target, ", ".join(problems)))
+            self.log.note("send", "cannot send to %s: %s" % (self.target, ", ".join(problems)))
+
+    def _bring_back(self, datagram, source, index):
+        """A worker's answer, to where the question came from."""
+        if datagram.kind != HERE:
+            return
+        parse_here(datagram)
+        asked = next((each for each in self.listeners.values()
+                      if (each.key_id, each.nonce) == (datagram.key_id, datagram.nonce)), None)
+        now = time.monotonic()
+        if (not asked or asked.secret and not datagram.authentic(asked.secret)
+                or not self._allowed(source[0], self.back, now) or not self.duplicates.may_pass(datagram, now)):
+            return
+        try:
+            self.inside.socket.sendto(datagram.data, asked.asker)
+        except OSError as error:
+            self.log.note("back", "cannot answer %s: %s" % (asked.asker[0], reason_of(error)))
 
     def _far_link(self):
-        """The number of the link that TARGET covers; 0 where it is not one link that can be told from the near side."""
+        """The number of the far link: what comes in by it is no near datagram.  0 where there is none, or where GROUP
+        has the same one and TARGET is a machine beyond it."""
         far = self.outside.home
         if far is None or far.loopback:
             return 0
-        return far.index if self.target.kind != "unicast" or self.target.address == far.broadcast else 0
+        near = {interface.index for interface in self.inside.targets if interface}
+        beyond = self.target.kind == "unicast" and self.target.address != far.broadcast
+        return 0 if beyond and near == {far.index} else far.index
 
-    def _allowed(self, source, now):
+    def _allowed(self, source, total, now):
         rate = self.rates.pop(source, None) or TokenBucket(SOURCE_RATE, SOURCE_BURST)
         self.rates[source] = rate
         if len(self.rates) > SOURCES_MAX:
             self.rates.popitem(last=False)
-        return rate.take(now) and self.rate.take(now)
+        allowed = rate.take(now) and total.take(now)
+        if not allowed:
+            self.log.note("rate", "too many datagrams from %s: some not carried on" % source)
+        return allowed
 
-    # -- doors
-    def _listener_for(self, datagram, source, now):
-        """The door for this announcement, opened if need be; None when none can be had."""
+    # -- listeners
+    def _listener_for(self, datagram, source, secret, connects, now):
+        """The ProxyListener for this announcement or roll call, opened if need be; None when none can be had."""
         name = (source[0], source[3:], datagram.key_id, datagram.nonce, datagram.port)
-        listener = self.listeners.pop(name, None) or self._open_listener(name, datagram, source)
+        listener = self.listeners.get(name) or self._open_listener(name, datagram, source, secret, connects)
         if listener:
-            self.listeners[name], listener.heard = listener, now
+            listener.asker, listener.heard = source, now
         return listener
 
-    def _open_listener(self, name, datagram, source):
+    def _open_listener(self, name, datagram, source, secret, connects):
         same = [other for other in self.listeners if other[0] == name[0]]
-        if len(same) >= LISTENERS_PER_SOURCE:
-            self._close_listener(same[0])
-        elif len(self.listeners) >= LISTENERS_MAX:
-            self._close_listener(next(iter(self.listeners)))
+        if len(same) >= LISTENERS_PER_SOURCE or len(self.listeners) >= LISTENERS_MAX:
+            full = same if len(same) >= LISTENERS_PER_SOURCE else self.listeners
+            self._close_listener(min(full, key=lambda other: self.listeners[other].heard))
         address, family, scope = self.source
         try:
-            listening = listen_at(socket_address(family, address, 0, scope), family, backlog=CONNECTIONS_PER_LISTENER)
+            listening = listen_at(socket_address(family, address, 0, scope), family,
+                                  backlog=CONNECTIONS_PER_LISTENER) if connects else None
         except (Failure, OSError) as problem:
-            return self.notes.note("door", "cannot carry on an announcement of %s: %s" % (source[0], problem))
-        listener = ProxyListener(name, (source[0], datagram.port, *source[2:]), datagram.nonce, listening)
+            return self.log.note("listener", "cannot carry on an announcement of %s: %s" % (source[0], problem))
+        listener = self.listeners[name] = ProxyListener(name, datagram, source, secret, listening)
         self._watch_listener(listener)
         return listener
 
     def _watch_listener(self, listener):
-        self.loop.watch(listener.listening.fileno(), read=None if self.full else lambda: self._accept(listener))
+        self.loop.watch(listener.fileno(), read=None if self.full else lambda: self._accept(listener))
 
     def _close_listener(self, name):
         """Whoever has not got through by now gets a reset."""
         listener = self.listeners.pop(name)
-        self.loop.watch(listener.listening.fileno())
-        listener.listening.close()
-        for relay in list(listener.callers):
-            if relay.state in ("knocking", "waiting"):
+        self.loop.watch(listener.fileno())
+        if listener.listening:
+            listener.listening.close()
+        for relay in list(listener.connections):
+            if relay.state in ("preamble", "waiting"):
                 relay.end("not needed")
 
     def _taken(self, datagram, source):
         """The submitter has its worker.  Only what comes from where the announcement came from is believed."""
         for name in [name for name in self.listeners
-                     if name[:2] == (source[0], source[3:]) and name[2:4] == (datagram.key_id, datagram.nonce)]:
+                     if name[:4] == (source[0], source[3:], datagram.key_id, datagram.nonce)]:
             self._close_listener(name)
 
     # -- connections
@@ -7787,17 +7889,22 @@ class Cproxy:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 self._turn_away(listener)
             return
-        if len(listener.callers) >= CONNECTIONS_PER_LISTENER:
-            return close_socket(worker, reset=True)
+        # A worker says its preamble at once, so the oldest that is silent makes room.
+        if len(listener.connections) >= CONNECTIONS_PER_LISTENER:
+            silent = next((relay for relay in listener.connections if relay.state == "preamble"), None)
+            if not silent:
+                return close_socket(worker, reset=True)
+            silent.end("silent, and others came")
+        elif len(self.relays) >= self.most and self.silent:
+            next(iter(self.silent)).end("silent, and others came")
         self.count += 1
         relay = ProxyRelay(self, self.count, listener, worker, address)
-        self.relays.add(relay)
-        listener.callers.add(relay)
-        self._set_full(len(self.relays) >= self.most)
+        self.relays[relay] = self.silent[relay] = listener.connections[relay] = True
+        self._set_full()
 
     def _turn_away(self, listener):
         """No descriptor is left.  The spare one serves to close the connection, which would else wake us for ever."""
-        self.notes.note("descriptors", "out of descriptors: workers turned away")
+        self.log.note("descriptors", "out of descriptors: workers turned away")
         if self.spare is not None:
             os.close(self.spare)
             self.spare = None
@@ -7810,14 +7917,17 @@ class Cproxy:
         except OSError:
             pass        # the next connection that ends gives one back
 
-    def _set_full(self, full):
-        """With as many connections as can be had, the others wait at the doors, in the kernel."""
+    def _set_full(self):
+        """With as many connections as can be had, none of them silent, the others wait in the kernel."""
+        full = len(self.relays) >= self.most and not self.silent
         if full != self.full:
             self.full = full
             for listener in self.listeners.values():
                 self._watch_listener(listener)
 
     def preamble_read(self, relay):
+        self.silent.pop(relay, None)
+        self._set_full()
         relay.listener.waiting.append(relay)
         self._next(relay.listener)
 
@@ -7835,10 +7945,10 @@ class Cproxy:
 
     def over(self, relay):
         """Called once by every relay at its end."""
-        self.relays.discard(relay)
-        relay.listener.callers.discard(relay)
+        for relays in self.relays, self.silent, relay.listener.connections:
+            relays.pop(relay, None)
         self.released(relay)
-        self._set_full(len(self.relays) >= self.most)
+        self._set_full()
         if self.draining and not self.relays:
             self.loop.stop()
 
@@ -7850,9 +7960,8 @@ class Cproxy:
 
     def _sweep(self):
         now = time.monotonic()
-        words = {"knocking": "silent", "connecting": "the submitter cannot be reached", "running": "idle"}
         for relay in [relay for relay in self.relays if relay.deadline and relay.deadline < now]:
-            relay.end(words.get(relay.state, "too late"))
+            relay.end(TOO_LONG[relay.state])
         for name in [name for name, listener in self.listeners.items() if listener.heard < now - LISTENER_SECONDS]:
             self._close_listener(name)
         self.loop.call_later(SWEEP_SECONDS, self._sweep)
@@ -7874,8 +7983,8 @@ def raise_descriptor_limit():
 
 
 def cproxy(arguments, settings):
-    """cproxy SELF [TARGET]: carries announcements and alerts from GROUP to TARGET, sent from this host's address SELF,
-    and the workers' connections back, until SIGTERM or SIGINT; then returns 0 when the last relay has ended."""
+    """cproxy SELF [TARGET]: carries what is heard on GROUP to TARGET, sent from this host's address SELF, and what the
+    workers answer back, until SIGTERM or SIGINT; then returns 0 when the last relay has ended."""
     if not 1 <= len(arguments) <= 2:
         raise Failure("SELF [TARGET] expected", "%d arguments given" % len(arguments), "see cproxy --help", EXIT_USAGE)
     source = parse_address(arguments[0])
@@ -7887,7 +7996,16 @@ def cproxy(arguments, settings):
         raise Failure("TARGET=" + arguments[1], "not accepted", "accepted: %s" % error, EXIT_USAGE) from None
     if target.family != source[1]:
         raise Failure("SELF=%s TARGET=%s" % (source[0], target), "both must be IPv4 or both IPv6", status=EXIT_USAGE)
-    return Cproxy(source, target, settings).run(settings.group)
+    keys = []
+    for path in settings.keys:
+        key, warning = load_key(path)
+        keys.append(key)
+        if warning:
+            say("cproxy", warning)
+    return Cproxy(source, target, keys, settings).run("hears %s, tells %s from %s, %s" % (
+        settings.group, target, source[0],
+        "carries " + ", ".join("%s (%s)" % (key.name, key.fingerprint) for key in keys) if keys
+        else "carries every key: --key carries those it names only"))
 
 
 # ---------------------------------------------------------------- key files and ckeygen

@@ -9968,12 +9968,29 @@ def test_crat_hears_on_every_form_of_group(net, key, group):
 # ---------------------------------------------------------------- cproxy: what may pass
 
 def announcement(key, nonce=b"noncenon", sequence=1, port=4000):
-    body = cexec.encode_announcement(cexec.Announcement(0, 0, 20, 0, b"roomroom"))
+    body = cexec.encode_announcement(cexec.Announcement(0, 0, 20, cexec.TELL_BUSY, bytes(8)))
     return cexec.encode_datagram(key.udp, cexec.ANNOUNCE, key.id, nonce, sequence, body, port)
 
 
 def other_datagram(key, kind, nonce=b"noncenon", sequence=1, body=bytes(40)):
     return cexec.encode_datagram(key.udp, kind, key.id, nonce, sequence, body)
+
+
+def roll_call(key, nonce=b"noncenon", sequence=1, port=0):
+    """An ask, with the flag CONNECT where there is a port."""
+    body = cexec.encode_ask(100, cexec.CONNECT if port else 0)
+    return cexec.encode_datagram(key.udp, cexec.ASK, key.id, nonce, sequence, body, port)
+
+
+def here_datagram(key, nonce=b"noncenon", sequence=1, error=""):
+    """A worker's answer."""
+    body = cexec.encode_here(cexec.Here(cexec.BUSY, 2, 2, 0, 2, 0.5, 1.0, 60, 7, 0, "10.0.0.3", "instance", "host", "1",
+                                        "3.8.0", "digest", "cat", error))
+    return cexec.encode_datagram(key.udp, cexec.HERE, key.id, nonce, sequence, body)
+
+
+def opening_of(key, nonce=b"noncenon", random=b"8 random"):
+    return cexec.encode_preamble(key.udp, cexec.Answer(nonce, 0, 0, 0, False), random)
 
 
 def test_a_datagram_passes_once_and_an_alert_three_times_whatever_its_port():
@@ -9998,7 +10015,7 @@ def test_what_passed_is_forgotten_in_time_and_in_number():
 @pytest.mark.parametrize("most", [0, 50000, 1 << 26])
 def test_a_pump_is_exact_and_gives_back_what_it_held(monkeypatch, most):
     monkeypatch.setattr(cexec, "HELD_MAX", most)
-    buffer, blob = cexec.Buffer(), random.Random(2).getrandbits(8 << 20).to_bytes(1 << 20, "big")
+    buffer, blob = cexec.RelayBuffer(), random.Random(2).getrandbits(8 << 20).to_bytes(1 << 20, "big")
     (feeder, source), (sink, taker) = socket.socketpair(), socket.socketpair()
     with feeder, source, sink, taker:
         for each in feeder, source, sink, taker:
@@ -10011,7 +10028,7 @@ def test_a_pump_is_exact_and_gives_back_what_it_held(monkeypatch, most):
             peak = max(peak, buffer.held)
             with contextlib.suppress(BlockingIOError):
                 got += taker.recv(3000)
-        assert got == b"opening" + blob and pump.moved == len(got) and not pump.full
+        assert got == b"opening" + blob and pump.moved == len(got) and not pump.pending
         assert buffer.held == 0 and peak <= cexec.PIECE
         feeder.close()
         pump.pump()
@@ -10020,10 +10037,17 @@ def test_a_pump_is_exact_and_gives_back_what_it_held(monkeypatch, most):
 
 # ---------------------------------------------------------------- cproxy: on loopback
 
+LIMITED = """
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), int(sys.argv[1])))
+os.execv(sys.executable, [sys.executable] + sys.argv[2:])
+"""
+
+
 class Far:
     """Both ends of a cproxy on loopback: a submitter on the room's group, a worker on a group of its own."""
 
-    def __init__(self, room, key, python=None, **env):
+    def __init__(self, room, key, *options, descriptors=None, **env):
         self.room, self.key, self.undo = room, key, []
         self.near, far = cexec.parse_group(room.group), "127.255.255.255:%d" % free_port()
         self.mouth = self._keep(cexec.GroupSocket(self.near, False))
@@ -10031,7 +10055,9 @@ class Far:
         self.listener = self._keep(cexec.open_listener(self.near))
         self.listener.setblocking(True)
         self.listener.settimeout(5)
-        self.proxy = room.tool("cproxy", "127.0.0.1", far, python=python, env=env).ready()
+        start = room.tool if not descriptors else lambda *argv, env: room.start(
+            sys.executable, "-c", LIMITED, str(descriptors), *program()[1:], *argv, env=room.settings(env))
+        self.proxy = start("cproxy", *options, "127.0.0.1", far, env=env).ready()
 
     def _keep(self, thing):
         self.undo.append(thing.close)
@@ -10050,22 +10076,31 @@ class Far:
     def worker(self, port, opening=None, nonce=b"noncenon"):
         """A connection as a worker makes it."""
         made = self._keep(socket.create_connection(("127.0.0.1", port), 5))
-        made.sendall(cexec.encode_preamble(self.key.udp, nonce, 0, 0, 0, False) if opening is None else opening)
+        made.sendall(opening_of(self.key, nonce) if opening is None else opening)
         return made
 
-    def submitter(self):
-        """The connection that the proxy makes to the submitter, its opening already read and checked."""
+    def accept(self, nonce=b"noncenon"):
+        """The connection that the proxy makes to the submitter, its preamble already read and checked."""
         made = self._keep(self.listener.accept()[0])
         made.settimeout(5)
-        cexec.parse_preamble(self.key.udp, b"noncenon", receive_exactly(made, cexec.PREAMBLE_SIZE))
+        made.preamble = receive_exactly(made, cexec.PREAMBLE_SIZE)
+        cexec.parse_preamble(self.key.udp, nonce, made.preamble)
         return made
 
-    def pair(self):
-        """(submitter's end, worker's end) of a relay."""
-        worker = self.worker(self.announce()[0].port)
-        return self.submitter(), worker
+    def submitter(self, nonce=b"noncenon"):
+        """The same, and the submitter has said GO."""
+        made = self.accept(nonce)
+        made.sendall(cexec.encode_go(self.key.udp, made.preamble))
+        return made
 
-    def nobody_at_the_door(self):
+    def pair(self, nonce=b"noncenon"):
+        """(submitter's end, worker's end) of a relay, whose GO has arrived."""
+        worker = self.worker(self.announce(nonce)[0].port, nonce=nonce)
+        submitter = self.submitter(nonce)
+        assert receive_exactly(worker, cexec.GO_SIZE) == cexec.encode_go(self.key.udp, opening_of(self.key, nonce))
+        return submitter, worker
+
+    def nobody_connects(self):
         return not select.select([self.listener], [], [], 0.2)[0]
 
     def close(self):
@@ -10136,7 +10171,8 @@ def test_both_directions_at_once_are_exact(far):
         thread.join(20)
     assert got[submitter] == blob and got[worker] == blob
     far.proxy.log.wait("ended, %d bytes to the submitter, %d to the worker"
-                       % (len(blob) + cexec.PREAMBLE_SIZE, len(blob)))
+                       % (len(blob) + cexec.PREAMBLE_SIZE, len(blob) + cexec.GO_SIZE))
+    assert len(far.proxy.log.having("relay")) == 1
     assert far.proxy.stop() == 0
 
 
@@ -10152,7 +10188,7 @@ def test_the_end_of_one_direction_passes_and_the_other_goes_on(far, first):
         assert receive_exactly(closer, 7) == b"still %d" % number
     other.close()
     assert closer.recv(1) == b""
-    far.proxy.log.wait("relay 1: ended")
+    far.proxy.log.wait("ended, ")
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -10160,7 +10196,7 @@ def test_a_reset_passes_as_a_reset(far, first):
     ends = far.pair()
     cexec.close_socket(ends[first], reset=True)
     assert is_reset(ends[1 - first])
-    far.proxy.log.wait("relay 1: Connection reset by peer")
+    far.proxy.log.wait("the %s: Connection reset by peer" % ("submitter", "worker")[first])
 
 
 def test_what_was_said_before_a_refused_write_is_still_delivered(far):
@@ -10191,36 +10227,36 @@ def test_a_blocked_reader_costs_bounded_memory_and_loses_nothing(far):
     assert taken == sent
 
 
-@pytest.mark.parametrize("opening", [b"GET / HTTP/1.0\r\n\r\n", b"\x16\x03\x01", b"cxec\1othernon" + bytes(29), b"c",
+@pytest.mark.parametrize("opening", [b"GET / HTTP/1.0\r\n\r\n", b"\x16\x03\x01", b"cxec\2othernon" + bytes(45), b"c",
                                      b""])
 def test_only_what_answers_the_announcement_reaches_the_submitter(far, opening):
     """S15: nothing else is relayed."""
     stranger = far.worker(far.announce()[0].port, opening)
-    assert far.nobody_at_the_door()
+    assert far.nobody_connects()
     with contextlib.suppress(OSError):      # most have their reset by now
         stranger.shutdown(socket.SHUT_WR)
-    assert is_reset(stranger) and far.nobody_at_the_door()
+    assert is_reset(stranger) and far.nobody_connects()
     assert not far.proxy.log.having("relay")
 
 
 def test_an_opening_may_come_in_pieces(far):
-    port, opening = far.announce()[0].port, cexec.encode_preamble(far.key.udp, b"noncenon", 0, 0, 0, False)
+    port, opening = far.announce()[0].port, opening_of(far.key)
     worker = far.worker(port, opening[:3])
     for byte in opening[3:]:
         time.sleep(0.001)
         worker.sendall(bytes([byte]))
-    far.submitter().sendall(b"x")
-    assert worker.recv(1) == b"x"
+    far.submitter()
+    assert len(receive_exactly(worker, cexec.GO_SIZE)) == cexec.GO_SIZE
 
 
 def test_a_few_pass_at_once_and_the_others_wait_until_taken(far):
     port = far.announce()[0].port
     workers = [far.worker(port) for _ in range(10)]
-    submitters = [far.submitter() for _ in range(cexec.ACTIVE_PER_LISTENER)]
-    assert far.nobody_at_the_door()
+    submitters = [far.accept() for _ in range(cexec.ACTIVE_PER_LISTENER)]
+    assert far.nobody_connects()
     submitters[0].close()
-    submitters[0] = far.submitter()
-    assert far.nobody_at_the_door()
+    submitters[0] = far.accept()
+    assert far.nobody_connects()
     far.mouth.send(other_datagram(far.key, cexec.TAKEN))
     hear(far.ear)
 
@@ -10229,15 +10265,16 @@ def test_a_few_pass_at_once_and_the_others_wait_until_taken(far):
     wait_until(all_closed)
     with pytest.raises(ConnectionRefusedError):
         far.worker(port)
-    assert far.nobody_at_the_door()
+    assert far.nobody_connects()
     for submitter in submitters:
-        submitter.sendall(b"go")
+        submitter.sendall(cexec.encode_go(far.key.udp, submitter.preamble))
     running = [worker for worker in workers if not is_done(worker)]
-    assert len(running) == cexec.ACTIVE_PER_LISTENER and all(receive_exactly(each, 2) == b"go" for each in running)
+    assert len(running) == cexec.ACTIVE_PER_LISTENER
+    assert all(receive_exactly(each, cexec.GO_SIZE) for each in running)
 
 
 def is_done(sock):
-    """Whether this connection is at its end, without taking an byte from it."""
+    """Whether this connection is at its end, without taking a byte from it."""
     try:
         return not sock.recv(1, socket.MSG_PEEK)
     except ConnectionResetError:
@@ -10247,18 +10284,192 @@ def is_done(sock):
 def test_a_worker_that_waited_and_went_makes_room(far):
     port = far.announce()[0].port
     workers = [far.worker(port) for _ in range(cexec.ACTIVE_PER_LISTENER + 1)]
-    submitters = [far.submitter() for _ in range(cexec.ACTIVE_PER_LISTENER)]
+    submitters = [far.accept() for _ in range(cexec.ACTIVE_PER_LISTENER)]
     workers.pop().close()
     last = far.worker(port)
     submitters[0].close()
-    for _ in range(2):      # the proxy may hear who went only when it has called for him
-        caller = far.submitter()
-        caller.sendall(b"x")
+    for _ in range(2):      # the proxy may hear who went only when it has connected for him
+        made = far.submitter()
         if select.select([last], [], [], 1)[0]:
             break
-        caller.close()
-    assert last.recv(1) == b"x"
+        made.close()
+    assert receive_exactly(last, cexec.GO_SIZE)
 
+
+def test_whoever_the_submitter_does_not_choose_ends_normally(far):
+    """Before its GO, and when it has shaken hands with several and drops all but one."""
+    port = far.announce()[0].port
+    workers = [far.worker(port) for _ in range(3)]
+    submitters = [far.accept() for _ in range(3)]
+    for submitter in submitters[:2]:
+        submitter.sendall(cexec.encode_go(far.key.udp, submitter.preamble))
+    chosen = [worker for worker in workers if select.select([worker], [], [], 1)[0]]
+    assert len(chosen) == 2 and all(receive_exactly(worker, cexec.GO_SIZE) for worker in chosen)
+    for submitter in submitters[1:]:
+        cexec.close_socket(submitter, reset=True)
+    dropped = [worker for worker in workers if select.select([worker], [], [], 1)[0]]
+    assert len(dropped) == 2 and all(is_reset(worker) for worker in dropped)
+    wait_until(lambda: require(len(far.proxy.log.having("not chosen")) == 2))
+    served, = set(workers) - set(dropped)
+    served.sendall(b"on")
+    assert receive_exactly(submitters[0], 2) == b"on" and not far.proxy.log.having("peer")
+
+
+def require(truth):
+    assert truth
+
+
+BANNERS = [b"-ERR unknown command\r\n", b"220 ready here\r\n", bytes(range(17)), b""]
+
+
+@pytest.mark.parametrize("keyed, words", [(False, words) for words in BANNERS]
+                         + [(True, words) for words in BANNERS + [bytes(range(16))]])
+def test_a_forged_announcement_opens_no_inside_port(room, foo, keyed, words):
+    """S15: what was announced is the port of another server; who comes from outside neither hears nor tells it more
+    than a preamble."""
+    with contextlib.closing(Far(room, foo, *(["--key", room.pub] if keyed else []))) as far:
+        stranger = far.worker(far.announce()[0].port)
+        server = far.accept()
+        server.sendall(words)
+        if not words:
+            server.shutdown(socket.SHUT_WR)
+        assert is_end(stranger) and is_end(server)
+        far.proxy.log.wait("relay 1: ")
+
+
+def test_a_part_of_go_is_not_enough(far):
+    worker = far.worker(far.announce()[0].port)
+    submitter = far.accept()
+    go = cexec.encode_go(far.key.udp, submitter.preamble)
+    submitter.sendall(go[:15])
+    assert not select.select([worker], [], [], 0.2)[0]
+    submitter.sendall(go[15:])
+    assert receive_exactly(worker, 16) == go
+
+
+@pytest.mark.parametrize("keyed", [False, True])
+def test_nothing_of_the_worker_passes_before_go(room, foo, keyed):
+    """S15"""
+    with contextlib.closing(Far(room, foo, *(["--key", room.key] if keyed else []))) as far:
+        worker = far.worker(far.announce()[0].port)
+        server = far.accept()
+        worker.sendall(b"CONFIG SET dir /\r\n")
+        assert is_end(server) and is_reset(worker)
+        far.proxy.log.wait("the worker has gone or did not wait, 0 bytes to the submitter, 0 to the worker")
+
+
+def is_end(sock):
+    """Whether this connection ends without another byte."""
+    try:
+        return sock.recv(1000) == b""
+    except ConnectionResetError:
+        return True
+
+
+def test_with_keys_only_theirs_pass(room, foo):
+    """Datagrams and connections are verified; either half of a key will do."""
+    with contextlib.closing(Far(room, foo, "--key", room.key, "--key=" + room.pub)) as far:
+        for data in (announcement(BAR, port=far.port), other_datagram(BAR, cexec.ALERT), roll_call(BAR),
+                     announcement(forged(foo), port=far.port)):
+            far.mouth.send(data)
+        heard, _ = far.announce(b"another1")
+        assert heard.nonce == b"another1"
+        for key in BAR, forged(foo):
+            assert is_reset(far.worker(heard.port, opening_of(key, b"another1")))
+        far.worker(heard.port, nonce=b"another1")
+        far.submitter(b"another1")
+
+
+def forged(key):
+    """A key that has another one's id and not its secret."""
+    fake = FakeKey("forged", 0)
+    fake.id = key.id
+    return fake
+
+
+def test_keys_are_named_by_option_or_variable():
+    def keys(arguments, **environment):
+        return cexec.read_settings("cproxy", arguments + ["10.0.0.1"], environment)[0].keys
+    assert keys([]) == [] and keys(["--key", "a", "--key=b:c"]) == ["a", "b", "c"] == keys([], CPROXY_KEY="a:b:c")
+
+
+@pytest.mark.parametrize("idle", [b"", b"cxec\2nonc"])
+def test_silent_connections_make_room(far, idle):
+    """S16: strangers that hold every place for an announcement delay no worker."""
+    port = far.announce()[0].port
+    for _ in range(cexec.CONNECTIONS_PER_LISTENER + 6):
+        far.worker(port, idle)
+    worker, began = far.worker(port), time.monotonic()
+    far.submitter()
+    assert receive_exactly(worker, cexec.GO_SIZE) and time.monotonic() - began < cexec.PREAMBLE_SECONDS
+
+
+def test_with_as_many_connections_as_can_be_the_oldest_silent_one_makes_room(room, foo):
+    with contextlib.closing(Far(room, foo, descriptors=350)) as far:
+        ports = [far.announce(b"%08d" % number)[0].port for number in range(3)]
+        silent = [far.worker(port, b"") for port in ports for _ in range(10)]
+        worker = far.worker(far.announce()[0].port)
+        far.submitter()
+        assert receive_exactly(worker, cexec.GO_SIZE) and is_reset(silent[0])
+
+
+# ---------------------------------------------------------------- cproxy: roll calls
+
+@pytest.mark.parametrize("question", [roll_call, announcement])
+@pytest.mark.parametrize("keyed", [False, True])
+def test_a_roll_call_goes_out_and_its_answers_come_back(room, foo, question, keyed):
+    with contextlib.closing(Far(room, foo, *(["--key", room.pub] if keyed else []))) as far:
+        far.mouth.send(question(foo))
+        data, asker, _ = hear(far.ear)
+        assert cexec.parse_datagram(data).authentic(foo.udp)
+        for answer in [b"noise", here_datagram(foo, b"nobodys!"), other_datagram(foo, cexec.ALERT),
+                       here_datagram(forged(foo)) if keyed else b"", here_datagram(foo, error="first"), here_datagram(foo, error="first"),
+                       here_datagram(foo, sequence=2, error="last")]:
+            far.ear.send_to(answer, asker)
+        assert [cexec.parse_here(cexec.parse_datagram(hear(far.mouth)[0])).error for _ in range(2)] == ["first", "last"]
+        assert far.mouth.receive() is None
+
+
+def test_answers_come_back_through_two_proxies(room, foo):
+    with contextlib.closing(Far(room, foo)) as far:
+        beyond = "127.255.255.255:%d" % free_port()
+        room.tool("cproxy", "--key", room.pub, "127.0.0.1", beyond, group=str(far.ear.group)).ready()
+        ear = far._keep(cexec.GroupSocket(cexec.parse_group(beyond), True))
+        far.mouth.send(roll_call(foo, port=far.port))
+        data, asker, _ = hear(ear)
+        ear.send_to(here_datagram(foo), asker)
+        assert hear(far.mouth)[0] == here_datagram(foo)
+        worker = far.worker(cexec.parse_datagram(data).port)
+        far.submitter()
+        assert receive_exactly(worker, cexec.GO_SIZE)
+
+
+def test_a_roll_call_may_ask_to_connect_back(far, foo):
+    far.mouth.send(roll_call(foo, port=far.port))
+    heard = cexec.parse_datagram(hear(far.ear)[0])
+    assert heard.port not in (0, far.port)
+    far.worker(heard.port)
+    far.accept()
+    far.mouth.send(roll_call(foo, b"another1", port=80))
+    assert cexec.parse_datagram(hear(far.ear)[0]).port == 0
+
+
+def test_answers_are_not_carried_out_and_only_so_many_come_back(far, foo):
+    far.mouth.send(here_datagram(foo))
+    far.mouth.send(roll_call(foo))
+    data, asker, _ = hear(far.ear)
+    assert cexec.parse_datagram(data).kind == cexec.ASK
+    for number in range(10 * cexec.SOURCE_BURST):
+        far.ear.send_to(here_datagram(foo, sequence=number), asker)
+    count = 0
+    with contextlib.suppress(AssertionError):
+        while hear(far.mouth, 1):
+            count += 1
+    assert 0 < count < 5 * cexec.SOURCE_BURST
+    far.proxy.log.wait("too many datagrams from 127.0.0.1")
+
+
+# ---------------------------------------------------------------- cproxy: relays
 
 def test_taken_is_believed_only_from_where_the_announcement_came(far):
     port = far.announce()[0].port
@@ -10268,14 +10479,14 @@ def test_taken_is_believed_only_from_where_the_announcement_came(far):
         stranger.sendto(other_datagram(far.key, cexec.TAKEN), ("127.255.255.255", far.near.port))
     hear(far.ear)
     far.worker(port)
-    far.submitter()
+    far.accept()
 
 
 def test_a_submitter_that_is_gone_is_a_reset_to_the_worker(far):
     port = far.announce()[0].port
     far.listener.close()
     assert is_reset(far.worker(port))
-    far.proxy.log.wait("relay 1: the submitter: Connection refused")
+    far.proxy.log.wait(": the submitter: Connection refused")
 
 
 def test_a_relay_without_any_traffic_is_ended(room, foo):
@@ -10286,7 +10497,7 @@ def test_a_relay_without_any_traffic_is_ended(room, foo):
             worker.sendall(b".")
         assert receive_exactly(submitter, 4) == b"...."
         assert is_reset(submitter) and is_reset(worker)
-        far.proxy.log.wait("relay 1: idle")
+        far.proxy.log.wait(": idle, ")
 
 
 def test_sigterm_lets_relays_finish_and_takes_no_new_ones(far):
@@ -10343,10 +10554,8 @@ def test_a_flood_of_forged_announcements_is_bounded(far):
 
 def test_a_proxy_short_of_descriptors_goes_on(room, foo):
     """With 40 descriptors, 60 connections come; when they are gone a new one is served."""
-    limited = [sys.executable, "-c", "import os, resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))\n"
-               "os.execv(sys.executable, [sys.executable] + sys.argv[1:])"]
     target = "127.255.255.255:%d" % free_port()
-    proxy = room.start(*limited, *program()[1:], "cproxy", "127.0.0.1", target, env=room.settings({})).ready()
+    proxy = room.start(sys.executable, "-c", LIMITED, "40", *program()[1:], "cproxy", "127.0.0.1", target, env=room.settings({})).ready()
     mouth = cexec.GroupSocket(cexec.parse_group(room.group), False)
     ear, listener = cexec.GroupSocket(cexec.parse_group(target), True), cexec.open_listener(cexec.parse_group(room.group))
     with mouth.socket, ear.socket, listener:
@@ -10361,12 +10570,12 @@ def test_a_proxy_short_of_descriptors_goes_on(room, foo):
         for heard in ports:
             with contextlib.suppress(OSError):
                 callers.append(socket.create_connection(("127.0.0.1", heard.port), 5))
-                callers[-1].sendall(cexec.encode_preamble(foo.udp, heard.nonce, 0, 0, 0, False))
+                callers[-1].sendall(opening_of(foo, heard.nonce))
         time.sleep(0.3)
         assert proxy.alive()
         for caller in callers:
             caller.close()
-        for heard in ports:     # a submitter that is served closes its door
+        for heard in ports:     # a submitter that is served listens no more
             mouth.send(other_datagram(foo, cexec.TAKEN, heard.nonce))
         with contextlib.suppress(AssertionError):
             while hear(ear, 0.5):
@@ -10379,23 +10588,17 @@ def test_a_proxy_short_of_descriptors_goes_on(room, foo):
         mouth.send(announcement(foo, b"lastlast", 1, listener.getsockname()[1]))
         heard = cexec.parse_datagram(hear(ear)[0])
         with socket.create_connection(("127.0.0.1", heard.port), 5) as worker:
-            worker.sendall(cexec.encode_preamble(foo.udp, b"lastlast", 0, 0, 0, False))
+            worker.sendall(opening_of(foo, b"lastlast"))
             served = listener.accept()[0]
-            served.sendall(b"x")
-            assert worker.recv(1) == b"x"
+            go = cexec.encode_go(foo.udp, receive_exactly(served, cexec.PREAMBLE_SIZE))
+            served.sendall(go)
+            assert receive_exactly(worker, len(go)) == go
             served.close()
     proxy.stop()
 
 
 def test_many_at_once_are_exact(far):
-    pairs = []
-    for number in range(60):
-        port = far.announce(b"%08d" % number)[0].port
-        worker = far.worker(port, nonce=b"%08d" % number)
-        submitter = far._keep(far.listener.accept()[0])
-        submitter.settimeout(5)
-        receive_exactly(submitter, cexec.PREAMBLE_SIZE)
-        pairs.append((submitter, worker))
+    pairs = [far.pair(b"%08d" % number) for number in range(60)]
     for number, (submitter, worker) in enumerate(pairs):
         submitter.sendall(b"%08d" % number * 4000)
     for number, (submitter, worker) in enumerate(pairs):
@@ -10411,6 +10614,7 @@ def test_many_at_once_are_exact(far):
     (["255.255.255.255"], 2, "SELF=255.255.255.255: not accepted"),
     (["127.0.0.1", "room"], 2, "TARGET=room: not accepted"),
     (["::1"], 2, "SELF=::1 TARGET=255.255.255.255:3010: both must be IPv4 or both IPv6"),
+    (["--key", "no/key", "127.0.0.1"], 2, "no key no/key: there is no such file"),
     (["192.0.2.77"], 111, "cannot send from 192.0.2.77: Cannot assign requested address"),
     (["127.0.0.1", "nodev7:255.255.255.255"], 111, "nodev7: no such device, this machine has:"),
 ])
@@ -10436,21 +10640,23 @@ while True:
 
 # Says one of each datagram, then waits for a worker and a number of bytes from it.
 SUBMIT = """
-import os, sys, time
+import os, socket, sys, time
 sys.path.insert(0, %r)
 import cexec
 key, group = cexec.load_key(sys.argv[1])[0], cexec.parse_group(sys.argv[2])
-mouth, door, nonce = cexec.GroupSocket(group, False), cexec.open_listener(group), os.urandom(8)
+mouth, listener, nonce = cexec.GroupSocket(group, False), cexec.open_listener(group), os.urandom(8)
 def send(kind, body, port=0, sequence=1):
     mouth.send(cexec.encode_datagram(key.udp, kind, key.id, nonce, sequence, body, port))
 for attempt in 1, 2:
-    send(cexec.ANNOUNCE, cexec.ANNOUNCE_BODY.pack(attempt, 0, 100), door.getsockname()[1], attempt)
+    body = cexec.encode_announcement(cexec.Announcement(attempt, 0, 100, 0, nonce))
+    send(cexec.ANNOUNCE, body, listener.getsockname()[1], attempt)
     time.sleep(0.1)
-door.setblocking(True)
-door.settimeout(5)
-served = door.accept()[0]
-send(cexec.HOLD, cexec.HOLD_BODY.pack(15))
+listener.setblocking(True)
+listener.settimeout(5)
+served = listener.accept()[0]
+send(cexec.HOLD, cexec.encode_hold(15))
 served.settimeout(20)
+served.sendall(cexec.encode_go(key.udp, served.recv(cexec.PREAMBLE_SIZE, socket.MSG_WAITALL)))
 bytes, start = 0, time.monotonic()
 while True:
     part = served.recv(1 << 20)
@@ -10459,8 +10665,8 @@ while True:
     bytes += len(part)
 served.sendall(b"%%d" %% bytes)
 served.close()
-print(bytes - cexec.PREAMBLE_SIZE, time.monotonic() - start)
-send(cexec.TAKEN, cexec.TAKEN_BODY.pack(0.0))
+print(bytes, time.monotonic() - start)
+send(cexec.TAKEN, cexec.encode_taken(0.0))
 alert = cexec.Alert(1, 0, 5, int(time.time() * 1000), "job", "10.1.0.2", "10.2.0.2", "")
 for _ in range(3):
     send(cexec.ALERT, cexec.encode_alert(alert))
@@ -10487,7 +10693,10 @@ while True:
     with socket.socket(ear.socket.family, socket.SOCK_STREAM) as back, contextlib.suppress(OSError):
         back.settimeout(20)
         back.connect((got[1][0], heard.port, *got[1][2:]))
-        back.sendall(cexec.encode_preamble(key.udp, heard.nonce, 0, 0, 0, False))
+        preamble = cexec.encode_preamble(key.udp, cexec.Answer(heard.nonce, 0, 0, 0, False), heard.nonce)
+        back.sendall(preamble)
+        assert back.recv(cexec.GO_SIZE, socket.MSG_WAITALL) == cexec.encode_go(key.udp, preamble)
+        cexec.say("", "sending")
         for _ in range(int(sys.argv[3])):
             back.sendall(bytes)
         back.shutdown(socket.SHUT_WR)
@@ -10538,12 +10747,12 @@ def test_a_job_and_its_alert_cross(bridge, key, group, arguments, near, far):
     unicast = arguments[1:] == ["10.2.0.2"]         # of several listeners on one host only one hears that
     crat = unicast or bridge.tool("right", "crat", key + ".pub", env={"GROUP": far}, stdout=LINES).ready()
     assert submit(bridge, "left", key, near) == 3 << 20
-    worker.log.wait("served %d" % ((3 << 20) + cexec.PREAMBLE_SIZE))
+    worker.log.wait("served %d" % (3 << 20))
     if not unicast:
         line = crat.out.wait("completed")
         assert line.startswith("10.1.0.2 completed by 10.2.0.2 for %s.pub exit code 0 job job" % key)
         assert len(crat.out.lines) == 1
-    cproxy.log.wait("relay 1: ended")
+    cproxy.log.wait("ended, ")
 
 
 def test_a_link_local_address_can_be_the_proxys_own(bridge, key):
@@ -10610,11 +10819,74 @@ def test_what_is_on_the_far_link_already_is_not_carried_there(bridge, key):
     assert {line.split()[1] for line in counted.out.lines} == {"10.2.0.2"}
 
 
+@pytest.mark.parametrize("arguments", [["10.2.0.1"], ["10.2.0.1", "10.2.0.2"]])
+def test_what_comes_from_the_far_side_is_not_taken_for_near(bridge, key, arguments):
+    """S15: also where GROUP names no device, and whatever address it was sent to."""
+    cproxy, counted = proxy(bridge, "mid", *arguments), count(bridge, "right")
+    forged = announcement(cexec.load_key(key + ".pub")[0])
+    bridge.run("right", "ip", "route", "add", "10.1.0.0/24", "via", "10.2.0.1")
+    for to in "255.255.255.255", "10.2.0.1", "10.1.0.1":
+        bridge.python("right", "import socket, sys\ns = socket.socket(type=socket.SOCK_DGRAM)\n"
+                      "s.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)\n"
+                      "s.sendto(bytes.fromhex(sys.argv[1]), (sys.argv[2], 3010))", forged.hex(), to)
+    answer(bridge, "right", key)
+    assert submit(bridge, "left", key) == 3 << 20
+    sources = [line.split()[1] for line in counted.out.lines if line.startswith("announce")]
+    assert sources.count("10.2.0.1") == 2 and cproxy.alive()
+
+
+def test_a_roll_call_crosses_two_proxies_in_a_row(bridge, key):
+    bridge.host("second", "10.2.0.9/24", switch="two")
+    bridge.host("second", "10.3.0.9/24", switch="three")
+    bridge.host("end", "10.3.0.2/24", switch="three")
+    proxy(bridge, "mid", "--key", key + ".pub", "10.2.0.1", group="eth0:255.255.255.255")
+    proxy(bridge, "second", "--key", key + ".pub", "10.3.0.9", group="eth0:255.255.255.255")
+    for host, name in ("right", "near"), ("end", "far"):
+        bridge.start(host, sys.executable, "-c", TELL, key + ".pub", name).ready()
+    done = bridge.python("left", ASK, key + ".pub", "2")
+    assert done.stdout.decode().split() == ["far", "10.1.0.1", "near", "10.1.0.1"], done.stderr.decode()
+
+
+# Answers each roll call by a HERE with this name.
+TELL = """
+import select, sys
+sys.path.insert(0, %r)
+import cexec
+key, ear = cexec.load_key(sys.argv[1])[0], cexec.GroupSocket(cexec.parse_group("255.255.255.255"), True)
+cexec.say("", "ready")
+while True:
+    select.select([ear], [], [])
+    got = ear.receive()
+    if got and cexec.parse_datagram(got[0]).kind == cexec.ASK:
+        heard = cexec.parse_datagram(got[0])
+        body = cexec.encode_here(cexec.Here(0, 1, 0, 0, 1, 0, 0, 0, 0, 0, "", sys.argv[2], "", "", "", "", "", ""))
+        ear.send_to(cexec.encode_datagram(key.udp, cexec.HERE, key.id, heard.nonce, 1, body), got[1])
+""" % HERE
+
+# Asks who is there until so many have answered: their names, and where the answers came from.
+ASK = """
+import os, select, sys, time
+sys.path.insert(0, %r)
+import cexec
+key, mouth, nonce = cexec.load_key(sys.argv[1])[0], cexec.GroupSocket(cexec.parse_group("255.255.255.255"), False), os.urandom(8)
+found, until = {}, time.monotonic() + 20
+for sequence in range(100):
+    mouth.send(cexec.encode_datagram(key.udp, cexec.ASK, key.id, nonce, sequence, cexec.encode_ask(50, 0)))
+    while len(found) < int(sys.argv[2]) and select.select([mouth], [], [], 0.2)[0]:
+        got = mouth.receive()
+        if got and cexec.parse_datagram(got[0]).authentic(key.udp):
+            found[cexec.parse_here(cexec.parse_datagram(got[0])).instance] = got[1][0]
+    if len(found) == int(sys.argv[2]) or time.monotonic() > until:
+        break
+print(*[word for item in sorted(found.items()) for word in item])
+""" % HERE
+
+
 def test_a_killed_proxy_ends_its_relays_and_a_new_one_serves_the_next(bridge, key):
     first = proxy(bridge, "mid", "10.2.0.1")
     endless = answer(bridge, "right", key, megabytes=100000)
     search = bridge.start("left", sys.executable, "-c", SUBMIT, key + ".pub", "255.255.255.255")
-    first.log.wait("relay 1")
+    endless.log.wait("sending")
     first.kill()
     search.complete(10)
     endless.end()
