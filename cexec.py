@@ -2795,7 +2795,7 @@ def local_interfaces(family):
 
     Only the first IPv4 address of each is known, which is the one that its broadcasts carry.
     """
-    names, found = socket.if_nameindex(), []
+    names, found = interface_names(), []
     inet6 = inet6_addresses() if LINUX and family == socket.AF_INET6 else {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for index, name in names:
@@ -2808,6 +2808,14 @@ def local_interfaces(family):
             found.append(Interface(name, index, struct.unpack_from("@H", flags or bytes(2))[0], addresses,
                                    socket.inet_ntoa(broadcast[4:8]) if broadcast else ""))
     return found
+
+
+def interface_names():
+    """[(number, name), ...] of all interfaces."""
+    if hasattr(socket, "if_nameindex"):
+        return socket.if_nameindex()
+    return [(int(read_lines("/sys/class/net/%s/ifindex" % name)[0]), name)      # PyPy
+            for name in sorted(os.listdir("/sys/class/net"))]
 
 
 def interface_field(probe, request, name):
@@ -2834,11 +2842,10 @@ def inet6_addresses():
 
 def device_index(name):
     """The number of the interface with this name.  Failure names those there are."""
-    try:
-        return socket.if_nametoindex(name)
-    except OSError:
-        known = " ".join(known for _, known in socket.if_nameindex())
-        raise Failure(name, "no such device, this machine has: " + known) from None
+    known = {known: index for index, known in interface_names()}
+    if name not in known:
+        raise Failure(name, "no such device, this machine has: " + " ".join(known))
+    return known[name]
 
 
 def socket_address(family, address, port, device=""):
@@ -3235,6 +3242,27 @@ def read_lines(path):
         return []
 
 
+O_ACCMODE = getattr(os, "O_ACCMODE", 3)     # PyPy lacks this and what the next two are for
+
+
+def duplicate(fd, least):
+    """A duplicate of the descriptor, closed on exec, with a number of at least this."""
+    if hasattr(fcntl, "F_DUPFD_CLOEXEC"):
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, least)
+    made = fcntl.fcntl(fd, fcntl.F_DUPFD, least)
+    os.set_inheritable(made, False)
+    return made
+
+
+def read_into(fd, view):
+    """How many bytes a read put into the view."""
+    if hasattr(os, "readv"):
+        return os.readv(fd, [view])
+    data = os.read(fd, len(view))
+    view[:len(data)] = data
+    return len(data)
+
+
 def measured_speed():
     """This machine's speed by a tiny computation; 1 is a laptop of 2020.
 
@@ -3290,7 +3318,7 @@ def is_stream(fd):
 
 def access_of(fd):
     """IN, OUT or BOTH, as the descriptor was opened; None for one that is good for ioctl only."""
-    mode = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+    mode = fcntl.fcntl(fd, fcntl.F_GETFL) & O_ACCMODE
     return {os.O_RDONLY: IN, os.O_WRONLY: OUT, os.O_RDWR: BOTH}.get(mode)
 
 
@@ -3454,7 +3482,7 @@ class Source:
         return size
 
     def _read(self, view):
-        return os.readv(self.fd, [view])
+        return read_into(self.fd, view)
 
     def _readable(self):
         self.loop.watch(self.fd)
@@ -4089,7 +4117,7 @@ def _spawn_at_once(path, command, environment, ends):
     moved = {}
     try:
         for fd, end in ends.items():        # first out of the way of the numbers that the job wants
-            moved[fd] = end if end >= above else fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, above)
+            moved[fd] = end if end >= above else duplicate(end, above)
         actions = [(os.POSIX_SPAWN_DUP2, other, fd) for fd, other in moved.items()]
         actions += [(os.POSIX_SPAWN_CLOSE, fd) for fd in range(3) if fd not in ends and is_open(fd)]
         return os.posix_spawn(path, command, environment, file_actions=actions, setsid=True, setsigmask=(),
@@ -4163,8 +4191,8 @@ def set_limit(name, value):
 def _place_descriptors(ends, report):
     """Puts every end where the job wants it; returns the report pipe's number, moved out of the way."""
     above = max(max(ends, default=0), 2) + 1
-    moved = {fd: fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, above) for fd, end in ends.items()}
-    report = fcntl.fcntl(report, fcntl.F_DUPFD_CLOEXEC, above)
+    moved = {fd: duplicate(end, above) for fd, end in ends.items()}
+    report = duplicate(report, above)
     for fd in range(above):
         if fd in moved:
             os.dup2(moved[fd], fd, inheritable=True)
@@ -5538,7 +5566,7 @@ class InheritedStreams(JobStreams):
         elif kind in (IN, BOTH):
             self.sources[fd] = ReplayableInput(self.loop, fd, ready)
         if kind == BOTH:        # so that source and sink can wait for one descriptor each
-            self.owned[fd] = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, DESCRIPTOR_FLOOR)
+            self.owned[fd] = duplicate(fd, min(DESCRIPTOR_FLOOR, os.sysconf("SC_OPEN_MAX") // 2))
         if kind in (OUT, BOTH):
             self._open_sink(fd, self.owned.get(fd, fd))
 
