@@ -2376,12 +2376,15 @@ class Selection:
 
 # ---------------------------------------------------------------- TLS
 
+NO_CHANNEL = "no encrypted channel can be made on this machine"
+
+
 def tls_context(key, server_side):
     """TLS 1.3 (RFC 8446) only, both sides with a certificate, trusting nobody but the key's other half."""
     global ssl
     import ssl
     if not ssl.HAS_TLSv1_3:
-        raise Failure("this Python has no TLS 1.3", ssl.OPENSSL_VERSION,
+        raise Failure(NO_CHANNEL, "this Python has %s, without TLS 1.3" % ssl.OPENSSL_VERSION,
                       "take a Python with OpenSSL 1.1.1 or later; on a Mac that of python.org or Homebrew", EXIT_USAGE)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False      # names mean nothing here: the certificate itself is pinned
@@ -2533,25 +2536,29 @@ def loss_of(error):
 def check_tls():
     """Failure unless the channel's handshake works on this machine: done here in memory, between the halves of a key made
     for it.  A policy that forbids it would else show at the first job only, and as a fault of the other side."""
+    global ssl
     import shutil
-    folder, path = make_temporary_key()
+    import ssl
+    try:
+        folder, path = make_temporary_key()
+    except OSError:
+        return          # there is no place for it; the first job will show
     try:
         one, other = [load_key(name)[0] for name in (path, path + ".pub")]
         client, server = tls_context(one, server_side=False), tls_context(other, server_side=True)
         up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
         waiting = [(client.wrap_bio(down, up), one), (server.wrap_bio(up, down, server_side=True), other)]
-        for _ in range(8):      # each turn is half a round trip
-            for connection, key in waiting[:]:
-                try:
-                    connection.do_handshake()
-                    check_peer(connection, key)
-                    waiting.remove((connection, key))
-                except ssl.SSLWantReadError:
-                    pass
-        if waiting:
-            raise ssl.SSLError("the handshake does not end")
-    except ssl.SSLError as error:
-        raise Failure("no encrypted channel can be made on this machine", reason_of(error),
+        for connection, key in waiting * 4:     # each turn of the two is a round trip
+            try:
+                connection.do_handshake()
+            except ssl.SSLWantReadError:
+                pass
+        for connection, key in waiting:
+            check_peer(connection, key)
+    except (ssl.SSLError, Failure) as error:
+        if not ssl.HAS_TLSv1_3:
+            raise
+        raise Failure(NO_CHANNEL, getattr(error, "why", "") or reason_of(error),
                       "it needs TLS 1.3 with signatures of P-256, which OpenSSL's configuration forbids here "
                       "(MaxProtocol, SignatureAlgorithms, Ciphersuites; %s)" % ssl.OPENSSL_VERSION, EXIT_USAGE) from None
     finally:
