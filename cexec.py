@@ -122,7 +122,7 @@ WINDOW_MAX = 1 << 22        # credit on a long path (40 ms at 100 MB/s), bounded
 WINDOW_NEAR = 1 << 21       # credit on a short path while the flow is fast
 WINDOWS_MAX = 1 << 24       # sum of one receiver's windows; what a blocked reader can cost in memory
 RECORD = 1 << 14            # the most that one record of TLS carries
-PIECE = 1 << 16             # bytes given to TLS at a time: larger ones make a sender that paces (bbr) wait
+TLS_PIECE = 1 << 16         # bytes given to TLS at a time: larger ones make a sender that paces (bbr) wait
 BUFFER = 1 << 18            # one read or one write of the channel: sixteen TLS records
 LONG_TRIP = 0.005           # seconds: a path whose window may grow to WINDOW_MAX
 FAST_QUARTER = 0.005        # seconds in which a fast flow consumes a quarter of its window
@@ -2432,8 +2432,8 @@ class TlsConnection:
         return True
 
     def send(self, view):
-        """Takes all of the view, which should not be longer than PIECE; returns whether the system has taken it too.
-        To be called only when it has taken all before."""
+        """Takes all of the view, at most TLS_PIECE; returns whether the system has taken it too.  To be called only
+        when it has taken all before."""
         while view:
             view = view[self.tls.write(view):]
         return self.flush()
@@ -3972,7 +3972,7 @@ class Channel:
                 if not self.pending and not self._fill():
                     return self._flushed()
                 while taken and self.pending:
-                    piece, self.pending = self.pending[:PIECE], self.pending[PIECE:]
+                    piece, self.pending = self.pending[:TLS_PIECE], self.pending[TLS_PIECE:]
                     taken = self.connection.send(piece)
         except (OSError, ValueError):
             self.blocked = True         # nothing goes out any more; what came in before the end is still heard
