@@ -8031,11 +8031,9 @@ def read_key(path):
             return None
         raise Failure("cannot read the key %s" % path, reason_of(problem),
                       status=EXIT_TEMPORARY if problem.errno in SHORTAGES else EXIT_USAGE) from None
-    key, warning, mode, me = parse_key(text, path), None, stat.S_IMODE(status.st_mode), os.geteuid()
+    key, warning, mode = parse_key(text, path), None, stat.S_IMODE(status.st_mode)
     if mode & 0o077:
         warning = "warning: others can use the key %s (mode %04o); to stop that: chmod 600 %s" % (path, mode, path)
-    elif me and status.st_uid not in (0, me):
-        warning = "warning: the key %s belongs to another user, who can use it" % path
     return text, key, warning
 
 

@@ -2188,17 +2188,6 @@ def test_a_key_open_to_others_is_warned_about(tmp_path):
         assert "mode %04o" % mode in warning and "chmod 600 %s" % private in warning
 
 
-def test_a_key_of_another_user_is_warned_about(tmp_path, monkeypatch):
-    private, _ = key_files(tmp_path)
-    if os.geteuid() == 0:
-        os.chown(str(private), 12345, -1)
-    owner = private.stat().st_uid
-    for me, warned in (owner, False), (0, False), (owner + 1, True):
-        monkeypatch.setattr(os, "geteuid", lambda: me)
-        warning = cexec.load_key(str(private), "private")[1]
-        assert bool(warning) is warned and (not warned or "belongs to another user" in warning)
-
-
 # ---------------------------------------------------------------- ckeygen
 
 def files_below(directory):
@@ -9824,6 +9813,24 @@ def test_thousands_of_alerts_at_once_lose_no_line(room, foo):
         wait_until(lambda: must(len(crat.out.lines) >= len(jobs)))
     assert crat.stop() == 0
     assert [line.split(" job ")[1][:16] for line in crat.out.lines] == jobs and len(crat.log.lines) == 1
+
+
+def test_alerts_of_the_future_under_one_key_hide_no_line_of_another(room, foo, tmp_path):
+    """S12: from a holder of the other key, more of them than crat remembers."""
+    _, public = key_files(tmp_path, OTHER_PRIVATE, OTHER_PUBLIC)
+    crat, bad = room.crat(room.pub, str(public)).ready(), cexec.load_key(str(public))[0]
+    future = int(time.time() * 1000) + 800000
+    with sender(room.group) as send:
+        for number, body in enumerate(cexec.pack_alerts(
+                [alert_entry(clock=future + each, job="%d" % each) for each in range(cexec.ALERTS_KEPT + 100)])):
+            send(alert_bytes(bad, body, nonce=b"%08d" % number))
+            time.sleep(0.0002)
+
+        def heard():
+            send(alert_bytes(foo, job="good"))
+            assert crat.out.having("for %s exit code 0 job good" % room.pub)
+        wait_until(heard)
+    assert crat.log.having("for %s: more than %d alerts a second" % (public, cexec.KEY_RATE))
 
 
 def test_several_crat_on_one_host_hear_the_same(room, foo):
