@@ -11221,7 +11221,7 @@ def bench(arguments):
         return child.wait()
     except KeyboardInterrupt:
         with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
-            child.wait(10)              # the part inside has been interrupted too, and tidies up
+            child.wait(5)               # the part inside has been interrupted too, and tidies up
         return 128 + signal.SIGINT
     finally:
         if child.poll() is None:        # unshare takes all that is inside with it; without it, the part inside tidies
@@ -11247,7 +11247,7 @@ def bench_options(arguments):
     unknown = set(options.only) - set(PARTS)
     if unknown:
         parser.error("no part %s: choose from %s" % (", ".join(sorted(unknown)), ", ".join(PARTS)))
-    if min(options.size or 1, options.runs or 1) < 1:
+    if any(number is not None and number < 1 for number in (options.size, options.runs)):
         parser.error("--size and --runs take numbers from 1")
     options.size = options.size or (32 if options.quick else 512)
     options.runs = options.runs or (2 if options.quick else 7)
@@ -11365,10 +11365,10 @@ class Bench(Crew):
             raise NotMeasured("%s is not installed" % name)
         return found
 
-    def need(self, what):
-        """Raises NotMeasured unless cexec.py has what this expression names."""
+    def need(self, find):
+        """Raises NotMeasured unless cexec.py has what find() looks for."""
         try:
-            eval(what)
+            find()
         except (AttributeError, KeyError):
             raise NotMeasured("this cexec.py does not know it yet") from None
 
@@ -11509,7 +11509,8 @@ class Bench(Crew):
 
     def cexec(self, group, **settings):
         """(command, environment) of one submission."""
-        return [os.path.join(self.bin, "cexec"), self.pub], dict(self.env, GROUP=group, **{name: str(value) for name, value in settings.items()})
+        settings = {name: str(value) for name, value in settings.items()}
+        return [os.path.join(self.bin, "cexec"), self.pub], dict(self.env, GROUP=group, **settings)
 
     def sshd(self, path):
         """An OpenSSH server at the far end.  Login files are left out: bash skips them at this SHLVL."""
@@ -11658,7 +11659,7 @@ class Bench(Crew):
         """Counts a job that failed, and raises: such a run gives no figure."""
         self.failures += 1
         with contextlib.suppress(OSError), open(self.file("stderr"), errors="replace") as file:
-            text = ": ".join([text, *file.read().splitlines()[-1:]])
+            text = " | ".join([text, *file.read().splitlines()[-2:]])
         say("FAILED: " + text)
         raise NotMeasured(text)
 
@@ -11894,18 +11895,19 @@ def bench_cmap(lab):
     path, jobs = lab.paths()[0], 200 if lab.options.quick else 4000
     group = lab.served(path, "true", concurrency=4)[1]
     few = max(20, jobs // 20)       # for the slow ones
-    lists = {count: lab.write("lines.%d" % count, "\n".join(map(str, range(count)))) for count in (jobs, jobs // 4, few)}
+    lists = {count: lab.write("lines.%d" % count, "\n".join(map(str, range(count))))
+             for count in (jobs, jobs // 4, few)}
     env = dict(lab.env, GROUP=group)
 
     def listed(*command, count=jobs, times=1):
         return lambda: lab.timed(*[list(command)] * times, env=env, stdin=lists[count], jobs=count * times)
 
     def cmap():
-        lab.need("cexec.TOOLS['cmap']")
+        lab.need(lambda: cexec.TOOLS["cmap"])
         return listed("cmap", "-q", "--lines", lab.pub)
 
     def api():
-        lab.need("cexec.Room.map")
+        lab.need(lambda: cexec.Room.map)
         return listed(lab.python, "-ISc", BENCH_API, lab.bin, lab.pub, group)
     over, gearman, local = "GNU parallel over ControlMaster", "gearman, 4 workers, 4 clients", "xargs -P4, local"
     found = lab.interleave("cmap", {
@@ -11936,7 +11938,7 @@ def bench_blocks(lab):
         return measure
 
     def cmap():
-        lab.need("cexec.TOOLS['cmap']")
+        lab.need(lambda: cexec.TOOLS["cmap"])
         return gzip("cmap", "-q", "--block", "1M", lab.pub)
     found = lab.interleave("blocks", {"cmap --block": cmap, "parallel --pipe": lambda: gzip(
         lab.program("parallel"), "--will-cite", "-k", "--pipe", "--block", "1M", "-j%d" % slots, "gzip")})
@@ -12094,6 +12096,49 @@ def bench_room(lab):
 PARTS = {"stream": bench_stream, "long": bench_long, "tiny": bench_tiny, "eight": bench_eight, "cmap": bench_cmap,
          "blocks": bench_blocks, "import": bench_import, "growth": bench_growth, "host": bench_host,
          "memory": bench_memory, "room": bench_room}
+
+
+def bench_command(*arguments):
+    return [sys.executable, os.path.abspath(__file__), "bench", "--quick", *arguments]
+
+
+def test_the_benchmark_runs_its_parts(tmp_path):
+    skip_without_namespaces()
+    done = run_command(*bench_command("--runs", "1", "--json", "--only", "import"), env={"TMPDIR": tmp_path}, timeout=60)
+    found = json.loads(done.stdout)
+    assert done.returncode == 0 and not found["failures"] and not found["notes"], done.stderr
+    assert {result["name"] for result in found["results"]} >= {"python3 -I -S", "import cexec"}
+    assert not os.listdir(str(tmp_path))
+
+
+@pytest.mark.parametrize("wrong", ["--only=nosuch", "--runs=0", "--size=x", "nosuch"])
+def test_the_benchmark_refuses_what_it_does_not_know(wrong):
+    done = run_command(*bench_command(wrong))
+    assert done.returncode == 2 and b"Traceback" not in done.stderr and not done.stdout
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_benchmark_that_is_interrupted_leaves_nothing(tmp_path, number, status):
+    skip_without_namespaces()
+    running = Process(bench_command("--only", "host"), {"TMPDIR": tmp_path}, start_new_session=True)
+    try:
+        running.log.wait("part host", 30)
+        started = wait_until(lambda: something(mentioning(str(tmp_path))))
+        os.killpg(running.pid, number)
+        assert running.complete(30) == status and started and "Traceback" not in str(running.log)
+        wait_until(lambda: must(not mentioning(str(tmp_path)) and not os.listdir(str(tmp_path))))
+    finally:
+        running.end()
+
+
+def something(found):
+    assert found
+    return found
+
+
+def mentioning(text):
+    """The processes that have this text in their environment."""
+    return [pid for pid in all_pids() if text in proc(pid, "environ")]
 
 
 if __name__ == "__main__":
