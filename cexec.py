@@ -1955,16 +1955,20 @@ class Responder:
 
     def place_failed(self, nonce):
         """The connection under way has not shown itself to be the submitter's: no such address, no GO.  To be said
-        before lost()."""
+        before lost(); again it counts no more."""
         record = self.connecting[nonce]
         if record.current:
             record.current.failures += 1
+            record.current = None
 
-    def gives_way(self, nonce):
-        """Whether a connection that has been silent for long is to be given up: others wait for its slot, or its
-        submitter is heard from a better place."""
-        record = self.connecting.get(nonce)
-        return bool(record) and (bool(self.full and self.waiting()) or record.newest_place() is not record.current)
+    def gives_way(self, nonce, proven=False):
+        """Whether a connection that has been silent for long is to be given up: others wait for its slot, or, if it has
+        not proven itself by its GO, its submitter is heard from another place."""
+        if nonce not in self.connecting:
+            return False
+        record = self.connecting[nonce]
+        moved = not proven and record.newest_place() is not record.current
+        return moved or self.full and any(other.queued for other in self.pending.values())
 
     def won(self, nonce):
         """The connection for nonce has become a job, which keeps the slot until freed()."""
@@ -2073,7 +2077,7 @@ class Responder:
     def _forget_silent(self, now):
         for record in [record for record in self.pending.values() if record.until <= now]:
             del self.pending[record.nonce]
-            if record.current:
+            if record.connections:
                 self._remember(record)      # its announcements so far have had their connection
 
     def _make_room(self, now, source):
@@ -6397,7 +6401,8 @@ class Daemon:
             if self.responder.gives_way(connection.answer.nonce):
                 connection.end()
         for handler in self.handlers.values():
-            if not handler.won and now - handler.began > self.STALE and self.responder.gives_way(handler.answer.nonce):
+            if not handler.won and now - handler.began > self.STALE and self.responder.gives_way(
+                    handler.answer.nonce, proven=True):
                 signal_process(handler.pid, signal.SIGKILL)
 
     def _take_turns(self):

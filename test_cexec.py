@@ -4388,10 +4388,10 @@ class Crowd:
         responder = self.responders[worker]
         responder.won(nonce)
         self.peak = max(self.peak, responder.running)
-        self.call_at(self.now + length / responder.speed, self.finished, worker)
+        self.call_at(self.now + length / responder.speed, self.finished, worker, nonce[0])
 
-    def finished(self, worker):
-        self.responders[worker].freed()
+    def finished(self, worker, room):
+        self.responders[worker].freed(room)
         self.wake(worker)
 
 
@@ -4796,7 +4796,7 @@ def test_a_silent_connection_gives_way_when_others_wait_or_the_submitter_is_hear
     hears(worker, "n", source="copy")
     assert answers(worker, 100.0) == ["n"] and not worker.gives_way("n")
     hears(worker, "n", now=100.0, source="real", attempt=1)
-    assert worker.gives_way("n")
+    assert worker.gives_way("n") and not worker.gives_way("n", proven=True)
     worker = responder(slots=1)
     hears(worker, "n")
     assert answers(worker, 100.0) == ["n"]
@@ -4810,20 +4810,26 @@ def test_a_silent_connection_gives_way_when_others_wait_or_the_submitter_is_hear
 
 # -- who waits
 
-def test_who_waits_is_counted_without_the_room_that_is_served():
-    worker = responder(slots=1)
-    hears(worker, "n", room="served")
-    worker.due(50.0)
-    worker.won("n")
-    hears(worker, "m", now=50.0, room="served", interval=1e3)
-    hears(worker, "o", now=50.0, room="other", interval=1e3)
-    assert worker.waiting("served") == 0                # their time has not come
-    worker.due(500.0)
-    assert (worker.waiting("served"), worker.waiting("other"), worker.waiting()) == (1, 1, 2)
-    worker.taken(500.0, "o", None)
-    assert (worker.waiting("served"), worker.waiting()) == (0, 1)
-    worker.load(3000.0, 0.0)
-    assert worker.waiting() == 0
+def test_a_room_gives_way_only_to_who_has_fewer_slots_here():
+    worker = responder(slots=2)
+    for nonce, room in ("n", "served"), ("m", "other"):
+        hears(worker, nonce, room=room)
+        assert answers(worker, 1e3 * worker.running + 50) == [nonce] and worker.room(nonce) == room
+        worker.won(nonce)
+    for nonce, room in ("o", "served"), ("p", "other"):
+        hears(worker, nonce, now=2e3, room=room, interval=1e3)
+    assert worker.waiting() == 0                        # their time has not come
+    worker.due(2500.0)
+    assert worker.waiting() == 2 and not worker.others_wait("served") and not worker.others_wait("other")
+    hears(worker, "q", now=2500.0, room="new", interval=2e3)
+    worker.due(3000.0)
+    assert worker.waiting() == 3 and worker.others_wait("served") and worker.others_wait("other")
+    worker.taken(3000.0, "q", None)
+    assert worker.waiting() == 2 and not worker.others_wait("served")
+    worker.freed("other")
+    assert worker.others_wait("served") and answers(worker, 3000.0) == ["p"]    # who has less goes first
+    worker.load(9000.0, 0.0)
+    assert worker.waiting() == 0                        # not heard for so long
 
 
 def test_a_stopped_worker_answers_nobody_but_remembers():
@@ -4840,7 +4846,9 @@ def test_a_stopped_worker_answers_nobody_but_remembers():
 
 def full_worker(jitter=1.0):
     worker = responder(slots=1, jitter=jitter)
-    worker.running = 1
+    hears(worker, "running")
+    answers(worker, 50.0)
+    worker.won("running")
     return worker
 
 
@@ -4857,7 +4865,7 @@ def test_a_full_worker_that_is_asked_says_once_that_it_is_busy():
 
 
 def test_a_busy_answer_is_dropped_when_it_is_not_wanted_or_not_true():
-    for end in (lambda worker: hears(worker, "n", now=200.0, attempt=1), lambda worker: worker.freed(),
+    for end in (lambda worker: hears(worker, "n", now=200.0, attempt=1), lambda worker: worker.freed("room"),
                 lambda worker: worker.taken(200.0, "n", None)):
         worker = full_worker()
         hears(worker, "n", flags=cexec.TELL_BUSY)
@@ -4918,7 +4926,7 @@ def test_a_full_worker_remembers_who_waits_longest():
     assert worker.next_due() is None
     worker.won("busy")
     assert worker.next_due() is None
-    worker.freed()
+    worker.freed("room")
     assert worker.next_due() <= 500.0
     (answer,) = worker.due(500.0)
     assert answer.nonce == "old" and answer.queued
@@ -4944,7 +4952,7 @@ def test_a_submitter_that_fell_silent_is_forgotten():
     worker.due(50.0)
     hears(worker, "b", now=2000.0, interval=1000.0)     # a replay
     worker.won("a")
-    worker.freed()
+    worker.freed("room")
     assert worker.due(2501.0) == []
 
 
@@ -4974,7 +4982,7 @@ def test_the_oldest_of_one_host_are_remembered():
         hears(worker, n, now=100.0, waited=n, interval=4e3)
     worker.due(300.0)
     worker.won("busy")
-    worker.freed()
+    worker.freed("room")
     assert answers(worker, 500.0) == [3 * cexec.PER_SOURCE - 1]
     assert len(worker.pending) == cexec.PER_SOURCE - 1
 
