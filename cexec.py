@@ -2860,7 +2860,7 @@ def device_index(name):
     """The number of the interface with this name.  Failure names those there are."""
     known = {known: index for index, known in interface_names()}
     if name not in known:
-        raise Failure(name, "no such device, this machine has: " + " ".join(known))
+        raise Failure(name, "no such device, this machine has: " + " ".join(known), GROUP_FORMS, EXIT_USAGE)
     return known[name]
 
 
