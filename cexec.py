@@ -1,6 +1,6 @@
 #!/bin/sh
 "exec" "python3" "-IS" "-c" "import sys; exec(open(sys.argv[1], 'rb').read(4096).split(b'\\n###')[1])" "$0" "$@"
-needs: "Python 3.8 or later"    # a much older one can read no further, and shows this line
+needs: str = "Python 3.8 or later"     # a much older one can read no further, and shows this line
 
 # The second line is for both languages.  A script is compiled anew at every start, which takes longer than a small
 # job; so sh hands it to Python, which reads the text between the marks here and, by it, loads this file as a module
@@ -179,7 +179,7 @@ def say(prefix, text, descriptor=2):
 # ---------------------------------------------------------------- groups
 
 GROUP_FORMS = "an address, not a name: 255.255.255.255, 224.0.1.9, ff02::1%eth0, 10.0.0.7, " \
-    "with a port as 10.0.0.7:3010 or [ff02::1%eth0]:3010, with a device as eth0:255.255.255.255"
+    "with a port as 10.0.0.7:3010 or [ff02::1%eth0]:3010, with a device as eth0:255.255.255.255 or eth0"
 PORTS_FORMS = "ports from 1024 to 65535, as 4000 or 4000,4002 or 4000-4010"
 DEVICE_MAX = 15             # bytes of an interface's name, a limit of every kernel
 ALL_HOSTS = "255.255.255.255"
@@ -224,7 +224,7 @@ def parse_group(text):
     words = text.strip()
     place = split_place(words)
     device, colon, rest = words.partition(":")
-    if not place and colon and device_name(device):
+    if not place and device_name(device):
         place = split_place(rest or ALL_HOSTS)
     else:
         device = ""
@@ -528,7 +528,7 @@ def did_you_mean(word, known):
         import difflib
     except ImportError:
         return ""
-    near = difflib.get_close_matches(word, known, 1)
+    near = difflib.get_close_matches(word, known, 1, 0.75)
     return "did you mean %s? " % near[0] if near else ""
 
 
@@ -2864,7 +2864,7 @@ def device_index(name):
     """The number of the interface with this name.  Failure names those there are."""
     known = {known: index for index, known in interface_names()}
     if name not in known:
-        raise Failure(name, "no such device, this machine has: " + " ".join(known))
+        raise Failure(name, "no such device, this machine has: " + " ".join(known), GROUP_FORMS, EXIT_USAGE)
     return known[name]
 
 
@@ -8448,7 +8448,9 @@ def usage(tool):
             options.append(("%s %s" % (setting.option, setting.argument), setting.help + default))
             options.append(("", "or " + ", ".join(setting.names) + " in the environment"))
     if options:
-        lines += ["", "Options:"] + ["  %-31s %s" % option for option in options]
+        import textwrap
+        lines += ["", "Options:"] + ["  %-31s %s" % (option if not row else "", text) for option, words in options
+                                     for row, text in enumerate(textwrap.wrap(words, 84))]
     return "\n".join(lines) + "\n\n" + EXAMPLE
 
 
