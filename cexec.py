@@ -7150,7 +7150,7 @@ RECEIVE_ROUND = 256         # datagrams taken in a row before signals and timers
 
 
 class Report(collections.namedtuple(
-        "Report", "heard verdict submitter worker key key_id known status job reason seconds")):
+        "Report", "heard verdict submitter worker proxy key key_id known status job reason seconds")):
     """One line of crat, safe to print.  With --json its fields are:
 
     time       UNIX time at which it was heard     event      "completed" or "rats out"
@@ -7158,7 +7158,7 @@ class Report(collections.namedtuple(
     key        name as given, null if unknown      key_id     "0x" and eight hexadecimal digits
     known      whether a given key vouches for it  status     exit status; null unless completed
     job        id, "" if it had none               reason     words, "" if none
-    seconds    from the choice of the worker to the end
+    proxy      address it came through, "" if none seconds    from the choice of the worker to the end
     """
     __slots__ = ()
 
@@ -7166,16 +7166,15 @@ class Report(collections.namedtuple(
         text = ("%s completed by %s for %s exit code %d" if self.verdict == COMPLETED else "%s rats out %s for %s")
         fields = (self.submitter, self.worker, self.key or "unknown key (%s)" % self.key_id)
         text %= fields + ((self.status,) if self.verdict == COMPLETED else ())
-        job, reason = self.job and " job " + self.job, self.reason and ": " + self.reason
-        return "%s%s%s, %.3f s" % (text, job, reason, self.seconds)
+        job, proxy = self.job and " job " + self.job, self.proxy and " through " + self.proxy
+        return "%s%s%s%s, %.3f s" % (text, job, proxy, self.reason and ": " + self.reason, self.seconds)
 
     def json(self):
         import json
-        return json.dumps({
-            "time": round(self.heard, 3), "event": "completed" if self.verdict == COMPLETED else "rats out",
-            "submitter": self.submitter, "worker": self.worker, "key": self.key, "key_id": self.key_id,
-            "known": self.known, "status": self.status if self.verdict == COMPLETED else None, "job": self.job,
-            "reason": self.reason, "seconds": self.seconds})
+        record, completed = self._asdict(), self.verdict == COMPLETED
+        del record["heard"], record["verdict"]
+        record["status"] = self.status if completed else None
+        return json.dumps(dict(time=round(self.heard, 3), event="completed" if completed else "rats out", **record))
 
 
 class ReplayWindow:
@@ -7243,11 +7242,12 @@ class AlertReader:
         for alert in alerts:
             refusal = self._refusal(datagram.key_id, alert, history, now)
             if refusal is None:
+                submitter, (worker, _, proxy) = alert.submitter, alert.worker.partition(" by ")
                 reports.append(Report(
-                    now, alert.verdict, alert.submitter if parse_address(alert.submitter) else source,
-                    alert.worker if parse_address(alert.worker) else "?", history.name if history.key else None,
-                    "0x" + datagram.key_id.hex(), bool(history.key), alert.status, safe_id(alert.job),
-                    printable(alert.words)[:WORDS_MAX], alert.milliseconds / 1000))
+                    now, alert.verdict, submitter if parse_address(submitter) else source,
+                    worker if parse_address(worker) else "?", proxy if parse_address(proxy) else "",
+                    history.name if history.key else None, "0x" + datagram.key_id.hex(), bool(history.key),
+                    alert.status, safe_id(alert.job), printable(alert.words)[:WORDS_MAX], alert.milliseconds / 1000))
             elif refusal:
                 topic, words = refusal
                 notes.append(((topic, history.name), "not shown from %s for %s: %s" % (source, history.name, words)))

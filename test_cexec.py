@@ -10090,6 +10090,8 @@ def line_of(data, *keys, source="10.9.9.9", now=MOMENT, **options):
      "10.0.0.6 rats out 10.0.0.3 for unknown key (0x1a1a1a1a) job 1a2b3c4d: no welcome, 1.500 s"),
     (dict(submitter="fe80::1%eth0", worker="fd00::7"), [FOO],
      "fe80::1%eth0 completed by fd00::7 for foo.pub exit code 0 job 1a2b3c4d, 1.500 s"),
+    (dict(worker="10.0.0.3 by 10.1.0.1", words="silence"), [FOO],
+     "10.0.0.6 completed by 10.0.0.3 for foo.pub exit code 0 job 1a2b3c4d through 10.1.0.1: silence, 1.500 s"),
     (dict(submitter="", worker=""), [FOO], "10.9.9.9 completed by ? for foo.pub exit code 0 job 1a2b3c4d, 1.500 s"),
     (dict(submitter="1.2.3.4 completed by", worker="room"), [],
      "10.9.9.9 completed by ? for unknown key (0x1a1a1a1a) exit code 0 job 1a2b3c4d, 1.500 s"),
@@ -10104,7 +10106,7 @@ def test_the_record_of_an_alert_in_json():
     def record(*keys, **options):
         return json.loads(reader(*keys).read(alert_bytes(FOO, clock=CLOCK, **options), "10.9.9.9", MOMENT)[0][0].json())
     assert record(FOO, status=7) == {
-        "time": MOMENT, "event": "completed", "submitter": "10.0.0.6", "worker": "10.0.0.3", "key": "foo.pub",
+        "time": MOMENT, "event": "completed", "submitter": "10.0.0.6", "worker": "10.0.0.3", "proxy": "", "key": "foo.pub",
         "key_id": "0x1a1a1a1a", "known": True, "status": 7, "job": "1a2b3c4d", "reason": "", "seconds": 1.5}
     other = record(verdict=2, words="silence")
     assert (other["event"], other["key"], other["known"], other["status"], other["reason"]) == (
