@@ -11307,17 +11307,20 @@ def test_what_is_on_the_far_link_already_is_not_carried_there(bridge, key):
 @pytest.mark.parametrize("arguments", [["10.2.0.1"], ["10.2.0.1", "10.2.0.2"]])
 def test_what_comes_from_the_far_side_is_not_taken_for_near(bridge, key, arguments):
     """S15: also where GROUP names no device, and whatever address it was sent to."""
-    cproxy, counted = proxy(bridge, "mid", *arguments), count(bridge, "right")
-    forged = announcement(cexec.load_key(key + ".pub")[0])
+    proxy(bridge, "mid", *arguments)
+    counted, foo = count(bridge, "right"), cexec.load_key(key + ".pub")[0]
     bridge.run("right", "ip", "route", "add", "10.1.0.0/24", "via", "10.2.0.1")
-    for to in "255.255.255.255", "10.2.0.1", "10.1.0.1":
-        bridge.python("right", "import socket, sys\ns = socket.socket(type=socket.SOCK_DGRAM)\n"
-                      "s.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)\n"
-                      "s.sendto(bytes.fromhex(sys.argv[1]), (sys.argv[2], 3010))", forged.hex(), to)
-    answer(bridge, "right", key)
-    assert submit(bridge, "left", key) == 3 << 20
-    sources = [line.split()[1] for line in counted.out.lines if line.startswith("announce")]
-    assert sources.count("10.2.0.1") == 2 and cproxy.alive()
+
+    def announce(host, nonce, to):
+        done = bridge.python(host, "import sys; sys.path.insert(0, %r); import cexec\n"
+                             "sys.exit(*cexec.GroupSocket(cexec.parse_group(sys.argv[1]), False).send("
+                             "bytes.fromhex(sys.argv[2])))" % HERE, to, announcement(foo, nonce).hex())
+        assert done.returncode == 0, done.stderr
+    for number, to in enumerate(["255.255.255.255", "10.2.0.1", "10.1.0.1"]):
+        announce("right", b"%08d" % number, to)
+    announce("left", b"nearnear", "255.255.255.255")
+    counted.out.wait("announce 10.2.0.1")
+    assert len(counted.out.having("10.2.0.1")) == 1
 
 
 def test_a_roll_call_crosses_two_proxies_in_a_row(bridge, key):
