@@ -4453,15 +4453,16 @@ def test_old_kernels_are_asked_by_moving_the_place(opened, monkeypatch):
 
 # ---------------------------------------------------------------- input that can be read again
 
-def tape_of(loop, fd, cap=1 << 20):
-    """A tape whose job has been accepted."""
-    replayable = cexec.ReplayableSource(loop, fd, lambda: None)
-    replayable.accepted(cap)
-    return replayable
+def input_of(loop, fd, cap=1 << 20):
+    """An input whose job has been accepted."""
+    made = (cexec.FileInput if cexec.stream_kind(fd) is cexec.REGULAR else cexec.ReplayableInput)(
+        loop, fd, lambda: None)
+    made.accepted(cap)
+    return made
 
 
 def take(replayable, size=None, step=7000):
-    """Reads from a tape to its end, or so many bytes."""
+    """Reads from an input to its end, or so many bytes."""
     data, view = b"", memoryview(bytearray(step))
     while size is None or len(data) < size:
         count = replayable.read_into(view[:None if size is None else size - len(data)])
@@ -4483,10 +4484,8 @@ def filled():
 
 
 @pytest.mark.parametrize("before", [0, 1, 30000, 60000, None])
-@pytest.mark.parametrize("memory", [1 << 20, 10000])
-def test_a_pipe_is_replayed_from_its_beginning(loop, filled, before, memory, monkeypatch):
-    monkeypatch.setattr(cexec.ReplayableSource, "IN_MEMORY", memory)
-    replayable = tape_of(loop, filled)
+def test_a_pipe_is_replayed_from_its_beginning(loop, filled, before):
+    replayable = input_of(loop, filled)
     for _ in range(3):
         assert take(replayable, before) == OCTETS[:60000][:before] and replayable.can_rewind()
         replayable.rewind()
@@ -4499,52 +4498,43 @@ def test_a_pipe_is_replayed_from_its_beginning(loop, filled, before, memory, mon
 
 
 def test_a_pipe_longer_than_the_cap_is_carried_but_not_replayed(loop, filled):
-    replayable = tape_of(loop, filled, 20000)
+    replayable = input_of(loop, filled, 20000)
     assert take(replayable, 20000, 20000) == OCTETS[:20000] and replayable.can_rewind()
     assert take(replayable) == OCTETS[20000:60000] and not replayable.can_rewind()
     replayable.end()
 
 
-def test_a_file_is_replayed_by_seeking_whatever_its_length(loop, tmp_path):
+def test_a_file_is_replayed_whatever_its_length_and_its_offset_stays(loop, tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"skip" + OCTETS)
     fd = os.open(str(path), os.O_RDONLY)
     os.lseek(fd, 4, os.SEEK_SET)
-    replayable = tape_of(loop, fd, 1000)
+    replayable = input_of(loop, fd, 1000)
     for size in 100, None, 5000, None:
         assert take(replayable, size) == OCTETS[:size] and replayable.can_rewind()
+        assert os.lseek(fd, 0, os.SEEK_CUR) == 4
         replayable.rewind()
+    take(replayable, 100)
+    for consumed, offset in (7, 11), (0, 4), (cexec.UNKNOWN, 104):
+        replayable.settle(consumed)
+        assert os.lseek(fd, 0, os.SEEK_CUR) == offset
     replayable.end()
     os.close(fd)
 
 
-def test_a_tape_that_does_not_record_cannot_start_again(loop, filled):
-    replayable = tape_of(loop, filled, None)
+def test_an_input_that_is_not_kept_cannot_start_again(loop, filled):
+    replayable = input_of(loop, filled, None)
     assert not replayable.can_rewind() and take(replayable) == OCTETS[:60000]
     replayable.end()
 
 
 def test_before_a_job_is_accepted_all_its_input_is_remembered(loop, filled):
-    replayable = cexec.ReplayableSource(loop, filled, lambda: None)
+    replayable = cexec.ReplayableInput(loop, filled, lambda: None)
     for _ in range(2):
         assert take(replayable, 50000) == OCTETS[:50000] and replayable.can_rewind()
         replayable.rewind()
     replayable.accepted(10)
     assert not replayable.can_rewind() and take(replayable) == OCTETS[:60000]
-    replayable.end()
-
-
-def test_a_full_temporary_disk_costs_the_second_chance_and_no_octet(loop, filled, monkeypatch, tmp_path):
-    monkeypatch.setattr(cexec.ReplayableSource, "IN_MEMORY", 10000)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20500, limits[1]))
-        replayable = tape_of(loop, filled)
-        assert take(replayable) == OCTETS[:60000] and not replayable.can_rewind()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, before)
     replayable.end()
 
 
@@ -4630,9 +4620,12 @@ def test_a_group_is_ended_whatever_it_does(loop, monkeypatch, name):
     def reap():
         if not statuses and os.waitpid(pid, os.WNOHANG)[0]:
             statuses.append(pid)
-    cexec.GroupKill(loop, pid, loop.stop, reap)
     began = time.monotonic()
-    run_loop(loop)
+    kill = cexec.GroupKill(pid)
+    while not kill.look():
+        assert time.monotonic() - began < 10
+        reap()
+        time.sleep(cexec.KILL_LOOK)
     took = time.monotonic() - began
     reap()
     assert statuses == [pid], "the leader was dead when the end was told"
@@ -6362,27 +6355,33 @@ def test_a_key_that_others_can_read_is_warned_about(room, tmp_path):
 
 # ---------------------------------------------------------------- how a job ends
 
+@contextlib.contextmanager
+def room_of(room, most=1, keep=False, **environment):
+    """(loop, cexec.Room) of this process, for the workers of a test's room."""
+    settings = cexec.read_settings("cexec", [], {"GROUP": room.group, "CEXEC_TIMEOUT_ACCEPT": "20", **environment})[0]
+    loop = cexec.Loop()
+    made = cexec.Room(loop, cexec.load_key(room.pub, "public")[0], settings, most, keep)
+    try:
+        yield loop, made
+    finally:
+        made.close()
+        loop.close()
+
+
 def statuses(room, pairs, at_once=8):
-    """The exit statuses of many jobs, run from one loop in this process: {pair: status}."""
-    settings = cexec.read_settings("cexec", [], {"GROUP": room.group, "CEXEC_TIMEOUT_ACCEPT": "20"})[0]
-    loop, key, found, waiting = cexec.Loop(), cexec.load_key(room.pub, "public")[0], {}, list(pairs)
+    """The exit statuses of many jobs, run by one Room in this process: {pair: status}."""
+    found = {}
 
-    def start():
-        if len(found) == len(pairs):
-            loop.stop()
-        elif waiting:
-            pair = waiting.pop()
-            cexec.Submission(loop, key, settings, {}, [pair], lambda *outcome: done(pair, *outcome))
-
-    def done(pair, status, failure):
+    def done(pair, status, failure, submission):
         assert failure is None, str(failure)
         found[pair] = status
-        loop.call_soon_threadsafe(start)
+        if len(found) == len(pairs):
+            loop.stop()
 
-    for _ in range(at_once):
-        start()
-    loop.run()
-    loop.close()
+    with room_of(room, at_once, keep=True) as (loop, made):
+        for pair in pairs:
+            made.submit(cexec.Submission(cexec.JobStreams(), [pair], 3, functools.partial(done, pair)))
+        loop.run()
     return found
 
 
@@ -6946,40 +6945,26 @@ def test_a_second_signal_ends_cexec_whatever_the_job_does(shell, name):
     job.out.wait("heard")
     assert job.alive()
     job.signal(number)
-    assert job.complete() == 128 + number
+    assert job.complete() == -number
     wait_until(lambda: no_job_left(shell))
 
 
 def test_a_job_that_ignores_the_signal_is_left_after_a_while(shell, monkeypatch):
-    monkeypatch.setattr(cexec.Submission, "SIGNAL_GRACE", 0.3)
+    monkeypatch.setattr(cexec, "SIGNAL_GRACE", 0.3)
     settings = cexec.read_settings("cexec", [], {"GROUP": shell.group})[0]
-    loop, key = cexec.Loop(), cexec.load_key(shell.pub, "public")[0]
-    submission = cexec.Submission(loop, key, settings, {}, [(b"RUN", b"trap '' TERM; while :; do sleep 0.02; done")],
-                                  lambda *outcome: loop.stop(outcome))
+    run = cexec.Run(cexec.load_key(shell.pub, "public")[0], settings, {},
+                    [(b"RUN", b"trap '' TERM; while :; do sleep 0.02; done")], None)
 
     def send():
-        if submission.channel and submission.channel.session.phase is cexec.RUNNING:
-            submission.signal("TERM")
+        attempt = run.submission.attempt
+        if attempt and attempt.session.phase is cexec.RUNNING:
+            os.kill(os.getpid(), signal.SIGTERM)
         else:
-            loop.call_later(0.01, send)
+            run.loop.call_later(0.01, send)
     send()
-    assert loop.run() == (128 + signal.SIGTERM, None)
-    loop.close()
+    assert run.run() == (128 + signal.SIGTERM, None, signal.SIGTERM)
+    run.loop.close()
     wait_until(lambda: no_job_left(shell))
-
-
-def test_input_that_cannot_be_read_again_is_the_end_and_is_said(shell, monkeypatch):
-    def rewind(replayable):
-        raise OSError(errno.EIO, "the disk is gone")
-    monkeypatch.setattr(cexec.ReplayableSource, "rewind", rewind)
-    settings = cexec.read_settings("cexec", [], {"GROUP": shell.group})[0]
-    loop, key = cexec.Loop(), cexec.load_key(shell.pub, "public")[0]
-    with open(CEXEC, "rb") as file:
-        cexec.Submission(loop, key, settings, {file.fileno(): cexec.IN}, [(b"RUN", b"kill -9 $PPID; sleep 100")],
-                         lambda *outcome: loop.stop(outcome))
-        status, failure = loop.run()
-    loop.close()
-    assert status == 111 and failure.hint == "the input cannot be read again: the disk is gone"
 
 
 @pytest.mark.parametrize("name", ["INT", "TERM", "HUP"])
@@ -6989,7 +6974,7 @@ def test_a_signal_ends_the_search_for_a_worker(room, name):
         announcements = (cexec.parse_datagram(hear(group)[0]) for _ in range(2))
         assert [found.sequence for found in announcements] == [1, 2]      # it listens to signals before the second
     job.signal(getattr(signal, "SIG" + name))
-    assert job.complete() == 128 + getattr(signal, "SIG" + name) and str(job.log) == ""
+    assert job.complete() == -getattr(signal, "SIG" + name) and str(job.log) == ""
 
 
 def test_a_signal_that_was_ignored_from_the_start_stays_ignored(shell):
@@ -7865,7 +7850,7 @@ def test_a_second_signal_ends_a_job_that_ignores_the_first_and_the_modes_come_ba
     cexec.signal(signal.SIGTERM)
     terminal.wait("caught\r\n")
     cexec.signal(signal.SIGTERM)
-    assert cexec.wait(PATIENCE) == 128 + signal.SIGTERM
+    assert cexec.wait(PATIENCE) == -signal.SIGTERM
     assert terminal.modes() == modes
 
 
