@@ -5439,8 +5439,8 @@ class Room:
     def nobody(self, submission, now):
         """The Failure of a job for which no worker was found: what was tried, what came of it, what to check."""
         search = (self.searches or self.finished or (None,))[0]
-        why = "%s for %.0f s" % ("no worker was free" if self.heard_at > submission.waiting_since else
-                                 "nobody answered", now - submission.waiting_since)
+        why = "%s within %.3g s" % ("no worker was free" if self.heard_at > submission.waiting_since else
+                                    "nobody answered", self.settings.timeout_accept or NOBODY)
         if search:
             why += "; announced on %s by %s, to connect back to TCP port %d" % (
                 self.settings.group, " ".join(filter(None, search.group.tried)) or "the system's choice", search.port)
