@@ -3493,6 +3493,15 @@ def in_background(fd):
         return False        # no terminal, or not that of this session
 
 
+def read_at(fd, view, position):
+    """Reads a regular file at a place, whatever its offset is; returns how many bytes."""
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, [view], position)
+    data = os.pread(fd, len(view), position)
+    view[:len(data)] = data
+    return len(data)
+
+
 class Source:
     """Something to read.  read_into(view) returns bytes read, 0 at the end, or None when there is nothing now and
     `ready` will be called once there is."""
@@ -3536,12 +3545,7 @@ class FileSource(Source):
         self.enlarged = True
 
     def _read(self, view):
-        if hasattr(os, "preadv"):
-            size = os.preadv(self.fd, [view], self.position)
-        else:
-            data = os.pread(self.fd, len(view), self.position)
-            size = len(data)
-            view[:size] = data
+        size = read_at(self.fd, view, self.position)
         self.position += size
         return size
 
@@ -4858,6 +4862,10 @@ class JobStreams:
     def ended(self, report):
         """The job has; report is its ExitReport, or None when the cluster failed."""
 
+    def read_error(self, number, error):
+        """A source cannot be read: 0 to end it, None to leave it for now."""
+        return 0
+
     # -- what sources and sinks say
     def source_ready(self, number):
         if self.attempt:
@@ -4875,6 +4883,236 @@ class JobStreams:
 
     def all_delivered(self):
         return len(self.delivered) == len(self.sinks)
+
+
+def temporary_file():
+    """A descriptor of a new file without a name, in TMPDIR or /tmp."""
+    folder = os.environ.get("TMPDIR") or "/tmp"
+    path = os.path.join(folder, "cexec-" + os.urandom(8).hex())
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    os.unlink(path)
+    return fd
+
+
+class Budget:
+    """What several Spools hold together.  From `limit` bytes on the jobs of those HeldStreams that are not `first` may
+    write no more until pay() finds that it has become less."""
+
+    def __init__(self, limit=math.inf):
+        self.limit = limit
+        self.held = 0
+        self.memory = 0                 # of that, in memory
+        self.waiting = set()            # HeldStreams that owe credit
+
+    def pay(self):
+        for streams in [each for each in self.waiting if each.first or self.held < self.limit]:
+            self.waiting.discard(streams)
+            streams.pay()
+
+
+class Spool:
+    """Bytes that are held here, many of them in a file, which open_file() makes.  Whoever makes it closes it."""
+    ONE = 1 << 18               # bytes of one that stay in memory
+    ALL = 1 << 24               # bytes of all of a Budget in memory, from which on each has only a sixteenth of that
+
+    def __init__(self, budget, open_file=temporary_file):
+        self.budget = budget
+        self.open_file = open_file
+        self.memory = bytearray()
+        self.fd = None
+        self.size = 0
+
+    def append(self, data):
+        size, budget = len(data), self.budget
+        if self.fd is None and self.size + size > (self.ONE if budget.memory < self.ALL else self.ONE >> 4):
+            self.to_file()
+        if self.fd is None:
+            self.memory += data
+            budget.memory += size
+        else:
+            write_at(self.fd, data, self.size)
+        self.size += size
+        budget.held += size
+
+    def to_file(self):
+        """From now on all of it is in the file."""
+        if self.fd is None:
+            self.fd = self.open_file()
+            write_at(self.fd, self.memory, 0)
+            self.budget.memory -= len(self.memory)
+            self.memory = bytearray()
+
+    def pieces(self):
+        """What it holds, a buffer at a time."""
+        if self.fd is None:
+            yield memoryview(self.memory)
+            return
+        buffer, position = memoryview(bytearray(min(BUFFER, self.size))), 0
+        while position < self.size:
+            size = read_at(self.fd, buffer[:self.size - position], position)
+            if not size:
+                raise OSError(errno.EIO, "a temporary file has become shorter")
+            yield buffer[:size]
+            position += size
+
+    def clear(self):
+        """Holds nothing any more; may be used again.  Its file, if there is one, goes."""
+        self.budget.held -= self.size
+        self.budget.memory -= len(self.memory)
+        self.size = 0
+        self.memory = bytearray()
+        if self.fd is not None:
+            fd, self.fd = self.fd, None
+            os.close(fd)
+
+    def __bytes__(self):
+        return b"".join(map(bytes, self.pieces()))
+
+
+def write_at(fd, data, position):
+    view = memoryview(data)
+    while view:
+        size = os.pwrite(fd, view, position)
+        view, position = view[size:], position + size
+
+
+class HeldSource:
+    """An input that can always start again and never has to wait: bytes, or what a descriptor of a regular file has
+    from `start` on, `length` bytes or all up to its end, whatever its offset is."""
+
+    def __init__(self, data=b"", fd=None, start=0, length=None):
+        self.data = memoryview(data)
+        self.fd = fd
+        self.start = start
+        self.length = length
+        self.position = 0
+
+    def read_into(self, view):
+        if self.fd is None:
+            part = self.data[self.position:self.position + len(view)]
+            size = len(part)
+            view[:size] = part
+        else:
+            if self.length is not None:
+                view = view[:self.length - self.position]
+            size = read_at(self.fd, view, self.start + self.position)
+        self.position += size
+        return size
+
+    def can_rewind(self):
+        return True
+
+    def rewind(self):
+        self.position = 0
+
+    def close(self):
+        """The channel lets go of it; the next one may take it up."""
+
+
+class HeldSink:
+    """Keeps an output in its Spool."""
+
+    def __init__(self, streams, number, spool):
+        self.streams = streams
+        self.number = number
+        self.spool = spool
+
+    def feed(self, view):
+        try:
+            self.spool.append(view)
+        except OSError as error:
+            self.streams.broken("the output", error)
+            return False
+        self.streams.kept(self.number, len(view))
+        return False
+
+    def finish(self):
+        self.streams.sink_finished(self.number)
+
+
+class HeldStreams(JobStreams):
+    """Standard input, output and error of a job, held here: so it may start again at any moment.
+
+    input is bytes, a Spool, the path of a regular file (str), or a descriptor of one; the last of which the caller
+    closes, and of which `start` and `length` may name a part.  After the job `output` and `errors` hold what it wrote,
+    until close().  open_output makes the file of an output that is too long for memory.  Failure or OSError when the
+    path cannot be opened.
+    """
+    held = True
+
+    def __init__(self, input=b"", start=0, length=None, budget=None, open_output=temporary_file):
+        super().__init__()
+        self.budget = budget or Budget()
+        self.first = False              # its job may write whatever the budget says
+        self.owed = collections.Counter()   # {output: bytes kept for which no credit was given back}
+        self.own = self.input = None    # a descriptor and a Spool to be closed with it
+        if isinstance(input, str):
+            self.own = input = open_regular(input)
+        if isinstance(input, Spool):
+            self.input = input
+            source = HeldSource(input.memory, input.fd, 0, input.size)
+        elif isinstance(input, int):
+            source = HeldSource(b"", input, start, length)
+        else:
+            source = HeldSource(input)
+        self.output = Spool(self.budget, open_output)
+        self.errors = Spool(self.budget)
+        self.descriptors = {0: IN, 1: OUT, 2: OUT}
+        self.sources = {0: source}
+        self.sinks = {1: HeldSink(self, 1, self.output), 2: HeldSink(self, 2, self.errors)}
+
+    def begin(self, attempt):
+        """What another attempt wrote is thrown away."""
+        self.delivered.clear()
+        self.owed.clear()
+        if self.output.size or self.errors.size:
+            self.output.clear()
+            self.errors.clear()
+        super().begin(attempt)
+
+    def kept(self, number, size):
+        """An output has grown; if too much is held already, the job hears of that later."""
+        if self.budget.held < self.budget.limit or self.first:
+            self.consumed(number, size)
+        else:
+            self.owed[number] += size
+            self.budget.waiting.add(self)
+
+    def pay(self):
+        """There is room again: the job may write on."""
+        owed, self.owed = self.owed, collections.Counter()
+        for number, size in owed.items():
+            self.consumed(number, size)
+
+    def read_error(self, number, error):
+        self.broken("the input", error)
+        return 0
+
+    def broken(self, what, error):
+        """Something that belongs to the job cannot be read or written here."""
+        if self.attempt:
+            self.attempt.room.fail(self.attempt.submission, Failure(what, reason_of(error)))
+
+    def close(self):
+        """Gives back what it holds.  May be called again."""
+        self.budget.waiting.discard(self)
+        for spool in self.input, self.output, self.errors:
+            if spool:
+                spool.clear()
+        if self.own is not None:
+            fd, self.own = self.own, None
+            os.close(fd)
+
+
+def open_regular(path):
+    """A descriptor for reading a regular file; Failure for anything else, OSError when it cannot be opened."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)      # a FIFO would wait for its writer
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(fd)
+        raise Failure(printable(os.fsencode(path)), "a folder" if stat.S_ISDIR(mode) else "not a regular file",
+                      "what cannot be read twice would be lost with a worker: copy it to a file", EXIT_USAGE)
+    return fd
 
 
 class Submission:
@@ -5030,7 +5268,8 @@ class Attempt:
         """This output has been delivered, or nobody reads it any more."""
         if self.is_running() and self.session.phase is RUNNING:
             self.session.stop(number)
-            self.channel.flush()
+            if self.session.outbox:
+                self.channel.flush()
         self._maybe_over()
 
     def _exited(self, report):
@@ -5055,8 +5294,10 @@ class Attempt:
             self.streams.attempt = None
             if self.start_timer:
                 self.start_timer.cancel()
-            if not self.report:
-                self.channel.close()
+            if self.report:
+                self.kept.leave()
+            else:
+                self.kept.close()
 
     def _over(self, tell, *words):
         if not self.over:
