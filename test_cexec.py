@@ -2337,6 +2337,11 @@ def test_a_key_open_to_others_is_warned_about(tmp_path):
         assert "mode %04o" % mode in warning and "chmod 600 %s" % private in warning
 
 
+def test_a_key_is_the_users_alone_whatever_the_umask(tmp_path):
+    done = run_command("sh", "-c", 'umask 0777; exec "$@"', "sh", *program(), "ckeygen", tmp_path / "app")
+    assert done.returncode == 0 and [mode_of(tmp_path / name) for name in ("app", "app.pub")] == [0o600, 0o600]
+
+
 # ---------------------------------------------------------------- ckeygen
 
 def files_below(directory):
@@ -3240,6 +3245,104 @@ def test_where_only_loopback_is_reached_the_way_out_is_named(net):
     assert [ask("both", "255.255.255.255"), ask("both", "10.99.0.255"), ask("six", "127.255.255.255")] == [""] * 3
     net.run("six", "ip", "link", "set", "eth0", "down")
     assert ask("six", "255.255.255.255") == "no network interface but loopback is up"
+
+
+# ---------------------------------------------------------------- this machine: CPUs, policies, users
+
+def control_groups(root, lines, files):
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/self/cgroup").write_text("".join(line + "\n" for line in lines))
+    for name, text in files.items():
+        (root / "sys/fs/cgroup" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "sys/fs/cgroup" / name).write_text(text + "\n")
+
+
+@pytest.mark.parametrize("lines, files, cpus", [
+    ([], {}, 8),
+    (["0::/"], {"cpu.max": "50000 100000"}, 1),                                         # docker --cpus 0.5
+    (["0::/"], {"cpu.max": "250000 100000"}, 3),
+    (["0::/"], {"cpu.max": "max 100000"}, 8), (["0::/"], {"cpu.max": "1600000 100000"}, 8), (["0::/"], {"cpu.max": ""}, 8),
+    (["0::/a.slice/b.service"], {"a.slice/cpu.max": "200000 100000", "a.slice/b.service/cpu.max": "max 100000"}, 2),
+    (["0::/../b"], {"b/cpu.max": "100000 100000"}, 1),
+    (["12:pids:/x", "4:cpu,cpuacct:/docker/1", "0::/x"],                                # version 1, in the container
+     {"cpu,cpuacct/cpu.cfs_quota_us": "150000", "cpu,cpuacct/cpu.cfs_period_us": "100000"}, 2),
+    (["4:cpuacct,cpu:/a"], {"cpu/a/cpu.cfs_quota_us": "100000", "cpu/a/cpu.cfs_period_us": "50000",
+                            "cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 2),
+    (["3:cpuset:/a"], {"cpu.max": "100000 100000"}, 8)])
+def test_a_quota_of_cpus_counts(tmp_path, monkeypatch, lines, files, cpus):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    control_groups(tmp_path, lines, files)
+    assert cexec.usable_cpus(str(tmp_path)) == cpus
+
+
+def test_without_affinity_or_control_groups_all_cpus_count(monkeypatch, tmp_path):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert cexec.usable_cpus(str(tmp_path)) == 6
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert cexec.usable_cpus(str(tmp_path)) == 1
+
+
+def test_the_speed_needs_no_hash(monkeypatch):
+    def refused(*arguments, **options):
+        raise ValueError("unsupported: FIPS")
+    monkeypatch.setattr(cexec, "hashlib", types.SimpleNamespace(blake2b=refused, sha256=refused))
+    assert 0.125 <= cexec.measured_speed() <= 8
+
+
+POLICY = "openssl_conf = a\n[a]\nssl_conf = b\n[b]\nsystem_default = c\n[c]\n%s\n"
+
+
+@pytest.mark.parametrize("line", ["MaxProtocol = TLSv1.2", "SignatureAlgorithms = ed25519"])
+def test_a_worker_whose_policy_forbids_the_channel_does_not_start(room, tmp_path, line):
+    (tmp_path / "openssl.cnf").write_text(POLICY % line)
+    done = run("cservice", room.key, "true", env={"GROUP": room.group, "OPENSSL_CONF": tmp_path / "openssl.cnf",
+                                                  "TMPDIR": tmp_path})
+    first, hint = done.stderr.decode().splitlines()
+    assert done.returncode == 2 and first.startswith("cservice: no encrypted channel can be made on this machine: ")
+    assert "P-256" in hint and ssl.OPENSSL_VERSION in hint
+    assert os.listdir(str(tmp_path)) == ["openssl.cnf"]
+
+
+def test_a_channel_is_possible_here():
+    cexec.check_tls()
+
+
+def test_a_python_with_an_old_tls_says_which(monkeypatch):
+    monkeypatch.setattr(ssl, "HAS_TLSv1_3", False)
+    monkeypatch.setattr(ssl, "OPENSSL_VERSION", "LibreSSL 2.8.3")
+    with pytest.raises(cexec.Failure) as caught:
+        cexec.check_tls()
+    assert str(caught.value) == cexec.NO_CHANNEL + ": this Python has LibreSSL 2.8.3, without TLS 1.3"
+    assert "python.org" in caught.value.hint and caught.value.status == 2
+
+
+def test_a_user_that_jobs_cannot_become_is_refused_at_the_start(room):
+    if os.geteuid():
+        skip("needs root")
+    need("unshare")
+    argv = ["unshare", "-U", "-r", *program(), "cservice", "--user", "nobody", room.key, "true"]
+    done = run_command(*argv, env={"GROUP": room.group})
+    if b"unshare" in done.stderr:
+        skip("no user namespaces")
+    assert done.returncode == 2 and done.stderr.decode().startswith("cservice: --user nobody: cannot become this user: ")
+
+
+def test_what_pypy_lacks_has_a_plain_substitute(monkeypatch):
+    monkeypatch.delattr(os, "readv")
+    monkeypatch.delattr(cexec.fcntl, "F_DUPFD_CLOEXEC")
+    reading, writing = os.pipe()
+    made = cexec.duplicate(reading, 50)
+    assert made >= 50 and not os.get_inheritable(made)
+    os.write(writing, b"hello")
+    view = memoryview(bytearray(8))
+    assert cexec.read_into(made, view) == 5 and view[:5] == b"hello"
+    for fd in reading, writing, made:
+        os.close(fd)
+    if sys.platform == "linux":
+        names = dict(socket.if_nameindex())
+        monkeypatch.delattr(socket, "if_nameindex")
+        assert dict(cexec.interface_names()) == names
 
 
 # ---------------------------------------------------------------- settings
@@ -7272,6 +7375,56 @@ def test_the_demo_has_a_text_and_a_command_of_its_own(stage):
     os.close(follower)
     os.close(leader)
     assert (done.returncode, done.stdout) == (0, cexec.DEMO_TEXT.upper())
+    stage.clean()
+
+
+@pytest.mark.parametrize("given, output", [
+    (b"", cexec.DEMO_TEXT.upper()), (b"a", b"A"), (b"ab\n" * 100000, b"AB\n" * 100000)])
+@pytest.mark.parametrize("kind", ["pipe", "file", "/dev/null", "closed"])
+def test_the_demos_job_reads_what_standard_input_brings_and_else_the_text(stage, tmp_path, kind, given, output):
+    (tmp_path / "in").write_bytes(b"skipped" + given)
+    command = [sys.executable, "cexec.py", "demo"]
+    with open("/dev/null" if kind == "/dev/null" else str(tmp_path / "in"), "rb") as file:
+        file.seek(7)
+        options = {"input": given} if kind == "pipe" else {"stdin": file}
+        if kind == "closed":
+            command = ["sh", "-c", 'exec "$@" <&-', "sh"] + command
+        done = run_command(*command, timeout=60, **dict(stage.options, **options))
+    assert (done.returncode, done.stdout) == (0, output if kind in ("pipe", "file") else cexec.DEMO_TEXT.upper())
+    stage.clean()
+
+
+@pytest.mark.parametrize("way", ["standard input", "zip", "no umask", "64 descriptors", "strict"])
+def test_the_demo_runs_wherever_the_program_comes_from(stage, tmp_path, way):
+    argv, before = [sys.executable, "cexec.py"], ""
+    if way == "zip":
+        subprocess.run([sys.executable, "-c", "import sys, zipfile; zipfile.ZipFile(sys.argv[2], 'w').write("
+                        "sys.argv[1], '__main__.py')", CEXEC, str(tmp_path / "cexec.pyz")], check=True)
+        argv = [sys.executable, str(tmp_path / "cexec.pyz")]
+    elif way == "standard input":
+        argv, before = [sys.executable, "-"], "exec < cexec.py; "
+    elif way == "no umask":
+        before = "umask 0777; "
+    elif way == "64 descriptors":
+        before = "ulimit -n 64; "
+    else:
+        argv[1:1] = ["-bb", "-X", "dev", "-W", "error::BytesWarning"]
+    done = run_command("sh", "-c", before + 'exec "$@"', "sh", *argv, "demo", timeout=60, **stage.options)
+    assert (done.returncode, done.stdout) == (0, cexec.DEMO_TEXT.upper()), done.stderr.decode()
+    assert b"Traceback" not in done.stderr
+    if way != "standard input":
+        assert b"BytesWarning" not in done.stderr
+    stage.clean()
+
+
+def test_a_tool_of_the_demo_that_ends_at_once_is_named(stage):
+    (stage.temporary / "openssl.cnf").write_text(POLICY % "MaxProtocol = TLSv1.2")
+    env = dict(stage.options["env"], OPENSSL_CONF=stage.temporary / "openssl.cnf")
+    done = stage.demo(env=env)
+    assert done.returncode == 111
+    assert b"demo: worker 1: cservice: no encrypted channel" in done.stderr
+    assert b"demo: worker 1 did not get ready: it ended with status 2\n" in done.stderr
+    (stage.temporary / "openssl.cnf").unlink()
     stage.clean()
 
 
