@@ -7502,7 +7502,7 @@ class AlertReader:
             return ()
         ahead, by_clock = alert.clock / 1000 - now, bool(history.key and self.max_skew)
         if by_clock and (abs(ahead) > self.max_skew or now + ahead < self.started - START_SLACK):
-            return "stale", ("an alert whose clock is %.0f s %s ours: replayed, sent before this crat began, or a clock "
+            return "stale", ("an alert whose clock is %.0f s %s ours: replayed, older than this crat, or a clock "
                              "is wrong (see CRAT_MAX_SKEW)" % (abs(ahead), "ahead of" if ahead > 0 else "behind"))
         if not history.bucket.take(now):
             return "rate", "more than %d alerts a second" % history.bucket.rate

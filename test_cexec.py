@@ -2270,7 +2270,8 @@ def test_without_scrypt_the_reason_is_told(monkeypatch):
 
 
 @pytest.mark.parametrize("problem, why, hint", [
-    (MemoryError(), "out of memory", "128 MiB"), (ValueError("[digital envelope] malloc failure"), "out of memory", "128"),
+    (MemoryError(), "out of memory", "128 MiB"),
+    (ValueError("[digital envelope routines] malloc failure"), "out of memory", "128 MiB"),
     (ValueError("[digital envelope routines] unsupported"), "OpenSSL refuses scrypt here ([digital", "FIPS")])
 def test_a_failing_scrypt_is_told(monkeypatch, problem, why, hint):
     def scrypt(*arguments, **settings):
@@ -2285,9 +2286,10 @@ def test_a_failing_scrypt_is_told(monkeypatch, problem, why, hint):
 @pytest.mark.skipif(not cexec.LINUX, reason="macOS does not enforce the limit")
 def test_too_little_memory_for_scrypt_is_told(tmp_path):
     need_scrypt()
-    done = run_command("sh", "-c", 'ulimit -v 120000; exec "$0" "$@"', *program(), "ckeygen", "-stdin", "k", input=PHRASE,
-                       cwd=tmp_path)
-    assert done.returncode == 111 and b"cannot make a key from text: out of memory\n  scrypt takes 128 MiB" in done.stderr
+    limited = "sh", "-c", 'ulimit -v 120000; exec "$0" "$@"'
+    done = run_command(*limited, *program(), "ckeygen", "-stdin", "k", input=PHRASE, cwd=tmp_path)
+    assert done.returncode == 111
+    assert b"cannot make a key from text: out of memory\n  scrypt takes 128 MiB" in done.stderr
     assert files_below(tmp_path) == []
 
 
@@ -2423,8 +2425,8 @@ def test_ckeygen_tells_which_half_a_file_is_and_the_fingerprint(tmp_path):
     done = run("ckeygen", "-l", "crlf", "none", "k", cwd=tmp_path)      # what can be told is told
     assert (done.returncode, done.stdout.decode()) == (2, "%s private k\n" % mine)
     lines = done.stderr.decode().splitlines()
-    assert [line.split(":")[1] for line in lines if line.startswith("ckeygen")] == [" crlf is not a key", " no key none"]
-    assert "CR LF" in lines[0]
+    assert lines[0].startswith("ckeygen: crlf is not a key: its lines end in CR LF")
+    assert lines[2].startswith("ckeygen: no key none: ") and len(lines) == 4
     if os.path.exists("/dev/full"):
         with open("/dev/full", "wb") as full:
             assert subprocess.run(program() + ["ckeygen", "-l", "k"], cwd=str(tmp_path), stdout=full).returncode == 255
@@ -10247,8 +10249,8 @@ def test_the_record_of_an_alert_in_json():
     def record(*keys, **options):
         return json.loads(reader(*keys).read(alert_bytes(FOO, clock=CLOCK, **options), "10.9.9.9", MOMENT)[0][0].json())
     assert record(FOO, status=7) == {
-        "time": MOMENT, "event": "completed", "submitter": "10.0.0.6", "worker": "10.0.0.3", "proxy": "", "key": "foo.pub",
-        "key_id": "0x1a1a1a1a", "known": True, "status": 7, "job": "1a2b3c4d", "reason": "", "seconds": 1.5}
+        "time": MOMENT, "event": "completed", "submitter": "10.0.0.6", "worker": "10.0.0.3", "proxy": "",
+        "key": "foo.pub", "key_id": "0x1a1a1a1a", "known": True, "status": 7, "job": "1a2b3c4d", "reason": "", "seconds": 1.5}
     other = record(verdict=2, words="silence")
     assert (other["event"], other["key"], other["known"], other["status"], other["reason"]) == (
         "rats out", None, False, None, "silence")
@@ -10304,7 +10306,8 @@ def test_no_holder_of_a_key_silences_the_lines_of_another(monkeypatch):
     monkeypatch.setattr(cexec, "ALERTS_KEPT", 1000)
     book, now = reader(FOO, BAR), MOMENT
     for number in range(cexec.KEY_BURST // 10):
-        shown(book, alert_bytes(BAR, *(alert_entry(clock=CLOCK + 800000 + number, job="%d" % each) for each in range(10))))
+        entries = [alert_entry(clock=CLOCK + 800000 + number, job="%d" % each) for each in range(10)]
+        shown(book, alert_bytes(BAR, *entries))
     assert [topic for topic, _ in topics(book, alert_bytes(BAR, clock=CLOCK + 850000))] == ["rate"]
     now += 1
     (topic, text), = topics(book, alert_bytes(BAR, clock=CLOCK + 1000), now=now)
@@ -10424,7 +10427,7 @@ def test_thousands_of_alerts_at_once_lose_no_line(room, foo):
     crat, jobs = room.crat(room.pub).ready(), ["%016x" % number for number in range(4000)]
     with sender(room.group) as send:
         for number, body in enumerate(cexec.pack_alerts([alert_entry(job=job) for job in jobs])):
-            send(alert_bytes(foo, body, nonce=b"%08d" % number), alert_bytes(foo, body, nonce=b"%08d" % number, sequence=2))
+            send(*[alert_bytes(foo, body, nonce=b"%08d" % number, sequence=copy) for copy in (1, 2)])
             time.sleep(0.001)
         wait_until(lambda: must(len(crat.out.lines) >= len(jobs)))
     assert crat.stop() == 0
