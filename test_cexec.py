@@ -12438,8 +12438,8 @@ def stream_contestants(lab, part, path, piped, kind, proxy=False):
 
 def stream_results(lab, part, found, kind):
     for (row, path), result in found.items():
-        speed, ours = lab.options.size / result["seconds"], found.get((kind + ", cexec", path), result)
-        ratio = ours["seconds"] / result["seconds"]
+        speed, ours = lab.options.size / result["seconds"], found.get((kind + ", cexec", path))
+        ratio = ours["seconds"] / result["seconds"] if ours else math.nan
         lab.result(part, row, path, "%4.0f MB/s %5.2fx %5.2f s" % (speed, ratio, result["cpu"]), ratio=ratio, **result)
 
 
@@ -12486,10 +12486,11 @@ def bench_tiny(lab):
 def time_results(lab, part, found, against, where):
     """Rows of milliseconds and jobs a second."""
     for name, result in found.items():
-        ratio = found.get(against, result)["seconds"] / result["seconds"]
-        lab.result(part, name, where, "%.2f ms" % (result["seconds"] * 1000), ratio=ratio, **result)
+        lab.result(part, name, where, "%.2f ms" % (result["seconds"] * 1000), **result)
         lab.result(part, name, "jobs/s", "%.1f" % (1 / result["seconds"]))
-        lab.result(part, name, "speed", "%.2fx" % ratio)
+        if against in found:
+            ratio = found[against]["seconds"] / result["seconds"]
+            lab.result(part, name, "speed", "%.2fx" % ratio, ratio=ratio)
         lab.result(part, name, "CPU here", "%.2f ms" % (result["cpu"] * 1000))
 
 
