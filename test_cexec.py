@@ -12322,8 +12322,8 @@ class Bench(Crew):
 
     def target(self, part, what, found, one, other, limit, most=False, field="seconds"):
         """How many times `one` is of `other`, if both were measured, and what it should be at least (or at most)."""
-        if one in found and other in found:
-            value = found[one][field] / found[other][field] if found[other][field] else math.inf
+        if one in found and other in found and found[other][field]:
+            value = found[one][field] / found[other][field]
             met = value <= limit if most else value >= limit
             self.targets.append({"part": part, "what": what, "value": value, "limit": limit, "most": most, "met": met})
 
@@ -12439,8 +12439,9 @@ def stream_contestants(lab, part, path, piped, kind, proxy=False):
 def stream_results(lab, part, found, kind):
     for (row, path), result in found.items():
         speed, ours = lab.options.size / result["seconds"], found.get((kind + ", cexec", path))
-        ratio = ours["seconds"] / result["seconds"] if ours else math.nan
-        lab.result(part, row, path, "%4.0f MB/s %5.2fx %5.2f s" % (speed, ratio, result["cpu"]), ratio=ratio, **result)
+        ratio = {"ratio": ours["seconds"] / result["seconds"]} if ours else {}
+        times = "%.2fx" % ratio["ratio"] if ours else ""
+        lab.result(part, row, path, "%4.0f MB/s %6s %5.2f s" % (speed, times, result["cpu"]), **ratio, **result)
 
 
 def bench_long(lab):
