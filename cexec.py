@@ -1767,12 +1767,14 @@ class Place:
 
 class PendingAnnouncement:
     """One search for a worker as one worker remembers it, from its first announcement until it is forgotten."""
-    __slots__ = ("nonce source room since until sequence hold_sequence hold_end held base jitter cost wait fire queued "
-                 "busy_at busy_told wants_busy places current connections over learnt").split()
+    __slots__ = ("nonce source room since until sequence answered hold_sequence hold_end held base jitter cost wait fire queued "
+                 "busy_at busy_told wants_busy places current failed connections over learnt").split()
 
     def __init__(self, nonce):
         self.nonce = nonce
-        self.sequence = -1          # the highest of its announcements, and of its holds
+        self.room = None
+        self.sequence = -1          # the highest of its announcements, that of the one answered last
+        self.answered = -1
         self.hold_sequence = -1
         self.hold_end = -math.inf
         self.held = 0.0             # ms that holds have deferred it
@@ -1782,6 +1784,7 @@ class PendingAnnouncement:
         self.busy_told = -math.inf
         self.places = []
         self.current = None         # the place of the connection under way, or of the last one
+        self.failed = False         # whether it has not shown itself to be the submitter's
         self.connections = 0
         self.over = False           # it gets no answer any more
         self.learnt = False         # its new offset has been taken over
@@ -1806,9 +1809,14 @@ class PendingAnnouncement:
         """The one that was first with the last announcement: the submitter, unless its datagram was lost."""
         return max(self.places, key=lambda place: place.sequence)
 
+    def moved(self):
+        """Whether it has been heard from another place since the connection was made."""
+        return self.sequence > self.answered and self.newest_place() is not self.current
+
     def next_place(self):
         """Every third connection tries another one, for the first to be heard need not be one that can be reached."""
         self.connections += 1
+        self.failed = False
         self.current = self.newest_place()
         if self.connections % 3 == 0:
             self.current = min(self.places, key=lambda place: (place.failures, -place.sequence))
@@ -1870,8 +1878,13 @@ class Responder:
         if port < PORT_LEAST or record.over or sequence < record.sequence:
             return
         record.heard_from(source, port, sequence)
+        if not new:
+            return
         record.sequence = sequence
-        if nonce in self.connecting or not new:
+        record.room = record.room or announcement.room
+        record.until = now + FORGET * clamp(announcement.interval, *INTERVAL_RANGE)
+        record.wants_busy = bool(announcement.flags & TELL_BUSY)
+        if nonce in self.connecting:
             return
         if nonce not in self.pending:
             self._make_room(now, source[0])
@@ -1880,9 +1893,6 @@ class Responder:
             record.source, record.since, record.queued = source[0], now - clamp(announcement.waited, 0.0, 1e9), False
             self._rise_when_quiet(now)
             self._wait(now, now, record)
-        record.room = announcement.room
-        record.until = now + FORGET * clamp(announcement.interval, *INTERVAL_RANGE)
-        record.wants_busy = bool(announcement.flags & TELL_BUSY)
         self._plan_busy(now, record)
         self.pending.move_to_end(nonce)
 
@@ -1957,18 +1967,17 @@ class Responder:
         """The connection under way has not shown itself to be the submitter's: no such address, no GO.  To be said
         before lost(); again it counts no more."""
         record = self.connecting[nonce]
-        if record.current:
+        if record.current and not record.failed:
             record.current.failures += 1
-            record.current = None
+            record.failed = True
 
     def gives_way(self, nonce, proven=False):
         """Whether a connection that has been silent for long is to be given up: others wait for its slot, or, if it has
         not proven itself by its GO, its submitter is heard from another place."""
         if nonce not in self.connecting:
             return False
-        record = self.connecting[nonce]
-        moved = not proven and record.newest_place() is not record.current
-        return moved or self.full and any(other.queued for other in self.pending.values())
+        moved = not proven and self.connecting[nonce].moved()
+        return moved or self.full and any(record.queued for record in self.pending.values())
 
     def won(self, nonce):
         """The connection for nonce has become a job, which keeps the slot until freed()."""
@@ -1978,13 +1987,17 @@ class Responder:
 
     def lost(self, nonce, refused=False):
         """The connection for nonce ended without a job; refused: nobody listens there any more.  A later announcement
-        may be answered again: the submitter is still looking."""
+        may be answered again, for the submitter is still looking: at once if it has come from another place."""
         if refused:
             self.place_failed(nonce)
         record = self.connecting.pop(nonce)
         if refused and all(place.failures >= REFUSALS_MOST for place in record.places):
             record.over = True
-        self._remember(record)
+        if record.current and record.moved() and not record.over:
+            record.fire, record.queued = -math.inf, True
+            self.pending[nonce] = record
+        else:
+            self._remember(record)
         self._release(record.room)
 
     def freed(self, room):
@@ -2063,7 +2076,7 @@ class Responder:
         self.running += 1
         self.held[record.room] += 1
         self.next_connect_at += CONNECT_GAP
-        record.busy_at = None
+        record.busy_at, record.answered = None, record.sequence
         waited = 0.0 if self.boost is not None else record.wait   # a fixed wait says nothing about the offset
         return Answer(record.nonce, record.cost, self.offset, waited, record.queued)
 

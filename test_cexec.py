@@ -5359,6 +5359,9 @@ def test_a_silent_connection_gives_way_when_others_wait_or_the_submitter_is_hear
     assert answers(worker, 100.0) == ["n"] and not worker.gives_way("n")
     hears(worker, "n", now=100.0, source="real", attempt=1)
     assert worker.gives_way("n") and not worker.gives_way("n", proven=True)
+    worker.place_failed("n")
+    worker.lost("n")
+    assert place_of(worker, 101.0) == ("real", 5000)    # at once, not with its next announcement
     worker = responder(slots=1)
     hears(worker, "n")
     assert answers(worker, 100.0) == ["n"]
@@ -9961,7 +9964,111 @@ def test_a_stranger_has_ten_seconds_in_all(shared_room):
         assert drain(slow) == drain(silent) == b""
         assert time.monotonic() - began < 1.5       # the preamble alone would have taken two
         job.signal(signal.SIGTERM)
-        assert job.wait() == 128 + signal.SIGTERM
+        assert job.wait() == -signal.SIGTERM
+
+
+# -- attacks on the choice
+
+class Pest:
+    """Does something again and again, in a thread, until the with block ends."""
+
+    def __init__(self, act):
+        self.act, self.over = act, threading.Event()
+        self.thread = threading.Thread(target=self.run, daemon=True)
+
+    def run(self):
+        while not self.over.wait(0.01):
+            with contextlib.suppress(OSError):
+                self.act()
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error):
+        self.over.set()
+        self.thread.join()
+
+
+@LINUX_ONLY
+@pytest.mark.parametrize("who", ["a holder of the public half", "a copier of one preamble"])
+def test_stalled_preambles_from_one_address_keep_no_worker_out(room, forker, who):
+    """S16, R18: 64 connections that have shown a preamble and then say nothing, each renewed when it is closed."""
+    room.serve(*DOER, BOOST=500000)
+    with Impostor(room) as impostor:
+        job, heard = submit_and_hear(forker, room, impostor, "DO=cat", input=b"data")
+        sniffed = impostor.preamble(heard) if who.startswith("a copier") else None
+        held = []
+
+        def stall():
+            for old in [old for old in held if select.select([old], [], [], 0)[0] and not old.recv(64)]:
+                held.remove(old)
+                old.close()
+            while len(held) < 64:
+                held.append(impostor._hold(socket.create_connection(heard[:2], 10, ("127.0.0.2", 0))))
+                held[-1].settimeout(1)
+                held[-1].sendall(sniffed or impostor.preamble(heard))
+        with Pest(stall):
+            began = time.monotonic()
+            assert job.result() == (0, b"data", "")
+            assert held and time.monotonic() - began < 10       # it took thirty
+
+
+@LINUX_ONLY
+def test_copies_of_live_announcements_hide_no_submitter(room, forker):
+    """S4: somebody without a key sends each announcement again from another address, with many ports to connect back
+    to, where nobody speaks; and goes on with the old ones when a worker is new."""
+    with Impostor(room) as impostor, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as ear:
+        ear.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        ear.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        ear.bind(("127.255.255.255", room.port))
+        ear.setblocking(False)
+        mouth = impostor._hold(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        mouth.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        mouth.bind(("127.0.0.2", 0))
+        silent = impostor._hold(socket.create_server(("127.0.0.2", 0)))
+        recorded = []
+
+        def copy():
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    data, source = ear.recvfrom(2048)
+                    if source[0] != "127.0.0.2" and data[5] == cexec.ANNOUNCE:
+                        recorded.append(data)
+            for data in recorded:
+                for port in [silent.getsockname()[1], *range(2000, 2008)]:
+                    mouth.sendto(cexec.with_port(data, port), ("127.255.255.255", room.port))
+        with Pest(copy):
+            job = forker.submit("cexec", room.pub, "DO=cat", env=room.settings({}), input=b"data")
+            wait_until(lambda: must(len(recorded) > 4))
+            room.serve(*DOER)
+            began = time.monotonic()
+            assert job.result() == (0, b"data", "")
+            assert time.monotonic() - began < 12
+
+
+@LINUX_ONLY
+def test_a_workers_own_word_does_not_say_who_it_is(room, forker, private_key):
+    """S20: it passes no --accept-server, and what is shown names the address that it came from."""
+    hello = message("HELLO", 0, cexec.encode_hello("10.9.9.9", "0123456789abcdef"))
+    with Impostor(room) as impostor:
+        env = {"CEXEC_ACCEPT_SERVER": "10.9.9.9", "CEXEC_TIMEOUT_ACCEPT": 1, "CEXEC_RETRIES": 0}
+        job, heard = submit_and_hear(forker, room, impostor, env=env)
+        with contextlib.suppress(OSError):
+            impostor.apply(heard, private_key).sendall(hello)
+        status, output, errors = job.result()
+        assert (status, output) == (111, b"") and "excluded by CEXEC_ACCEPT_SERVER" in errors
+    for reject, words in {"10.9.9.9": "10.9.9.9 by 127.0.0.1: excluded by", "": "worker 10.9.9.9 by 127.0.0.1: "}.items():
+        with Impostor(room) as impostor:
+            env = {"CEXEC_REJECT_SERVER": reject, "CEXEC_TIMEOUT_ACCEPT": 1, "CEXEC_RETRIES": 0}
+            job, heard = submit_and_hear(forker, room, impostor, env=env)
+            worker = impostor.apply(heard, private_key)
+            worker.sendall(hello)
+            with contextlib.suppress(OSError):
+                worker.recv(1 << 16)
+            worker.close()
+            status, output, errors = job.result()
+            assert (status, output) == (111, b"") and words in errors
 
 
 # -- workers that fail, refuse and dawdle
