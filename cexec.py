@@ -2988,7 +2988,8 @@ class GroupSocket:
         try:
             self.socket.bind(place)
         except OSError as error:
-            raise Failure(what, reason_of(error)) from None
+            hint = "another program keeps it; GROUP may name another port, the same on all machines: ADDRESS:PORT"
+            raise Failure(what, reason_of(error), hint if error.errno == errno.EADDRINUSE else "") from None
 
     # -- interfaces
     def refresh(self):
@@ -3196,7 +3197,8 @@ def listen_at(place, family, ports=None, backlog=BACKLOG):
             why = error
             if error.errno != errno.EADDRINUSE:
                 break
-    raise Failure("cannot listen on TCP port " + ports_text(ports) if ports else "cannot listen", reason_of(why))
+    raise Failure("cannot listen on TCP port " + ports_text(ports) if ports else "cannot listen", reason_of(why),
+                  "--listen-ports may name more" if ports and why.errno == errno.EADDRINUSE else "")
 
 
 def listen_on(place, family, backlog):
