@@ -7642,13 +7642,7 @@ def crat(arguments, settings):
         os.fstat(1)
     except OSError as error:
         raise Failure("standard output", reason_of(error), status=EXIT_USAGE) from None
-    keys = []
-    for path in arguments:
-        key, warning = load_key(path)
-        keys.append(key)
-        if warning:
-            say("crat", warning)
-    error = Crat(keys, settings).run()
+    error = Crat(load_keys(CRAT, arguments), settings).run()
     if error is not None and error.errno != errno.EPIPE:
         raise Failure("standard output", reason_of(error))
     return 0 if error is None else 128 + signal.SIGPIPE
@@ -7665,8 +7659,7 @@ LISTENERS_PER_SOURCE = 64   # of these, for one submitting host: a stranger's fl
 LISTENER_SECONDS = 30.0     # each is kept so long after it was last heard: cexec repeats its own every 5 s at most
 ACTIVE_PER_LISTENER = 4     # relayed at once for one announcement, as many as cexec shakes hands with; others wait
 CONNECTIONS_PER_LISTENER = 64   # connections kept for one announcement, waiting ones included
-RELAYS_MAX = 2000           # connections in all, as far as descriptors suffice
-DESCRIPTORS_PER_RELAY = 2
+RELAYS_MAX = 2000           # connections in all, as far as descriptors suffice: two for each
 PREAMBLE_SECONDS = 10.0     # to say the preamble
 CONNECT_SECONDS = 5.0       # to reach the submitter
 GO_SECONDS = 15.0           # for the submitter to choose, as long as a worker waits for it
@@ -7779,8 +7772,8 @@ class ProxyListener:
     submitter: where to connect for the workers.  asker: where its datagrams come from, and answers go.
     """
 
-    def __init__(self, name, datagram, source, secret, listening):
-        self.name, self.key_id, self.nonce, self.secret = name, datagram.key_id, datagram.nonce, secret
+    def __init__(self, datagram, source, secret, listening):
+        self.key_id, self.nonce, self.secret = datagram.key_id, datagram.nonce, secret
         self.submitter = (source[0], datagram.port, *source[2:])
         self.asker = source
         self.listening = listening          # None where nobody is asked to connect
@@ -7815,7 +7808,6 @@ class ProxyRelay:
         self.since = time.monotonic()
         self._enter("preamble", PREAMBLE_SECONDS)
         worker.setblocking(False)
-        keep_alive(worker)
         self.loop.watch(worker.fileno(), read=self._read_preamble)
 
     def _enter(self, state, seconds=None):
@@ -7829,6 +7821,7 @@ class ProxyRelay:
                 raise ProtocolError("not an answer to this announcement")
             if len(self.preamble) < PREAMBLE_SIZE:
                 return
+            tune(self.worker)
             if listener.secret:
                 parse_preamble(listener.secret, listener.nonce, self.preamble)
         except (OSError, EOFError, ProtocolError) as error:
@@ -7939,16 +7932,8 @@ class ProxyRelay:
 
 
 PASSING = ("connecting", "go", "running")       # the states of a relay that gets a line, and that a drain waits for
-# What it means when a state lasts too long.
 TOO_LONG = {"preamble": "silent", "connecting": "the submitter cannot be reached", "go": "not chosen",
-            "running": "idle"}
-
-
-def keep_alive(connection):
-    try:
-        tune(connection)
-    except OSError:
-        pass        # it has been reset already: reading will tell
+            "running": "idle"}      # what it means when a state lasts too long
 
 
 def close_socket(connection, reset=False):
@@ -7982,9 +7967,8 @@ class Cproxy:
         self.listeners = {}         # {name: ProxyListener}, oldest first
         self.relays, self.silent = {}, {}       # as keys: all connections; those without a preamble, oldest first
         self.count, self.draining = 0, False
-        self.most, self.full = raise_descriptor_limit(), False
-        self.buffer, self.spare = RelayBuffer(), os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        self.loop = Loop()
+        self.most = raise_descriptor_limit()
+        self.buffer, self.loop = RelayBuffer(), Loop()
 
     def run(self, words):
         try:
@@ -7997,11 +7981,14 @@ class Cproxy:
             self.log("ready: " + words, always=True)
             self.loop.run()
         finally:
-            self._close()
+            self.draining = False       # nothing more to wait for
+            for name in list(self.listeners):
+                self._close_listener(name)
+            for relay in list(self.relays):
+                relay.end("cproxy was stopped")
+            for each in self.inside, self.outside, self.loop:
+                each.close()
         return 0
-
-    def log(self, text):
-        self.notes(text)
 
     def _drain(self, number):
         """The first signal lets what is running end, the second does not."""
@@ -8014,18 +8001,6 @@ class Cproxy:
         for name in list(self.listeners):
             self._close_listener(name)
         self.log("stopping: waits for %d relays" % passing)
-
-    def _close(self):
-        self.draining = False       # nothing more to wait for
-        for name in list(self.listeners):
-            self._close_listener(name)
-        for relay in list(self.relays):
-            relay.end("cproxy was stopped")
-        self.inside.close()
-        self.outside.close()
-        self.loop.close()
-        if self.spare is not None:
-            os.close(self.spare)
 
     # -- datagrams
     def _hear(self, group, act):
@@ -8040,20 +8015,17 @@ class Cproxy:
         self.log.datagrams_lost(self.inside.dropped)
 
     def _forward(self, datagram, source, index):
-        """From the near side to the far one."""
-        kind, data, now = datagram.kind, datagram.data, time.monotonic()
+        """From the near side to the far one.  No worker connects to a port below 1024."""
+        kind, data = datagram.kind, datagram.data
         if source[:2] == self.own or index and index == self._far_link() or kind == HERE:
             return          # it is on the far side already, or nobody asked for it
-        asked = kind == ANNOUNCE or kind == ASK and parse_ask(datagram)[1] & CONNECT
-        if kind == ANNOUNCE and datagram.port < 1024:
-            return          # no worker would connect to that
+        connects = datagram.port >= 1024 and (kind == ANNOUNCE or kind == ASK and parse_ask(datagram)[1] & CONNECT)
         secret = next((secret for secret in self.secrets.get(datagram.key_id, ()) if datagram.authentic(secret)), None)
-        if self.secrets and not secret or not self._allowed(source[0], self.forth, now):
-            return
-        if not self.duplicates.may_pass(datagram, now):
+        if (kind == ANNOUNCE and not connects or self.secrets and not secret
+                or not self._may_pass(datagram, source[0], self.forth)):
             return
         if kind in (ANNOUNCE, ASK):
-            listener = self._listener_for(datagram, source, secret, asked and datagram.port >= 1024, now)
+            listener = self._listener_for(datagram, source, secret, connects)
             if not listener:
                 return
             data = with_port(data, listener.port)
@@ -8070,14 +8042,9 @@ class Cproxy:
         parse_here(datagram)
         asked = next((each for each in self.listeners.values()
                       if (each.key_id, each.nonce) == (datagram.key_id, datagram.nonce)), None)
-        now = time.monotonic()
-        if (not asked or asked.secret and not datagram.authentic(asked.secret)
-                or not self._allowed(source[0], self.back, now) or not self.duplicates.may_pass(datagram, now)):
-            return
-        try:
-            self.inside.socket.sendto(datagram.data, asked.asker)
-        except OSError as error:
-            self.log.note("back", "cannot answer %s: %s" % (asked.asker[0], reason_of(error)))
+        if (asked and (not asked.secret or datagram.authentic(asked.secret))
+                and self._may_pass(datagram, source[0], self.back)):
+            self.inside.send_to(datagram.data, asked.asker)
 
     def _far_link(self):
         """The number of the far link: what comes in by it is no near datagram.  0 where there is none, or where GROUP
@@ -8089,42 +8056,43 @@ class Cproxy:
         beyond = self.target.kind == "unicast" and self.target.address != far.broadcast
         return 0 if beyond and near == {far.index} else far.index
 
-    def _allowed(self, source, total, now):
-        rate = self.rates.pop(source, None) or TokenBucket(SOURCE_RATE, SOURCE_BURST)
+    def _may_pass(self, datagram, source, total):
+        """Whether the rates of this source and of this direction allow it, and it has not passed before."""
+        now, rate = time.monotonic(), self.rates.pop(source, None) or TokenBucket(SOURCE_RATE, SOURCE_BURST)
         self.rates[source] = rate
         if len(self.rates) > SOURCES_MAX:
             self.rates.popitem(last=False)
-        allowed = rate.take(now) and total.take(now)
-        if not allowed:
-            self.log.note("rate", "too many datagrams from %s: some not carried on" % source)
-        return allowed
+        if rate.take(now) and total.take(now):
+            return self.duplicates.may_pass(datagram, now)
+        return self.log.note("rate", "too many datagrams from %s: some not carried on" % source)
 
     # -- listeners
-    def _listener_for(self, datagram, source, secret, connects, now):
+    def _listener_for(self, datagram, source, secret, connects):
         """The ProxyListener for this announcement or roll call, opened if need be; None when none can be had."""
         name = (source[0], source[3:], datagram.key_id, datagram.nonce, datagram.port)
-        listener = self.listeners.get(name) or self._open_listener(name, datagram, source, secret, connects)
-        if listener:
-            listener.asker, listener.heard = source, now
+        if name not in self.listeners:
+            same = [other for other in self.listeners if other[0] == name[0]]
+            if len(same) >= LISTENERS_PER_SOURCE:
+                self._close_oldest(same)
+            elif len(self.listeners) >= LISTENERS_MAX:
+                self._close_oldest(self.listeners)
+            address, family, scope = self.source
+            try:
+                listening = listen_at(socket_address(family, address, 0, scope), family,
+                                      backlog=CONNECTIONS_PER_LISTENER) if connects else None
+            except (Failure, OSError) as problem:
+                return self.log.note("listener", "cannot carry on an announcement of %s: %s" % (source[0], problem))
+            self.listeners[name] = ProxyListener(datagram, source, secret, listening)
+            self._watch_listener(self.listeners[name])
+        listener = self.listeners[name]
+        listener.asker, listener.heard = source, time.monotonic()
         return listener
 
-    def _open_listener(self, name, datagram, source, secret, connects):
-        same = [other for other in self.listeners if other[0] == name[0]]
-        if len(same) >= LISTENERS_PER_SOURCE or len(self.listeners) >= LISTENERS_MAX:
-            full = same if len(same) >= LISTENERS_PER_SOURCE else self.listeners
-            self._close_listener(min(full, key=lambda other: self.listeners[other].heard))
-        address, family, scope = self.source
-        try:
-            listening = listen_at(socket_address(family, address, 0, scope), family,
-                                  backlog=CONNECTIONS_PER_LISTENER) if connects else None
-        except (Failure, OSError) as problem:
-            return self.log.note("listener", "cannot carry on an announcement of %s: %s" % (source[0], problem))
-        listener = self.listeners[name] = ProxyListener(name, datagram, source, secret, listening)
-        self._watch_listener(listener)
-        return listener
+    def _close_oldest(self, names):
+        self._close_listener(min(names, key=lambda name: self.listeners[name].heard))
 
     def _watch_listener(self, listener):
-        self.loop.watch(listener.fileno(), read=None if self.full else lambda: self._accept(listener))
+        self.loop.watch(listener.fileno(), read=lambda: self._accept(listener))
 
     def _close_listener(self, name):
         """Whoever has not got through by now gets a reset."""
@@ -8144,51 +8112,37 @@ class Cproxy:
 
     # -- connections
     def _accept(self, listener):
+        """A worker says its preamble at once, so the oldest that is silent makes room."""
+        if len(self.relays) >= self.most and not self._end_silent(self.silent):
+            return self.loop.watch(listener.fileno())       # until _sweep, whoever comes waits in the kernel
         try:
             worker, address = listener.listening.accept()
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                self._turn_away(listener)
-            return
-        # A worker says its preamble at once, so the oldest that is silent makes room.
-        if len(listener.connections) >= CONNECTIONS_PER_LISTENER:
-            silent = next((relay for relay in listener.connections if relay.state == "preamble"), None)
-            if not silent:
-                return close_socket(worker, reset=True)
-            silent.end("silent, and others came")
-        elif len(self.relays) >= self.most and self.silent:
-            next(iter(self.silent)).end("silent, and others came")
+            return self._out_of_descriptors(listener) if error.errno in (errno.EMFILE, errno.ENFILE) else None
+        if len(listener.connections) >= CONNECTIONS_PER_LISTENER and not self._end_silent(
+                [relay for relay in listener.connections if relay in self.silent]):
+            return close_socket(worker, reset=True)
         self.count += 1
         relay = ProxyRelay(self, self.count, listener, worker, address)
         self.relays[relay] = self.silent[relay] = listener.connections[relay] = True
-        self._set_full()
 
-    def _turn_away(self, listener):
-        """No descriptor is left.  The spare one serves to close the connection, which would else wake us for ever."""
-        self.log.note("descriptors", "out of descriptors: workers turned away")
-        if self.spare is not None:
-            os.close(self.spare)
-            self.spare = None
-        try:
-            close_socket(listener.listening.accept()[0], reset=True)
-        except OSError:
-            pass
-        try:
-            self.spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            pass        # the next connection that ends gives one back
+    def _end_silent(self, relays):
+        """Ends the first of these; whether there was one."""
+        for relay in relays:
+            relay.end("silent, and others came")
+            return True
+        return False
 
-    def _set_full(self):
-        """With as many connections as can be had, none of them silent, the others wait in the kernel."""
-        full = len(self.relays) >= self.most and not self.silent
-        if full != self.full:
-            self.full = full
-            for listener in self.listeners.values():
-                self._watch_listener(listener)
+    def _out_of_descriptors(self, listener):
+        self.log.note("descriptors", "out of descriptors: workers have to wait")
+        if self.relays:
+            if not self._end_silent(self.silent):
+                self.loop.watch(listener.fileno())
+        else:
+            self._close_oldest(self.listeners)
 
     def preamble_read(self, relay):
         self.silent.pop(relay, None)
-        self._set_full()
         relay.listener.waiting.append(relay)
         self._next(relay.listener)
 
@@ -8209,7 +8163,6 @@ class Cproxy:
         for relays in self.relays, self.silent, relay.listener.connections:
             relays.pop(relay, None)
         self.released(relay)
-        self._set_full()
         if self.draining and not self.relays:
             self.loop.stop()
 
@@ -8225,22 +8178,22 @@ class Cproxy:
             relay.end(TOO_LONG[relay.state])
         for name in [name for name, listener in self.listeners.items() if listener.heard < now - LISTENER_SECONDS]:
             self._close_listener(name)
+        for listener in self.listeners.values():
+            self._watch_listener(listener)
         self.loop.call_later(SWEEP_SECONDS, self._sweep)
 
 
 def raise_descriptor_limit():
     """How many relays this process can carry, after its limit of descriptors was raised as far as it may be."""
     import resource
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = RELAYS_MAX * DESCRIPTORS_PER_RELAY + LISTENERS_MAX + 64
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        try:
-            soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        except (ValueError, OSError):
-            soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    room = RELAYS_MAX if soft == resource.RLIM_INFINITY else (soft - LISTENERS_MAX - 64) // DESCRIPTORS_PER_RELAY
-    return max(8, min(RELAYS_MAX, room))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = (math.inf if limit == resource.RLIM_INFINITY else limit for limit in limits)
+    others = LISTENERS_MAX + 64
+    wanted = 2 * RELAYS_MAX + others
+    if soft < wanted:
+        soft = min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, limits[1]))
+    return max(8, (min(soft, wanted) - others) // 2)
 
 
 def cproxy(arguments, settings):
@@ -8257,12 +8210,7 @@ def cproxy(arguments, settings):
         raise Failure("TARGET=" + arguments[1], "not accepted", "accepted: %s" % error, EXIT_USAGE) from None
     if target.family != source[1]:
         raise Failure("SELF=%s TARGET=%s" % (source[0], target), "both must be IPv4 or both IPv6", status=EXIT_USAGE)
-    keys = []
-    for path in settings.keys:
-        key, warning = load_key(path)
-        keys.append(key)
-        if warning:
-            say("cproxy", warning)
+    keys = load_keys(CPROXY, settings.keys)
     return Cproxy(source, target, keys, settings).run("hears %s, tells %s from %s, %s" % (
         settings.group, target, source[0],
         "carries " + ", ".join("%s (%s)" % (key.name, key.fingerprint) for key in keys) if keys
@@ -8296,6 +8244,15 @@ def read_key(path):
     if mode & 0o077:
         warning = "warning: others can use the key %s (mode %04o); to stop that: chmod 600 %s" % (path, mode, path)
     return text, key, warning
+
+
+def load_keys(tool, paths):
+    """The Keys in these files, either half; what is wrong and no failure is said."""
+    loaded = [load_key(path) for path in paths]
+    for _, warning in loaded:
+        if warning:
+            say(tool, warning)
+    return [key for key, _ in loaded]
 
 
 def load_key(path, want=None):

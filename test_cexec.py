@@ -11744,7 +11744,7 @@ def test_cproxy_killed_in_the_middle_of_a_job(joined, key):
     for proxy in proxies:
         os.kill(the_cexec(proxy), signal.SIGKILL)
     assert job.wait(20) == 111
-    job.log.wait("cexec: worker 10.98.0.2: the connection ")        # was closed, or broke
+    job.log.wait("cexec: worker 10.98.0.2 by 10.99.0.9: the connection ")        # was closed, or broke
     worker.log.wait("submitter lost", 20)
     for proxy in joined.proxies():
         proxy.ready()
