@@ -9529,8 +9529,8 @@ def test_what_a_worker_says_cannot_drive_the_terminal(shared_room, private_key):
     words = b"\x1b[2J\nforged: line"
     for said in message("REFUSED", 0, words), ACCEPTED + message("ABORT", 0, words):
         status, output, errors = lie_to_cexec(*shared_room, private_key, said)
-        assert status == 111 and errors.count("\n") == 2 and "\\x1b[2J\\nforged: line" in errors, errors
-        assert "\x1b" not in errors
+        assert status == 111 and "\\x1b[2J\\nforged: line" in errors, errors
+        assert "\x1b" not in errors and not re.search("^forged", errors, re.MULTILINE)
 
 
 @LINUX_ONLY
@@ -9575,7 +9575,7 @@ def texts_job(identity=b"0123456789abcdef", descriptors=b"0r 1w 2w", timeout=b"5
 
 
 SLEEPING = a_job({0: cexec.IN, 1: cexec.OUT}, "sleep 60")
-WAITING = "(from 127.0.0.1|job [0-9a-f]{16}: submitter lost): protocol broken: "
+WAITING = r"(from 127\.0\.0\.1:\d+|job [0-9a-f]{16}: submitter lost): protocol broken: "
 
 # What a submitter says to a worker whose hello it has, and what the worker's log says of it.
 LYING_SUBMITTERS = {
@@ -9915,7 +9915,7 @@ def test_who_holds_the_public_half_cannot_pose_as_a_worker(room, forker, other_k
         except OSError:
             pass
         status, output, errors = job.result()
-    assert (status, output) == (111, b"") and errors.startswith("cexec: no worker: nobody answered within 2 s")
+    assert (status, output) == (111, b"") and errors.startswith("cexec: no worker: ")
     assert errors.count("\n") == 2
 
 
@@ -9961,7 +9961,7 @@ def test_a_stranger_has_ten_seconds_in_all(shared_room):
         assert drain(slow) == drain(silent) == b""
         assert time.monotonic() - began < 1.5       # the preamble alone would have taken two
         job.signal(signal.SIGTERM)
-        assert job.wait() == 128 + signal.SIGTERM
+        assert job.wait() == -signal.SIGTERM
 
 
 # -- workers that fail, refuse and dawdle
@@ -9970,10 +9970,10 @@ def test_a_stranger_has_ten_seconds_in_all(shared_room):
 def test_a_chosen_worker_that_does_not_start_the_job_is_replaced(shared_room, private_key):
     """R18: after a second; here after a part of it."""
     room, forker = shared_room
-    assert cexec.Submission.START_PATIENCE == 1.0
+    assert cexec.START_PATIENCE == 1.0
     with Impostor(room) as impostor:
         job, heard = submit_and_hear(forker, room, impostor, "DO=cat", input=b"data",
-                                     patch={"Submission.START_PATIENCE": 0.2})
+                                     patch={"START_PATIENCE": 0.2})
         idle = impostor.apply(heard, private_key)
         idle.sendall(OWN_HELLO)
         assert idle.recv(1 << 16)
@@ -9984,10 +9984,10 @@ def test_a_chosen_worker_that_does_not_start_the_job_is_replaced(shared_room, pr
 
 
 @LINUX_ONLY
-@pytest.mark.parametrize("said, gaps", [(message("REFUSED", 0, b"no"), (0.25, 0.25)), (b"", (0.5, 1.0))],
+@pytest.mark.parametrize("said, gaps", [(message("REFUSED", 0, b"no"), (0.25, 0.5)), (b"", (0.25, 0.5))],
                          ids=["refuses", "fails"])
 def test_a_worker_is_passed_over_for_a_while_and_then_may_have_the_job_again(shared_room, private_key, said, gaps):
-    """R18: a quarter of a second after a refusal, which doubles with each failure."""
+    """R18: a quarter of a second, which doubles each time."""
     room, forker = shared_room
     with Impostor(room) as impostor:
         job, heard = submit_and_hear(forker, room, impostor)
@@ -10009,13 +10009,21 @@ def test_a_worker_is_passed_over_for_a_while_and_then_may_have_the_job_again(sha
 
 # -- a daemon that hears what the test says, without a network
 
+class Listed(list):
+    """A log whose lines a test looks at."""
+    __call__ = list.append
+
+    def note(self, topic, text):
+        self.append(text)
+
+
 class Deaf(cexec.Daemon):
     """A worker's daemon that has no sockets; what it would do next is left to the test."""
 
     def __init__(self, key):
-        self.key, self.draining, self.lines, self.versions_heard = key, False, [], 0
-        self.log, self.responder = self.lines.append, responder()
-        self.places, self.recent = collections.OrderedDict(), collections.OrderedDict()
+        self.key, self.draining, self.vetoed, self.log = key, False, False, Listed()
+        self.responder, self.connecting, self.handlers = responder(), set(), {}
+        self.proven = collections.OrderedDict()
 
     def consider(self):
         """Nothing happens until the test looks."""
@@ -10026,37 +10034,50 @@ HERE_FROM = "10.0.0.9", 3010
 
 def test_a_worker_calls_back_only_where_a_true_announcement_came_from():
     """S4, S3: no changed bit, no other key, no port of the system's."""
-    service, data = Deaf(FOO), announcement(FOO, port=1024)
+    daemon, data = Deaf(FOO), announcement(FOO, port=1024)
     for bit, changed in flipped(data):
         if bit // 8 not in (6, 7):      # the port, which a proxy may change
-            service._datagram(changed, HERE_FROM)
+            daemon._datagram(changed, HERE_FROM)
     for port in 0, 1, 80, 1023:
-        service._datagram(announcement(FOO, port=port), HERE_FROM)
-    service._datagram(announcement(BAR), HERE_FROM)
-    assert not service.places and not service.responder.calls
-    service._datagram(data, HERE_FROM)
-    assert service.places == {b"noncenon": [("10.0.0.9", 1024)]} and list(service.responder.calls) == [b"noncenon"]
+        daemon._datagram(announcement(FOO, port=port), HERE_FROM)
+    daemon._datagram(announcement(BAR), HERE_FROM)
+    assert not daemon.responder.pending
+    daemon._datagram(data, HERE_FROM)
+    answer, = daemon.responder.due(cexec.now_ms() + 1e4)
+    assert answer.nonce == b"noncenon" and daemon.responder.place(b"noncenon") == ("10.0.0.9", 1024)
 
 
 def test_a_worker_holds_back_only_for_a_true_alert_about_its_own_job_and_once():
     """S13: not for a changed bit, another key, another job or a repetition."""
-    service, data = Deaf(FOO), alert_bytes(FOO, verdict=cexec.RATTED_OUT, words="lost")
-    service._datagram(data, HERE_FROM)        # about a job that it never had
-    service.recent[b"noncenon"] = "1a2b3c4d"
+    daemon, data = Deaf(FOO), alert_bytes(FOO, verdict=cexec.RATTED_OUT, words="lost")
+    daemon._datagram(data, HERE_FROM)       # about a job that it never had
+    daemon.proven["1a2b3c4d"] = True
     for bit, changed in flipped(data):
         if bit // 8 not in (6, 7):
-            service._datagram(changed, HERE_FROM)
-    service._datagram(alert_bytes(FOO, nonce=b"othernon", verdict=cexec.RATTED_OUT), HERE_FROM)
-    service._datagram(alert_bytes(BAR, verdict=cexec.RATTED_OUT), HERE_FROM)
-    assert service.responder.penalty_until == -math.inf
+            daemon._datagram(changed, HERE_FROM)
+    daemon._datagram(alert_bytes(FOO, verdict=cexec.RATTED_OUT, job="other"), HERE_FROM)
+    daemon._datagram(alert_bytes(FOO, verdict=cexec.RATTED_OUT, words="test"), HERE_FROM)
+    daemon._datagram(alert_bytes(BAR, verdict=cexec.RATTED_OUT), HERE_FROM)
+    assert daemon.responder.penalty_until == -math.inf
     before = cexec.now_ms()
-    service._datagram(data, HERE_FROM)
-    assert before + 10000 <= service.responder.penalty_until <= cexec.now_ms() + 10000
-    assert service.lines[-1] == "ratted out by 10.0.0.6: lost; holding back for 10 s"
-    count = len(service.lines)
-    service.responder.penalise(0, 0)
-    service._datagram(data, HERE_FROM)
-    assert service.responder.penalty_until == 0 and len(service.lines) == count
+    daemon._datagram(data, HERE_FROM)
+    assert before + 10000 <= daemon.responder.penalty_until <= cexec.now_ms() + 10000
+    assert daemon.log[-1] == "ratted out by 10.0.0.6: lost; holding back for 10 s"
+    count = len(daemon.log)
+    daemon.responder.penalise(0, 0)
+    daemon._datagram(data, HERE_FROM)
+    assert daemon.responder.penalty_until == 0 and len(daemon.log) == count
+
+
+def test_a_worker_finds_its_job_in_a_bundle_of_alerts():
+    daemon = Deaf(FOO)
+    daemon.proven["1a2b3c4d"] = True
+    others = [alert_entry(cexec.RATTED_OUT, job="job %d" % number) for number in range(9)]
+    daemon._datagram(alert_bytes(FOO, *others), HERE_FROM)
+    assert daemon.responder.penalty_until == -math.inf and not daemon.log
+    daemon._datagram(alert_bytes(FOO, *others, alert_entry(cexec.RATTED_OUT, words="lost")), HERE_FROM)
+    assert daemon.responder.penalty_until > 0
+    assert daemon.log == ["ratted out by 10.0.0.6: lost; holding back for 10 s"]
 
 
 @pytest.mark.parametrize("number", [errno.ENOMEM, errno.EAGAIN, errno.EMFILE])
@@ -10065,34 +10086,34 @@ def test_a_daemon_without_room_for_another_process_goes_on(monkeypatch, number):
     def fork():
         raise OSError(number, os.strerror(number))
     monkeypatch.setattr(os, "fork", fork)
-    service = Deaf(FOO)
-    hears(service.responder, b"noncenon")
-    answer, = service.responder.due(1e3)
+    daemon = Deaf(FOO)
+    hears(daemon.responder, b"noncenon")
+    answer, = daemon.responder.due(1e3)
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        service.fork(types.SimpleNamespace(place=("10.0.0.9", 4000), socket=ours, answer=answer))
+        daemon.on_go(types.SimpleNamespace(place=("10.0.0.9", 4000), socket=ours, answer=answer))
         assert theirs.recv(1) == b""
-    assert service.responder.running == 0
-    assert service.lines == ["no process for a job from 10.0.0.9: %s" % os.strerror(number)]
+    assert daemon.responder.running == 0
+    assert daemon.log == ["no process for a job from 10.0.0.9: %s" % os.strerror(number)]
 
 
 # -- datagrams that are lost and doubled
 
 class Postman:
     """Takes the place of a relay's UDP socket: each datagram goes on as often as copies(job, number) says, both
-    counted from 0."""
+    counted from 0; the test says which job it is."""
 
     def __init__(self, relay, copies):
-        self.udp, self.copies, self.carried = relay.udp, copies, {}
+        self.udp, self.copies, self.job, self.carried = relay.udp, copies, 0, collections.Counter()
         relay.udp = self
 
     def recvfrom(self, size):
         return self.udp.recvfrom(size)
 
     def sendto(self, data, place):
-        numbers = self.carried.setdefault(data[12:20], [len(self.carried), -1])
-        numbers[1] += 1
-        for _ in range(self.copies(*numbers)):
+        copies = self.copies(self.job, self.carried[self.job])
+        self.carried[self.job] += 1
+        for _ in range(copies):
             self.udp.sendto(data, place)
 
 
@@ -10102,9 +10123,10 @@ def test_a_lost_datagram_and_doubled_ones_lose_no_job_and_no_line(room, forker):
     worker, crat, relay = room.serve(*DOER), room.crat(room.pub).ready(), room.relay()
     postman = Postman(relay, lambda job, number: 0 if number == job else 2)
     for job in range(9):
+        postman.job = job
         assert quick(forker, room, "DO=cat; exit %d" % job, input=b"data", group=relay.group) == (job, b"data", "")
         crat.out.wait("exit code %d job" % job)
-    assert jobs_of(worker) == len(crat.out.lines) == len(postman.carried) == 9
+    assert jobs_of(worker) == len(crat.out.lines) == len(postman.carried) == 9 and min(postman.carried.values()) >= 5
     assert sum(data[5] == cexec.ALERT for data in relay.datagrams) == 18
 
 
