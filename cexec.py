@@ -4822,8 +4822,8 @@ def uniform():
 
 # ---------------------------------------------------------------- room
 #
-# A Room finds workers for jobs and runs them.  It knows no signals, no standard descriptors and no exit(): cexec is a
-# Room with one job, cmap and the Python API give it many.  What a job reads and writes here is its JobStreams.
+# An Engine finds workers for jobs and runs them.  It knows no signals, no standard descriptors and no exit(): cexec is
+# one with one job, cmap and the Python API give it many.  What a job reads and writes here is its JobStreams.
 
 SEARCHES = 4                # searches for a worker at once while the room answers quickly
 RECENTLY = 15.0             # seconds for which what a worker said last counts
@@ -5166,7 +5166,7 @@ class Submission:
 class Attempt:
     """One submission on one worker's connection: the channel's owner while the job runs there.
 
-    A KeptConnection makes it; it tells the Room of its end, once, by exactly one of room.on_job_ended,
+    A KeptConnection makes it; it tells the Engine of its end, once, by exactly one of room.on_job_ended,
     on_job_refused, on_job_lost and on_job_not_started.
     """
 
@@ -5324,7 +5324,7 @@ class Attempt:
 
 
 class KeptConnection:
-    """A worker's proven connection, on which jobs run one after another; the channel's owner between them.  The Room
+    """A worker's proven connection, on which jobs run one after another; the channel's owner between them.  The Engine
     makes it, and it is gone when its channel is closed."""
 
     def __init__(self, room, found):
@@ -5418,7 +5418,7 @@ class AlertSender:
         self.timer = None
 
 
-class Room:
+class Engine:
     """All the workers of one key, as one submitter uses them.
 
     on_ready, if given, is called whenever a job has ended or a slot may be free, so that the owner may submit more.
@@ -5791,8 +5791,8 @@ class ReplayableInput(JobInput):
     Until a worker has accepted the job all is remembered, which the first window bounds: a refusal loses nothing.
     """
 
-    def __init__(self, loop, fd, ready):
-        super().__init__(open_source(loop, fd, ready))
+    def __init__(self, live):
+        super().__init__(live)
         self.cap = WINDOW_START
         self.recording = True
         self.ended = False
@@ -5893,7 +5893,7 @@ class InheritedStreams(JobStreams):
         elif kind == IN and stream_kind(fd) is REGULAR:
             self.sources[fd] = FileInput(self.loop, fd, ready)
         elif kind in (IN, BOTH):
-            self.sources[fd] = ReplayableInput(self.loop, fd, ready)
+            self.sources[fd] = ReplayableInput(open_source(self.loop, fd, ready))
         if kind == BOTH:        # so that source and sink can wait for one descriptor each
             self.owned[fd] = duplicate(fd, min(DESCRIPTOR_FLOOR, os.sysconf("SC_OPEN_MAX") // 2))
         if kind in (OUT, BOTH):
@@ -5990,7 +5990,7 @@ def name_of(fd):
 
 
 class Run:
-    """One cexec: a Room with one job, this process's descriptors and its signals."""
+    """One cexec: an Engine with one job, this process's descriptors and its signals."""
 
     def __init__(self, key, settings, descriptors, names, terminal):
         self.loop = Loop()
@@ -5998,7 +5998,7 @@ class Run:
         self.terminal = terminal
         self.began = time.monotonic()
         self.status = StatusLine(-1 if settings.quiet or settings.verbose else error_descriptor(settings))
-        self.room = Room(self.loop, key, settings, trace=self.trace)
+        self.room = Engine(self.loop, key, settings, trace=self.trace)
         self.streams = InheritedStreams(self.loop, settings, descriptors, terminal, self)
         self.submission = Submission(self.streams, names, settings.retries, self._done, self.tell)
 
@@ -8431,6 +8431,427 @@ def discard(temporary):
         os.unlink(temporary)
     except OSError:
         pass
+
+
+# ---------------------------------------------------------------- the Python API
+#
+# What another program imports.  The import alone has no effect.
+
+__all__ = ["Room", "Result", "Process", "Failure", "JobError"]
+
+
+class Result(collections.namedtuple("Result", "status stdout stderr worker seconds")):
+    """How one job ended.
+
+    status: its exit status, or minus the number of the signal that it died of, as in subprocess.
+    stdout, stderr: bytes.  worker: the address it ran at.  seconds: from the call to the end.
+    """
+    __slots__ = ()
+
+
+class JobError(Exception):
+    """A job ended with another status than 0 and `check` was set.  result: its Result."""
+
+    def __init__(self, result):
+        super().__init__(result)
+        self.result = result
+
+    def __str__(self):
+        return "the job ended with status %d on %s" % (self.result.status, self.result.worker)
+
+
+class Room:
+    """The workers that serve one key, for a program's jobs.
+
+    key: the path of APP.pub, or APP where APP.pub lies beside it, as for cexec.
+    jobs: how many may run at once, 256 at most.
+    settings: those of cexec by their names in lower case without CEXEC_, as group="127.255.255.255" or
+    timeout_accept=30; what is not given comes from the environment, as for cexec.
+
+    A Room is a context manager and may be used from several threads.  The first job starts a thread that does all the
+    work; close() ends it, and with it every job.  Connections to workers are kept for a second, so that many small jobs
+    are cheap.  A worker that is lost costs time and no result: its jobs run again elsewhere (`retries` times).
+
+    Failure (the cluster failed: nobody answered, workers lost) is raised by run(), by result() of a Future, by map()
+    and by Process.wait(); so it is for a key that cannot be used or a setting that is malformed.
+
+        with cexec.Room("app.pub") as room:
+            print(room.run(b"hello").stdout)
+    """
+
+    def __init__(self, key, jobs=256, **settings):
+        import threading
+        self._settings = room_settings(settings)
+        self._key, _ = load_key(os.fspath(key), "public")
+        self._most = max(1, min(256, jobs))
+        self._lock = threading.Lock()
+        self._thread = None
+        self._loop = None
+        self._engine = None
+        self._pid = os.getpid()
+        self._closed = False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    def run(self, input=b"", names={}, check=False, timeout=None):
+        """Runs one job and returns its Result.
+
+        input: bytes, an open file with a descriptor (from its offset on), or the path of a file.
+        names: {NAME: VALUE}, which the job finds as PEER_NAME.  check: whether JobError is raised unless it ends with 0.
+        timeout: seconds after which the job is ended and subprocess.TimeoutExpired raised.
+        """
+        future = self.submit(input, names, check, timeout)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()         # as on Ctrl-C
+            raise
+
+    def submit(self, input=b"", names={}, check=False, timeout=None):
+        """Starts one job; returns a concurrent.futures.Future of its Result.  Its cancel() ends a running job too."""
+        from concurrent.futures import Future
+        future, job = Future(), _Job(self, input, names, check, timeout)
+        job.future = future
+        self._call(job.start)
+        future.add_done_callback(job.cancelled)
+        return future
+
+    def map(self, inputs, names={}, check=False, timeout=None):
+        """Yields the Results of one job for each input, in their order.  Inputs are taken as slots come free.  When the
+        generator is closed, or fails, the jobs under way end."""
+        pending, inputs, more = collections.deque(), iter(inputs), True
+        try:
+            while more or pending:
+                while more and len(pending) < self._ahead():
+                    try:
+                        pending.append(self.submit(next(inputs), names, check, timeout))
+                    except StopIteration:
+                        more = False
+                if pending:
+                    yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+    def popen(self, names={}):
+        """Starts one job whose standard input, output and error are pipes of this program; returns a Process."""
+        process = Process(self, names)
+        self._call(process._start)
+        return process
+
+    def close(self):
+        """Ends all jobs, the connections and the thread.  May be called again."""
+        with self._lock:
+            closed, self._closed, thread = self._closed, True, self._thread
+        if closed or not thread:
+            return
+        if self._pid == os.getpid():
+            self._loop.call_soon_threadsafe(self._end)
+            thread.join()
+
+    def __del__(self):
+        if getattr(self, "_thread", None) and not self._closed and self._pid == os.getpid():
+            import warnings
+            warnings.warn("unclosed %r" % self, ResourceWarning, source=self)
+            self._closed = True
+            self._loop.call_soon_threadsafe(self._end)
+
+    # -- between the threads
+    def _ahead(self):
+        """How many inputs may be taken before their results are."""
+        engine = self._engine
+        return 4 if engine is None else len(engine.connections) + 4
+
+    def _call(self, function):
+        """Calls it in the thread of the loop, which is started if need be."""
+        if self._pid != os.getpid():
+            raise Failure("this Room", "it belongs to the process that made it",
+                          "a forked child makes a Room of its own", EXIT_TEMPORARY)
+        with self._lock:
+            if self._closed:
+                raise Failure("this Room", "it is closed")
+            if not self._thread:
+                import threading
+                self._loop = Loop()
+                self._engine = Engine(self._loop, self._key, self._settings, self._most, keep=True)
+                self._thread = threading.Thread(target=_serve, args=(self._loop,), name="cexec.Room", daemon=True)
+                self._thread.start()
+            self._loop.call_soon_threadsafe(function)
+
+    def _end(self):
+        """In the loop: every job that is left ends with a Failure."""
+        for submission in list(self._engine.running) + list(self._engine.queue):
+            self._engine.fail(submission, Failure("the job", "its Room was closed"))
+        self._engine.close()
+        self._loop.stop()
+
+
+def _serve(loop):
+    """The thread of a Room."""
+    try:
+        loop.run()
+    finally:
+        loop.close()
+
+
+def room_settings(given):
+    """The Settings of a Room from its keyword arguments and the environment."""
+    environment = dict(os.environ)
+    known = {setting.option[2:].replace("-", "_"): setting for setting in SETTINGS if CEXEC in setting.tools}
+    for name, value in given.items():
+        if name not in known:
+            raise TypeError("a Room has no setting %r; it has: %s" % (name, ", ".join(sorted(known))))
+        if isinstance(value, (list, tuple)):
+            value = ",".join(map(str, value))
+        environment[known[name].names[0]] = str(int(value) if isinstance(value, bool) else value)
+    return read_settings(CEXEC, [], environment)[0]
+
+
+def job_names(names):
+    """[(name, value)] as bytes; ValueError for what cannot be an environment variable."""
+    pairs = [(os.fsencode(name), os.fsencode(str(value) if not isinstance(value, bytes) else value))
+             for name, value in dict(names).items()]
+    for name, value in pairs:
+        if not is_name(name) or b"\0" in value:
+            raise ValueError("not a name and value of an environment variable: %r" % name)
+    return pairs
+
+
+def status_of(report):
+    """As subprocess gives it."""
+    return -SIGNAL_NAMES.get(report.name, report.number) if report.signalled else report.number
+
+
+class _Job:
+    """One job of submit(): made in the caller's thread, run in the loop's."""
+
+    def __init__(self, room, input, names, check, timeout):
+        self.room = room
+        self.check = check
+        self.timeout = timeout
+        self.began = time.monotonic()
+        self.future = None
+        self.timer = None
+        self.streams = HeldStreams(*self._input(input))
+        try:
+            self.submission = Submission(self.streams, job_names(names), room._settings.retries, self.done)
+        except BaseException:
+            self.streams.close()
+            raise
+
+    @staticmethod
+    def _input(input):
+        """(what HeldStreams reads, from where)"""
+        if hasattr(input, "fileno"):
+            fd = input.fileno()
+            if stream_kind(fd) is REGULAR:
+                return fd, os.lseek(fd, 0, os.SEEK_CUR)
+            return (input.read(),)
+        if isinstance(input, (str, os.PathLike)):
+            return (os.fspath(input),)
+        return (bytes(input) if isinstance(input, bytearray) else input,)
+
+    def start(self):
+        engine = self.room._engine
+        if self.future.cancelled():
+            return self.streams.close()
+        if self.timeout is not None:
+            self.timer = engine.loop.call_later(self.timeout, self._expired)
+        engine.submit(self.submission)
+
+    def _expired(self):
+        import subprocess
+        self.room._engine.cancel(self.submission)
+        self._finish(error=subprocess.TimeoutExpired(self.room._key.name, self.timeout, bytes(self.streams.output),
+                                                     bytes(self.streams.errors)))
+
+    def done(self, status, failure, submission):
+        if failure:
+            return self._finish(error=failure)
+        result = Result(status_of(submission.report), bytes(self.streams.output), bytes(self.streams.errors),
+                        submission.worker, time.monotonic() - self.began)
+        self._finish(result, JobError(result) if self.check and result.status else None)
+
+    def _finish(self, result=None, error=None):
+        if self.timer:
+            self.timer.cancel()
+        self.streams.close()
+        if self.future.set_running_or_notify_cancel():
+            if error:
+                self.future.set_exception(error)
+            else:
+                self.future.set_result(result)
+
+    def cancelled(self, future):
+        """The future is done; when its user has cancelled it, the job ends."""
+        if future.cancelled():
+            try:
+                self.room._call(self._cancel)
+            except Failure:
+                pass        # the Room is closed: the job has ended
+
+    def _cancel(self):
+        self.room._engine.cancel(self.submission)
+        if self.timer:
+            self.timer.cancel()
+        self.streams.close()
+
+
+class PipeStreams(JobStreams):
+    """The pipes of a Process: our ends of them, which do not block.  Made and used in the loop's thread."""
+
+    def __init__(self, loop, fds):
+        super().__init__()
+        self.fds = fds
+        for fd in fds:
+            os.set_blocking(fd, False)
+        self.descriptors = {0: IN, 1: OUT, 2: OUT}
+        self.sources = {0: ReplayableInput(Source(loop, fds[0], functools.partial(self.source_ready, 0)))}
+        for number in 1, 2:
+            over = functools.partial(self._over, number)
+            self.sinks[number] = Sink(loop, fds[number], functools.partial(self.consumed, number),
+                                      lambda error, over=over: over(), over)
+
+    def accepted(self):
+        self.sources[0].accepted(WINDOW_MAX)
+
+    def visible(self):
+        self.sources[0].forget()
+
+    def input_stopped(self, number, consumed):
+        self._close(0)
+
+    def read_error(self, number, error):
+        return 0
+
+    def _over(self, number):
+        self._close(number)
+        self.sink_finished(number)
+
+    def _close(self, number):
+        if self.fds[number] is not None:
+            (self.sources[0].end if number == 0 else self.sinks[number].close)()
+            os.close(self.fds[number])
+            self.fds[number] = None
+
+    def ended(self, report):
+        for number in range(3):
+            self._close(number)
+
+
+class Process:
+    """A job whose descriptors are pipes of this program, in the manner of subprocess.Popen.
+
+    stdin, stdout, stderr: files for bytes.  status: None while it runs, then as in Result.
+    A worker that is lost before anything of the job was read is replaced; later that is a Failure, raised by wait().
+    As a context manager it closes the files and waits.
+    """
+
+    def __init__(self, room, names):
+        import threading
+        self._room = room
+        self._over = threading.Event()
+        self._failure = None
+        self.status = None
+        self.worker = None
+        self._names = job_names(names)
+        far, near = [], []
+        for number in range(3):
+            reading, writing = os.pipe()
+            far.append(reading if number == 0 else writing)
+            near.append(writing if number == 0 else reading)
+        self._far = far
+        self._submission = None
+        self.stdin = open(near[0], "wb")
+        self.stdout = open(near[1], "rb")
+        self.stderr = open(near[2], "rb")
+
+    def _start(self):
+        streams = PipeStreams(self._room._loop, self._far)
+        self._submission = Submission(streams, self._names, self._room._settings.retries, self._done)
+        self._room._engine.submit(self._submission)
+
+    def _done(self, status, failure, submission):
+        self.worker = submission.worker
+        self._failure = failure
+        self.status = status_of(submission.report) if submission.report else -signal.SIGKILL
+        self._over.set()
+
+    def poll(self):
+        """The status, or None while it runs."""
+        return self.status
+
+    def wait(self, timeout=None):
+        """Waits for the end; returns the status.  subprocess.TimeoutExpired after so many seconds."""
+        if not self._over.wait(timeout):
+            import subprocess
+            raise subprocess.TimeoutExpired(self._room._key.name, timeout)
+        if self._failure:
+            raise self._failure
+        return self.status
+
+    def communicate(self, input=None, timeout=None):
+        """Writes input and closes stdin, reads all of both outputs, waits; returns (stdout, stderr)."""
+        import threading
+        outputs = {}
+
+        def read(file):
+            outputs[file] = file.read()
+        readers = [threading.Thread(target=read, args=(file,), daemon=True) for file in (self.stdout, self.stderr)]
+        for reader in readers:
+            reader.start()
+        try:
+            if input:
+                self.stdin.write(input)
+            self.stdin.close()
+        except BrokenPipeError:
+            pass        # it reads no more
+        self.wait(timeout)
+        for reader in readers:
+            reader.join()
+        return outputs[self.stdout], outputs[self.stderr]
+
+    def send_signal(self, number):
+        """Sends INT, TERM, HUP, QUIT, USR1, USR2, TSTP, CONT or KILL to the job; nothing once it has ended."""
+        if number == signal.SIGKILL:
+            return self.kill()
+        name = signal.Signals(number).name[3:]
+        if name not in SIGNALS:
+            raise ValueError("signal %s cannot be sent to a job; these can: %s KILL" % (name, " ".join(SIGNALS)))
+        self._room._call(lambda: self._signal(name, number))
+
+    def _signal(self, name, number):
+        if self._submission and not self._submission.done and not self._room._engine.signal(self._submission, name):
+            self._end()
+
+    def terminate(self):
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self):
+        """Ends it at once."""
+        self._room._call(self._end)
+
+    def _end(self):
+        if self._submission and not self._submission.done:
+            self._room._engine.cancel(self._submission)
+            self._done(None, None, self._submission)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *exception):
+        if kind:
+            self.kill()
+        for file in self.stdin, self.stdout, self.stderr:
+            try:
+                file.close()
+            except BrokenPipeError:
+                pass        # what was not written yet has no reader any more
+        self._over.wait()
 
 
 # ---------------------------------------------------------------- demo
