@@ -3950,6 +3950,156 @@ def test_no_octets_break_a_session(role):
     assert taken[0] > 100000
 
 
+# ---------------------------------------------------------------- TLS over a socket that never blocks
+
+class Pair:
+    """Two ends of one TCP connection on loopback, as TlsConnections: the submitter's (server) and the worker's."""
+
+    def __init__(self, key, buffer=None):
+        self.public, self.private = cexec.load_key(key + ".pub", "public")[0], cexec.load_key(key, "private")[0]
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            if buffer:
+                listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+            self.far = socket.socket()
+            if buffer:
+                self.far.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
+            self.far.connect(listening.getsockname())
+            self.near = listening.accept()[0]
+        self.server = cexec.TlsConnection(self.near, cexec.tls_context(self.public, True), True)
+        self.client = cexec.TlsConnection(self.far, cexec.tls_context(self.private, False), False)
+
+    def shake(self):
+        def done():
+            ends = [end.handshake() for end in (self.client, self.server)]
+            assert ends == [True, True]
+        wait_until(done)
+        cexec.check_peer(self.server.tls, self.public)
+        cexec.check_peer(self.client.tls, self.private)
+        return self
+
+    def close(self):
+        self.server.close()
+        self.client.close()
+
+
+@pytest.fixture
+def pair(key):
+    pair = Pair(key)
+    yield pair
+    pair.close()
+
+
+def read_all(connection, size, step=100000):
+    """So many bytes of a TlsConnection."""
+    data, view = bytearray(), memoryview(bytearray(step))
+    while len(data) < size:
+        count = connection.read_into(view)
+        if count is None:
+            assert cexec.wait_for(connection.fileno(), select.POLLIN, 10), "%d of %d bytes came" % (len(data), size)
+        else:
+            assert count, "the end after %d of %d bytes" % (len(data), size)
+            data += view[:count]
+    return bytes(data)
+
+
+@pytest.mark.parametrize("step", [1, 16384, 100000, 1 << 20])
+def test_bytes_arrive_whole_whatever_is_read_at_once(pair, step):
+    """A record larger than the view, many records in one view, a view that is exactly one record."""
+    pair.shake()
+    data = random_octets(30000 if step == 1 else 100000)
+    for at in range(0, len(data), cexec.TLS_PIECE):
+        assert pair.client.send(memoryview(data)[at:at + cexec.TLS_PIECE])
+    assert read_all(pair.server, len(data), step) == data
+    assert pair.server.read_into(memoryview(bytearray(10))) is None
+    assert pair.server.send(memoryview(b"back")) and read_all(pair.client, 4) == b"back"
+
+
+def test_what_the_system_does_not_take_is_sent_later(key):
+    pair, data = Pair(key, 4096).shake(), memoryview(random_octets(3 * MB))
+    rest, taken, found = data, True, bytearray()
+    view = memoryview(bytearray(1 << 16))
+
+    def more():
+        nonlocal rest, taken
+        taken = taken or pair.client.flush()
+        while taken and rest:
+            taken, rest = pair.client.send(rest[:cexec.TLS_PIECE]), rest[cexec.TLS_PIECE:]
+    more()
+    assert not taken, "the buffers are small"
+    while len(found) < len(data):
+        count = pair.server.read_into(view)
+        found += view[:count or 0]
+        more()
+    assert bytes(found) == data
+    pair.close()
+
+
+@pytest.mark.parametrize("end", ["close", "close_notify", "reset"])
+def test_all_that_came_before_the_end_is_read_and_then_the_end(pair, end):
+    pair.shake()
+    pair.client.send(memoryview(b"x" * 50000))
+    if end == "close_notify":
+        with contextlib.suppress(ssl.SSLWantReadError):
+            pair.client.tls.unwrap()
+        pair.client.flush()
+    elif end == "reset":
+        wait_until(lambda: pytest.fail("nothing yet") if not cexec.wait_for(pair.near.fileno(), select.POLLIN, 0) else 0)
+        data = read_all(pair.server, 50000)
+        pair.far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    pair.client.close()
+    if end != "reset":
+        data = read_all(pair.server, 50000)
+    assert data == b"x" * 50000
+    view = memoryview(bytearray(10))
+
+    def over():
+        try:
+            assert pair.server.read_into(view) == 0
+            return cexec.CLOSED
+        except OSError as error:
+            return cexec.loss_of(error).kind
+    assert wait_until(over) == (cexec.BROKEN if end == "reset" else cexec.CLOSED)
+
+
+def test_bytes_that_are_no_tls_break_the_connection_behind_what_was_good(pair):
+    pair.shake()
+    pair.client.send(memoryview(b"good"))
+    pair.far.send(b"and this is nothing that TLS has ever seen" * 10)
+    view = memoryview(bytearray(100))
+    assert cexec.wait_for(pair.near.fileno(), select.POLLIN, 10)
+    assert read_all(pair.server, 4, 100) == b"good"
+    with pytest.raises(ssl.SSLError) as caught:
+        assert cexec.wait_for(pair.near.fileno(), select.POLLIN, 0) or pair.server.failure
+        pair.server.read_into(view)
+    assert cexec.loss_of(caught.value).kind is cexec.BROKEN
+    with pytest.raises(ssl.SSLError):
+        pair.server.read_into(view)
+
+
+def test_a_handshake_that_the_peer_does_not_go_on_with_is_given_up(pair):
+    began = time.monotonic()
+    with pytest.raises(OSError) as caught:
+        pair.client.handshake_within(0.2)
+    assert time.monotonic() - began >= 0.19 and cexec.loss_of(caught.value).kind is cexec.BROKEN
+
+
+def test_a_handshake_with_a_stranger_fails_on_both_sides(pair, tmp_path):
+    stranger = str(tmp_path / "other")
+    assert run("ckeygen", stranger).returncode == 0
+    pair.client = cexec.TlsConnection(pair.far, cexec.tls_context(cexec.load_key(stranger, "private")[0], False), False)
+    failed = []
+    for _ in range(10):
+        for end in pair.client, pair.server:
+            try:
+                end.handshake()
+            except ssl.SSLError as error:
+                failed.append(end)
+                assert cexec.loss_of(error).kind is cexec.BROKEN
+        if pair.client in failed and pair.server in failed:
+            return
+    pytest.fail("who failed: %s" % failed)
+
+
 # ---------------------------------------------------------------- the event loop
 
 @pytest.fixture
@@ -4140,6 +4290,72 @@ def test_a_line_that_would_have_to_wait_is_dropped_and_counted(log, monkeypatch)
     monkeypatch.setattr(cexec, "has_room", lambda: True)
     log("three")
     assert log.lines == ["three (2 lines before this one were dropped)"]
+
+
+def test_a_call_that_fails_is_reported_and_the_others_are_made():
+    """Also when it fails each time, and comes first."""
+    errors, reached = [], []
+    loop = cexec.Loop(errors.append)
+    reading, writing = os.pipe()
+    os.write(writing, b"x")
+
+    def fail():
+        raise KeyError("broken")
+    loop.watch(reading, read=fail)
+    loop.watch(writing, write=lambda: reached.append("descriptor"))
+    loop.call_later(0, fail)
+    loop.call_later(0.001, lambda: reached.append("timer"))
+    loop.call_soon_threadsafe(fail)
+    loop.call_soon_threadsafe(lambda: reached.append("call"))
+    loop.call_later(0.02, loop.stop)
+    run_loop(loop)
+    assert set(reached) == {"descriptor", "timer", "call"}
+    assert len(errors) >= 3 and {type(error) for error in errors} == {KeyError}
+    loop.close()
+    os.close(reading)
+    os.close(writing)
+
+
+@pytest.mark.parametrize("error", [cexec.Failure("what"), SystemExit(3), KeyboardInterrupt()], ids=repr)
+def test_what_ends_the_program_leaves_the_loop(error):
+    loop = cexec.Loop(lambda error: pytest.fail("kept"))
+
+    def fail():
+        raise error
+    loop.call_soon_threadsafe(fail)
+    with pytest.raises(type(error)):
+        loop.run()
+    loop.close()
+
+
+def test_without_a_listener_an_error_leaves_the_loop(loop):
+    loop.call_soon_threadsafe(lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        loop.run()
+
+
+def test_a_loop_runs_in_any_thread_and_touches_no_signal_unasked():
+    before, results = signal.set_wakeup_fd(-1), []
+
+    def work():
+        loop = cexec.Loop()
+        loop.call_later(0.01, lambda: loop.call_soon_threadsafe(lambda: loop.stop("done")))
+        results.append(loop.run())
+        loop.close()
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert results == ["done"] and signal.set_wakeup_fd(before) == -1
+
+
+def test_a_loop_that_another_thread_made_is_woken_all_the_same():
+    loop, results = cexec.Loop(), []
+    thread = threading.Thread(target=lambda: results.append(loop.run()), daemon=True)
+    thread.start()
+    loop.call_soon_threadsafe(lambda: loop.stop("called"))
+    thread.join(10)
+    assert results == ["called"]
+    loop.close()
 
 
 # ---------------------------------------------------------------- sources and sinks of every kind
@@ -4461,6 +4677,133 @@ def test_what_somebody_else_made_non_blocking_is_written_too(loop, tmp_path, kin
     os.close(writing)
 
 
+def test_short_pieces_that_nobody_reads_cost_little_more_than_their_bytes(loop):
+    """S18: credit bounds memory, so a byte of it must not cost an object each."""
+    import tracemalloc
+    ends = [os.pipe() for _ in range(40)]
+    sinks = [cexec.open_sink(loop, writing, *[lambda *_: None] * 3) for _, writing in ends]
+    for sink in sinks:
+        sink.feed(memoryview(bytes(cexec.PIPE_SIZE)))
+        while not sink.queue:       # the system rounds up what a pipe holds
+            sink.feed(memoryview(bytes(4096)))
+    tracemalloc.start()
+    for sink in sinks:
+        for _ in range(20000):
+            sink.feed(memoryview(b"x"))
+    used = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert used < 2 * 40 * 20000, "%.1f bytes for each" % (used / 40 / 20000)
+    expected = [sink.written + sum(map(len, sink.queue)) for sink in sinks]
+    finished = []
+    for sink in sinks:
+        sink.finished = lambda: finished.append(1) or len(finished) < len(sinks) or loop.stop()
+        sink.finish()
+    readers = [Slow(reading, size) for (reading, _), size in zip(ends, expected)]
+    run_loop(loop, 30)
+    for reader in readers:
+        reader.join(10)
+    assert [len(reader.data) for reader in readers] == [sink.written for sink in sinks] == expected
+    for fd in itertools.chain(*ends):
+        os.close(fd)
+
+
+@pytest.mark.skipif(not cexec.LINUX, reason="only Linux tells how much a pipe holds")
+def test_a_pipe_grows_when_it_has_proved_full_and_not_before(loop):
+    reading, writing = os.pipe()
+    size, large = fcntl.fcntl(writing, cexec.F_GETPIPE_SZ), max(fcntl.fcntl(writing, cexec.F_GETPIPE_SZ), cexec.PIPE_SIZE)
+    pour = Pour(loop, writing, finish=False)
+    pour.sink.feed(memoryview(bytes(1000)))
+    assert fcntl.fcntl(writing, cexec.F_GETPIPE_SZ) == size
+    pour.sink.feed(memoryview(bytes(size)))
+    assert fcntl.fcntl(writing, cexec.F_GETPIPE_SZ) == large
+    pour.sink.close()
+    os.close(reading)
+    os.close(writing)
+
+
+@pytest.mark.skipif(not cexec.LINUX, reason="elsewhere nobody tells")
+@pytest.mark.parametrize("read", [0, 1, 2999, 3000])
+@pytest.mark.parametrize("when", ["open", "reader gone", "kept", "read after the end", "failed"])
+def test_what_a_job_has_read_is_counted(loop, when, read):
+    """Also when the pipe's writing end had to be closed first, so that the job saw the end."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    sink = cexec.Sink(loop, writing, *[lambda *_: None] * 3)
+    count = cexec.InputCount(sink)
+    sink.feed(memoryview(bytes(3000)))
+    if when != "read after the end" and read:
+        assert len(os.read(reading, read)) == read
+    if when in ("reader gone", "failed"):
+        os.close(reading)
+        if when == "failed":
+            sink.feed(memoryview(b"more"))
+            assert sink.done
+    if when in ("kept", "read after the end"):
+        count.keep()
+        os.close(writing)
+        if when != "kept" and read:
+            assert len(os.read(reading, read)) == read
+        if read == 3000:
+            assert os.read(reading, 1) == b"", "our own reading end keeps nobody from seeing the end"
+    assert count.read() == read
+    count.close()
+    for fd in {"open": [reading, writing], "kept": [reading], "read after the end": [reading]}.get(when, [writing]):
+        os.close(fd)
+
+
+def test_what_is_read_from_a_socket_is_not_known(loop):
+    near, far = socket.socketpair()
+    count = cexec.InputCount(cexec.Sink(loop, near.fileno(), *[lambda *_: None] * 3))
+    assert count.read() is None
+    count.keep()
+    assert count.read() is None
+    near.close()
+    far.close()
+
+
+def test_a_terminal_is_not_read_while_another_group_has_it():
+    """It would stop this process.  The read comes when the terminal does, and takes nothing before."""
+    leader, follower = pty.openpty()
+    tty.setraw(follower)
+    report_in, report_out = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setsid()
+            fcntl.ioctl(follower, termios.TIOCSCTTY, 0)
+            signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+            other = os.fork()
+            if other == 0:
+                os.setpgid(0, 0)
+                signal.pause()
+            with contextlib.suppress(OSError):
+                os.setpgid(other, other)
+            os.tcsetpgrp(follower, other)
+            loop, view = cexec.Loop(), memoryview(bytearray(10))
+
+            def more():
+                if source.read_into(view):
+                    loop.stop(bytes(view[:1]))
+            source = cexec.open_source(loop, follower, more)
+            assert source.read_into(view) is None and source.wanted is None, "no thread was set to it"
+            os.write(report_out, b"in the background;")
+            loop.call_later(0.1, lambda: os.tcsetpgrp(follower, os.getpgrp()))
+            os.write(report_out, run_loop(loop))
+            os.kill(other, signal.SIGKILL)
+        except BaseException as error:
+            os.write(report_out, repr(error).encode())
+        finally:
+            os._exit(0)
+    os.close(report_out)
+    os.close(follower)
+    assert os.read(report_in, 100) == b"in the background;"
+    os.write(leader, b"k")
+    assert os.read(report_in, 1000) == b"k"
+    os.waitpid(pid, 0)
+    os.close(report_in)
+    os.close(leader)
+
+
 # ---------------------------------------------------------------- which descriptors are carried
 
 def carried(fds, highest=20):
@@ -4641,6 +4984,206 @@ def test_before_a_job_is_accepted_all_its_input_is_remembered(loop, filled):
     replayable.accepted(10)
     assert not replayable.can_rewind() and take(replayable) == OCTETS[:60000]
     replayable.end()
+
+
+# ---------------------------------------------------------------- the channel
+
+class Owner:
+    """Half of a job in the test: keeps what the channel tells it, and ends its source's stream as told."""
+
+    def __init__(self):
+        self.messages, self.data, self.ends, self.losses = [], collections.defaultdict(bytearray), [], []
+        self.error, self.channel = 0, None
+
+    def on_message(self, kind, number, body):
+        self.messages.append((cexec.MESSAGE_NAMES[kind], number))
+
+    def on_data(self, number, view):
+        self.data[number] += view
+        self.channel.consumed(number, len(view))
+        return False
+
+    def on_source_end(self, number):
+        self.ends.append(number)
+
+    def on_read_error(self, number, error):
+        self.messages.append(("read error", number))
+        return self.error
+
+    def on_lost(self, loss):
+        self.losses.append(loss)
+
+
+class Ended:
+    """A source out of bytes in memory; an exception is raised in its turn, None is where nothing more comes."""
+
+    def __init__(self, *parts):
+        self.parts, self.closed = list(parts), 0
+
+    def read_into(self, view):
+        if not self.parts:
+            return 0
+        part = self.parts[0]
+        if part is None:
+            return None
+        if isinstance(part, Exception):
+            raise self.parts.pop(0)
+        size = min(len(view), len(part))
+        view[:size] = part[:size]
+        self.parts[0] = part[size:]
+        if not self.parts[0]:
+            self.parts.pop(0)
+        return size
+
+    def close(self):
+        self.closed += 1
+
+
+class Linked:
+    """Two channels of one connection in one loop, with a job's streams open."""
+
+    def __init__(self, loop, pair, descriptors):
+        self.loop, self.pair = loop, pair.shake()
+        self.owners, self.channels = [], []
+        for role, connection in (cexec.SUBMITTER, pair.server), (cexec.WORKER, pair.client):
+            session, owner = cexec.Session(role, 60.0, time.monotonic()), Owner()
+            session.phase = cexec.RUNNING
+            session.open_streams(descriptors)
+            owner.channel = cexec.Channel(loop, connection, session, owner)
+            self.owners.append(owner)
+            self.channels.append(owner.channel)
+
+    def until(self, holds):
+        def look():
+            if holds():
+                self.loop.stop()
+                self.loop.running = False
+            else:
+                self.loop.call_later(0.002, look)
+        self.loop.running = True
+        look()
+        run_loop(self.loop)
+
+    def close(self):
+        for channel in self.channels:
+            channel.close()
+
+
+@pytest.fixture
+def linked(loop, pair):
+    linked = Linked(loop, pair, {3: cexec.BOTH, 4: cexec.IN, 5: cexec.OUT})
+    yield linked
+    linked.close()
+
+
+def test_a_channel_carries_sources_both_ways_and_their_ends(linked):
+    """More than a window each: what has no credit waits for it and goes on."""
+    (submitter, worker), (near, far) = linked.owners, linked.channels
+    data = {number: random_octets(3 * MB + number) for number in (3, 4, 5)}
+    sources = [Ended(data[3]), Ended(data[4]), Ended(data[5])]
+    near.add_source(3, sources[0])
+    near.add_source(4, sources[1])
+    far.add_source(5, sources[2])
+    near.flush()
+    far.flush()
+    linked.until(lambda: ("end", 3) in worker.messages and ("end", 4) in worker.messages
+                 and ("end", 5) in submitter.messages)
+    assert {number: bytes(found) for number, found in worker.data.items()} == {3: data[3], 4: data[4]}
+    assert bytes(submitter.data[5]) == data[5] and worker.ends == [5] and sorted(submitter.ends) == [3, 4]
+    assert [source.closed for source in sources] == [1, 1, 1] and not near.sources
+    assert (near.sent_total, far.received_total) == (6 * MB + 7, 6 * MB + 7)
+
+
+def test_a_source_that_cannot_be_read_ends_as_the_owner_says(linked):
+    (submitter, worker), (near, _) = linked.owners, linked.channels
+    near.add_source(3, Ended(b"before", OSError(errno.EIO, "broken")))
+    near.flush()
+    linked.until(lambda: ("end", 3) in worker.messages)
+    assert bytes(worker.data[3]) == b"before" and submitter.ends == [3]
+    assert ("read error", 3) in submitter.messages
+
+
+def test_one_channel_serves_owner_after_owner(linked):
+    (submitter, worker), (near, far) = linked.owners, linked.channels
+    source = Ended(b"first", None)
+    near.add_source(3, source)
+    near.add_source(4, Ended(b"never read"))
+    near.drop_source(4)
+    near.flush()
+    linked.until(lambda: bytes(worker.data[3]) == b"first")
+    near.reset_streams()
+    assert source.closed == 1 and not near.sources and near.sent_total == 0
+    heirs = [Owner(), Owner()]
+    for channel, heir in zip(linked.channels, heirs):
+        channel.session.open_streams({3: cexec.IN})
+        channel.owner, heir.channel = heir, channel
+    near.source_ready(4)        # late, of the job that is over
+    near.add_source(3, Ended(b"second"))
+    near.flush()
+    linked.until(lambda: ("end", 3) in heirs[1].messages)
+    assert bytes(heirs[1].data[3]) == b"second" and bytes(worker.data[3]) == b"first"
+    assert near.sent_total == 6 and not submitter.losses and not worker.losses
+
+
+def test_flushed_is_said_once_when_all_is_sent(linked):
+    _, (near, _) = linked.owners, linked.channels
+    calls = []
+    near.on_flushed = lambda: calls.append(not near.session.outbox and not near.pending)
+    near.add_source(3, Ended(bytes(100000)))
+    near.flush()
+    near.flush()
+    linked.until(lambda: calls)
+    assert calls == [True] and near.on_flushed is None
+
+
+def lose(linked, how):
+    near, far = linked.channels
+    if how is cexec.CLOSED:
+        far.close()
+    elif how is cexec.BROKEN:
+        linked.pair.far.send(b"nothing of TLS" * 20)
+    elif how is cexec.SILENT:
+        near.session.heard, near.session.timeout = near.session.heard - 100, 50
+        near.session.ticked = time.monotonic()
+        near.tick()
+    elif how is cexec.PROTOCOL:
+        far.session.outbox += cexec.frame(cexec.DATA, 77, b"for nobody")
+        far.flush()
+    else:
+        near.lost(cexec.Loss(cexec.ABORTED, "given up"))
+
+
+@pytest.mark.parametrize("how", [cexec.CLOSED, cexec.BROKEN, cexec.SILENT, cexec.PROTOCOL, cexec.ABORTED])
+def test_why_a_connection_was_lost_is_told_once_and_by_kind(linked, how):
+    (submitter, _), (near, _) = linked.owners, linked.channels
+    source = Ended(b"x")
+    near.add_source(3, source)
+    lose(linked, how)
+    linked.until(lambda: submitter.losses)
+    near.lost(cexec.Loss(cexec.ABORTED, "again"))
+    near.close()
+    assert [loss.kind for loss in submitter.losses] == [how] and submitter.losses[0].words
+    assert near.closed and source.closed == 1
+
+
+def test_a_connection_that_ends_after_the_last_word_is_not_lost(linked):
+    (submitter, _), (near, far) = linked.owners, linked.channels
+    near.session.phase = cexec.OVER
+    far.close()
+    linked.until(lambda: near.closed)
+    assert submitter.losses == []
+
+
+def test_what_came_before_the_connection_broke_is_heard(linked):
+    """The peer says its last and closes, while there is more to send to it than it takes."""
+    (submitter, _), (near, far) = linked.owners, linked.channels
+    near.add_source(3, Ended(bytes(MB)))
+    far.add_source(5, Ended(b"last words"))
+    far.on_flushed = far.close
+    far.flush()
+    near.flush()
+    linked.until(lambda: submitter.losses)
+    assert bytes(submitter.data[5]) == b"last words" and ("end", 5) in submitter.messages
 
 
 # ---------------------------------------------------------------- children
