@@ -109,6 +109,7 @@ ssl = None      # tls_context() imports it: it takes as long as all the others, 
 # ---------------------------------------------------------------- numbers
 
 EXIT_USAGE = 2
+EXIT_TIMEOUT = 124          # a job ran for longer than it may: what timeout(1) says
 EXIT_TEMPORARY = 111        # the cluster failed, try again later: the old convention of qmail and its kin
 
 PORT = 3010                 # UDP, announcements and alerts
@@ -366,6 +367,23 @@ def parse_escape(text):
     return text.encode()
 
 
+def one_of(*words):
+    def parse(text):
+        if text not in words:
+            raise ValueError(" or ".join(filter(None, words)))
+        return text
+    return parse
+
+
+def parse_size(text):
+    """Bytes; 0 for the empty text."""
+    unit = {"k": 10, "M": 20, "G": 30}.get(text[-1:], 0)
+    number = text[:-1] if unit else text
+    if text and (not whole(number) or not int(number)):
+        raise ValueError("a number of bytes above 0; k, M or G behind it for 1024, 1024 k, 1024 M")
+    return int(number or 0) << unit
+
+
 def user_name(text):
     import pwd
     try:
@@ -393,32 +411,56 @@ def whole(text):
     return text.isascii() and text.isdigit() and len(text) <= 12
 
 
-TOOL_NAMES = CEXEC, CSERVICE, CRAT, CPROXY = "cexec", "cservice", "crat", "cproxy"
+TOOL_NAMES = CEXEC, CMAP, CSERVICE, CRAT, CPROXY = "cexec", "cmap", "cservice", "crat", "cproxy"
 
 SETTINGS = (
-    Setting("group", ("CEXEC_GROUP", "GROUP"), (CEXEC,), parse_group, "255.255.255.255", "GROUP",
+    Setting("group", ("CEXEC_GROUP", "GROUP"), (CEXEC, CMAP), parse_group, "255.255.255.255", "GROUP",
             "where announcements go: [DEVICE:]ADDRESS[:PORT]"),
     Setting("group", ("GROUP",), (CSERVICE, CRAT, CPROXY), parse_group, "255.255.255.255", "GROUP",
             "where announcements are heard: [DEVICE:]ADDRESS[:PORT]"),
-    Setting("timeout_accept", ("CEXEC_TIMEOUT_ACCEPT",), (CEXEC,),
+    Setting("timeout_accept", ("CEXEC_TIMEOUT_ACCEPT",), (CEXEC, CMAP),
             lambda text: seconds(0, 10 ** 6)(text) if text else None, "", "SECONDS",
             "most time to wait for a worker, 0 for ever (default: 60 s without a word from any worker)"),
-    Setting("timeout_pingpong", ("CEXEC_TIMEOUT_PINGPONG",), (CEXEC,), seconds(1, 86400), "60", "SECONDS",
+    Setting("timeout_pingpong", ("CEXEC_TIMEOUT_PINGPONG",), (CEXEC, CMAP), seconds(1, 86400), "60", "SECONDS",
             "silence after which a worker is lost"),
-    Setting("listen_ports", ("CEXEC_LISTEN_PORTS", "CEXEC_LISTEN_PORT", "CEXEC_PORTS", "CEXEC_PORT"), (CEXEC,),
+    Setting("listen_ports", ("CEXEC_LISTEN_PORTS", "CEXEC_LISTEN_PORT", "CEXEC_PORTS", "CEXEC_PORT"), (CEXEC, CMAP),
             lambda text: parse_ports(text) if text else None, "", "PORTS",
             "TCP ports a worker may connect back to: a,b,c and ranges a:b or a-b"),
-    Setting("accept_server", ("CEXEC_ACCEPT_SERVER", "CEXEC_ACCEPT_SERVERS"), (CEXEC,), parse_hosts, "",
+    Setting("accept_server", ("CEXEC_ACCEPT_SERVER", "CEXEC_ACCEPT_SERVERS"), (CEXEC, CMAP), parse_hosts, "",
             "ADDRESSES", "only these workers, separated by spaces"),
-    Setting("reject_servers", ("CEXEC_REJECT_SERVERS", "CEXEC_REJECT_SERVER"), (CEXEC,), parse_hosts, "",
+    Setting("reject_servers", ("CEXEC_REJECT_SERVERS", "CEXEC_REJECT_SERVER"), (CEXEC, CMAP), parse_hosts, "",
             "ADDRESSES", "not these workers, separated by spaces"),
     Setting("max_fd", ("CEXEC_MAXFD", "MAXFD"), (CEXEC,), whole_number(2, 4096), "32", "N",
             "highest descriptor that is carried"),
     Setting("errors_fd", ("CEXEC_FD_FOR_ERRORS",), (CEXEC,),
             lambda text: whole_number(3, 1 << 20)(text) if text else None, "", "N",
             "descriptor, above CEXEC_MAXFD, that gets cexec's own error line"),
-    Setting("retries", ("CEXEC_RETRIES",), (CEXEC,), whole_number(0, 100), "3", "N",
-            "how often a job that lost its worker before its first output starts again"),
+    Setting("retries", ("CEXEC_RETRIES",), (CEXEC, CMAP), whole_number(0, 100), "3", "N",
+            "how often a job that lost its worker (cexec: before its first output) starts again"),
+    Setting("jobs", ("CMAP_JOBS",), (CMAP,), whole_number(1, 1000), "256", "N",
+            "-j N: most jobs at once"),
+    Setting("list", ("CMAP_FROM",), (CMAP,), str, "", "LIST",
+            "a file with the names of the inputs, one a line; - for standard input"),
+    Setting("block", ("CMAP_BLOCK",), (CMAP,), parse_size, "", "SIZE",
+            "cut standard input into blocks of so many bytes (k, M, G), behind the last line end that fits"),
+    Setting("cut", ("CMAP_CUT",), (CMAP,), one_of("lines", "bytes"), "lines", "lines|bytes",
+            "where --block cuts: bytes for exactly at its size"),
+    Setting("value", ("CMAP_VALUE",), (CMAP,), str, "", "NAME",
+            "each line is no input but NAME=VALUE for one job, without its end"),
+    Setting("names", ("CMAP_SET",), (CMAP,), str, "", "NAME=VALUE",
+            "told to each job; with replacement strings; several times for several"),
+    Setting("out", ("CMAP_OUT",), (CMAP,), str, "", "PATTERN",
+            "an output file for each job; with replacement strings (default: all to standard output)"),
+    Setting("again", ("CMAP_AGAIN",), (CMAP,), whole_number(0, 1000), "0", "N",
+            "how often a job that ended with another status than 0 runs again"),
+    Setting("timeout", ("CMAP_TIMEOUT",), (CMAP,), lambda text: seconds(0, 10 ** 7)(text) if text else None, "",
+            "SECONDS", "how long each job may run; its status is then 124"),
+    Setting("halt", ("CMAP_HALT",), (CMAP,), one_of("", "soon", "now"), "", "soon|now",
+            "on the first failure start no more jobs, or end at once (default: go on)"),
+    Setting("log", ("CMAP_LOG",), (CMAP,), str, "", "FILE",
+            "append a line for each job that has ended"),
+    Setting("spill", ("CMAP_SPILL",), (CMAP,), whole_number(1, 1 << 30), "1024", "MIB",
+            "how much of outputs may wait for their turn"),
     Setting("replay", ("CEXEC_REPLAY",), (CEXEC,), whole_number(0, 1 << 12), "16", "MIB",
             "how much of an input that is no file is kept in memory for starting again"),
     Setting("ratout_test", ("CEXEC_RATOUT_TEST",), (CEXEC,), switch, "", "0|1",
@@ -444,15 +486,21 @@ SETTINGS = (
             "silence after which a relayed connection is ended"),
 )
 
-REPEATABLE = {"keys": ":"}  # settings whose option may be given several times, and what then stands between the values
+# Settings whose option may be given several times, and what then stands between the values.
+REPEATABLE = {"keys": ":", "names": "\0"}
 
-FLAGS = {   # options without a value: {option: (attribute, value, tool, help)}
-    "-t": ("terminal", 1, CEXEC, "give the job a terminal"),
-    "-tt": ("terminal", 2, CEXEC, "give the job a terminal even without a local one"),
-    "-v": ("verbose", True, CEXEC, "tell each step on standard error"),
-    "-q": ("quiet", True, CEXEC, "no line that tells what is waited for"),
-    "--json": ("json", True, CRAT, "print one JSON object per line"),
-    "--time": ("time", True, CRAT, "put date and time in front of each line"),
+FLAGS = {   # options without a value: {option: (attribute, value, tools, help)}
+    "-t": ("terminal", 1, (CEXEC,), "give the job a terminal"),
+    "-tt": ("terminal", 2, (CEXEC,), "give the job a terminal even without a local one"),
+    "-v": ("verbose", True, (CEXEC,), "tell each step on standard error"),
+    "-q": ("quiet", True, (CEXEC, CMAP), "no line that tells what is waited for; cmap: no summary either"),
+    "--lines": ("lines", True, (CMAP,), "each line of standard input, or of the FILEs, is one job's input"),
+    "-0": ("nul", True, (CMAP,), "the names in LIST end with NUL, not with the line"),
+    "--unordered": ("unordered", True, (CMAP,), "write outputs as jobs end, not in the order of the inputs"),
+    "--hedge": ("hedge", True, (CMAP,), "at the end start the longest-running jobs twice; the first to end counts"),
+    "--resume": ("resume", True, (CMAP,), "leave out what the log has with status 0, unless it has changed"),
+    "--json": ("json", True, (CRAT,), "print one JSON object per line"),
+    "--time": ("time", True, (CRAT,), "put date and time in front of each line"),
 }
 
 
@@ -495,12 +543,14 @@ def _parse(setting, name, text):
 def _read_options(tool, arguments):
     """({attribute: (option as written, its value)}, {attribute of a flag: value}, operands)"""
     options = {option: setting for setting in SETTINGS if tool in setting.tools for option in setting.options}
-    own_flags = {flag: entry for flag, entry in FLAGS.items() if entry[2] == tool}
+    own_flags = {flag: entry for flag, entry in FLAGS.items() if tool in entry[2]}
     given, flags = {}, {}
     while arguments and arguments[0].startswith("-") and arguments[0] != "-":
         word = arguments.pop(0)
         if word == "--":
             return given, flags, arguments
+        if word[:2] == "-j" and tool == CMAP:
+            word = "--jobs" + ("=" + word[2:].lstrip("=") if word[2:] else "")
         name, equals, value = word.partition("=")
         if word in own_flags:
             flags[own_flags[word][0]] = own_flags[word][1]
@@ -2637,7 +2687,8 @@ class Loop:
         self.on_error = on_error
         self.reads, self.writes = {}, {}        # {descriptor: what to call}
         self.poll = None                        # once it is needed
-        self.timers, self.calls = [], collections.deque()
+        self.timers, self.timers_most = [], 1000
+        self.calls = collections.deque()
         self.signals, self.old_handlers, self.old_wakeup = {}, {}, None
         self.result, self.running = None, True
         self.thread = _thread.get_ident()       # where it runs
@@ -2671,6 +2722,10 @@ class Loop:
 
     def call_at(self, when, callback):
         timer = Timer(when, callback)
+        if len(self.timers) >= self.timers_most:        # cancelled ones are not to gather until their time comes
+            self.timers = [each for each in self.timers if each.callback]
+            heapq.heapify(self.timers)
+            self.timers_most = max(1000, 2 * len(self.timers))
         heapq.heappush(self.timers, timer)
         return timer
 
@@ -3248,6 +3303,17 @@ def ports_text(ports):
 
 
 # ---------------------------------------------------------------- this machine
+
+def raise_descriptor_limit(wanted):
+    """How many descriptors this process may have, at most `wanted`, after its limit was raised as far as it may be."""
+    import resource
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = (math.inf if limit == resource.RLIM_INFINITY else limit for limit in limits)
+    if soft < wanted:
+        soft = min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, limits[1]))
+    return min(soft, wanted)
+
 
 def usable_cpus(root="/"):
     """How many CPUs this process may use: an affinity mask counts, and a quota of its control groups, rounded up."""
@@ -4838,6 +4904,14 @@ ALERT_GAP = 0.025           # seconds between two alert datagrams: more of them 
 NOBODY = 60.0               # seconds without a word from any worker after which there is none
 
 
+class NoWorker(Failure):
+    """No worker was found for a job."""
+
+
+class LocalFailure(Failure):
+    """Something on this machine cannot be written, which the next job would need as well."""
+
+
 class JobStreams:
     """What a job's descriptors are connected to here.  Its owner makes it and closes it.
 
@@ -4900,13 +4974,19 @@ class JobStreams:
         return len(self.delivered) == len(self.sinks)
 
 
-def temporary_file():
-    """A descriptor of a new file without a name, in TMPDIR or /tmp."""
-    folder = os.environ.get("TMPDIR") or "/tmp"
-    path = os.path.join(folder, "cexec-" + os.urandom(8).hex())
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    os.unlink(path)
-    return fd
+class TemporaryFile:
+    """Makes the file of a Spool: one without a name, in TMPDIR or /tmp."""
+    place = "a temporary file"          # in the words of an error
+
+    def open(self):
+        """A descriptor."""
+        path = os.path.join(os.environ.get("TMPDIR") or "/tmp", "cexec-" + os.urandom(8).hex())
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        os.unlink(path)
+        return fd
+
+    def close(self, fd):
+        os.close(fd)
 
 
 class Budget:
@@ -4926,13 +5006,15 @@ class Budget:
 
 
 class Spool:
-    """Bytes that are held here, many of them in a file, which open_file() makes.  Whoever makes it closes it."""
+    """Bytes that are held here: in memory, and many of them in a file, which comes from `files`, a TemporaryFile.
+    Whoever makes it clears it.  LocalFailure when the file cannot be written."""
+    __slots__ = ("budget", "files", "memory", "fd", "size")
     ONE = 1 << 18               # bytes of one that stay in memory
     ALL = 1 << 24               # bytes of all of a Budget in memory, from which on each has only a sixteenth of that
 
-    def __init__(self, budget, open_file=temporary_file):
+    def __init__(self, budget, files=None):
         self.budget = budget
-        self.open_file = open_file
+        self.files = files or NAMELESS
         self.memory = bytearray()
         self.fd = None
         self.size = 0
@@ -4945,66 +5027,97 @@ class Spool:
             self.memory += data
             budget.memory += size
         else:
-            write_at(self.fd, data, self.size)
+            self._write(data, self.size)
         self.size += size
         budget.held += size
 
     def to_file(self):
         """From now on all of it is in the file."""
         if self.fd is None:
-            self.fd = self.open_file()
-            write_at(self.fd, self.memory, 0)
+            try:
+                self.fd = self.files.open()
+            except OSError as error:
+                raise LocalFailure(self.files.place, reason_of(error)) from None
+            self._write(self.memory, 0)
             self.budget.memory -= len(self.memory)
             self.memory = bytearray()
 
-    def pieces(self):
-        """What it holds, a buffer at a time."""
-        if self.fd is None:
-            yield memoryview(self.memory)
-            return
-        buffer, position = memoryview(bytearray(min(BUFFER, self.size))), 0
-        while position < self.size:
-            size = read_at(self.fd, buffer[:self.size - position], position)
+    def _write(self, data, position):
+        view = memoryview(data)
+        try:
+            while view:
+                size = os.pwrite(self.fd, view, position)
+                view, position = view[size:], position + size
+        except OSError as error:
+            raise LocalFailure(self.files.place, reason_of(error)) from None
+
+    def pieces(self, start=0):
+        """What it holds from there on, a buffer at a time; the next one replaces the one before."""
+        source = HeldSource(self)
+        source.position, buffer = start, memoryview(bytearray(min(BUFFER, max(1, self.size - start))))
+        while source.position < self.size:
+            size = source.read_into(buffer)
             if not size:
-                raise OSError(errno.EIO, "a temporary file has become shorter")
+                raise LocalFailure(self.files.place, "it has become shorter")
             yield buffer[:size]
-            position += size
+
+    def cut(self, size):
+        """Keeps so many bytes, and returns a Spool with what was behind them."""
+        rest = Spool(self.budget, self.files)
+        for piece in self.pieces(size):
+            rest.append(piece)
+        self.budget.held -= self.size - size
+        self.budget.memory -= len(self.memory[size:])
+        self.memory, self.size = self.memory[:size], size
+        return rest
 
     def clear(self):
-        """Holds nothing any more; may be used again.  Its file, if there is one, goes."""
+        """Holds nothing any more; may be used again.  Its file, if there is one, is closed."""
         self.budget.held -= self.size
         self.budget.memory -= len(self.memory)
         self.size = 0
         self.memory = bytearray()
         if self.fd is not None:
             fd, self.fd = self.fd, None
-            os.close(fd)
+            self.files.close(fd)
 
     def __bytes__(self):
         return b"".join(map(bytes, self.pieces()))
 
+    def __len__(self):
+        return self.size
 
-def write_at(fd, data, position):
-    view = memoryview(data)
-    while view:
-        size = os.pwrite(fd, view, position)
-        view, position = view[size:], position + size
+
+NAMELESS = TemporaryFile()
 
 
 class HeldSource:
-    """An input that can always start again and never has to wait: bytes, or what a descriptor of a regular file has
-    from `start` on, `length` bytes or all up to its end, whatever its offset is."""
+    """An input that can always start again and never has to wait.
 
-    def __init__(self, data=b"", fd=None, start=0, length=None):
-        self.data = memoryview(data)
-        self.fd = fd
+    It is bytes, a Spool that is complete, the path (str) of a regular file, or a descriptor of one, of which `start`
+    and `length` may name a part, whatever its own offset is.  end() gives back path and Spool; a descriptor is closed
+    by whoever opened it.  Failure or OSError when the path cannot be opened.
+    """
+
+    def __init__(self, input=b"", start=0, length=None):
+        self.spool = input if isinstance(input, Spool) else None
+        self.own = self.fd = None
+        self.data = b""
         self.start = start
         self.length = length
         self.position = 0
+        if self.spool is not None:
+            self.data, self.fd, self.length = self.spool.memory, self.spool.fd, self.spool.size
+        elif isinstance(input, str):
+            self.own = self.fd = open_regular(input)
+        elif isinstance(input, int):
+            self.fd = input
+        else:
+            self.data = input
 
     def read_into(self, view):
         if self.fd is None:
-            part = self.data[self.position:self.position + len(view)]
+            part = memoryview(self.data)[self.position:self.position + len(view)]
             size = len(part)
             view[:size] = part
         else:
@@ -5014,6 +5127,12 @@ class HeldSource:
         self.position += size
         return size
 
+    def twin(self):
+        """Another one of the same input, which must not outlive this one."""
+        if self.fd is None:
+            return HeldSource(self.data)
+        return HeldSource(self.fd, self.start, self.length)
+
     def can_rewind(self):
         return True
 
@@ -5022,6 +5141,15 @@ class HeldSource:
 
     def close(self):
         """The channel lets go of it; the next one may take it up."""
+
+    def end(self):
+        """Gives back what it holds.  May be called again."""
+        self.data, self.fd = b"", None
+        if self.spool is not None:
+            self.spool.clear()
+        if self.own is not None:
+            fd, self.own = self.own, None
+            os.close(fd)
 
 
 class HeldSink:
@@ -5035,10 +5163,10 @@ class HeldSink:
     def feed(self, view):
         try:
             self.spool.append(view)
-        except OSError as error:
-            self.streams.broken("the output", error)
-            return False
-        self.streams.kept(self.number, len(view))
+        except LocalFailure as failure:
+            self.streams.broken(failure)
+        else:
+            self.streams.kept(self.number, len(view))
         return False
 
     def finish(self):
@@ -5048,29 +5176,17 @@ class HeldSink:
 class HeldStreams(JobStreams):
     """Standard input, output and error of a job, held here: so it may start again at any moment.
 
-    input is bytes, a Spool, the path of a regular file (str), or a descriptor of one; the last of which the caller
-    closes, and of which `start` and `length` may name a part.  After the job `output` and `errors` hold what it wrote,
-    until close().  open_output makes the file of an output that is too long for memory.  Failure or OSError when the
-    path cannot be opened.
+    The source, a HeldSource, is ended by whoever made it.  After the job `output` and `errors` hold what it wrote,
+    until close().  output_file, a TemporaryFile, is for an output that is too long for memory.
     """
     held = True
 
-    def __init__(self, input=b"", start=0, length=None, budget=None, open_output=temporary_file):
+    def __init__(self, source, budget=None, output_file=None):
         super().__init__()
         self.budget = budget or Budget()
         self.first = False              # its job may write whatever the budget says
-        self.owed = collections.Counter()   # {output: bytes kept for which no credit was given back}
-        self.own = self.input = None    # a descriptor and a Spool to be closed with it
-        if isinstance(input, str):
-            self.own = input = open_regular(input)
-        if isinstance(input, Spool):
-            self.input = input
-            source = HeldSource(input.memory, input.fd, 0, input.size)
-        elif isinstance(input, int):
-            source = HeldSource(b"", input, start, length)
-        else:
-            source = HeldSource(input)
-        self.output = Spool(self.budget, open_output)
+        self.owed = {}                  # {output: bytes kept for which no credit was given back}
+        self.output = Spool(self.budget, output_file)
         self.errors = Spool(self.budget)
         self.descriptors = {0: IN, 1: OUT, 2: OUT}
         self.sources = {0: source}
@@ -5079,10 +5195,7 @@ class HeldStreams(JobStreams):
     def begin(self, attempt):
         """What another attempt wrote is thrown away."""
         self.delivered.clear()
-        self.owed.clear()
-        if self.output.size or self.errors.size:
-            self.output.clear()
-            self.errors.clear()
+        self.close()
         super().begin(attempt)
 
     def kept(self, number, size):
@@ -5090,33 +5203,31 @@ class HeldStreams(JobStreams):
         if self.budget.held < self.budget.limit or self.first:
             self.consumed(number, size)
         else:
-            self.owed[number] += size
+            self.owed[number] = self.owed.get(number, 0) + size
             self.budget.waiting.add(self)
 
     def pay(self):
         """There is room again: the job may write on."""
-        owed, self.owed = self.owed, collections.Counter()
+        owed, self.owed = self.owed, {}
         for number, size in owed.items():
             self.consumed(number, size)
 
     def read_error(self, number, error):
-        self.broken("the input", error)
+        self.broken(Failure("the input", reason_of(error)))
         return 0
 
-    def broken(self, what, error):
+    def broken(self, failure):
         """Something that belongs to the job cannot be read or written here."""
         if self.attempt:
-            self.attempt.room.fail(self.attempt.submission, Failure(what, reason_of(error)))
+            self.attempt.room.fail(self.attempt.submission, failure)
 
     def close(self):
-        """Gives back what it holds.  May be called again."""
+        """Throws away the outputs.  May be called again."""
+        self.owed = {}
         self.budget.waiting.discard(self)
-        for spool in self.input, self.output, self.errors:
-            if spool:
+        for spool in self.output, self.errors:
+            if spool.size or spool.fd is not None:
                 spool.clear()
-        if self.own is not None:
-            fd, self.own = self.own, None
-            os.close(fd)
 
 
 def open_regular(path):
@@ -5134,15 +5245,17 @@ class Submission:
     """One job as its user wants it.
 
     retries: how often it starts again when its worker was lost.
+    timeout: seconds from its start on a worker after which it is ended, with status 124; None for no such limit.
     on_done(status, failure, submission) is called once: the job's status, or None and a Failure.
     on_event(text, always) hears what happens to it on the way; always: the user is to know in any case.
     """
 
-    def __init__(self, streams, names, retries, on_done, on_event=None):
+    def __init__(self, streams, names, retries, on_done, on_event=None, timeout=None):
         self.id = os.urandom(8).hex()
         self.streams = streams
         self.names = names
         self.retries = retries
+        self.timeout = timeout
         self.on_done = on_done
         self.on_event = on_event or (lambda text, always=False: None)
         self.lost = 0                   # workers lost
@@ -5182,6 +5295,7 @@ class Attempt:
         self.report = None
         self.over = False
         self.start_timer = None
+        self.limit_timer = None
 
     def start(self):
         """Offers the job.  OSError when its input cannot be read again."""
@@ -5248,6 +5362,8 @@ class Attempt:
         for name in submission.waiting_signals:
             self.session.signal(name)
         submission.waiting_signals = []
+        if submission.timeout is not None:
+            self.limit_timer = self.loop.call_later(submission.timeout, lambda: self.room.on_job_timeout(self))
         self.streams.accepted()
         terminal = self.streams.terminal
         if terminal and terminal.number in self.streams.sources:
@@ -5305,10 +5421,7 @@ class Attempt:
     def give_up(self):
         """Nobody wants the job any more: the worker ends it when the connection goes."""
         if not self.over:
-            self.over = True
-            self.streams.attempt = None
-            if self.start_timer:
-                self.start_timer.cancel()
+            self._end()
             if self.report:
                 self.kept.leave()
             else:
@@ -5316,11 +5429,15 @@ class Attempt:
 
     def _over(self, tell, *words):
         if not self.over:
-            self.over = True
-            self.streams.attempt = None
-            if self.start_timer:
-                self.start_timer.cancel()
+            self._end()
             tell(self, *words)
+
+    def _end(self):
+        self.over = True
+        self.streams.attempt = None
+        for timer in self.start_timer, self.limit_timer:
+            if timer:
+                timer.cancel()
 
 
 class KeptConnection:
@@ -5441,6 +5558,7 @@ class Engine:
         self.searches = []
         self.parallel = SEARCHES if most > 1 else 1
         self.heard_at = time.monotonic()    # when any worker was heard of last
+        self.served_at = -math.inf      # when a room with kept connections had one last
         self.workers = {}               # {name: (time, state or None, words)} of those heard of
         self.finished = collections.deque(maxlen=SEARCHES)      # searches that have found somebody
         self.alerts = None
@@ -5521,8 +5639,13 @@ class Engine:
             self.searches.pop().stop()
         while len(self.searches) < wanted:
             self.trace("announces on %s for key %s" % (self.settings.group, self.key.fingerprint))
-            self.searches.append(Discovery(self.loop, self.key, self.settings, self.id, self.context,
-                                           self, self.on_found, self.on_heard))
+            try:
+                self.searches.append(Discovery(self.loop, self.key, self.settings, self.id, self.context,
+                                               self, self.on_found, self.on_heard))
+            except Failure:
+                if not (self.searches or self.finished or self.connections):
+                    raise
+                break           # the ports to listen on are in use by the others: a later look finds one free
         if self.queue and not self.watch_timer:
             self.watch_timer = self.loop.call_later(0.25, self._watch)
 
@@ -5538,8 +5661,10 @@ class Engine:
         """Who waits for too long fails; too many searches wait for nothing."""
         self.watch_timer = None
         now, limit = time.monotonic(), self.settings.timeout_accept
+        if self.keep and self.connections:      # the room serves us as well as it can
+            self.served_at = now
         for submission in list(self.queue):
-            since = submission.waiting_since
+            since = max(submission.waiting_since, self.served_at)
             if limit is None and now - max(since, self.heard_at) > NOBODY or limit and now - since > limit:
                 self._fail(submission, self.nobody(submission, now))
         if self.searches and now - self.searches[0].began > SLOW_SEARCH:
@@ -5595,6 +5720,11 @@ class Engine:
         self._finish(submission, submission.report.status, None)
         if kept in self.idle:
             kept.rest()
+
+    def on_job_timeout(self, attempt):
+        """It has run for as long as it may: it ends on its worker, with the connection."""
+        self._alert(attempt, COMPLETED, EXIT_TIMEOUT, "")
+        self._finish(attempt.submission, EXIT_TIMEOUT, None)
 
     def on_job_not_started(self, attempt, words):
         """The worker wanted its slot back just when the job was offered: that is nobody's fault."""
@@ -5706,7 +5836,7 @@ class Engine:
                 why += "; %s: %s" % (name, words)
         if submission.last_loss:
             why += "; before that, " + submission.last_loss
-        return Failure("no worker", why, "is cservice running with this key (%s) in this network, with a free slot?  "
+        return NoWorker("no worker", why, "is cservice running with this key (%s) in this network, with a free slot?  "
                        "do firewalls pass UDP port %d to it and TCP back?" % (
                            self.key.fingerprint, self.settings.group.port))
 
@@ -5723,7 +5853,7 @@ class StatusLine:
     def __init__(self, fd):
         self.fd = fd
         self.shown = False
-        self.usable = is_open(fd) and os.isatty(fd)
+        self.usable = fd >= 0 and is_open(fd) and os.isatty(fd)
 
     def show(self, text):
         if self.usable and has_room():
@@ -6196,6 +6326,673 @@ def parse_name(word):
     if not is_name(name):
         raise Failure(word, "not NAME=VALUE", "the job finds VALUE in its environment as PEER_NAME", EXIT_USAGE)
     return name, value
+
+
+# ---------------------------------------------------------------- cmap
+#
+# A Room with many jobs.  What a job writes is held until it has ended, so a lost worker costs time and nothing else.
+# Inputs are read only as slots come free; outputs leave whole, one after another.
+
+AHEAD = SEARCHES            # jobs that wait for a slot, as many as are searched for at once
+WAITING_MAX = 10000         # outputs that may wait for an earlier one
+NAME_MAX = 1 << 16          # bytes of a line that can still be a name
+HASH_AT_ONCE = 1 << 23      # bytes of an input that are hashed before others have their turn
+FAILURES_SHOWN = 10         # failed jobs with a line of their own
+PROGRESS_EVERY = 0.2        # seconds
+LOG_HEAD = "number\tkey\tstatus\tseconds\tworker\tin\tout\tname\n"
+
+
+def replaced(text, name, number):
+    """The text with {}, {.}, {/}, {/.} and {#} replaced by the name, parts of it, and the number."""
+    head, *rest = text.split(b"{")
+    if not rest:
+        return text
+    if name is None:
+        raise Failure("input %d" % number, "its line is too long to be a name", "leave {} out", EXIT_USAGE)
+    last = name.rpartition(b"/")[2]
+    values = {b"": name, b".": os.path.splitext(name)[0], b"/": last, b"/.": os.path.splitext(last)[0],
+              b"#": b"%d" % number}
+    for part in rest:
+        mark, brace, tail = part.partition(b"}")
+        head += values[mark] + tail if brace and mark in values else b"{" + part
+    return head
+
+
+def log_text(name):
+    """A name as the log has it: one line, without tabs."""
+    return "" if name is None else printable(name.replace(b"\\", b"\\\\"))
+
+
+def short_hash(text):
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+class MapJob:
+    """One input, and what becomes of it.  MapInputs makes it, Cmap ends it."""
+    __slots__ = ("number", "name", "names", "path", "source", "key", "failure", "runs", "tries", "began")
+
+    def __init__(self, number, name):
+        self.number = number
+        self.name = name            # bytes; None when that would be too long
+        self.names = []             # [(NAME, VALUE)] that the job is told
+        self.path = None            # of its output file
+        self.source = None          # a HeldSource
+        self.key = ""               # the content key
+        self.failure = None         # why there is no input
+        self.runs = []              # Submissions under way; two of a hedged job
+        self.tries = 0              # times that it ended with another status than 0 and ran again
+        self.began = time.monotonic()
+
+
+class MapInputs:
+    """Reads the inputs, each when it is asked for.  jobs() yields MapJobs; None means that there is nothing now, and
+    that ready() will be called once there is."""
+
+    def __init__(self, loop, key, settings, operands, ready):
+        self.loop = loop
+        self.key = key
+        self.settings = settings
+        self.operands = operands
+        self.ready = ready
+        self.budget = Budget()
+        self.buffer = memoryview(bytearray(BUFFER))
+        self.names = [parse_name(word) for word in settings.names.split("\0") if word]
+
+    def jobs(self):
+        number = 0
+        for found in self._found():
+            if found is None:
+                yield None
+                continue
+            number += 1
+            name, data = found
+            job = MapJob(number, name)
+            try:
+                if isinstance(data, Failure):
+                    raise data
+                self._prepare(job, data)
+                yield from self._hash(job)
+            except Failure as failure:
+                job.failure = failure
+            except OSError as error:
+                job.failure = Failure(log_text(name), reason_of(error))
+            yield job
+
+    def _prepare(self, job, data):
+        settings = self.settings
+        if settings.value:
+            job.source = HeldSource()
+            job.names.append((os.fsencode(settings.value), data))
+        else:
+            job.source = HeldSource(data)
+        job.names += [(name, replaced(value, job.name, job.number)) for name, value in self.names]
+        if settings.out:
+            job.path = replaced(os.fsencode(settings.out), job.name, job.number)
+
+    def _hash(self, job):
+        """The content key: of the app's key, the names and the input's bytes.  A long input takes several turns."""
+        if not self.settings.log:
+            return
+        key = hashlib.sha256(self.key.fingerprint.encode())
+        for name, value in job.names:
+            key.update(b"%d %s=%s" % (len(name) + len(value), name, value))
+        done, source = 0, job.source.twin()
+        while True:
+            size = source.read_into(self.buffer)
+            if not size:
+                break
+            key.update(self.buffer[:size])
+            done += size
+            if done >= HASH_AT_ONCE:
+                done = 0
+                self.loop.call_soon_threadsafe(self.ready)
+                yield None
+        job.key = key.hexdigest()[:32]
+
+    # -- where they come from
+    def _found(self):
+        """(name, input) for each, a Failure in place of an input that cannot be read; None for nothing now."""
+        settings = self.settings
+        if settings.block:
+            for number, spool in enumerate_some(self._blocks(settings.block, settings.cut == "lines")):
+                yield spool and (b"%d" % number, spool)
+        elif settings.lines or settings.value:
+            for path in self.operands or ["-"]:
+                try:
+                    for line in self._lines(path, b"\n"):
+                        yield line and self._one_line(line)
+                except OSError as error:
+                    yield os.fsencode(path), Failure(path, reason_of(error))
+        elif settings.list:
+            for line in self._lines(settings.list, b"\0" if settings.nul else b"\n"):
+                name = line and bytes(line).rstrip(b"\0" if settings.nul else b"\n")
+                if name or line is None:
+                    yield name and (name, os.fsdecode(name))
+        else:
+            for path in self.operands:
+                yield os.fsencode(path), path
+
+    def _one_line(self, line):
+        name = bytes(line) if len(line) <= NAME_MAX else None
+        name = name[:-1] if name and name[-1:] == b"\n" else name
+        if not self.settings.value:
+            return name, line
+        if name is None:
+            return name, Failure("a line of %d bytes" % len(line), "too long for --value", "", EXIT_USAGE)
+        return name, name
+
+    def _pieces(self, path):
+        """What comes from standard input or a file, a buffer at a time, which the next one replaces."""
+        fd = 0 if path == "-" else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        source = open_source(self.loop, fd, self.ready)
+        try:
+            while True:
+                size = source.read_into(self.buffer)
+                if size == 0:
+                    break
+                yield size and self.buffer[:size]
+        finally:
+            source.close()
+            if fd:
+                os.close(fd)
+
+    def _lines(self, path, end):
+        """Each line with its end, as bytes, or as a Spool if it is long."""
+        rest = Spool(self.budget)
+        for piece in self._pieces(path):
+            if piece is None:
+                yield None
+                continue
+            at, data = 0, bytes(piece)
+            while True:
+                cut = data.find(end, at) + 1
+                if not cut:
+                    break
+                if rest.size:
+                    rest.append(data[at:cut])
+                    yield self._taken(rest)
+                    rest = Spool(self.budget)
+                else:
+                    yield data[at:cut]
+                at = cut
+            rest.append(data[at:])
+        if rest.size:
+            yield self._taken(rest)
+
+    def _taken(self, spool):
+        if spool.size > NAME_MAX:
+            return spool
+        line = bytes(spool)
+        spool.clear()
+        return line
+
+    def _blocks(self, size, whole_lines):
+        """Spools of at most `size` bytes, cut behind the last line end in them; a longer line is a block by itself."""
+        block, line_end = Spool(self.budget), 0
+        for piece in self._pieces("-"):
+            if piece is None:
+                yield None
+                continue
+            while piece:
+                part = piece[:max(0, size - block.size)]
+                if part:
+                    block.append(part)
+                    found = bytes(part).rfind(b"\n") + 1
+                    if whole_lines and found:
+                        line_end = block.size - len(part) + found
+                elif whole_lines and not line_end:
+                    cut = bytes(piece).find(b"\n") + 1      # of a line that is longer than a block
+                    part = piece[:cut] if cut else piece
+                    block.append(part)
+                    line_end = block.size if cut else 0
+                piece = piece[len(part):]
+                if block.size >= size and (line_end or not whole_lines):
+                    rest = block.cut(line_end or size)
+                    yield block
+                    block, line_end = rest, 0
+        if block.size:
+            yield block
+
+
+def enumerate_some(items):
+    """Numbers from 1 for those that are not None."""
+    number = 0
+    for item in items:
+        number += item is not None
+        yield number, item
+
+
+class OutputFile(TemporaryFile):
+    """A file beside the place of a job's output, which it gets only by put()."""
+
+    def __init__(self, path):
+        self.path = path
+        self.place = printable(path)
+        self.partial = None
+
+    def open(self):
+        folder = os.path.dirname(self.path)
+        partial = os.path.join(folder, b".cmap-" + os.urandom(8).hex().encode())
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        try:
+            fd = os.open(partial, flags, 0o666)
+        except FileNotFoundError:
+            os.makedirs(folder, exist_ok=True)
+            fd = os.open(partial, flags, 0o666)
+        self.partial = partial
+        return fd
+
+    def close(self, fd):
+        os.close(fd)
+        if self.partial:
+            partial, self.partial = self.partial, None
+            os.unlink(partial)
+
+    def put(self, spool):
+        """What the spool holds is the output: it gets its name."""
+        spool.to_file()
+        try:
+            os.rename(self.partial, self.path)
+        except OSError as error:
+            raise LocalFailure(self.place, reason_of(error)) from None
+        self.partial = None
+
+
+class Printer:
+    """Writes to a descriptor, which may be slow or shared, one thing after another, each whole."""
+
+    def __init__(self, loop, fd, on_failed):
+        self.queue = collections.deque()    # (what yields its pieces, whom to call when it is written)
+        self.pieces = None                  # of the one in hand
+        self.done = None
+        self.unsent = 0                     # bytes of the last piece that the system has not taken
+        self.busy = False
+        self.sink = open_sink(loop, fd, self._sent, on_failed, lambda: None)
+
+    def add(self, pieces, done):
+        self.queue.append((pieces, done))
+        self._go()
+
+    def is_idle(self):
+        return self.sink.done or not (self.queue or self.pieces)
+
+    def _sent(self, size):
+        self.unsent -= size
+        self._go()
+
+    def _go(self):
+        if self.busy:
+            return
+        self.busy = True
+        while not self.unsent and not self.sink.done:
+            if self.pieces is None:
+                if not self.queue:
+                    break
+                self.pieces, self.done = self.queue.popleft()
+            piece = next(self.pieces, None)
+            if piece is None:
+                self.pieces = None
+                self.done()
+            elif len(piece):
+                self.unsent = len(piece)
+                self.sink.feed(piece)
+        self.busy = False
+
+
+def numbered_lines(number, spool):
+    """What a job said on standard error, each line behind its number."""
+    mark, at_start = b"%d: " % number, True
+    for piece in spool.pieces():
+        data = bytes(piece)
+        ends = data.endswith(b"\n")
+        lines = (data[:-1] if ends else data).replace(b"\n", b"\n" + mark)
+        yield memoryview((mark if at_start else b"") + lines + (b"\n" if ends else b""))
+        at_start = ends
+    if not at_start:
+        yield memoryview(b"\n")
+
+
+class MapLog:
+    """The file of --log: a line for each job that has ended.  With resume, `done` knows what ended with 0 before."""
+
+    def __init__(self, path, resume):
+        self.path = path
+        self.done = {}              # {hash of a name: hash of its content key}, by the last line of that name
+        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        if stat.S_ISREG(os.fstat(self.fd).st_mode) and os.fstat(self.fd).st_size:
+            self._read(resume)
+        else:
+            self._write(LOG_HEAD)
+
+    def _read(self, resume):
+        with open(self.path, encoding="utf-8", errors="replace", newline="\n") as file:
+            if file.readline() != LOG_HEAD:
+                raise Failure(self.path, "not a log of cmap", "its first line is not cmap's", EXIT_USAGE)
+            whole = len(LOG_HEAD)
+            for line in file:
+                if not line.endswith("\n"):     # it was cut when its writer was
+                    os.ftruncate(self.fd, os.fstat(self.fd).st_size - len(line.encode()))
+                    break
+                fields = line[:-1].split("\t")
+                if resume and len(fields) == LOG_HEAD.count("\t") + 1:
+                    name = short_hash(fields[-1])
+                    if fields[2] == "0":
+                        self.done[name] = short_hash(fields[1])
+                    else:
+                        self.done.pop(name, None)
+
+    def has(self, job):
+        return self.done.get(short_hash(log_text(job.name)), None) == short_hash(job.key)
+
+    def add(self, job, status, seconds, worker, received, sent):
+        self._write("%d\t%s\t%d\t%.3f\t%s\t%d\t%d\t%s\n" % (
+            job.number, job.key, status, seconds, worker or "-", received, sent, log_text(job.name)))
+
+    def _write(self, line):
+        data = line.encode()
+        try:
+            while data:
+                data = data[os.write(self.fd, data):]
+        except OSError as error:
+            raise LocalFailure(self.path, reason_of(error)) from None
+
+
+class Cmap:
+    """One run: takes inputs, gives them to the Room, and makes one result of what comes back."""
+
+    def __init__(self, key, settings, operands):
+        self.loop = Loop()
+        self.settings = settings
+        self.room = Room(self.loop, key, settings, most=settings.jobs, keep=True)
+        self.budget = Budget(math.inf if settings.out else settings.spill << 20)
+        self.log = MapLog(settings.log, settings.resume) if settings.log else None
+        self.total = None if settings.list or settings.lines or settings.value else len(operands) or None
+        self.inputs = MapInputs(self.loop, key, settings, operands, self._pump).jobs()
+        self.jobs = {}                  # {MapJob: None} of those that have begun, in the order of their numbers
+        self.outputs = {}               # {number: Spool or None} of ended jobs, until those before have been written
+        self.next = 1                   # the number whose output is next
+        self.printer = None if settings.out else Printer(self.loop, 1, self._output_failed)
+        self.errors = Printer(self.loop, 2, lambda error: None)
+        self.status = StatusLine(-1 if settings.quiet else 2)
+        self.began = time.monotonic()
+        self.taken = self.done = self.failed = self.left_out = self.lost = self.timeouts = 0
+        self.trouble = None             # the first job that the cluster failed, and the Failure
+        self.stopping = False           # no more jobs are begun
+        self.inputs_over = False
+        self.terminated = None          # SIGTERM, once it has come
+        self.pumping = False
+        self.workers = set()
+
+    def run(self):
+        """The number of the signal to die of, or None.  A Failure ends all."""
+        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+            self.loop.on_signal_unless_ignored(number, self.loop.stop)
+        self.loop.on_signal_unless_ignored(signal.SIGTERM, self._terminate)
+        self.loop.call_soon_threadsafe(self._pump)
+        self.loop.call_later(PROGRESS_EVERY, self._tick)
+        try:
+            return self.loop.run()
+        finally:
+            self.status.clear()
+            self.stopping = True
+            self.room.close()
+            for job in self.jobs:
+                for run in job.runs:
+                    run.streams.close()
+
+    # -- inputs
+    def _pump(self):
+        """Begins jobs as long as there is room for them."""
+        if self.pumping:
+            return
+        self.pumping = True
+        try:
+            while not (self.stopping or self.inputs_over) and self._has_room():
+                job = next(self.inputs, self)
+                if job is None:
+                    break
+                if job is self:
+                    self.inputs_over, self.total = True, self.taken
+                else:
+                    self._begin(job)
+        finally:
+            self.pumping = False
+        if self.inputs_over and self.settings.hedge:
+            self._hedge()
+        self._maybe_over()
+
+    def _has_room(self):
+        return (len(self.jobs) < self.settings.jobs and len(self.room.queue) < AHEAD
+                and len(self.outputs) < WAITING_MAX and self.budget.held < self.budget.limit
+                and self.budget.memory < 2 * Spool.ALL)
+
+    def _begin(self, job):
+        self.taken += 1
+        self.jobs[job] = None
+        if job.failure:
+            self._ended(job, None, job.failure)
+        elif self.settings.resume and self.log.has(job) and os.path.exists(job.path):
+            self.left_out += 1
+            self._close(job, None)
+        else:
+            self._run(job)
+
+    def _run(self, job, avoid=None):
+        """Starts it on a worker; a second time if one is to be avoided."""
+        source = job.source.twin() if avoid else job.source
+        streams = HeldStreams(source, self.budget, OutputFile(job.path) if job.path else None)
+        try:
+            run = Submission(streams, job.names, self.settings.retries, functools.partial(self._run_over, job),
+                             timeout=self.settings.timeout)
+        except Failure as failure:
+            return self._ended(job, None, failure)
+        if avoid:
+            run.avoid[avoid] = math.inf
+        job.runs.append(run)
+        self.room.submit(run)
+
+    def _hedge(self):
+        """Nothing is left to begin: the jobs that have run for longest start a second time, as slots come free."""
+        if self.stopping:
+            return
+        for job in list(self.jobs):
+            if len(self.room.queue) >= AHEAD or len(self.room.running) >= self.settings.jobs:
+                break
+            attempt = job.runs[0].attempt if len(job.runs) == 1 else None
+            if attempt and attempt.is_running():
+                self._run(job, attempt.kept.instance)
+
+    # -- ends
+    def _run_over(self, job, status, failure, run):
+        job.runs.remove(run)
+        self.lost += run.lost
+        if isinstance(failure, LocalFailure):
+            run.streams.close()
+            raise failure
+        if failure and job.runs:        # the other one goes on
+            return run.streams.close()
+        if isinstance(failure, NoWorker):
+            raise Failure("input %d (%s)" % (job.number, log_text(job.name)), failure, failure.hint)
+        if status and job.tries < self.settings.again and not self.stopping:
+            job.tries += 1
+            self._pass_on_errors(job, run.streams.errors)
+            run.streams.output.clear()
+            return self._run(job)
+        for other in job.runs:
+            self.room.cancel(other)
+            other.streams.close()
+        job.runs = []
+        self._ended(job, status, failure, run)
+
+    def _ended(self, job, status, failure, run=None):
+        """A job has ended, with a status or with a failure of the cluster or of its input."""
+        output, worker, took, sent = None, None, 0.0, 0
+        if run:
+            worker, output, sent = run.worker, run.streams.output, run.streams.output.size
+            took = run.report.milliseconds / 1000 if run.report else time.monotonic() - job.began
+            self.workers.update([worker] if worker else [])
+            try:
+                if status == 0 and job.path:
+                    output.files.put(output)
+            finally:
+                if failure or job.path or not run.report:       # it is elsewhere, or not whole
+                    output.clear()
+            self._pass_on_errors(job, run.streams.errors)
+        if self.log:
+            self.log.add(job, EXIT_TEMPORARY if failure else status, took, worker,
+                         run.streams.sources[0].position if run else 0, sent)
+        self.done += 1
+        if failure and run and not self.trouble:
+            self.trouble = job, failure
+        if status or failure:
+            self._failed(job, status, failure)
+        self._close(job, output)
+
+    def _failed(self, job, status, failure):
+        self.failed += 1
+        if (self.failed <= FAILURES_SHOWN and not self.settings.quiet or failure) and has_room():
+            self.status.clear()
+            say(CMAP, "input %d (%s): %s" % (
+                job.number, log_text(job.name)[:200], job.failure.why if job.failure else failure or "status %d" % status))
+        if self.settings.halt:
+            self._begin_no_more(now=self.settings.halt == "now")
+
+    def _close(self, job, output):
+        """It is over; its output, a Spool or None, waits for its turn."""
+        del self.jobs[job]
+        if job.source:
+            job.source.end()
+        if self.settings.unordered and self.printer:
+            self._print(output)
+        elif self.printer:
+            self.outputs[job.number] = output if output and output.size else None
+            while self.next in self.outputs:
+                self.next += 1
+                self._print(self.outputs.pop(self.next - 1))
+        self._favour()
+        self._pump()
+
+    def _print(self, output):
+        if output and output.size:
+            self.status.clear()
+            self.printer.add(output.pieces(), lambda: self._printed(output))
+
+    def _printed(self, output):
+        output.clear()
+        self._favour()
+        self.loop.call_soon_threadsafe(self._pump)
+
+    def _pass_on_errors(self, job, errors):
+        if errors.size:
+            self.status.clear()
+            self.errors.add(numbered_lines(job.number, errors), lambda: (errors.clear(), self._maybe_over()))
+
+    def _favour(self):
+        """Outputs have grown to their limit: the job whose turn comes first may go on, or all would wait for ever."""
+        if self.budget.waiting:
+            runs = (run for job in self.jobs for run in job.runs if run.attempt)
+            for run in runs:
+                run.streams.first = True
+                break
+            self.budget.pay()
+
+    # -- the end
+    def _begin_no_more(self, now=False):
+        """Jobs that wait for a worker are not begun; those that run end by themselves, or now."""
+        self.stopping = True
+        for job in list(self.jobs):
+            if now or not any(run.attempt for run in job.runs):
+                for run in job.runs:
+                    self.room.cancel(run)
+                    run.streams.close()
+                job.runs = []
+                self._close(job, None)
+
+    def _terminate(self, number):
+        if self.terminated:
+            return self.loop.stop(number)
+        self.terminated = number
+        self._begin_no_more()
+        self._maybe_over()
+
+    def _output_failed(self, error):
+        if error.errno != errno.EPIPE:
+            raise LocalFailure("standard output", reason_of(error))
+        self.loop.stop(signal.SIGPIPE)
+
+    def _maybe_over(self):
+        if ((self.stopping or self.inputs_over) and not self.jobs and self.errors.is_idle()
+                and (not self.printer or self.printer.is_idle())):
+            self.loop.stop(self.terminated)
+
+    # -- what is seen
+    def _tick(self):
+        self.loop.call_later(PROGRESS_EVERY, self._tick)
+        self._favour()
+        self._pump()
+        took, rest = time.monotonic() - self.began, None
+        if self.total and self.done:
+            rest = (self.total - self.done - self.left_out) * took / self.done
+        self.status.show("%d done, %d failed, %d running on %s, %.1f a second%s" % (
+            self.done, self.failed, len(self.room.running),
+            count_text(len({kept.instance for kept in self.room.connections}), "worker"), self.done / took,
+            ", %.0f s left" % rest if rest is not None else ""))
+
+    def summary(self):
+        took = time.monotonic() - self.began
+        return "%s, %d failed%s%s, on %s, %.1f s, %.1f a second" % (
+            count_text(self.done, "job"), self.failed,
+            ", %d left out as done before" % self.left_out if self.settings.resume else "",
+            ", %d started again" % self.lost if self.lost else "",
+            count_text(len(self.workers), "worker"), took, self.done / took)
+
+
+def cmap(arguments, settings):
+    """cmap [OPTION...] APP[.pub] [FILE...]"""
+    if not arguments:
+        raise Failure("no key given", "", "usage: cmap [OPTION...] APP[.pub] [FILE...]", EXIT_USAGE)
+    check_map_inputs(settings, arguments[1:])
+    if not is_open(1) and not settings.out:
+        raise Failure("standard output", os.strerror(errno.EBADF), status=EXIT_USAGE)
+    for fd in set((0, 1, 2)) - set(open_descriptors(2)):
+        park(fd)
+    key, warning = load_key(arguments[0], "public")
+    if warning:
+        say(CMAP, warning)
+    raise_descriptor_limit(4096)
+    run = Cmap(key, settings, arguments[1:])
+    number = run.run()
+    if not settings.quiet and has_room():
+        say(CMAP, run.summary())
+    if number == signal.SIGPIPE:
+        return 128 + number
+    if number:
+        die_of(number)
+    if run.trouble:
+        job, failure = run.trouble
+        raise Failure("input %d (%s) was the first that the cluster failed" % (job.number, log_text(job.name)[:200]),
+                      failure, failure.hint)
+    return min(run.failed, 101)
+
+
+def check_map_inputs(settings, operands):
+    """What cannot be meant so is refused before anything begins."""
+    kinds = [word for word, given in (("--from", settings.list), ("--lines", settings.lines),
+                                      ("--block", settings.block), ("--value", settings.value)) if given]
+    out = settings.out.replace("{/.}", "{}").replace("{/}", "{}").replace("{.}", "{}").replace("{#}", "{}")
+    for wrong, what, why, hint in (
+            (len(kinds) > 1, " and ".join(kinds), "only one of them at a time", ""),
+            (operands and kinds and kinds[0] in ("--from", "--block"), "FILE", "not together with " + "".join(kinds), ""),
+            (not operands and not kinds, "no input", "", "name FILEs, or use --from, --lines, --block or --value"),
+            (settings.value and not is_name(os.fsencode(settings.value)), "--value=" + settings.value, "not a NAME",
+             "the job finds the line in its environment as PEER_NAME"),
+            (settings.out and "{}" not in out, "--out=" + settings.out, "every job would write the same file",
+             "use one of {} {.} {/} {/.} {#} in it"),
+            (settings.resume and not settings.log, "--resume", "there is no --log that tells what is done", ""),
+            (settings.resume and not settings.out, "--resume", "the outputs of the jobs that are left out would be "
+             "missing on standard output", "use it with --out")):
+        if wrong:
+            raise Failure(what, why, hint, EXIT_USAGE)
 
 
 # ---------------------------------------------------------------- cservice: the daemon
@@ -7967,7 +8764,8 @@ class Cproxy:
         self.listeners = {}         # {name: ProxyListener}, oldest first
         self.relays, self.silent = {}, {}       # as keys: all connections; those without a preamble, oldest first
         self.count, self.draining = 0, False
-        self.most = raise_descriptor_limit()
+        others = LISTENERS_MAX + 64
+        self.most = max(8, (raise_descriptor_limit(2 * RELAYS_MAX + others) - others) // 2)
         self.buffer, self.loop = RelayBuffer(), Loop()
 
     def run(self, words):
@@ -8181,19 +8979,6 @@ class Cproxy:
         for listener in self.listeners.values():
             self._watch_listener(listener)
         self.loop.call_later(SWEEP_SECONDS, self._sweep)
-
-
-def raise_descriptor_limit():
-    """How many relays this process can carry, after its limit of descriptors was raised as far as it may be."""
-    import resource
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    soft, hard = (math.inf if limit == resource.RLIM_INFINITY else limit for limit in limits)
-    others = LISTENERS_MAX + 64
-    wanted = 2 * RELAYS_MAX + others
-    if soft < wanted:
-        soft = min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, limits[1]))
-    return max(8, (min(soft, wanted) - others) // 2)
 
 
 def cproxy(arguments, settings):
@@ -9049,6 +9834,12 @@ Both are secret.  If APP exists, only APP.pub is made from it.
 Runs the job that the workers of the key serve on the best of them, as if it were local.
 The job finds each VALUE in its environment as PEER_NAME.
 """)),
+    (CMAP, (cmap, "cmap [OPTION...] APP[.pub] [FILE...]", """\
+Runs one job for each of many inputs, on all the slots of the room, and makes one exact result of it.
+Inputs are the FILEs, those named in --from LIST, or by --lines, --block or --value parts of standard input.
+In --set and --out {} stands for the input's name or line, {.} without its ending, {/} without folders, {/.} both,
+{#} for its number.
+""")),
     (CSERVICE, (cservice, "cservice [OPTION...] APP COMMAND [ARG...]", """\
 Serves jobs for the key: each runs COMMAND with the submitter's descriptors.  SIGTERM drains.
 """)),
@@ -9075,7 +9866,7 @@ Example:
 def usage(tool):
     _, synopsis, text = TOOLS[tool]
     lines = ["usage: %s" % synopsis, "", text.rstrip("\n")]
-    options = [("%s" % flag, words) for flag, (_, _, owner, words) in FLAGS.items() if owner == tool]
+    options = [("%s" % flag, words) for flag, (_, _, tools, words) in FLAGS.items() if tool in tools]
     for setting in SETTINGS:
         if tool in setting.tools:
             default = " (%s)" % setting.default if setting.default else ""

@@ -7007,7 +7007,7 @@ def test_a_key_that_others_can_read_is_warned_about(room, tmp_path):
 # ---------------------------------------------------------------- how a job ends
 
 @contextlib.contextmanager
-def room_of(room, most=1, keep=False, **environment):
+def room_here(room, most=1, keep=False, **environment):
     """(loop, cexec.Room) of this process, for the workers of a test's room."""
     settings = cexec.read_settings("cexec", [], {"GROUP": room.group, "CEXEC_TIMEOUT_ACCEPT": "20", **environment})[0]
     loop = cexec.Loop()
@@ -7029,7 +7029,7 @@ def statuses(room, pairs, at_once=8):
         if len(found) == len(pairs):
             loop.stop()
 
-    with room_of(room, at_once, keep=True) as (loop, made):
+    with room_here(room, at_once, keep=True) as (loop, made):
         for pair in pairs:
             made.submit(cexec.Submission(cexec.JobStreams(), [pair], 3, functools.partial(done, pair)))
         loop.run()
