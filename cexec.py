@@ -9265,16 +9265,8 @@ class Room:
     """
 
     def __init__(self, key, jobs=256, **settings):
-        import threading
-        self._settings = room_settings(settings)
-        self._key, _ = load_key(os.fspath(key), "public")
-        self._most = max(1, min(256, jobs))
-        self._lock = threading.Lock()
-        self._thread = None
-        self._loop = None
-        self._engine = None
-        self._pid = os.getpid()
-        self._closed = False
+        self._thread = EngineThread(load_key(os.fspath(key), "public")[0], room_settings(settings),
+                                    max(1, min(256, jobs)))
 
     def __enter__(self):
         return self
@@ -9298,12 +9290,10 @@ class Room:
 
     def submit(self, input=b"", names={}, check=False, timeout=None):
         """Starts one job; returns a concurrent.futures.Future of its Result.  Its cancel() ends a running job too."""
-        from concurrent.futures import Future
-        future, job = Future(), _Job(self, input, names, check, timeout)
-        job.future = future
-        self._call(job.start)
-        future.add_done_callback(job.cancelled)
-        return future
+        job = FutureJob(self._thread, input, names, check, timeout)
+        job.future.add_done_callback(job.cancelled)
+        self._thread.call(job.start)
+        return job.future
 
     def map(self, inputs, names={}, check=False, timeout=None):
         """Yields the Results of one job for each input, in their order.  Inputs are taken as slots come free.  When the
@@ -9311,7 +9301,7 @@ class Room:
         pending, inputs, more = collections.deque(), iter(inputs), True
         try:
             while more or pending:
-                while more and len(pending) < self._ahead():
+                while more and len(pending) < self._thread.ahead():
                     try:
                         pending.append(self.submit(next(inputs), names, check, timeout))
                     except StopIteration:
@@ -9324,63 +9314,77 @@ class Room:
 
     def popen(self, names={}):
         """Starts one job whose standard input, output and error are pipes of this program; returns a Process."""
-        process = Process(self, names)
-        self._call(process._start)
-        return process
+        return Process(self._thread, names)
 
     def close(self):
         """Ends all jobs, the connections and the thread.  May be called again."""
-        with self._lock:
-            closed, self._closed, thread = self._closed, True, self._thread
-        if closed or not thread:
-            return
-        if self._pid == os.getpid():
-            self._loop.call_soon_threadsafe(self._end)
-            thread.join()
+        self._thread.close()
 
     def __del__(self):
-        if getattr(self, "_thread", None) and not self._closed and self._pid == os.getpid():
+        thread = getattr(self, "_thread", None)
+        if thread and thread.is_open():
             import warnings
             warnings.warn("unclosed %r" % self, ResourceWarning, source=self)
-            self._closed = True
-            self._loop.call_soon_threadsafe(self._end)
+            thread.close(wait=False)
 
-    # -- between the threads
-    def _ahead(self):
+
+class EngineThread:
+    """The thread that does the work of one Room: an Engine and its Loop.  It starts with the first call."""
+
+    def __init__(self, key, settings, most):
+        import threading
+        self.key = key
+        self.settings = settings
+        self.most = most
+        self.lock = threading.Lock()
+        self.thread = None
+        self.loop = None
+        self.engine = None
+        self.pid = os.getpid()
+        self.closed = False
+
+    def is_open(self):
+        return self.thread is not None and not self.closed and self.pid == os.getpid()
+
+    def ahead(self):
         """How many inputs may be taken before their results are."""
-        engine = self._engine
-        return 4 if engine is None else len(engine.connections) + 4
+        return 4 + (len(self.engine.connections) if self.engine else 0)
 
-    def _call(self, function):
-        """Calls it in the thread of the loop, which is started if need be."""
-        if self._pid != os.getpid():
-            raise Failure("this Room", "it belongs to the process that made it",
-                          "a forked child makes a Room of its own", EXIT_TEMPORARY)
-        with self._lock:
-            if self._closed:
+    def call(self, function):
+        """Calls it in the thread; Failure where that cannot be."""
+        if self.pid != os.getpid():
+            raise Failure("this Room", "it belongs to another process", "a forked child makes a Room of its own")
+        with self.lock:
+            if self.closed:
                 raise Failure("this Room", "it is closed")
-            if not self._thread:
+            if not self.thread:
                 import threading
-                self._loop = Loop()
-                self._engine = Engine(self._loop, self._key, self._settings, self._most, keep=True)
-                self._thread = threading.Thread(target=_serve, args=(self._loop,), name="cexec.Room", daemon=True)
-                self._thread.start()
-            self._loop.call_soon_threadsafe(function)
+                self.loop = Loop()
+                self.engine = Engine(self.loop, self.key, self.settings, self.most, keep=True)
+                self.thread = threading.Thread(target=self._run, name="cexec.Room", daemon=True)
+                self.thread.start()
+            self.loop.call_soon_threadsafe(function)
+
+    def _run(self):
+        try:
+            self.loop.run()
+        finally:
+            self.loop.close()
+
+    def close(self, wait=True):
+        """Ends every job that is left with a Failure, and the thread.  May be called again."""
+        with self.lock:
+            opened, self.closed = self.is_open(), True
+        if opened:
+            self.loop.call_soon_threadsafe(self._end)
+            if wait:
+                self.thread.join()
 
     def _end(self):
-        """In the loop: every job that is left ends with a Failure."""
-        for submission in list(self._engine.running) + list(self._engine.queue):
-            self._engine.fail(submission, Failure("the job", "its Room was closed"))
-        self._engine.close()
-        self._loop.stop()
-
-
-def _serve(loop):
-    """The thread of a Room."""
-    try:
-        loop.run()
-    finally:
-        loop.close()
+        for submission in list(self.engine.running) + list(self.engine.queue):
+            self.engine.fail(submission, Failure("the job", "its Room was closed"))
+        self.engine.close()
+        self.loop.stop()
 
 
 def room_settings(given):
@@ -9411,50 +9415,44 @@ def status_of(report):
     return -SIGNAL_NAMES.get(report.name, report.number) if report.signalled else report.number
 
 
-class _Job:
-    """One job of submit(): made in the caller's thread, run in the loop's."""
+class FutureJob:
+    """One job of Room.submit(): made in the caller's thread, run in the Room's, told by its future."""
 
-    def __init__(self, room, input, names, check, timeout):
-        self.room = room
+    def __init__(self, thread, input, names, check, timeout):
+        from concurrent.futures import Future
+        self.thread = thread
         self.check = check
         self.timeout = timeout
         self.began = time.monotonic()
-        self.future = None
+        self.future = Future()
         self.timer = None
-        self.streams = HeldStreams(*self._input(input))
-        try:
-            self.submission = Submission(self.streams, job_names(names), room._settings.retries, self.done)
-        except BaseException:
-            self.streams.close()
-            raise
+        names = job_names(names)
+        self.source = HeldSource(*self._input(input))
+        self.streams = HeldStreams(self.source)
+        self.submission = Submission(self.streams, names, thread.settings.retries, self._done)
 
     @staticmethod
     def _input(input):
-        """(what HeldStreams reads, from where)"""
+        """(what a HeldSource is of, from where)"""
         if hasattr(input, "fileno"):
             fd = input.fileno()
-            if stream_kind(fd) is REGULAR:
-                return fd, os.lseek(fd, 0, os.SEEK_CUR)
-            return (input.read(),)
-        if isinstance(input, (str, os.PathLike)):
-            return (os.fspath(input),)
-        return (bytes(input) if isinstance(input, bytearray) else input,)
+            return (fd, os.lseek(fd, 0, os.SEEK_CUR)) if stream_kind(fd) is REGULAR else (input.read(),)
+        return (os.fspath(input) if isinstance(input, (str, os.PathLike)) else bytes(input),)
 
     def start(self):
-        engine = self.room._engine
         if self.future.cancelled():
-            return self.streams.close()
+            return
         if self.timeout is not None:
-            self.timer = engine.loop.call_later(self.timeout, self._expired)
-        engine.submit(self.submission)
+            self.timer = self.thread.loop.call_later(self.timeout, self._expired)
+        self.thread.engine.submit(self.submission)
 
     def _expired(self):
         import subprocess
-        self.room._engine.cancel(self.submission)
-        self._finish(error=subprocess.TimeoutExpired(self.room._key.name, self.timeout, bytes(self.streams.output),
+        self.thread.engine.cancel(self.submission)
+        self._finish(error=subprocess.TimeoutExpired(self.thread.key.name, self.timeout, bytes(self.streams.output),
                                                      bytes(self.streams.errors)))
 
-    def done(self, status, failure, submission):
+    def _done(self, status, failure, submission):
         if failure:
             return self._finish(error=failure)
         result = Result(status_of(submission.report), bytes(self.streams.output), bytes(self.streams.errors),
@@ -9462,39 +9460,45 @@ class _Job:
         self._finish(result, JobError(result) if self.check and result.status else None)
 
     def _finish(self, result=None, error=None):
-        if self.timer:
-            self.timer.cancel()
-        self.streams.close()
+        self._release()
         if self.future.set_running_or_notify_cancel():
             if error:
                 self.future.set_exception(error)
             else:
                 self.future.set_result(result)
 
+    def _release(self):
+        if self.timer:
+            self.timer.cancel()
+        self.streams.close()
+        self.source.end()
+
     def cancelled(self, future):
         """The future is done; when its user has cancelled it, the job ends."""
         if future.cancelled():
             try:
-                self.room._call(self._cancel)
+                self.thread.call(self._cancel)
             except Failure:
-                pass        # the Room is closed: the job has ended
+                self._release()     # the Room is closed: the job has ended
 
     def _cancel(self):
-        self.room._engine.cancel(self.submission)
-        if self.timer:
-            self.timer.cancel()
-        self.streams.close()
+        self.thread.engine.cancel(self.submission)
+        self._release()
 
 
 class PipeStreams(JobStreams):
-    """The pipes of a Process: our ends of them, which do not block.  Made and used in the loop's thread."""
+    """The pipes of a Process: our ends of them, which do not block."""
 
-    def __init__(self, loop, fds):
+    def __init__(self, fds):
         super().__init__()
         self.fds = fds
+        self.descriptors = {0: IN, 1: OUT, 2: OUT}
         for fd in fds:
             os.set_blocking(fd, False)
-        self.descriptors = {0: IN, 1: OUT, 2: OUT}
+
+    def open(self, loop):
+        """In the loop's thread, before the job starts."""
+        fds = self.fds
         self.sources = {0: ReplayableInput(Source(loop, fds[0], functools.partial(self.source_ready, 0)))}
         for number in 1, 2:
             over = functools.partial(self._over, number)
@@ -9518,10 +9522,13 @@ class PipeStreams(JobStreams):
         self.sink_finished(number)
 
     def _close(self, number):
-        if self.fds[number] is not None:
-            (self.sources[0].end if number == 0 else self.sinks[number].close)()
-            os.close(self.fds[number])
-            self.fds[number] = None
+        fd, self.fds[number] = self.fds[number], None
+        if fd is not None:
+            if number in self.sinks:
+                self.sinks[number].close()
+            elif number in self.sources:
+                self.sources[number].end()
+            os.close(fd)
 
     def ended(self, report):
         for number in range(3):
@@ -9536,29 +9543,30 @@ class Process:
     As a context manager it closes the files and waits.
     """
 
-    def __init__(self, room, names):
+    def __init__(self, thread, names):
         import threading
-        self._room = room
+        self._thread = thread
         self._over = threading.Event()
         self._failure = None
         self.status = None
         self.worker = None
-        self._names = job_names(names)
-        far, near = [], []
-        for number in range(3):
-            reading, writing = os.pipe()
-            far.append(reading if number == 0 else writing)
-            near.append(writing if number == 0 else reading)
-        self._far = far
-        self._submission = None
-        self.stdin = open(near[0], "wb")
-        self.stdout = open(near[1], "rb")
-        self.stderr = open(near[2], "rb")
+        names = job_names(names)
+        (far_in, near_in), (near_out, far_out), (near_errors, far_errors) = os.pipe(), os.pipe(), os.pipe()
+        self.stdin = open(near_in, "wb")
+        self.stdout = open(near_out, "rb")
+        self.stderr = open(near_errors, "rb")
+        self._submission = Submission(PipeStreams([far_in, far_out, far_errors]), names, thread.settings.retries,
+                                      self._done)
+        try:
+            thread.call(self._start)
+        except Failure:
+            self._submission.streams.ended(None)
+            self._close_files()
+            raise
 
     def _start(self):
-        streams = PipeStreams(self._room._loop, self._far)
-        self._submission = Submission(streams, self._names, self._room._settings.retries, self._done)
-        self._room._engine.submit(self._submission)
+        self._submission.streams.open(self._thread.loop)
+        self._thread.engine.submit(self._submission)
 
     def _done(self, status, failure, submission):
         self.worker = submission.worker
@@ -9574,7 +9582,7 @@ class Process:
         """Waits for the end; returns the status.  subprocess.TimeoutExpired after so many seconds."""
         if not self._over.wait(timeout):
             import subprocess
-            raise subprocess.TimeoutExpired(self._room._key.name, timeout)
+            raise subprocess.TimeoutExpired(self._thread.key.name, timeout)
         if self._failure:
             raise self._failure
         return self.status
@@ -9607,10 +9615,10 @@ class Process:
         name = signal.Signals(number).name[3:]
         if name not in SIGNALS:
             raise ValueError("signal %s cannot be sent to a job; these can: %s KILL" % (name, " ".join(SIGNALS)))
-        self._room._call(lambda: self._signal(name, number))
+        self._thread.call(lambda: self._signal(name))
 
-    def _signal(self, name, number):
-        if self._submission and not self._submission.done and not self._room._engine.signal(self._submission, name):
+    def _signal(self, name):
+        if not self._submission.done and not self._thread.engine.signal(self._submission, name):
             self._end()
 
     def terminate(self):
@@ -9618,25 +9626,28 @@ class Process:
 
     def kill(self):
         """Ends it at once."""
-        self._room._call(self._end)
+        self._thread.call(self._end)
 
     def _end(self):
-        if self._submission and not self._submission.done:
-            self._room._engine.cancel(self._submission)
+        if not self._submission.done:
+            self._thread.engine.cancel(self._submission)
             self._done(None, None, self._submission)
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, *exception):
-        if kind:
+        if kind and self._thread.is_open():
             self.kill()
+        self._close_files()
+        self._over.wait()
+
+    def _close_files(self):
         for file in self.stdin, self.stdout, self.stderr:
             try:
                 file.close()
             except BrokenPipeError:
                 pass        # what was not written yet has no reader any more
-        self._over.wait()
 
 
 # ---------------------------------------------------------------- demo
