@@ -6363,6 +6363,17 @@ def test_a_full_house_makes_room_for_a_new_address():
     assert [action[0] for action in actions].count(cexec.EVICT) == 1 and "new" in selection.candidates
     actions = arrives(selection, 3.0, "more", source="address 3")
     assert [action[1] for action in actions if action[0] == cexec.EVICT] == ["more"]
+    selection = submitter()
+    for n in range(1, cexec.CANDIDATES + 2):               # an address each, and one has failed before
+        arrives(selection, 1.0, n)
+        if n == 1:
+            selection.closed(1.0, 1)
+    arrives(selection, 1.5, "again", source=1)
+    assert "again" not in selection.candidates
+    selection.closed(1.5, 2)
+    arrives(selection, 1.6, "again", source=1)
+    arrives(selection, 1.7, "new")
+    assert "again" not in selection.candidates and "new" in selection.candidates
 
 
 def test_a_copy_of_a_preamble_is_refused():
