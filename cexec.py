@@ -2305,18 +2305,19 @@ class Selection:
     # -- whose turn it is
     def _admits(self, source):
         """Whether one more from this address may stay.  Where there are too many in all, the last one goes of those
-        whose address has the most."""
+        whose address has failed most often, or has the most."""
         unproven = collections.Counter(candidate.source for candidate in self.candidates.values()
                                        if not candidate.proven)
         if unproven[source] >= PER_ADDRESS:
             return False
         if len(self.candidates) < CANDIDATES:
             return True
-        crowd, most = max(unproven.items(), key=lambda item: item[1], default=(source, 0))
-        if unproven[source] + 1 >= most:
+        worst = max((candidate for candidate in reversed(list(self.candidates.values())) if not candidate.proven),
+                    key=lambda candidate: (self.failures[candidate.source], unproven[candidate.source]), default=None)
+        if worst is None or (self.failures[worst.source], unproven[worst.source]) <= (
+                self.failures[source], unproven[source] + 1):
             return False
-        last = [candidate for candidate in self.candidates.values() if candidate.source == crowd][-1]
-        self._evict(last, "too many others from its address")
+        self._evict(worst, "too many others from its address")
         return True
 
     def _shaking(self):

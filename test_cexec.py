@@ -5525,7 +5525,7 @@ def simulate(workers, jobs=100, warm=20, **world):
 
 # ---------------------------------------------------------------- choice: the cluster as a whole
 
-def room_of(workers, **world):
+def crowd_of(workers, **world):
     """A room whose workers know their offset."""
     room = Crowd(workers, **world)
     room.place(20)
@@ -5563,7 +5563,7 @@ def test_few_of_very_many_connect_even_for_the_first_job():
 
 
 def test_the_one_idle_worker_is_found():
-    room = room_of(10)
+    room = crowd_of(10)
     hits = 0
     for _ in range(20):
         idle = room.random.randrange(10)
@@ -5575,9 +5575,9 @@ def test_the_one_idle_worker_is_found():
 
 
 def test_the_faster_and_the_freer_machine_is_preferred():
-    fast = room_of(10, speeds=[2.0] + 9 * [1.0])
+    fast = crowd_of(10, speeds=[2.0] + 9 * [1.0])
     assert sum(job.worker == 0 for job in fast.place(40)) >= 38
-    room = room_of(4)
+    room = crowd_of(4)
     room.responders[0].slots, room.responders[0].cores = 16, 16
     room.burst(4, 1e6)
     room.run(room.now + 100)
@@ -5589,7 +5589,7 @@ def test_the_faster_and_the_freer_machine_is_preferred():
 def test_a_burst_spreads_over_the_workers():
     most = []
     for seed in range(5):
-        room = room_of(10, seed=seed, slots=8)
+        room = crowd_of(10, seed=seed, slots=8)
         most.append(max(collections.Counter(job.worker for job in room.burst(40, 1e6)).values()))
     assert statistics.mean(most) <= 6
 
@@ -5597,7 +5597,7 @@ def test_a_burst_spreads_over_the_workers():
 @pytest.mark.parametrize("world", [{}, {"loss": 0.3}, {"jitter": 3.0}])
 @pytest.mark.parametrize("source", [None, "one host"])
 def test_slots_are_never_exceeded_and_reused_at_once(world, source):
-    room = room_of(10, **world)
+    room = crowd_of(10, **world)
     born = room.now
     jobs = room.burst(100, 1000.0, source)
     assert room.peak == 4
@@ -5606,7 +5606,7 @@ def test_slots_are_never_exceeded_and_reused_at_once(world, source):
 
 
 def test_a_small_cluster_overrun():
-    room = room_of(4, slots=2)
+    room = crowd_of(4, slots=2)
     born = room.now
     jobs = room.burst(24, 1000.0)
     assert room.peak == 2 and max(job.start for job in jobs) - born <= 1.03 * 2000
@@ -5614,7 +5614,7 @@ def test_a_small_cluster_overrun():
 
 @pytest.mark.parametrize("source", [None, "one host"])
 def test_nobody_starves(source):
-    room = room_of(10)
+    room = crowd_of(10)
     jobs = room.crowd(100, 8, source)
     assert len(jobs) > 300                      # 40 slots of a mean second each: nearly no gaps
     assert statistics.mean(room.overtaken) <= 0.5
@@ -5638,7 +5638,7 @@ def test_a_distant_cluster_keeps_its_slow_handshakes():
 
 
 def test_a_winner_that_refuses_is_replaced():
-    room = room_of(4)
+    room = crowd_of(4)
     for _ in range(10):
         job = room.submit(refusals=2)
         room.run(None)
@@ -5661,7 +5661,7 @@ def test_a_lone_worker_that_lost_its_connection_is_asked_again():
 
 
 def test_workers_that_become_idle_after_a_pause_do_not_all_connect():
-    room = room_of(100)
+    room = crowd_of(100)
     for responder in room.responders:
         responder.outside = 8.0
     room.place(30)
@@ -5672,14 +5672,14 @@ def test_workers_that_become_idle_after_a_pause_do_not_all_connect():
 
 
 def test_a_cluster_that_was_swamped_remembers_its_size():
-    room = room_of(50, slots=1)
+    room = crowd_of(50, slots=1)
     room.burst(70, 1000.0)
     room.run(room.now + 1500)
     assert room.place(1)[0].connections <= 20
 
 
 def test_the_offset_follows_the_load_within_a_few_jobs():
-    room = room_of(100)
+    room = crowd_of(100)
     for responder in room.responders:
         responder.outside = 8.0
     extra = [job.extra for job in room.place(6)]
@@ -6363,6 +6363,17 @@ def test_a_full_house_makes_room_for_a_new_address():
     assert [action[0] for action in actions].count(cexec.EVICT) == 1 and "new" in selection.candidates
     actions = arrives(selection, 3.0, "more", source="address 3")
     assert [action[1] for action in actions if action[0] == cexec.EVICT] == ["more"]
+    selection = submitter()
+    for n in range(1, cexec.CANDIDATES + 2):               # an address each, and one has failed before
+        arrives(selection, 1.0, n)
+        if n == 1:
+            selection.closed(1.0, 1)
+    arrives(selection, 1.5, "again", source=1)
+    assert "again" not in selection.candidates
+    selection.closed(1.5, 2)
+    arrives(selection, 1.6, "again", source=1)
+    arrives(selection, 1.7, "new")
+    assert "again" not in selection.candidates and "new" in selection.candidates
 
 
 def test_a_copy_of_a_preamble_is_refused():
@@ -6563,19 +6574,24 @@ def most_at_once(workers):
 
 
 def test_few_workers_connect_for_each_job(room):
-    """The submitter's own count of connections, over many jobs with four real workers."""
+    """Seen by a relay before the submitter, over many jobs with four real workers.  The random part of their timers is
+    some milliseconds, so a machine that wakes processes later than that cannot show it."""
     for _ in range(4):
         room.serve("true")
-    counts = []
-    for _ in range(25):
-        done = room.cexec(env={"PYTHONPATH": ""}, stdin=subprocess.DEVNULL)
-        assert done.returncode == 0
-    relay = room.relay()
-    for _ in range(25):
+    relay, rounds = room.relay(), []
+    while len(rounds) < 4 and min(rounds, default=100) > 25 * 3:
         before = len(relay.carried["submitter"])
-        assert room.cexec(group=relay.group, stdin=subprocess.DEVNULL).returncode == 0
-        counts.append(len(relay.carried["submitter"]) - before)
-    assert 25 <= sum(counts) <= 25 * 3, counts
+        for _ in range(25):
+            assert room.cexec(group=relay.group, stdin=subprocess.DEVNULL).returncode == 0
+        rounds.append(len(relay.carried["submitter"]) - before)
+    late = []
+    for _ in range(50):
+        began = time.monotonic()
+        time.sleep(0.001)
+        late.append(time.monotonic() - began - 0.001)
+    if min(rounds) > 25 * 3 and statistics.quantiles(late)[2] > 0.001:
+        skip("this machine is too busy: it wakes processes late")
+    assert 25 <= min(rounds) <= 25 * 3, rounds
 
 
 def test_a_freed_slot_is_used_at_once(room):
@@ -6615,6 +6631,72 @@ def test_a_busy_room_times_out_too(room):
     room.serve(*EVAL, CONCURRENCY=1)
     occupied(room, None, 1)
     assert room.cexec("C=true", env={"CEXEC_TIMEOUT_ACCEPT": 1}).returncode == 111
+
+
+class Searching:
+    """A Discovery in the test's process that never takes a worker; what it hears is in .heard."""
+
+    def __init__(self, room):
+        self.loop, self.key, self.heard, self.found = cexec.Loop(), cexec.load_key(room.pub, "public")[0], [], []
+        settings = settings_of("cexec", GROUP=room.group)
+        self.discovery = cexec.Discovery(
+            self.loop, self.key, settings, bytes(8), lambda: cexec.tls_context(self.key, True), (), self.found.append,
+            lambda *heard: self.heard.append(heard))
+
+    def until(self, condition, seconds=20):
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, self.heard
+            self.loop.call_later(0.02, lambda: None)
+            self.loop.step()
+
+    def told(self, here, nonce=None, sequence=1, secret=None):
+        """A HERE arrives at the search."""
+        data = cexec.encode_datagram(secret or self.key.udp, cexec.HERE, self.key.id, nonce or self.discovery.nonce,
+                                     sequence, cexec.encode_here(here))
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as mouth:
+            mouth.sendto(data, ("127.0.0.1", self.discovery.group.socket.getsockname()[1]))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.discovery.stop()
+        self.loop.close()
+
+
+def a_here(instance, **changes):
+    here = cexec.Here(cexec.BUSY, 4, 4, 1, 2, 0.0, 0.0, 9, 3, 0, "10.0.0.7", instance, "host", "2", "3", "", "c", "")
+    return here._replace(**changes)
+
+
+def test_a_busy_worker_says_so_to_who_waits(room):
+    """R16."""
+    room.serve(*EVAL, CONCURRENCY=1)
+    occupied(room, None, 1)
+    with Searching(room) as searching:
+        searching.until(lambda: searching.heard)
+        name, address, words, here = searching.heard[0]
+        assert (name, address, words) == ("127.0.0.1", "127.0.0.1", "busy")
+        assert (here.state, here.slots, here.running) == (cexec.BUSY, 1, 1) and not searching.found
+
+
+def test_what_others_say_is_heard_once_and_only_with_the_key(room):
+    """S20 as well: the address that it came from comes first."""
+    with Searching(room) as searching:
+        searching.told(a_here("a"), secret=b"s" * 32)
+        searching.told(a_here("a"), nonce=b"othernon")
+        searching.told(a_here("a"), sequence=5)
+        searching.told(a_here("a"), sequence=5)
+        searching.told(a_here("a"), sequence=4)
+        searching.told(a_here("b", state=cexec.UNREACHABLE, port=4000, error="timed out", address="\x1b[2J"))
+        searching.until(lambda: len(searching.heard) == 2)
+        words = "could not connect back to port 4000: timed out"
+        assert [heard[:3] for heard in searching.heard] == [
+            ("10.0.0.7 by 127.0.0.1", "127.0.0.1", "busy"), ("127.0.0.1", "127.0.0.1", words)]
+        assert searching.discovery.reasons == {"127.0.0.1": words}
+        searching.told(a_here("a"), sequence=6)
+        searching.until(lambda: len(searching.heard) == 3)
 
 
 @pytest.mark.parametrize("form", ["%d", "%d,%d", "%d:%d", "%d-%d"])
