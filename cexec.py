@@ -2443,7 +2443,10 @@ class TlsConnection:
                 if not self._fetch():
                     return False
             except ssl.SSLError:
-                self.flush()        # the alert tells the peer why
+                try:
+                    self.flush()        # the alert tells the peer why
+                except OSError:
+                    pass                # which has gone
                 raise
 
     def handshake_within(self, seconds):
@@ -2536,7 +2539,8 @@ Loss = collections.namedtuple("Loss", "kind words")
 
 def loss_of(error):
     """The Loss that an error of a TlsConnection means."""
-    if ssl and isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):
+    if ssl and (isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError))
+                or getattr(error, "reason", "") == "UNEXPECTED_EOF_WHILE_READING"):    # Python 3.8 on OpenSSL 3
         return Loss(CLOSED, "the connection was closed")
     if hasattr(error, "library"):       # an ssl.SSLError
         return Loss(BROKEN, "the channel broke: %s" % (error.reason or reason_of(error)).lower().replace("_", " "))
