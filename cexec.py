@@ -55,10 +55,10 @@ How a job flows:
     writes data, ends as it did   <- session -     sends data and the exit status
     tells how it went             - GROUP ->       crat prints a line
 
-The order of the sections: numbers, errors, groups, settings, datagrams, keys, frames, the job's description, the
-session, the choice of a worker (all of them pure: bytes, times and chance come in as arguments); then, touching the
-world: TLS, loop, group sockets, streams, channel, children, and the tools: cexec, cservice, crat, cproxy,
-ckeygen, demo; at the end the table of tools and main.
+The order of the sections: numbers, errors, groups, settings, the wire, keys, the session, the choice of a worker (all of
+them pure: bytes, times and chance come in as arguments); then, touching the world: TLS, log, event loop, group sockets,
+TCP listeners, this machine, streams, channel, children, terminals, discovery, room, and the tools: cexec, cservice,
+crat, cproxy, ckeygen, demo; at the end the table of tools and main.
 """
 
 import sys
