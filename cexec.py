@@ -8729,7 +8729,7 @@ class ProxyRelay:
         if tell:
             up, down = [pump.moved for pump in self.pumps] or (0, 0)
             self.proxy.log("relay %d: %s: %s, %d bytes to the submitter, %d to the worker, %.3f s" % (
-                self.number, self.names, why or "ended", up, down, time.monotonic() - self.since))
+                self.number, self.names, why or "ended", up, down, time.monotonic() - self.since), bool(self.pumps))
         self.proxy.over(self)
 
 
