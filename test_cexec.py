@@ -11895,11 +11895,12 @@ def test_many_at_once_are_exact(far):
     (["1", "2", "3"], 2, "SELF [TARGET] expected: 3 arguments given"),
     (["room"], 2, "SELF=room: not accepted"),
     (["255.255.255.255"], 2, "SELF=255.255.255.255: not accepted"),
-    (["127.0.0.1", "room"], 2, "TARGET=room: not accepted"),
+    (["127.0.0.1", "room"], 2, "room: no such device, this machine has:"),
+    (["127.0.0.1", "10.0.0"], 2, "TARGET=10.0.0: not accepted"),
     (["::1"], 2, "SELF=::1 TARGET=255.255.255.255:3010: both must be IPv4 or both IPv6"),
     (["--key", "no/key", "127.0.0.1"], 2, "no key no/key: there is no such file"),
     (["192.0.2.77"], 111, "cannot send from 192.0.2.77: Cannot assign requested address"),
-    (["127.0.0.1", "nodev7:255.255.255.255"], 111, "nodev7: no such device, this machine has:"),
+    (["127.0.0.1", "nodev7:255.255.255.255"], 2, "nodev7: no such device, this machine has:"),
 ])
 def test_what_cproxy_refuses(room, arguments, status, words):
     done = run("cproxy", *arguments, env={"GROUP": room.group})
@@ -12278,6 +12279,15 @@ def test_the_log_of_the_worker_names_the_submitter_and_the_proxy(joined, key):
         proxy.ready()
     assert far_job(joined, key, "C=echo $REMOTE_ADDR").stdout == b"10.99.0.1\n"
     worker.log.wait("start from 10.99.0.1 by 10.98.0.9", 10)
+
+
+def test_a_roll_call_reaches_a_worker_behind_a_proxy(joined, key):
+    far_worker(joined, key)
+    for proxy in joined.proxies(CPROXY_KEY=key + ".pub"):
+        proxy.ready()
+    done = joined.python("s", ASK, key + ".pub", "1")
+    instance, source = done.stdout.decode().split()
+    assert len(instance) == 16 and source == "10.99.0.9", done.stderr.decode()
 
 
 def test_cproxy_killed_in_the_middle_of_a_job(joined, key):
