@@ -4091,9 +4091,7 @@ class Channel:
         self.filling = True         # a source's end must not start a second filling inside this one
         try:
             at = self._take_control(0)
-            for _ in range(len(self.ready)):
-                if BUFFER - at < 4096 or not self.ready:
-                    break
+            while self.ready and BUFFER - at >= 4096:      # a short input and its end go out together
                 at = self._take_data(self.ready.popitem(last=False)[0], at)
             if session.outbox and at < BUFFER:
                 at = self._take_control(at)     # ends that the sources came to
