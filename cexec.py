@@ -1817,8 +1817,8 @@ class Place:
 
 class PendingAnnouncement:
     """One search for a worker as one worker remembers it, from its first announcement until it is forgotten."""
-    __slots__ = ("nonce source room since until sequence answered hold_sequence hold_end held base jitter cost wait fire queued "
-                 "busy_at busy_told wants_busy places current failed connections over learnt").split()
+    __slots__ = ("nonce source room since until sequence answered hold_sequence hold_end held base jitter cost delay fire "
+                 "queued busy_at busy_told wants_busy places current failed connections over learnt").split()
 
     def __init__(self, nonce):
         self.nonce = nonce
@@ -2111,14 +2111,14 @@ class Responder:
         """Set the timer: a fresh wait that begins at base."""
         record.jitter = JITTER * math.log(self.uniform())
         record.base, record.cost = base, self.cost(now)
-        record.wait = self._delay(record)
-        record.fire = base + record.wait
+        record.delay = self._delay(record)
+        record.fire = base + record.delay
 
     def _settled(self, now, record):
         """The timer has fired.  False if load or offset have risen meanwhile, so that it has to wait on."""
         record.cost = self.cost(now)
-        record.wait = self._delay(record)
-        record.fire = record.base + record.wait
+        record.delay = self._delay(record)
+        record.fire = record.base + record.delay
         return record.fire <= now + SETTLED
 
     def _answer(self, record):
@@ -2127,7 +2127,7 @@ class Responder:
         self.held[record.room] += 1
         self.next_connect_at += CONNECT_GAP
         record.busy_at, record.answered = None, record.sequence
-        waited = 0.0 if self.boost is not None else record.wait   # a fixed wait says nothing about the offset
+        waited = 0.0 if self.boost is not None else record.delay   # a fixed wait says nothing about the offset
         return Answer(record.nonce, record.cost, self.offset, waited, record.queued)
 
     def _remember(self, record):
@@ -2581,8 +2581,8 @@ def tune(connection):
     if MACOS:
         connection.setsockopt(socket.IPPROTO_TCP, 0x10, 60)     # TCP_KEEPALIVE, what others call TCP_KEEPIDLE
     for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
-        if hasattr(socket, name):
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        if name in vars(socket):
+            connection.setsockopt(socket.IPPROTO_TCP, vars(socket)[name], value)
 
 
 # ---------------------------------------------------------------- log: what the tools that keep running say
@@ -4457,29 +4457,29 @@ MODE_FLAGS = {0: "IXON IXOFF IXANY ICRNL INLCR IGNCR ISTRIP IUTF8 IMAXBEL".split
 def terminal_modes(fd):
     """{name: number} of a terminal's control characters and flags: names, because every system numbers them its way."""
     import termios
-    attributes, modes = termios.tcgetattr(fd), {}
+    attributes, modes, known = termios.tcgetattr(fd), {}, vars(termios)
     for name in CONTROL_CHARACTERS:
-        place = getattr(termios, "V" + name, None)
+        place = known.get("V" + name)
         if place is not None:
             modes[b"V" + name.encode()] = ord(attributes[6][place])
     for field, names in MODE_FLAGS.items():
         for name in names:
-            if hasattr(termios, name):
-                modes[name.encode()] = int(bool(attributes[field] & getattr(termios, name)))
+            if name in known:
+                modes[name.encode()] = int(bool(attributes[field] & known[name]))
     return modes
 
 
 def set_terminal(fd, rows, columns, modes):
     """Makes a terminal like the one that terminal_modes described; names that this system does not know are left."""
     import termios
-    attributes = termios.tcgetattr(fd)
+    attributes, known = termios.tcgetattr(fd), vars(termios)
     for name in CONTROL_CHARACTERS:
-        place = getattr(termios, "V" + name, None)
+        place = known.get("V" + name)
         if place is not None and b"V" + name.encode() in modes:
             attributes[6][place] = bytes([modes[b"V" + name.encode()]])
     for field, names in MODE_FLAGS.items():
         for name in names:
-            bit, wanted = getattr(termios, name, 0), modes.get(name.encode())
+            bit, wanted = known.get(name, 0), modes.get(name.encode())
             if wanted is not None:
                 attributes[field] = attributes[field] | bit if wanted else attributes[field] & ~bit
     termios.tcsetattr(fd, termios.TCSANOW, attributes)
@@ -9265,16 +9265,8 @@ class Room:
     """
 
     def __init__(self, key, jobs=256, **settings):
-        import threading
-        self._settings = room_settings(settings)
-        self._key, _ = load_key(os.fspath(key), "public")
-        self._most = max(1, min(256, jobs))
-        self._lock = threading.Lock()
-        self._thread = None
-        self._loop = None
-        self._engine = None
-        self._pid = os.getpid()
-        self._closed = False
+        settings = room_settings(settings)
+        self._thread = RoomThread(load_key(os.fspath(key), "public")[0], settings, max(1, min(256, jobs)))
 
     def __enter__(self):
         return self
@@ -9299,9 +9291,9 @@ class Room:
     def submit(self, input=b"", names={}, check=False, timeout=None):
         """Starts one job; returns a concurrent.futures.Future of its Result.  Its cancel() ends a running job too."""
         from concurrent.futures import Future
-        future, job = Future(), _Job(self, input, names, check, timeout)
+        future, job = Future(), _Job(self._thread, input, names, check, timeout)
         job.future = future
-        self._call(job.start)
+        self._thread.call(job.start)
         future.add_done_callback(job.cancelled)
         return future
 
@@ -9311,7 +9303,7 @@ class Room:
         pending, inputs, more = collections.deque(), iter(inputs), True
         try:
             while more or pending:
-                while more and len(pending) < self._ahead():
+                while more and len(pending) < self._thread.ahead():
                     try:
                         pending.append(self.submit(next(inputs), names, check, timeout))
                     except StopIteration:
@@ -9324,63 +9316,82 @@ class Room:
 
     def popen(self, names={}):
         """Starts one job whose standard input, output and error are pipes of this program; returns a Process."""
-        process = Process(self, names)
-        self._call(process._start)
-        return process
+        return Process(self._thread, names)
 
     def close(self):
         """Ends all jobs, the connections and the thread.  May be called again."""
-        with self._lock:
-            closed, self._closed, thread = self._closed, True, self._thread
-        if closed or not thread:
-            return
-        if self._pid == os.getpid():
-            self._loop.call_soon_threadsafe(self._end)
-            thread.join()
+        self._thread.close()
 
     def __del__(self):
-        if getattr(self, "_thread", None) and not self._closed and self._pid == os.getpid():
+        thread = getattr(self, "_thread", None)
+        if thread and thread.is_ours():
             import warnings
             warnings.warn("unclosed %r" % self, ResourceWarning, source=self)
-            self._closed = True
-            self._loop.call_soon_threadsafe(self._end)
+            thread.close(wait=False)
 
-    # -- between the threads
-    def _ahead(self):
+
+class RoomThread:
+    """The thread of a Room, with its loop and its Engine.  The first call() starts it, close() ends it."""
+
+    def __init__(self, key, settings, most):
+        import threading
+        self.key = key
+        self.settings = settings
+        self.most = most
+        self.loop = None
+        self.engine = None
+        self.lock = threading.Lock()
+        self.thread = None
+        self.pid = os.getpid()
+        self.closed = False
+
+    def is_ours(self):
+        """Whether it runs, in this process."""
+        return bool(self.thread) and not self.closed and self.pid == os.getpid()
+
+    def ahead(self):
         """How many inputs may be taken before their results are."""
-        engine = self._engine
-        return 4 if engine is None else len(engine.connections) + 4
+        return 4 if self.engine is None else len(self.engine.connections) + 4
 
-    def _call(self, function):
+    def call(self, function):
         """Calls it in the thread of the loop, which is started if need be."""
-        if self._pid != os.getpid():
+        if self.pid != os.getpid():
             raise Failure("this Room", "it belongs to the process that made it",
                           "a forked child makes a Room of its own", EXIT_TEMPORARY)
-        with self._lock:
-            if self._closed:
+        with self.lock:
+            if self.closed:
                 raise Failure("this Room", "it is closed")
-            if not self._thread:
+            if not self.thread:
                 import threading
-                self._loop = Loop()
-                self._engine = Engine(self._loop, self._key, self._settings, self._most, keep=True)
-                self._thread = threading.Thread(target=_serve, args=(self._loop,), name="cexec.Room", daemon=True)
-                self._thread.start()
-            self._loop.call_soon_threadsafe(function)
+                self.loop = Loop()
+                self.engine = Engine(self.loop, self.key, self.settings, self.most, keep=True)
+                self.thread = threading.Thread(target=_serve, args=(self.loop,), name="cexec.Room", daemon=True)
+                self.thread.start()
+            self.loop.call_soon_threadsafe(function)
 
-    def _end(self):
-        """In the loop: every job that is left ends with a Failure."""
-        for submission in list(self._engine.running) + list(self._engine.queue):
-            self._engine.fail(submission, Failure("the job", "its Room was closed"))
-        self._engine.close()
-        self._loop.stop()
+    def close(self, wait=True):
+        with self.lock:
+            ours, self.closed = self.is_ours(), True
+        if ours:
+            self.loop.call_soon_threadsafe(functools.partial(_end_room, self.engine))
+            if wait:
+                self.thread.join()
 
 
 def _serve(loop):
-    """The thread of a Room."""
+    """The thread of a Room; it does not hold the Room, so that one that is forgotten ends."""
     try:
         loop.run()
     finally:
         loop.close()
+
+
+def _end_room(engine):
+    """In the loop: every job that is left ends with a Failure."""
+    for submission in list(engine.running) + list(engine.queue):
+        engine.fail(submission, Failure("the job", "its Room was closed"))
+    engine.close()
+    engine.loop.stop()
 
 
 def room_settings(given):
@@ -9414,8 +9425,8 @@ def status_of(report):
 class _Job:
     """One job of submit(): made in the caller's thread, run in the loop's."""
 
-    def __init__(self, room, input, names, check, timeout):
-        self.room = room
+    def __init__(self, thread, input, names, check, timeout):
+        self.thread = thread
         self.check = check
         self.timeout = timeout
         self.began = time.monotonic()
@@ -9423,7 +9434,7 @@ class _Job:
         self.timer = None
         self.streams = HeldStreams(*self._input(input))
         try:
-            self.submission = Submission(self.streams, job_names(names), room._settings.retries, self.done)
+            self.submission = Submission(self.streams, job_names(names), thread.settings.retries, self.done)
         except BaseException:
             self.streams.close()
             raise
@@ -9441,7 +9452,7 @@ class _Job:
         return (bytes(input) if isinstance(input, bytearray) else input,)
 
     def start(self):
-        engine = self.room._engine
+        engine = self.thread.engine
         if self.future.cancelled():
             return self.streams.close()
         if self.timeout is not None:
@@ -9450,8 +9461,8 @@ class _Job:
 
     def _expired(self):
         import subprocess
-        self.room._engine.cancel(self.submission)
-        self._finish(error=subprocess.TimeoutExpired(self.room._key.name, self.timeout, bytes(self.streams.output),
+        self.thread.engine.cancel(self.submission)
+        self._finish(error=subprocess.TimeoutExpired(self.thread.key.name, self.timeout, bytes(self.streams.output),
                                                      bytes(self.streams.errors)))
 
     def done(self, status, failure, submission):
@@ -9475,12 +9486,12 @@ class _Job:
         """The future is done; when its user has cancelled it, the job ends."""
         if future.cancelled():
             try:
-                self.room._call(self._cancel)
+                self.thread.call(self._cancel)
             except Failure:
                 pass        # the Room is closed: the job has ended
 
     def _cancel(self):
-        self.room._engine.cancel(self.submission)
+        self.thread.engine.cancel(self.submission)
         if self.timer:
             self.timer.cancel()
         self.streams.close()
@@ -9536,9 +9547,9 @@ class Process:
     As a context manager it closes the files and waits.
     """
 
-    def __init__(self, room, names):
+    def __init__(self, thread, names):
         import threading
-        self._room = room
+        self._thread = thread
         self._over = threading.Event()
         self._failure = None
         self.status = None
@@ -9554,11 +9565,12 @@ class Process:
         self.stdin = open(near[0], "wb")
         self.stdout = open(near[1], "rb")
         self.stderr = open(near[2], "rb")
+        thread.call(self._start)
 
     def _start(self):
-        streams = PipeStreams(self._room._loop, self._far)
-        self._submission = Submission(streams, self._names, self._room._settings.retries, self._done)
-        self._room._engine.submit(self._submission)
+        streams = PipeStreams(self._thread.loop, self._far)
+        self._submission = Submission(streams, self._names, self._thread.settings.retries, self._done)
+        self._thread.engine.submit(self._submission)
 
     def _done(self, status, failure, submission):
         self.worker = submission.worker
@@ -9574,7 +9586,7 @@ class Process:
         """Waits for the end; returns the status.  subprocess.TimeoutExpired after so many seconds."""
         if not self._over.wait(timeout):
             import subprocess
-            raise subprocess.TimeoutExpired(self._room._key.name, timeout)
+            raise subprocess.TimeoutExpired(self._thread.key.name, timeout)
         if self._failure:
             raise self._failure
         return self.status
@@ -9607,10 +9619,10 @@ class Process:
         name = signal.Signals(number).name[3:]
         if name not in SIGNALS:
             raise ValueError("signal %s cannot be sent to a job; these can: %s KILL" % (name, " ".join(SIGNALS)))
-        self._room._call(lambda: self._signal(name, number))
+        self._thread.call(lambda: self._signal(name, number))
 
     def _signal(self, name, number):
-        if self._submission and not self._submission.done and not self._room._engine.signal(self._submission, name):
+        if self._submission and not self._submission.done and not self._thread.engine.signal(self._submission, name):
             self._end()
 
     def terminate(self):
@@ -9618,11 +9630,11 @@ class Process:
 
     def kill(self):
         """Ends it at once."""
-        self._room._call(self._end)
+        self._thread.call(self._end)
 
     def _end(self):
         if self._submission and not self._submission.done:
-            self._room._engine.cancel(self._submission)
+            self._thread.engine.cancel(self._submission)
             self._done(None, None, self._submission)
 
     def __enter__(self):
