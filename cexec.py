@@ -1817,8 +1817,8 @@ class Place:
 
 class PendingAnnouncement:
     """One search for a worker as one worker remembers it, from its first announcement until it is forgotten."""
-    __slots__ = ("nonce source room since until sequence answered hold_sequence hold_end held base jitter cost wait fire queued "
-                 "busy_at busy_told wants_busy places current failed connections over learnt").split()
+    __slots__ = ("nonce source room since until sequence answered hold_sequence hold_end held base jitter cost delay fire "
+                 "queued busy_at busy_told wants_busy places current failed connections over learnt").split()
 
     def __init__(self, nonce):
         self.nonce = nonce
@@ -2111,14 +2111,14 @@ class Responder:
         """Set the timer: a fresh wait that begins at base."""
         record.jitter = JITTER * math.log(self.uniform())
         record.base, record.cost = base, self.cost(now)
-        record.wait = self._delay(record)
-        record.fire = base + record.wait
+        record.delay = self._delay(record)
+        record.fire = base + record.delay
 
     def _settled(self, now, record):
         """The timer has fired.  False if load or offset have risen meanwhile, so that it has to wait on."""
         record.cost = self.cost(now)
-        record.wait = self._delay(record)
-        record.fire = record.base + record.wait
+        record.delay = self._delay(record)
+        record.fire = record.base + record.delay
         return record.fire <= now + SETTLED
 
     def _answer(self, record):
@@ -2127,7 +2127,7 @@ class Responder:
         self.held[record.room] += 1
         self.next_connect_at += CONNECT_GAP
         record.busy_at, record.answered = None, record.sequence
-        waited = 0.0 if self.boost is not None else record.wait   # a fixed wait says nothing about the offset
+        waited = 0.0 if self.boost is not None else record.delay   # a fixed wait says nothing about the offset
         return Answer(record.nonce, record.cost, self.offset, waited, record.queued)
 
     def _remember(self, record):
@@ -2586,8 +2586,8 @@ def tune(connection):
     if MACOS:
         connection.setsockopt(socket.IPPROTO_TCP, 0x10, 60)     # TCP_KEEPALIVE, what others call TCP_KEEPIDLE
     for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
-        if hasattr(socket, name):
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        if name in vars(socket):
+            connection.setsockopt(socket.IPPROTO_TCP, vars(socket)[name], value)
 
 
 # ---------------------------------------------------------------- log: what the tools that keep running say
@@ -4460,29 +4460,29 @@ MODE_FLAGS = {0: "IXON IXOFF IXANY ICRNL INLCR IGNCR ISTRIP IUTF8 IMAXBEL".split
 def terminal_modes(fd):
     """{name: number} of a terminal's control characters and flags: names, because every system numbers them its way."""
     import termios
-    attributes, modes = termios.tcgetattr(fd), {}
+    attributes, modes, known = termios.tcgetattr(fd), {}, vars(termios)
     for name in CONTROL_CHARACTERS:
-        place = getattr(termios, "V" + name, None)
+        place = known.get("V" + name)
         if place is not None:
             modes[b"V" + name.encode()] = ord(attributes[6][place])
     for field, names in MODE_FLAGS.items():
         for name in names:
-            if hasattr(termios, name):
-                modes[name.encode()] = int(bool(attributes[field] & getattr(termios, name)))
+            if name in known:
+                modes[name.encode()] = int(bool(attributes[field] & known[name]))
     return modes
 
 
 def set_terminal(fd, rows, columns, modes):
     """Makes a terminal like the one that terminal_modes described; names that this system does not know are left."""
     import termios
-    attributes = termios.tcgetattr(fd)
+    attributes, known = termios.tcgetattr(fd), vars(termios)
     for name in CONTROL_CHARACTERS:
-        place = getattr(termios, "V" + name, None)
+        place = known.get("V" + name)
         if place is not None and b"V" + name.encode() in modes:
             attributes[6][place] = bytes([modes[b"V" + name.encode()]])
     for field, names in MODE_FLAGS.items():
         for name in names:
-            bit, wanted = getattr(termios, name, 0), modes.get(name.encode())
+            bit, wanted = known.get(name, 0), modes.get(name.encode())
             if wanted is not None:
                 attributes[field] = attributes[field] | bit if wanted else attributes[field] & ~bit
     termios.tcsetattr(fd, termios.TCSANOW, attributes)
