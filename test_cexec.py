@@ -6198,7 +6198,7 @@ def test_a_worker_that_was_ratted_out_holds_back_for_a_while():
 
 
 def wait_of(worker, nonce):
-    return worker.pending[nonce].wait
+    return worker.pending[nonce].delay
 
 
 # ---------------------------------------------------------------- choice: one submitter
