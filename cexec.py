@@ -1763,7 +1763,7 @@ SPEAK_GAP = 0.3         # holds and takens closer together than this tell nothin
 LOAD_LAG = 5000.0       # the outside load is smoothed over this time
 PENALTY = 3.0           # added to the cost of a ratted-out worker: any other goes first, a lone one still serves
 PER_SOURCE = 128        # announcements remembered for one submitting host, the oldest jobs first
-PENDING_MOST = 1024     # and in all; each event looks through them, which takes a tenth of a millisecond at worst
+PENDING_MOST = 1024     # and in all; each event looks through them, which takes a third of a millisecond at worst
 ANSWERED_MOST = 1024    # nonces that have been answered: most get no second connection
 PLACES_MOST = 8         # addresses that one search was heard from: the submitter's interfaces, proxies, and copies
 REFUSALS_MOST = 2       # when each of its addresses has failed so often, and the last one refused, a search is over
@@ -1817,8 +1817,8 @@ class Place:
 
 class PendingAnnouncement:
     """One search for a worker as one worker remembers it, from its first announcement until it is forgotten."""
-    __slots__ = ("nonce source room since until sequence answered hold_sequence hold_end held base jitter cost delay fire "
-                 "queued busy_at busy_told wants_busy places current failed connections over learnt").split()
+    __slots__ = ("nonce source room since until sequence answered hold_sequence hold_end held base jitter cost delay "
+                 "fire queued busy_at busy_told wants_busy places current failed connections over learnt").split()
 
     def __init__(self, nonce):
         self.nonce = nonce
@@ -2048,13 +2048,10 @@ class Responder:
             self.pending[nonce] = record
         else:
             self._remember(record)
-        self._release(record.room)
+        self.freed(record.room)
 
     def freed(self, room):
-        """A slot that was won is free again."""
-        self._release(room)
-
-    def _release(self, room):
+        """The slot of a job that was won is free again."""
         self.running -= 1
         self.held[room] -= 1
         if not self.held[room]:

@@ -6198,7 +6198,7 @@ def test_a_worker_that_was_ratted_out_holds_back_for_a_while():
 
 
 def wait_of(worker, nonce):
-    return worker.pending[nonce].wait
+    return worker.pending[nonce].delay
 
 
 # ---------------------------------------------------------------- choice: one submitter
@@ -6434,6 +6434,75 @@ def test_the_offset_of_the_next_job():
     assert after(1.0, -20.0, 80.0, 2) == -cexec.PER_COST
     assert after(0.0, 10.0, 0.0, 4) == 10.0 + 2 * math.log(2)
     assert after(0.0, 10.0, 6.0, 1, queued=True) is None
+
+
+# ---------------------------------------------------------------- choice: any order of events
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_order_of_events_confuses_a_worker(seed):
+    """Slots are counted right, times are numbers, memory is bounded."""
+    chance = random.Random(seed)
+    worker, jobs, now = cexec.Responder(3, 2, 1.0, lambda: 1.0 - chance.random()), [], 0.0
+    for _ in range(5000):
+        now += chance.expovariate(0.05)
+        nonce, what = chance.randrange(40) + int(now / 2000), chance.randrange(12)
+        if what < 4:
+            hears(worker, nonce, now=now, source=chance.randrange(12), attempt=chance.randrange(9), waited=100.0,
+                  interval=chance.choice((20.0, 4e3)), flags=chance.randrange(2), room=chance.randrange(1, 5),
+                  port=chance.choice((80, 5000, 6000)))
+        elif what == 4:
+            worker.hold(now, nonce, chance.uniform(-1, 2000), chance.randrange(9))
+        elif what == 5:
+            worker.taken(now, nonce, chance.choice((None, 10.0)))
+        elif what == 6 and jobs:
+            worker.freed(jobs.pop())
+        elif what == 7:
+            worker.stopped = chance.random() < 0.2
+        elif worker.connecting and what < 11:
+            nonce = chance.choice(list(worker.connecting))
+            assert worker.sender(nonce) and worker.gives_way(nonce) in (True, False)
+            if what == 8:
+                jobs.append(worker.room(nonce))
+                worker.won(nonce)
+            else:
+                worker.place_failed(nonce)
+                worker.lost(nonce, what == 9)
+        for answer in worker.due(now):
+            assert worker.place(answer.nonce)[1] >= 5000
+        for nonce in worker.busy_due(now):
+            assert worker.full and worker.sender(nonce)
+        due = worker.next_due()
+        assert due is None or due < now + 5e3
+        assert worker.running == len(jobs) + len(worker.connecting) <= 3
+        assert +collections.Counter(jobs + [record.room for record in worker.connecting.values()]) == worker.held
+        assert not set(worker.pending) & set(worker.connecting) and not set(worker.pending) & set(worker.answered)
+        assert not set(worker.connecting) & set(worker.answered)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_order_of_events_confuses_a_submitter(seed):
+    chance = random.Random(seed)
+    selection, now, shaking = cexec.Selection(0.0, lambda: 1.0 - chance.random()), 0.0, set()
+    for step in range(4000):
+        now += chance.expovariate(0.2)
+        what, known = chance.randrange(8), list(selection.candidates)
+        if what < 4:
+            answer = cexec.Answer("n", chance.uniform(-3, 3), 0.0, 1.0, False)
+            selection.connected(now, step, chance.randrange(40), answer, chance.choice((step, step - 1)))
+        elif what == 4 and known:
+            selection.closed(now, chance.choice(known))
+        elif what == 5:
+            selection.busy(now)
+        elif what == 6 and shaking and step > 3000:
+            selection.authenticated(now, chance.choice(sorted(shaking)))
+        for action, *fields in selection.poll(now):
+            if action == cexec.HANDSHAKE:
+                shaking.add(fields[0])
+        shaking &= set(selection.candidates)
+        assert len(selection.candidates) <= cexec.CANDIDATES and len(shaking) <= cexec.HANDSHAKES + 1
+        due = selection.next_due()
+        assert due is None or due < now + 6e3
+    assert selection.winner and not selection.candidates
 
 
 # ---------------------------------------------------------------- the choice, with real workers
