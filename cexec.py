@@ -3380,6 +3380,12 @@ def read_into(fd, view):
     return len(data)
 
 
+def fork_reason(error):
+    """Why a fork failed."""
+    limit = error.errno == errno.EAGAIN
+    return "no more processes are allowed here (ulimit -u, pids.max)" if limit else reason_of(error)
+
+
 def measured_speed():
     """This machine's speed by a tiny computation; 1 is a laptop of 2020.
 
@@ -7343,7 +7349,7 @@ class Daemon:
             board, (link, far) = Board(), socket.socketpair()
             pid = os.fork()
         except OSError as error:
-            self.log("no process for a job from %s: %s" % (address, reason_of(error)))
+            self.log("no process for a job from %s: %s" % (address, fork_reason(error)))
             connection.socket.close()
             return self._lost(connection.answer)
         if pid == 0:
@@ -7433,7 +7439,7 @@ class Daemon:
         try:
             self.killers[kill_group_in_child(group, self.settings.user)] = handler
         except OSError as error:
-            self.log("job %s: no process to end it: %s" % (job, reason_of(error)))
+            self.log("job %s: no process to end it: %s" % (job, fork_reason(error)))
             self._free(handler)
 
     # -- time
