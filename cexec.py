@@ -2548,7 +2548,6 @@ def check_tls():
     """Failure unless the channel's handshake works on this machine: done here in memory, between the halves of a key made
     for it.  A policy that forbids it would else show at the first job only, and as a fault of the other side."""
     global ssl
-    import shutil
     import ssl
     try:
         folder, path = make_temporary_key()
@@ -2573,7 +2572,7 @@ def check_tls():
                       "it needs TLS 1.3 with signatures of P-256, which OpenSSL's configuration forbids here "
                       "(MaxProtocol, SignatureAlgorithms, Ciphersuites; %s)" % ssl.OPENSSL_VERSION, EXIT_USAGE) from None
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_temporary_key(folder)
 
 
 def tune(connection):
@@ -3375,6 +3374,12 @@ def read_into(fd, view):
     data = os.read(fd, len(view))
     view[:len(data)] = data
     return len(data)
+
+
+def fork_reason(error):
+    """Why a fork failed."""
+    limit = error.errno == errno.EAGAIN
+    return "no more processes are allowed here (ulimit -u, pids.max)" if limit else reason_of(error)
 
 
 def measured_speed():
@@ -7340,7 +7345,7 @@ class Daemon:
             board, (link, far) = Board(), socket.socketpair()
             pid = os.fork()
         except OSError as error:
-            self.log("no process for a job from %s: %s" % (address, reason_of(error)))
+            self.log("no process for a job from %s: %s" % (address, fork_reason(error)))
             connection.socket.close()
             return self._lost(connection.answer)
         if pid == 0:
@@ -7430,7 +7435,7 @@ class Daemon:
         try:
             self.killers[kill_group_in_child(group, self.settings.user)] = handler
         except OSError as error:
-            self.log("job %s: no process to end it: %s" % (job, reason_of(error)))
+            self.log("job %s: no process to end it: %s" % (job, fork_reason(error)))
             self._free(handler)
 
     # -- time
@@ -9657,16 +9662,27 @@ DEMO_TEXT = b"one job, the best machine in the room, and every byte of it comes 
 
 def make_temporary_key():
     """(folder, path of a private key in it): the public half beside it ends with .pub; nobody else can read them."""
-    import tempfile
+    folder = os.path.join(os.environ.get("TMPDIR") or "/tmp", "cexec-" + os.urandom(8).hex())
     mask = os.umask(0o077)
     try:
-        folder = tempfile.mkdtemp(prefix="cexec-")
+        os.mkdir(folder)
         for name, half in zip(("app", "app.pub"), make_keypair(os.urandom(32))):
             with open(os.path.join(folder, name), "wb") as file:
                 file.write(half)
+    except OSError:
+        remove_temporary_key(folder)
+        raise
     finally:
         os.umask(mask)
     return folder, os.path.join(folder, "app")
+
+
+def remove_temporary_key(folder):
+    for call, path in (os.unlink, folder + "/app"), (os.unlink, folder + "/app.pub"), (os.rmdir, folder):
+        try:
+            call(path)
+        except OSError:
+            pass
 
 
 class Demo:
@@ -9801,12 +9817,11 @@ class Demo:
 
     def close(self):
         """Ends what runs, waits for it, and takes the folder away."""
-        import shutil
         for number in signal.SIGTERM, signal.SIGKILL:
             for pid in reversed(list(self.running)):
                 os.kill(pid, number)
             self.show(lambda: not self.running and not self.outputs, 10)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove_temporary_key(self.folder)
 
 
 DEMO_SIGNALS = signal.SIGTERM, signal.SIGHUP, signal.SIGINT

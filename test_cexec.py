@@ -976,7 +976,7 @@ def test_the_old_pythons_themselves_say_so_by_every_way(tmp_path):
 
 
 @pytest.mark.parametrize("module, argv, status", [
-    ("hmac", ("cexec", "x"), 2), ("heapq", (), 2), ("shutil", ("demo", "true"), 2)])
+    ("hmac", ("cexec", "x"), 2), ("heapq", (), 2), ("pwd", ("cservice", "--user", "x", "app", "true"), 2)])
 def test_a_python_without_all_its_modules_is_one_clear_line(module, argv, status):
     """As Debian's python3-minimal."""
     code = "import sys\nsys.modules[%r], sys.argv = None, sys.argv[1:]\n" \
@@ -10093,7 +10093,7 @@ def test_a_worker_that_may_not_fork_says_so_and_serves_again_when_it_may(room, f
     worker = forked_worker(forker, room, key=path, user=user, limits=limits, CONCURRENCY=1)
     status, output, errors = quick(forker, room, "DO=true", env={"CEXEC_TIMEOUT_ACCEPT": 1})
     assert (status, output) == (111, b"") and errors.startswith("cexec: no worker: nobody answered within 1 s")
-    assert_contains(worker.errors, b"no process for a job from 127.0.0.1: Resource temporarily unavailable\n")
+    assert_contains(worker.errors, b"no process for a job from 127.0.0.1: no more processes are allowed here (ulimit -u, pids.max)\n")
     for other in others:
         other.signal(signal.SIGTERM)
         assert other.wait() == -signal.SIGTERM
@@ -10811,7 +10811,7 @@ def test_a_daemon_without_room_for_another_process_goes_on(monkeypatch, number):
         daemon.on_go(connection(("10.0.0.9", 4000), ours, answer))
         assert theirs.recv(1) == b""
     assert daemon.responder.running == 0
-    assert daemon.log == ["no process for a job from 10.0.0.9: %s" % os.strerror(number)]
+    assert daemon.log == ["no process for a job from 10.0.0.9: %s" % cexec.fork_reason(OSError(number, os.strerror(number)))]
 
 
 # -- datagrams that are lost and doubled
