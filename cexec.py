@@ -8524,13 +8524,13 @@ class Pump:
         self.pending = b""          # read and not yet sent: while there is any, it waits for the sink
         self.moved = moved          # bytes sent
         self.ended = self.over = False      # the source has ended; the sink has been told so
-        self._hold(memoryview(pending))
+        self.hold(memoryview(pending))
 
     def pump(self):
         """Moves what can be moved now."""
         for _ in range(0 if self.over else PUMP_ROUNDS):
             if self.pending:
-                self._hold(self._send(self.pending))
+                self.hold(self._send(self.pending))
                 if self.pending:
                     return
             if self.ended:
@@ -8546,7 +8546,7 @@ class Pump:
         self.at, memory = self.source, self.buffer.free()
         size = self.source.recv_into(memory)
         self.ended = not size
-        self._hold(memoryview(bytes(self._send(memory[:size]) if size else b"")))
+        self.hold(memoryview(bytes(self._send(memory[:size]) if size else b"")))
 
     def _send(self, data):
         """What is left of it after the sink has taken what it takes at once."""
@@ -8558,13 +8558,10 @@ class Pump:
         self.moved += sent
         return data[sent:]
 
-    def _hold(self, rest):
+    def hold(self, rest):
+        """Keeps this, and nothing else, for the sink."""
         self.buffer.held += len(rest) - len(self.pending)
         self.pending = rest
-
-    def close(self):
-        """Gives up what is held.  May be called again."""
-        self._hold(b"")
 
 
 class ProxyListener:
@@ -8582,7 +8579,8 @@ class ProxyListener:
         self.port = listening.getsockname()[1] if listening else 0
         self.heard = 0.0
         self.connections = {}               # ProxyRelays as keys, in the order of arrival
-        self.waiting = collections.deque()
+        self.waiting = {}                   # those of them that wait for their turn
+        self.turns = collections.Counter()  # {worker's address: how many turns it has had}
         self.active = set()
         self.chosen = 0                     # how many were told to go on
 
@@ -8603,7 +8601,7 @@ class ProxyRelay:
 
     def __init__(self, proxy, number, listener, worker, address):
         self.proxy, self.loop, self.number, self.listener, self.worker = proxy, proxy.loop, number, listener, worker
-        self.names = "%s to %s" % (place_text(address), place_text(listener.submitter))
+        self.address, self.names = address[0], "%s to %s" % (place_text(address), place_text(listener.submitter))
         self.submitter = None
         self.preamble = self.go = b""
         self.pumps = ()
@@ -8725,7 +8723,7 @@ class ProxyRelay:
             self.loop.watch(side.fileno())
             close_socket(side, reset=why is not None)
         for pump in self.pumps:
-            pump.close()
+            pump.hold(b"")
         if tell:
             up, down = [pump.moved for pump in self.pumps] or (0, 0)
             self.proxy.log("relay %d: %s: %s, %d bytes to the submitter, %d to the worker, %.3f s" % (
@@ -8915,46 +8913,54 @@ class Cproxy:
 
     # -- connections
     def _accept(self, listener):
-        """A worker says its preamble at once, so the oldest that is silent makes room."""
-        if len(self.relays) >= self.most and not self._end_silent(self.silent):
+        """A worker says its preamble at once, so the oldest that is silent makes room; else one of the crowd that waits
+        from one address."""
+        if len(self.relays) >= self.most and not self._end_first(self.silent):
             return self.loop.watch(listener.fileno())       # until _sweep, whoever comes waits in the kernel
         try:
             worker, address = listener.listening.accept()
         except OSError as error:
             return self._out_of_descriptors(listener) if error.errno in (errno.EMFILE, errno.ENFILE) else None
-        if len(listener.connections) >= CONNECTIONS_PER_LISTENER and not self._end_silent(
-                [relay for relay in listener.connections if relay in self.silent]):
-            return close_socket(worker, reset=True)
+        connections = listener.connections
+        if len(connections) >= CONNECTIONS_PER_LISTENER and not self._end_first(
+                relay for relay in connections if relay in self.silent):
+            crowd = collections.Counter(relay.address for relay in listener.waiting)
+            most, count = crowd.most_common(1)[0] if crowd else ("", 0)
+            if count <= crowd[address[0]] + 1:
+                return close_socket(worker, reset=True)
+            self._end_first(relay for relay in listener.waiting if relay.address == most)
         self.count += 1
         relay = ProxyRelay(self, self.count, listener, worker, address)
-        self.relays[relay] = self.silent[relay] = listener.connections[relay] = True
+        self.relays[relay] = self.silent[relay] = connections[relay] = True
 
-    def _end_silent(self, relays):
+    def _end_first(self, relays):
         """Ends the first of these; whether there was one."""
         for relay in relays:
-            relay.end("silent, and others came")
+            relay.end("others came")
             return True
         return False
 
     def _out_of_descriptors(self, listener):
         self.log.note("descriptors", "out of descriptors: workers have to wait")
         if self.relays:
-            if not self._end_silent(self.silent):
+            if not self._end_first(self.silent):
                 self.loop.watch(listener.fileno())
         else:
             self._close_oldest(self.listeners)
 
     def preamble_read(self, relay):
         self.silent.pop(relay, None)
-        relay.listener.waiting.append(relay)
+        relay.listener.waiting[relay] = True
         self._next(relay.listener)
 
     def _next(self, listener):
+        """Those whose address has had the fewest turns come first: no address keeps the others waiting."""
         while listener.waiting and len(listener.active) < ACTIVE_PER_LISTENER:
-            relay = listener.waiting.popleft()
-            if relay.state == "waiting":
-                listener.active.add(relay)
-                relay.connect()
+            relay = min(listener.waiting, key=lambda each: listener.turns[each.address])
+            del listener.waiting[relay]
+            listener.turns[relay.address] += 1
+            listener.active.add(relay)
+            relay.connect()
 
     def released(self, relay):
         """The submitter has its hand free for another worker."""
@@ -8963,7 +8969,7 @@ class Cproxy:
 
     def over(self, relay):
         """Called once by every relay at its end."""
-        for relays in self.relays, self.silent, relay.listener.connections:
+        for relays in self.relays, self.silent, relay.listener.connections, relay.listener.waiting:
             relays.pop(relay, None)
         self.released(relay)
         if self.draining and not self.relays:

@@ -11440,9 +11440,9 @@ class Far:
         data, source, _ = hear(self.ear)
         return cexec.parse_datagram(data), source
 
-    def worker(self, port, opening=None, nonce=b"noncenon"):
+    def worker(self, port, opening=None, nonce=b"noncenon", own="127.0.0.1"):
         """A connection as a worker makes it."""
-        made = self._keep(socket.create_connection(("127.0.0.1", port), 5))
+        made = self._keep(socket.create_connection(("127.0.0.1", port), 5, (own, 0)))
         made.sendall(opening_of(self.key, nonce) if opening is None else opening)
         return made
 
@@ -11770,6 +11770,21 @@ def test_silent_connections_make_room(far, idle):
     worker, began = far.worker(port), time.monotonic()
     far.submitter()
     assert receive_exactly(worker, cexec.GO_SIZE) and time.monotonic() - began < cexec.PREAMBLE_SECONDS
+
+
+def test_a_crowd_from_one_address_keeps_no_other_waiting(far):
+    """S16: with all places taken by copies of a true preamble, a worker elsewhere gets the next turn."""
+    if sys.platform != "linux":
+        skip("addresses of the loopback network")
+    port, true = far.announce()[0].port, opening_of(far.key, random=b"a worker")
+    for _ in range(cexec.CONNECTIONS_PER_LISTENER):
+        far.worker(port)
+    crowd = [far.accept() for _ in range(cexec.ACTIVE_PER_LISTENER)]
+    far.worker(port, true, own="127.0.0.2")
+    assert far.nobody_connects()
+    crowd[0].close()
+    made = far._keep(far.listener.accept()[0])
+    assert receive_exactly(made, len(true)) == true
 
 
 def test_with_as_many_connections_as_can_be_the_oldest_silent_one_makes_room(room, foo):
