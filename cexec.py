@@ -6823,11 +6823,14 @@ class Cmap:
             self._pass_on_errors(job, run.streams.errors)
             run.streams.output.clear()
             return self._run(job)
-        for other in job.runs:
-            self.room.cancel(other)
-            other.streams.close()
-        job.runs = []
+        self._cancel(job)
         self._ended(job, status, failure, run)
+
+    def _cancel(self, job):
+        for run in job.runs:
+            self.room.cancel(run)
+            run.streams.close()
+        job.runs = []
 
     def _ended(self, job, status, failure, run=None):
         """A job has ended, with a status or with a failure of the cluster or of its input."""
@@ -6852,6 +6855,8 @@ class Cmap:
         if status or failure:
             self._failed(job, status, failure)
         self._close(job, output)
+        if self.failed and self.settings.halt:
+            self._begin_no_more(now=self.settings.halt == "now")
 
     def _failed(self, job, status, failure):
         self.failed += 1
@@ -6859,8 +6864,7 @@ class Cmap:
             self.status.clear()
             say(CMAP, "input %d (%s): %s" % (
                 job.number, log_text(job.name)[:200], job.failure.why if job.failure else failure or "status %d" % status))
-        if self.settings.halt:
-            self._begin_no_more(now=self.settings.halt == "now")
+        self.stopping = self.stopping or bool(self.settings.halt)
 
     def _close(self, job, output):
         """It is over; its output, a Spool or None, waits for its turn."""
@@ -6905,12 +6909,9 @@ class Cmap:
     def _begin_no_more(self, now=False):
         """Jobs that wait for a worker are not begun; those that run end by themselves, or now."""
         self.stopping = True
-        for job in list(self.jobs):
+        for job in list(self.jobs):     # what is cancelled ends no other one
             if now or not any(run.attempt for run in job.runs):
-                for run in job.runs:
-                    self.room.cancel(run)
-                    run.streams.close()
-                job.runs = []
+                self._cancel(job)
                 self._close(job, None)
 
     def _terminate(self, number):
@@ -6940,7 +6941,7 @@ class Cmap:
             rest = (self.total - self.done - self.left_out) * took / self.done
         self.status.show("%d done, %d failed, %d running on %s, %.1f a second%s" % (
             self.done, self.failed, len(self.room.running),
-            count_text(len({kept.instance for kept in self.room.connections}), "worker"), self.done / took,
+            count_text(len({kept.name for kept in self.room.connections}), "worker"), self.done / took,
             ", %.0f s left" % rest if rest is not None else ""))
 
     def summary(self):
