@@ -5741,9 +5741,8 @@ class Engine:
         submission = attempt.submission
         submission.refusals += 1
         attempt.kept.close()
-        for search in self.searches or self.finished:
-            search.note(attempt.kept.name, "refused: " + words)
-        submission.on_event("%s refused the job: %s" % (attempt.kept.name, words), submission.refusals == 1)
+        submission.last_loss = "%s refused the job: %s" % (attempt.kept.name, words)
+        submission.on_event(submission.last_loss, submission.refusals == 1)
         self._avoid(submission, attempt.kept.instance)
         self._again(submission)
 
@@ -6132,6 +6131,7 @@ class Run:
         self.settings = settings
         self.terminal = terminal
         self.began = time.monotonic()
+        self.passed_on = set()          # names of the signals that this process got for the job
         self.status = StatusLine(-1 if settings.quiet or settings.verbose else error_descriptor(settings))
         self.room = Engine(self.loop, key, settings, trace=self.trace)
         self.streams = InheritedStreams(self.loop, settings, descriptors, terminal, self)
@@ -6160,10 +6160,11 @@ class Run:
             self.loop.call_later(1.0, self._show_waiting)
 
     def _done(self, status, failure, submission):
-        """A job that died of the signal that was sent on to it takes cexec with it, so that a shell's loop ends."""
-        report, sent = submission.report, submission.signalled
-        died = report and report.signalled and report.name == sent
-        self._stop(status, failure, SIGNAL_NAMES[sent] if died else None)
+        """A job that died of a signal that was sent on to it, or that did not start because of it, takes cexec with it,
+        so that a shell's loop ends."""
+        report = submission.report
+        name = submission.signalled if not report else report.name if report.signalled else None
+        self._stop(status, failure, SIGNAL_NAMES[name] if name in self.passed_on and not failure else None)
 
     def _stop(self, status, failure=None, number=None):
         self.status.clear()
@@ -6200,6 +6201,7 @@ class Run:
     # -- signals
     def _signal(self, name, number):
         """It goes to the job; a second INT or TERM, or a job that ignores it, ends cexec all the same."""
+        self.passed_on.add(name)
         if not self.room.signal(self.submission, name):
             self._die_of(number)
         elif name in ("INT", "TERM"):
