@@ -2733,6 +2733,13 @@ class Loop:
     def call_later(self, seconds, callback):
         return self.call_at(time.monotonic() + seconds, callback)
 
+    def call_every(self, seconds, callback):
+        """Calls again and again, whatever one call raises."""
+        def call():
+            self.call_later(seconds, call)
+            callback()
+        self.call_later(seconds, call)
+
     def on_signal(self, number, callback):
         """callback(number) in the loop for every delivery of the signal; None restores what was there before."""
         if callback is None:
@@ -4016,6 +4023,7 @@ class Channel:
         self.sources = {}
         self.ready = collections.OrderedDict()          # numbers of sources that may have something to read, in turn
         self.starved = set()                            # numbers of sources that wait for credit
+        self.on_ended = None                            # called once, when the peer goes after the session was over
         self.on_flushed = None                          # called once, when the system has taken all there was to send
         self.closed = self.filling = self.blocked = self.processing = False
         self.sent_total = self.received_total = 0       # bytes of data
@@ -4198,6 +4206,8 @@ class Channel:
             self.close()
             if not over:
                 self.owner.on_lost(loss)
+            elif self.on_ended:
+                self.on_ended()
 
     def close(self):
         """Ends the connection at once; what is queued for local descriptors stays with its sinks."""
@@ -4350,10 +4360,7 @@ def signal_group(group, number):
 def session_groups(leader):
     """The process groups of a session, those of zombies alone left out.  Where there is no /proc as Linux has it, the
     leader's own group."""
-    try:
-        pids = [name for name in os.listdir("/proc") if name.isdigit()] if LINUX else []
-    except OSError:
-        pids = []
+    pids = process_ids()
     if str(os.getpid()) not in pids:
         return {leader}
     groups = set()
@@ -4413,8 +4420,9 @@ class GroupKill:
         self._send(signal.SIGKILL)
 
 
-def kill_group_in_child(leader, user):
-    """Forks a child that ends a job's session with the job's rights; returns its pid."""
+def kill_job_in_child(group, job, user):
+    """Forks a child that ends a job's session with the job's rights; returns its pid.  Where the group is not known,
+    since the job's handler was killed before it could tell, the job is looked for by its id."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -4422,12 +4430,36 @@ def kill_group_in_child(leader, user):
                 signal.signal(number, signal.SIG_IGN)
             if user:
                 become_user(user)
-            kill = GroupKill(leader)
-            while not kill.look():
-                time.sleep(KILL_LOOK)
+            for wait in (0.0,) if group > 0 else (0.0, 0.1, 1.0):       # it may be anywhere between fork and exec
+                time.sleep(wait)
+                for leader in {group} if group > 0 else sessions_of(job):
+                    kill = GroupKill(leader)
+                    while not kill.look():
+                        time.sleep(KILL_LOOK)
         finally:
             os._exit(0)
     return pid
+
+
+def sessions_of(job):
+    """The sessions whose processes have this job's id in their environment (Linux)."""
+    found = set()
+    for pid in process_ids():
+        try:
+            with open("/proc/%s/environ" % pid, "rb") as file:
+                if b"CEXEC_JOB=" + job.encode() in file.read().split(b"\0"):
+                    found.add(os.getsid(int(pid)))
+        except OSError:
+            pass        # it has ended, or is another user's
+    return found - {os.getsid(0)}
+
+
+def process_ids():
+    """The pids, as text, of all processes that can be seen; none where there is no /proc as Linux has it."""
+    try:
+        return [name for name in os.listdir("/proc") if name.isdigit()] if LINUX else []
+    except OSError:
+        return []
 
 
 def become_user(user):
@@ -4716,6 +4748,7 @@ class Discovery:
         self.sequence = collections.Counter()       # by type of datagram
         self.heres = collections.OrderedDict()      # {instance: sequence of its last HERE}
         self.problems, self.reasons = [], {}
+        self.tried = []                             # names of the interfaces that announcements leave by
         self.connections = {}                       # {WorkerConnection: None}, in the order of arrival
         self.found = self.timer = None
         self.selection = Selection(now_ms(), uniform)
@@ -4880,6 +4913,7 @@ class Discovery:
         self.sequence[kind] += 1
         self.problems = self.group.send(
             encode_datagram(self.key.udp, kind, self.key.id, self.nonce, self.sequence[kind], body, port))
+        self.tried = self.group.tried
 
 
 def now_ms():
@@ -5829,11 +5863,12 @@ class Engine:
     def nobody(self, submission, now):
         """The Failure of a job for which no worker was found: what was tried, what came of it, what to check."""
         search = (self.searches or self.finished or (None,))[0]
-        why = "%s within %.3g s" % ("no worker was free" if self.heard_at > submission.waiting_since else
-                                    "nobody answered", self.settings.timeout_accept or NOBODY)
+        states = [here.state for when, here, _ in self.workers.values() if here and when > submission.waiting_since]
+        why = "%s within %.3g s" % ("no worker was free" if BUSY in states else "no worker took the job" if self.workers
+                                    else "nobody answered", self.settings.timeout_accept or NOBODY)
         if search:
             why += "; announced on %s by %s, to connect back to TCP port %d" % (
-                self.settings.group, " ".join(filter(None, search.group.tried)) or "the system's choice", search.port)
+                self.settings.group, " ".join(filter(None, search.tried)) or "the system's choice", search.port)
             if search.problems:
                 why += "; could not send: " + ", ".join(search.problems)
             for name, words in list(search.reasons.items())[-3:]:
@@ -7076,7 +7111,8 @@ class SubmitterConnection:
 class Board:
     """What a handler posts for the daemon to read when it is killed: in shared memory, so that neither has to wake the
     other for each of a thousand jobs a second."""
-    FORM = struct.Struct("@q16sq")      # process group of the job in hand, or 0; id of the last job; jobs so far
+    FORM = struct.Struct("@q16sq")      # process group of the job in hand, STARTING or 0; id of the last job; jobs so far
+    STARTING = -1                       # its group is not known yet
 
     def __init__(self):
         import mmap
@@ -7092,8 +7128,8 @@ class Board:
         return self.read()[2]
 
     def post(self, group, job):
-        """A new job, whose group is not known yet; or its group."""
-        self.FORM.pack_into(self.memory, 0, group, job.encode(), self.jobs + (group == 0))
+        """A new job, STARTING; then its group."""
+        self.FORM.pack_into(self.memory, 0, group, job.encode(), self.jobs + (group == self.STARTING))
 
     def end(self):
         """No job is in hand."""
@@ -7178,7 +7214,7 @@ class Daemon:
             loop.on_signal_unless_ignored(number, self._stop)
         loop.on_signal(signal.SIGHUP, lambda number: None)
         loop.watch(self.group.fileno(), read=self._heard)
-        loop.call_later(self.LOOK, self._look)
+        loop.call_every(self.LOOK, self._look)
         if self.settings.veto:
             self.vetoed = self.responder.stopped = True     # until it has said otherwise
             self._run_veto()
@@ -7436,7 +7472,7 @@ class Daemon:
             return self._free(handler)
         self.log("job %s: its handler was killed; the job ends" % job)
         try:
-            self.killers[kill_group_in_child(group, self.settings.user)] = handler
+            self.killers[kill_job_in_child(group, job, self.settings.user)] = handler
         except OSError as error:
             self.log("job %s: no process to end it: %s" % (job, fork_reason(error)))
             self._free(handler)
@@ -7444,7 +7480,8 @@ class Daemon:
     # -- time
     def _look(self):
         now = time.monotonic()
-        self.loop.call_later(self.LOOK, self._look)
+        self._reap()
+        self._release_orphans()
         if now - self.sampled_at >= 1.0:
             self.sampled_at = now
             self.responder.load(now_ms(), self.meter.read(self.responder.running))
@@ -7455,6 +7492,17 @@ class Daemon:
             self._run_veto()
         self._drop_stale(now)
         self._take_turns()
+
+    def _release_orphans(self):
+        """A fault in a callback must not keep a slot for ever."""
+        for connection in [each for each in self.connecting if each.over]:
+            connection.socket.close()
+            self.connecting.discard(connection)
+        owned = {each.answer.nonce for each in self.connecting}
+        owned.update(handler.answer.nonce for handler in self.handlers.values() if not handler.won)
+        owned.update(handler.answer.nonce for handler in self.killers.values() if not handler.won)
+        for nonce in set(self.responder.connecting) - owned:
+            self.responder.lost(nonce)
 
     def _drop_stale(self, now):
         """Who was called a while ago and gives no word keeps no slot from those who wait."""
@@ -8025,7 +8073,7 @@ class Handler:
         self.channel.tick()         # the job has brought its own timeout
         if not self.board.jobs:
             self._tell(b"won")
-        self.board.post(0, job.id)
+        self.board.post(self.board.STARTING, job.id)
         self.running = RunningJob(self, job)
         try:
             self.running.start()
@@ -8071,6 +8119,7 @@ class Handler:
         if not self.slot_given_back:
             self.slot_given_back = True
             self._tell(b"over")
+        self.channel.on_ended = self._finish
         self.channel.flush()
         self.timer = self.loop.call_later(max(self.LINGER, 2 * self.channel.session.timeout), self._finish)
 
