@@ -55,8 +55,8 @@ How a job flows:
     writes data, ends as it did   <- session -     sends data and the exit status
     tells how it went             - GROUP ->       crat prints a line
 
-The order of the sections: numbers, errors, groups, settings, the wire, keys, the session, the choice of a worker (all of
-them pure: bytes, times and chance come in as arguments); then, touching the world: TLS, log, event loop, group sockets,
+The order of the sections: numbers, errors, groups, settings, the wire, keys, the session, the choice of a worker (all
+of them pure: bytes, times and chance come in as arguments); then, touching the world: TLS, log, event loop, group sockets,
 TCP listeners, this machine, streams, channel, children, terminals, discovery, room, and the tools: cexec, cservice,
 crat, cproxy, ckeygen, demo; at the end the table of tools and main.
 """
@@ -586,7 +586,7 @@ def unknown_variables(environment):
     """A warning for each variable that looks like a setting and is none: a misspelt one must not be silently void."""
     known = {name for setting in SETTINGS for name in setting.names}.union(KNOWN_VARIABLES)
     prefixes = tuple(tool.upper() + "_" for tool in TOOL_NAMES)
-    return ["warning: %s is set, and no tool knows it; %s" % (name, did_you_mean(name, sorted(known)) + "it has no effect")
+    return ["warning: %s is set, and no tool knows it; %sit has no effect" % (name, did_you_mean(name, sorted(known)))
             for name in sorted(environment)
             if name.startswith(prefixes) and name not in known and not name.startswith("CEXEC_TEST_")]
 
@@ -2545,8 +2545,8 @@ def loss_of(error):
 
 
 def check_tls():
-    """Failure unless the channel's handshake works on this machine: done here in memory, between the halves of a key made
-    for it.  A policy that forbids it would else show at the first job only, and as a fault of the other side."""
+    """Failure unless the channel's handshake works on this machine: done here in memory, between the halves of a key
+    made for it.  A policy that forbids it would else show at the first job only, and as a fault of the other side."""
     global ssl
     import ssl
     try:
@@ -2570,7 +2570,8 @@ def check_tls():
             raise
         raise Failure(NO_CHANNEL, getattr(error, "why", "") or reason_of(error),
                       "it needs TLS 1.3 with signatures of P-256, which OpenSSL's configuration forbids here "
-                      "(MaxProtocol, SignatureAlgorithms, Ciphersuites; %s)" % ssl.OPENSSL_VERSION, EXIT_USAGE) from None
+                      "(MaxProtocol, SignatureAlgorithms, Ciphersuites; %s)" % ssl.OPENSSL_VERSION,
+                      EXIT_USAGE) from None
     finally:
         remove_temporary_key(folder)
 
@@ -3144,7 +3145,7 @@ class GroupSocket:
 
     def _send(self, data, interface):
         group, index, notes = self.group, interface.index if interface else 0, []
-        place = (group.address, group.port, 0, index) if group.family == socket.AF_INET6 else (group.address, group.port)
+        place = (group.address, group.port) + ((0, index) if group.family == socket.AF_INET6 else ())
         if interface and not LINUX:
             self._steer(interface)
             if group.kind == "broadcast" and not MACOS and interface.broadcast:
@@ -3217,7 +3218,7 @@ class GroupSocket:
         outer = [interface.name for interface in local_interfaces(socket.AF_INET6)
                  if interface.usable and not interface.loopback]
         if self.group.family == socket.AF_INET and outer:
-            return "only loopback has an IPv4 address here; to use IPv6, set on all machines: GROUP=ff02::1%%%s" % outer[0]
+            return "only loopback has an IPv4 address here; to use IPv6, set on all machines: GROUP=ff02::1%" + outer[0]
         return "no network interface but loopback is up"
 
     def fileno(self):
@@ -3349,7 +3350,7 @@ def cpu_quotas(root):
                 words = " ".join(read_lines(os.path.join(place, "cpu.max"))).split() if not controllers else [
                     *read_lines(os.path.join(place, "cpu.cfs_quota_us")),
                     *read_lines(os.path.join(place, "cpu.cfs_period_us"))]
-                if len(words) == 2 and words[0].isdigit() and words[1].isdigit() and int(words[1]):     # not max, not -1
+                if len(words) == 2 and words[0].isdigit() and words[1].isdigit() and int(words[1]):     # no max, no -1
                     yield int(words[0]) / int(words[1])
 
 
@@ -9744,7 +9745,7 @@ def remove_temporary_key(folder):
 
 
 class Demo:
-    """Two workers, a crat and one job on the loopback network, with a key in a temporary folder that goes with the demo.
+    """Two workers, a crat and one job on the loopback network, and a key in a temporary folder that goes with the demo.
 
     The tools are forks of this process and no new programs, so that it does not matter whether there is a file to start
     again: `ssh host python3 - demo < cexec.py` works.  What they say is shown while something is waited for.
