@@ -4678,7 +4678,7 @@ def test_what_somebody_else_made_non_blocking_is_written_too(loop, tmp_path, kin
 
 
 def test_short_pieces_that_nobody_reads_cost_little_more_than_their_bytes(loop):
-    """S18: credit bounds memory, so a byte of it must not cost an object each."""
+    """S16, S17: what is sent with one byte a message must not cost an object for each."""
     import tracemalloc
     ends = [os.pipe() for _ in range(40)]
     sinks = [cexec.open_sink(loop, writing, *[lambda *_: None] * 3) for _, writing in ends]
@@ -5141,6 +5141,7 @@ def lose(linked, how):
     if how is cexec.CLOSED:
         far.close()
     elif how is cexec.BROKEN:
+        far.connection.send(memoryview(cexec.frame(cexec.PONG, 0, bytes(8))))     # good bytes before the bad, in one read
         linked.pair.far.send(b"nothing of TLS" * 20)
     elif how is cexec.SILENT:
         near.session.heard, near.session.timeout = near.session.heard - 100, 50
@@ -8523,6 +8524,22 @@ def test_tt_forces_a_terminal_and_ends_its_input_as_a_user_would(room, data):
     names = [line for line in lines if b"/dev/pts/" in line]
     assert len(names) == 2 and b"24 80" in done.stdout and done.stdout.endswith(b"end\r\n")
     assert done.stdout.count(data.rstrip(b"\n").replace(b"\n", b"\r\n")) >= (2 if data else 1)  # echo and cat
+
+
+@pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
+def test_tt_hangs_up_when_the_connection_that_it_writes_to_ends(room, reset):
+    serve_sh(room, "trap 'exit 6' PIPE; while echo much; do :; done; exit 7")
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        near = socket.create_connection(listening.getsockname())
+        far = listening.accept()[0]
+    job = room.start(*program(), "cexec", "-tt", room.pub, env=room.settings({}), stdin=subprocess.PIPE, stdout=near)
+    near.close()
+    assert far.recv(4) == b"much"
+    if reset:
+        far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    far.close()
+    assert (job.complete(), str(job.log)) == (-signal.SIGHUP, "")
+    wait_until(lambda: no_job_left(room))
 
 
 # ---------------------------------------------------------------- terminals: much
