@@ -5142,6 +5142,7 @@ def lose(linked, how):
     if how is cexec.CLOSED:
         far.close()
     elif how is cexec.BROKEN:
+        far.connection.send(memoryview(cexec.frame(cexec.PONG, 0, bytes(8))))     # good bytes before the bad, in one read
         linked.pair.far.send(b"nothing of TLS" * 20)
     elif how is cexec.SILENT:
         near.session.heard, near.session.timeout = near.session.heard - 100, 50
