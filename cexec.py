@@ -3722,6 +3722,7 @@ class SharedSource(Source):
             return
         self.asked = True
         if self.terminal and in_background(self.fd):
+            os.kill(0, signal.SIGTTIN)      # as the system does to who reads it; but a thread would then ask on and on
             self.loop.call_later(self.LOOK, self._arrived)
             return
         if self.wanted is None:
@@ -4982,6 +4983,9 @@ class JobStreams:
     def accepted(self):
         """A worker has started the job."""
 
+    def moved(self):
+        """The worker that had it is lost; another one is looked for."""
+
     def visible(self):
         """Something of the job has been seen here: it never starts again."""
 
@@ -5794,6 +5798,7 @@ class Engine:
         elif submission.lost > submission.retries or submission.signalled or not submission.streams.can_rewind():
             advice = "run it again"
         else:
+            submission.streams.moved()
             submission.on_event(submission.last_loss + "; it starts again elsewhere", True)
             return self._again(submission)
         self._fail(submission, Failure("worker %s" % kept.name, words, advice))
@@ -6088,6 +6093,10 @@ class InheritedStreams(JobStreams):
             source.accepted(self.settings.replay << 20 if self.settings.retries else None)
         if self.terminal:
             self.terminal.raw()
+
+    def moved(self):
+        if self.terminal:
+            self.terminal.restore()     # what is typed while no worker has the job, as Ctrl-C, is for cexec
 
     def visible(self):
         for source in self.sources.values():

@@ -4763,7 +4763,7 @@ def test_what_is_read_from_a_socket_is_not_known(loop):
 
 
 def test_a_terminal_is_not_read_while_another_group_has_it():
-    """It would stop this process.  The read comes when the terminal does, and takes nothing before."""
+    """It stops this process, where a shell can continue it.  The read comes when the terminal does."""
     leader, follower = pty.openpty()
     tty.setraw(follower)
     report_in, report_out = os.pipe()
@@ -8409,7 +8409,7 @@ def test_what_is_typed_is_the_jobs_unless_it_stands_behind_the_escape(room, term
     terminal.type("~")
     terminal.type(".")
     assert cexec.wait(PATIENCE) == 111
-    assert terminal.wait("sequence\r\n") == "cexec: ended: by the escape "
+    assert terminal.wait("sequence\r\n") == "cexec: the job: ended by the escape "
 
 
 @pytest.mark.parametrize("setting, tilde", [("none", "none"), ("%", "%")])
@@ -8690,9 +8690,9 @@ def escape(room, terminal, worker, cexec, relay):
 @pytest.mark.parametrize("end, status", [
     (lambda room, terminal, worker, cexec, relay: terminal.type("status 7\r"), 7),
     (lambda room, terminal, worker, cexec, relay: terminal.type("\x07"), 128 + signal.SIGINT),
-    (lambda room, terminal, worker, cexec, relay: cexec.signal(signal.SIGTERM), 128 + signal.SIGTERM),
-    (lambda room, terminal, worker, cexec, relay: cexec.signal(signal.SIGHUP), 128 + signal.SIGHUP),
-    (lambda room, terminal, worker, cexec, relay: cexec.signal(signal.SIGINT), 128 + signal.SIGINT),
+    (lambda room, terminal, worker, cexec, relay: cexec.signal(signal.SIGTERM), -signal.SIGTERM),
+    (lambda room, terminal, worker, cexec, relay: cexec.signal(signal.SIGHUP), -signal.SIGHUP),
+    (lambda room, terminal, worker, cexec, relay: cexec.signal(signal.SIGINT), -signal.SIGINT),
     (lost_worker, 111), (lost_handler, 111), (lost_connection, 111), (escape, 111),
 ], ids="exit interrupt TERM HUP INT worker handler connection escape".split())
 def test_the_local_modes_come_back_exactly(room, terminal, end, status):
@@ -8747,7 +8747,7 @@ def test_while_another_worker_is_looked_for_the_keys_are_the_users(room, termina
     terminal.wait_raw(False)
     assert terminal.modes() == modes
     terminal.type("\x07")
-    assert cexec.wait(PATIENCE) == 128 + signal.SIGINT
+    assert cexec.wait(PATIENCE) == -signal.SIGINT
     assert terminal.modes() == modes
 
 
@@ -8825,7 +8825,7 @@ def test_when_the_users_terminal_hangs_up_the_jobs_whole_session_ends(room, term
     terminal.wait("there> ")
     pids = background_jobs(terminal)
     terminal.hang_up()
-    assert cexec.wait(PATIENCE) == 128 + signal.SIGHUP
+    assert cexec.wait(PATIENCE) == -signal.SIGHUP
     wait_gone(*pids)
 
 
