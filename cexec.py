@@ -411,10 +411,10 @@ def whole(text):
     return text.isascii() and text.isdigit() and len(text) <= 12
 
 
-TOOL_NAMES = CEXEC, CMAP, CSERVICE, CRAT, CPROXY = "cexec", "cmap", "cservice", "crat", "cproxy"
+TOOL_NAMES = CEXEC, CMAP, CSERVICE, CWHO, CRAT, CPROXY = "cexec", "cmap", "cservice", "cwho", "crat", "cproxy"
 
 SETTINGS = (
-    Setting("group", ("CEXEC_GROUP", "GROUP"), (CEXEC, CMAP), parse_group, "255.255.255.255", "GROUP",
+    Setting("group", ("CEXEC_GROUP", "GROUP"), (CEXEC, CMAP, CWHO), parse_group, "255.255.255.255", "GROUP",
             "where announcements go: [DEVICE:]ADDRESS[:PORT]"),
     Setting("group", ("GROUP",), (CSERVICE, CRAT, CPROXY), parse_group, "255.255.255.255", "GROUP",
             "where announcements are heard: [DEVICE:]ADDRESS[:PORT]"),
@@ -423,7 +423,7 @@ SETTINGS = (
             "most time to wait for a worker, 0 for ever (default: 60 s without a word from any worker)"),
     Setting("timeout_pingpong", ("CEXEC_TIMEOUT_PINGPONG",), (CEXEC, CMAP), seconds(1, 86400), "60", "SECONDS",
             "silence after which a worker is lost"),
-    Setting("listen_ports", ("CEXEC_LISTEN_PORTS", "CEXEC_LISTEN_PORT", "CEXEC_PORTS", "CEXEC_PORT"), (CEXEC, CMAP),
+    Setting("listen_ports", ("CEXEC_LISTEN_PORTS", "CEXEC_LISTEN_PORT", "CEXEC_PORTS", "CEXEC_PORT"), (CEXEC, CMAP, CWHO),
             lambda text: parse_ports(text) if text else None, "", "PORTS",
             "TCP ports a worker may connect back to: a,b,c and ranges a:b or a-b"),
     Setting("accept_server", ("CEXEC_ACCEPT_SERVER", "CEXEC_ACCEPT_SERVERS"), (CEXEC, CMAP), parse_hosts, "",
@@ -499,7 +499,10 @@ FLAGS = {   # options without a value: {option: (attribute, value, tools, help)}
     "--unordered": ("unordered", True, (CMAP,), "write outputs as jobs end, not in the order of the inputs"),
     "--hedge": ("hedge", True, (CMAP,), "at the end start the longest-running jobs twice; the first to end counts"),
     "--resume": ("resume", True, (CMAP,), "leave out what the log has with status 0, unless it has changed"),
-    "--json": ("json", True, (CRAT,), "print one JSON object per line"),
+    "--check": ("check", True, (CWHO,), "find out why nobody answers, and what to do"),
+    "--watch": ("watch", True, (CWHO,), "show the room every two seconds, and the jobs that end; q ends"),
+    "--slots": ("slots", True, (CWHO,), "print only the number of free slots"),
+    "--json": ("json", True, (CRAT, CWHO), "print one JSON object per line"),
     "--time": ("time", True, (CRAT,), "put date and time in front of each line"),
 }
 
@@ -703,8 +706,10 @@ ANNOUNCE_BODY = struct.Struct(">HIIB8s")    # attempt; ms waited so far; ms to t
 TELL_BUSY = 1               # flag: whoever has no free slot says so
 HOLD_BODY = struct.Struct(">H")             # milliseconds
 TAKEN_BODY = struct.Struct(">f")            # the new shared offset, NaN for none
-ASK_BODY = struct.Struct(">HB")             # ms over which the answers are to be spread; flags
+ASK_BODY = struct.Struct(">HBH")    # ms over which the answers are to be spread; flags; bytes of the filter behind
 CONNECT = 1                 # flag: try to connect back to the port as well
+CHECK = 2                   # flag: workers of other keys say that they are there
+FILTER_MAX = 1024           # bytes: of a thousand workers one in a hundred waits for the next round
 
 
 class Announcement(collections.namedtuple("Announcement", "attempt waited interval flags room")):
@@ -739,13 +744,38 @@ def parse_taken(datagram):
     return None if math.isnan(offset) else offset
 
 
-def encode_ask(spread, flags):
-    return ASK_BODY.pack(int(spread), flags)
+def encode_ask(spread, flags, heard=b""):
+    """heard: a filter of the workers that need not answer again, as heard_filter makes it."""
+    return ASK_BODY.pack(int(spread), flags, len(heard)) + heard
 
 
 def parse_ask(datagram):
-    """(milliseconds over which to spread the answers, flags)."""
-    return unpack_body(ASK_BODY, datagram)
+    """(milliseconds over which to spread the answers, flags, filter)."""
+    spread, flags, size = unpack_body(ASK_BODY, datagram)
+    heard = datagram.body[ASK_BODY.size:ASK_BODY.size + size]
+    if len(heard) < size:
+        raise ProtocolError("a short ask datagram")
+    return spread, flags, heard
+
+
+def filter_bits(size, nonce, sequence, instance):
+    """The four bits of a filter of `size` bytes that stand for a worker, others in each datagram."""
+    digest = hashlib.sha256(struct.pack(">8sI", nonce, sequence) + instance.encode()).digest()
+    return [number % (8 * size) for number in struct.unpack(">4I", digest[:16])]
+
+
+def heard_filter(nonce, sequence, instances):
+    """A Bloom filter: it has all of these instances, and of others few."""
+    bits = bytearray(min(FILTER_MAX, 2 * len(instances)))
+    for instance in instances:
+        for bit in filter_bits(len(bits), nonce, sequence, instance):
+            bits[bit >> 3] |= 1 << (bit & 7)
+    return bytes(bits)
+
+
+def is_heard(heard, nonce, sequence, instance):
+    return bool(heard) and all(heard[bit >> 3] >> (bit & 7) & 1
+                               for bit in filter_bits(len(heard), nonce, sequence, instance))
 
 
 # An alert datagram's body is one or more alerts, one behind the other.
@@ -791,35 +821,41 @@ def parse_alerts(datagram):
 
 FREE, BUSY, DRAINING, VETOED, UNREACHABLE = range(5)
 STATE_NAMES = {FREE: "free", BUSY: "busy", DRAINING: "draining", VETOED: "vetoed", UNREACHABLE: "cannot connect"}
-# State; slots, running, waiting, CPUs; load, cost; seconds up, jobs done; port it could not connect to.
-HERE_BODY = struct.Struct(">BHHHHffIIH")
+# State; slots, running, waiting, CPUs; load, cost, speed; seconds up, jobs done; port it tried to connect to.
+HERE_BODY = struct.Struct(">BHHHHfffIIH")
 HERE_TEXTS = 8
 HERE_TEXT_MAX = 130         # bytes of one of them: all eight fit a datagram at their longest
 
 
 class Here(collections.namedtuple(
-        "Here", "state slots running waiting cpus load cost up done port "
+        "Here", "state slots running waiting cpus load cost speed up done port "
                 "address instance host version python digest command error")):
     """A worker's answer to a roll call, or to an announcement that it cannot serve now.
 
     state: FREE ... UNREACHABLE.  waiting: submitters it knows of.  load: processes that other work wants to run.
-    cost: as in the preamble.  port, error: where it could not connect back and why, if it tried.
-    digest: of the command's basename and arguments.
+    cost: as in the preamble.  speed: of one CPU, 1.0 is usual.  port: where it has tried to connect back.  error: why
+    it could not do that, or why it serves nobody.  digest: of the command's basename and arguments.
     """
     __slots__ = ()
+
+    def text(self):
+        """The state in words for a user."""
+        if self.state == UNREACHABLE:
+            return "could not connect back to port %d: %s" % (self.port, self.error)
+        return STATE_NAMES[self.state] + (": " + self.error if self.error else "")
 
 
 def encode_here(here):
     short = [min(number, 65535) for number in here[1:5]]
-    return HERE_BODY.pack(here.state, *short, here.load, here.cost, int(min(here.up, U32_MAX)),
-                          min(here.done, U32_MAX), here.port) + pack_short_texts(here[10:], HERE_TEXT_MAX)
+    return HERE_BODY.pack(here.state, *short, here.load, here.cost, here.speed, int(min(here.up, U32_MAX)),
+                          min(here.done, U32_MAX), here.port) + pack_short_texts(here[11:], HERE_TEXT_MAX)
 
 
 def parse_here(datagram):
     fields = unpack_body(HERE_BODY, datagram)
     if fields[0] not in STATE_NAMES:
         raise ProtocolError("a worker in unknown state %d" % fields[0])
-    if not all(map(math.isfinite, fields[5:7])):
+    if not all(map(math.isfinite, fields[5:8])):
         raise ProtocolError("a worker whose load is no number")
     texts, _ = unpack_short_texts(datagram.body, HERE_BODY.size, HERE_TEXTS)
     return Here(*fields, *texts)
@@ -2015,11 +2051,12 @@ class Responder:
 
     def place_failed(self, nonce):
         """The connection under way has not shown itself to be the submitter's: no such address, no GO.  To be said
-        before lost(); again it counts no more."""
+        before lost(); again it counts no more.  Returns how often that address has failed."""
         record = self.connecting[nonce]
         if record.current and not record.failed:
             record.current.failures += 1
             record.failed = True
+        return record.current.failures if record.current else 0
 
     def gives_way(self, nonce, proven=False):
         """Whether a connection that has been silent for long is to be given up: others wait for its slot, or, if it has
@@ -3169,11 +3206,12 @@ class GroupSocket:
             self.socket.setsockopt(level, IPV6_BOUND_IF if six else IP_BOUND_IF, interface.index)
 
     def send_to(self, data, place):
-        """Sends one datagram to one address; what cannot be sent is lost, as any datagram may be."""
+        """Sends one datagram to one address.  Returns whether it could be sent; on its way it may get lost."""
         try:
             self.socket.sendto(data, place)
         except OSError:
-            pass
+            return False
+        return True
 
     def heard_on(self):
         """Names of the interfaces in use; none where the system chooses."""
@@ -3280,6 +3318,17 @@ def listen_on(place, family, backlog):
         made.close()
         raise
     return made
+
+
+def address_towards(place):
+    """This machine's address as whoever is at that place sees it; "" where there is no way."""
+    with socket.socket(socket.AF_INET6 if ":" in place[0] else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+            probe.connect(place)
+            return probe.getsockname()[0].partition("%")[0]
+        except OSError:
+            return ""
 
 
 def connect_to(place):
@@ -4854,12 +4903,10 @@ class Discovery:
         own = parse_address(here.address)
         name = worker_name(own[0], address) if own else address
         if here.state == UNREACHABLE:
-            words = "could not connect back to port %d: %s" % (here.port, here.error)
-            self.note(name, words)
+            self.note(name, here.text())
         else:
-            words = STATE_NAMES[here.state]
             self.selection.busy(now_ms())
-        self.on_heard(name, address, words, here)
+        self.on_heard(name, address, here.text(), here)
 
     # -- what the connections report
     def connected(self, connection, random):
@@ -7184,7 +7231,7 @@ class Daemon:
     LOOK = 0.5              # seconds between two looks at load, waiting submitters and turns
     VETO_EVERY = 10.0       # seconds between two runs of --if
     HERE_RATE = 20          # answers to roll calls and announcements a second
-    FAILURE_EVERY = 10.0    # seconds between two lines about one submitter that cannot be reached
+    TESTS_MAX = 16          # roll calls that it tries to connect back to at once
 
     def __init__(self, key, settings, command, log):
         self.loop = Loop(on_error=self._fault)
@@ -7206,10 +7253,13 @@ class Daemon:
         self.proven = collections.OrderedDict()     # {id: True} of the last jobs of ended handlers
         self.jobs_done = 0              # by handlers that have ended
         self.here_bucket = TokenBucket(self.HERE_RATE, self.HERE_RATE)
+        self.stranger_bucket = TokenBucket(1, 1)    # answers to roll calls of other keys
+        self.tests = {}                 # {nonce: when its ConnectionTest began}
         self.sequence = 0
         self.timer = None
         self.draining = False
         self.vetoed = False
+        self.missing = False            # COMMAND is no executable file any more
         self.veto_pid = None            # of the running --if command
         self.ready_said = False
         self.veto_at = -math.inf
@@ -7239,6 +7289,8 @@ class Daemon:
             self.key.fingerprint, self.settings.group, " on " + " ".join(interfaces) if interfaces else "",
             count_text(self.settings.concurrency, "slot"), self.path, ", jobs run as " + user.pw_name if user else ""),
             always=True)
+        if self.group.advice():
+            self.log("warning: nobody on another machine is heard: %s" % self.group.advice(), always=True)
         if os.geteuid() == 0 and not user:
             self.log("warning: jobs run as root; --user NAME gives them another user's rights", always=True)
 
@@ -7265,6 +7317,9 @@ class Daemon:
             if datagram.key_id == self.key.id and self._matters(datagram) and datagram.authentic(self.key.udp):
                 self.RECEIVED[datagram.kind](self, datagram, source)
                 return True
+            if (datagram.kind == ASK and datagram.key_id != self.key.id and parse_ask(datagram)[1] & CHECK
+                    and self.stranger_bucket.take(time.monotonic())):
+                self.group.send_to(encode_datagram(self.key.udp, HERE, self.key.id, datagram.nonce, 0), source)
         except ProtocolError as error:
             if data[:4] == MAGIC and data[4:5] != bytes([WIRE_VERSION]):
                 self.log.note("version", "from %s: %s" % (source[0], error))
@@ -7307,30 +7362,38 @@ class Daemon:
 
     def _ask(self, datagram, source):
         """A roll call: answers after a random part of the spread, and connects first if that is wanted."""
-        spread, flags = parse_ask(datagram)
-        wait = uniform() * spread / 1000
-        if flags & CONNECT and datagram.port >= 1024:
+        spread, flags, heard = parse_ask(datagram)
+        nonce, wait, now = datagram.nonce, uniform() * spread / 1000, time.monotonic()
+        if is_heard(heard, nonce, datagram.sequence, self.instance):
+            return
+        if not flags & CONNECT or datagram.port < PORT_LEAST:
+            self.loop.call_later(wait, lambda: self.send_here(nonce, source))
+            return
+        self.tests = {each: began for each, began in self.tests.items() if now - began < 2 * SubmitterConnection.CONNECT}
+        if nonce not in self.tests and len(self.tests) < self.TESTS_MAX:
+            self.tests[nonce] = now
             place = (source[0], datagram.port) + tuple(source[2:])
-            self.loop.call_later(wait, lambda: ConnectionTest(self, datagram.nonce, source, place))
-        else:
-            self.loop.call_later(wait, lambda: self.send_here(datagram.nonce, source))
+            self.loop.call_later(wait, lambda: ConnectionTest(self, nonce, source, place))
 
     RECEIVED = {ANNOUNCE: _announce, HOLD: _hold, TAKEN: _taken, ALERT: _alert, ASK: _ask}
 
     def send_here(self, nonce, place, port=0, error=""):
-        """Tells who asked how this worker is; error: why its port could not be reached."""
+        """Tells who asked how this worker is; error: why its port could not be reached.  Where there is no way to who
+        asked, all who hear the group are told."""
         if not self.here_bucket.take(time.monotonic()):
             return
-        running = self.responder.running
-        state = (UNREACHABLE if error else DRAINING if self.draining else VETOED if self.vetoed else
+        responder, running = self.responder, self.responder.running
+        state = (UNREACHABLE if error else DRAINING if self.draining else VETOED if self.vetoed or self.missing else
                  BUSY if running >= self.settings.concurrency else FREE)
-        here = Here(state, self.settings.concurrency, running, self.responder.waiting(), usable_cpus(),
-                    self.responder.outside, self.responder.cost(now_ms()), int(time.monotonic() - self.began),
-                    self._jobs_done(), port, "", self.instance, socket.gethostname(), VERSION,
-                    "%d.%d.%d" % sys.version_info[:3], self.command_digest(), os.path.basename(self.path), error)
+        here = Here(state, self.settings.concurrency, running, responder.waiting(), responder.cores, responder.outside,
+                    responder.cost(now_ms()), responder.speed, int(time.monotonic() - self.began), self._jobs_done(),
+                    port, address_towards(place), self.instance, socket.gethostname(), VERSION,
+                    "%d.%d.%d" % sys.version_info[:3], self.command_digest(), os.path.basename(self.path),
+                    error or ("COMMAND is missing" if self.missing else ""))
         self.sequence += 1
-        self.group.send_to(encode_datagram(self.key.udp, HERE, self.key.id, nonce, self.sequence, encode_here(here)),
-                           place)
+        data = encode_datagram(self.key.udp, HERE, self.key.id, nonce, self.sequence, encode_here(here))
+        if not self.group.send_to(data, place):
+            self.group.send(data)
 
     def command_digest(self):
         """The same for workers with the same command and arguments, wherever it is installed."""
@@ -7368,9 +7431,10 @@ class Daemon:
         """The submitter has taken another worker, or cannot be reached."""
         self.connecting.discard(connection)
         nonce, refused = connection.answer.nonce, connection.error == errno.ECONNREFUSED
-        if connection.error is not None and not refused:
+        failures = self.responder.place_failed(nonce)
+        # One whose job has been taken refuses too; one that refuses again is still looking.
+        if connection.error is not None and (not refused or failures > 1):
             self._unreachable(nonce, connection.place, os.strerror(connection.error))
-        self.responder.place_failed(nonce)
         self._lost(connection.answer, refused)
 
     def _unreachable(self, nonce, place, words):
@@ -7439,6 +7503,8 @@ class Daemon:
             self.responder.won(handler.answer.nonce)
         if b"over" in words:
             self._free(handler)
+        if b"failed" in words:
+            self._look_for_command()
         self.consider()
 
     def _free(self, handler):
@@ -7498,6 +7564,8 @@ class Daemon:
         if now - self.refreshed_at >= 10.0:
             self.refreshed_at = now
             self.group.refresh()
+        if self.missing:
+            self._look_for_command()
         if self.settings.veto and not self.veto_pid and now - self.veto_at >= self.VETO_EVERY:
             self._run_veto()
         self._drop_stale(now)
@@ -7529,10 +7597,22 @@ class Daemon:
         now = time.monotonic()
         for handler in self.handlers.values():
             if not handler.over:
-                handler.tell(self.draining or self.vetoed or (
+                handler.tell(self.draining or self.responder.stopped or (
                     now - handler.began > self.TURN and self.responder.others_wait(handler.room)))
 
-    # -- the owner's veto
+    # -- who answers nobody
+    def _look_for_command(self):
+        """A job could not be started.  While COMMAND is missing nobody is answered, who would only be refused; with
+        another cause others go first."""
+        before, self.missing = self.missing, not (os.path.isfile(self.path) and os.access(self.path, os.X_OK))
+        self.responder.stopped = self.vetoed or self.missing
+        if self.missing != before:
+            self.log("%s: %s" % (self.path, "missing or not executable, no new jobs until it is there"
+                                 if self.missing else "there again, takes jobs again"))
+            self.consider()
+        elif not self.missing:
+            self.responder.penalise(now_ms(), self.MUTE)
+
     def _run_veto(self):
         self.veto_at = time.monotonic()
         try:
@@ -7545,7 +7625,7 @@ class Daemon:
     def _veto_told(self, status):
         """The command of --if has ended, with this wait status."""
         before, self.veto_pid, self.vetoed = self.vetoed, None, status != 0
-        self.responder.stopped = self.vetoed
+        self.responder.stopped = self.vetoed or self.missing
         if not self.ready_said:
             self._ready()
         if self.vetoed != before:
@@ -7597,6 +7677,7 @@ class ConnectionTest:
         self.timer.cancel()
         self.daemon.loop.watch(self.socket.fileno())
         self.socket.close()
+        self.daemon.tests.pop(self.nonce, None)
         self.daemon.send_here(self.nonce, self.source, self.place[1], os.strerror(problem) if problem else "")
 
 
@@ -8091,6 +8172,7 @@ class Handler:
             words = "%s: %s" % (self.daemon.path, reason_of(error))
             self.log("job %s: refused to %s: %s" % (job.id, self.remote_text(), words))
             self.running = None
+            self._tell(b"failed")
             self.channel.session.refuse(words)
             return self._give_slot_back()
         self.log("job %s: start from %s, pid %d" % (job.id, self.remote_text(), self.running.pid))
@@ -8255,6 +8337,494 @@ def close_strays():
     if not LINUX and not MACOS:         # there the folder may list the first few only
         highest = max(highest, min(os.sysconf("SC_OPEN_MAX"), 1 << 20))
     os.closerange(3, highest + 1)
+
+
+# ---------------------------------------------------------------- cwho
+
+ASK_ROUND = 0.12            # seconds from one question of a roll call to the next
+ASK_SPREAD = 100            # milliseconds over which the answers to one are spread
+ASK_ROUNDS = 16             # questions: two seconds
+ASK_QUIET = 6               # questions that bring nobody new, after which all have been heard
+STRANGERS_MAX = 50          # addresses remembered of those that are not ours
+WATCH_EVERY = 2.0           # seconds between two roll calls of --watch
+WATCH_KEPT = 5.0            # seconds for which --watch shows a worker that does not answer
+ENDED_KEPT = 100            # jobs that have ended, which --watch remembers
+CHECK_PATIENCE = SubmitterConnection.CONNECT + 1.5      # seconds until a worker has said that it could not connect
+ADVISED_PORTS = [(40000, 40100)]        # below those that Linux gives to connections it makes itself in old defaults
+
+
+class Present(collections.namedtuple("Present", "here name address heard by_group")):
+    """A worker that has answered: its Here, what it is called, where the answer came from and when; by_group: that it
+    could only be sent to all."""
+    __slots__ = ()
+
+    @property
+    def free(self):
+        return max(0, self.here.slots - self.here.running) if self.here.state == FREE else 0
+
+    @property
+    def order(self):
+        place = parse_address(self.name.partition(" ")[0].partition("%")[0])
+        return (place[1], socket.inet_pton(place[1], place[0])) if place else (0, b""), self.here.instance
+
+    def json(self):
+        import json
+        here, record = self.here, self.here._asdict()
+        record.update(worker=self.name, state=STATE_NAMES[here.state], free=self.free, load=round(here.load, 3),
+                      cost=round(here.cost, 3), speed=round(here.speed, 3))
+        return json.dumps(record)
+
+
+class RollCall:
+    """Asks who is there, again and again until all have answered; those that have been heard need not answer again.
+
+    present: {instance: Present}; strangers: {address: key id} of workers of other keys, which no key vouches for.
+    on_over, if given, is called at the end; begin() may then be called for the next one.
+    """
+
+    def __init__(self, loop, key, group, flags=0, port=0, on_over=None):
+        self.loop, self.key, self.flags, self.port, self.on_over = loop, key, flags, port, on_over
+        self.present, self.strangers, self.problems = {}, {}, []
+        self.socket = GroupSocket(group, listen=False)
+        loop.watch(self.socket.fileno(), read=self._read)
+
+    def begin(self):
+        self.nonce, self.sequence, self.heard, self.quiet, self.over = os.urandom(8), 0, set(), 0, False
+        self._ask()
+
+    def _ask(self):
+        if self.sequence == ASK_ROUNDS or self.heard and self.quiet == ASK_QUIET:
+            self.over = True
+            return self.on_over and self.on_over()
+        self.sequence += 1
+        self.quiet += 1
+        body = encode_ask(ASK_SPREAD, self.flags, heard_filter(self.nonce, self.sequence, self.heard))
+        self.problems = self.socket.send(encode_datagram(self.key.udp, ASK, self.key.id, self.nonce, self.sequence, body,
+                                                         self.port))
+        self.loop.call_later(ASK_ROUND, self._ask)
+
+    def _read(self):
+        for _ in range(RECEIVE_ROUND):
+            received = self.socket.receive()
+            if received is None:
+                break
+            try:
+                self.hear(parse_datagram(received[0]), received[1][0])
+            except ProtocolError:
+                pass        # a stranger's
+
+    def hear(self, datagram, address, by_group=False):
+        if (datagram.kind, datagram.nonce) != (HERE, self.nonce):
+            return
+        if datagram.key_id != self.key.id and len(self.strangers) < STRANGERS_MAX:
+            self.strangers[address] = "0x" + datagram.key_id.hex()
+        if datagram.key_id != self.key.id or not datagram.authentic(self.key.udp):
+            return
+        here = parse_here(datagram)
+        own = parse_address(here.address)
+        if here.instance not in self.heard:
+            self.heard.add(here.instance)
+            self.quiet = 0
+        self.present[here.instance] = Present(here, worker_name(own[0], address) if own else address, address,
+                                              time.monotonic(), by_group)
+
+
+COLUMNS = (     # head, format, value of a Present
+    ("WORKER", "%-*s", lambda worker: worker.name), ("NAME", "%-*s", lambda worker: worker.here.host),
+    ("STATE", "%-*s", lambda worker: STATE_NAMES[worker.here.state]),
+    ("JOBS", "%*s", lambda worker: "%d/%d" % (worker.here.running, worker.here.slots)),
+    ("WAIT", "%*s", lambda worker: "%d" % worker.here.waiting), ("DONE", "%*s", lambda worker: "%d" % worker.here.done),
+    ("LOAD", "%*s", lambda worker: "%.1f" % worker.here.load), ("CPUS", "%*s", lambda worker: "%d" % worker.here.cpus),
+    ("SPEED", "%*s", lambda worker: "%.2f" % worker.here.speed), ("VERSION", "%-*s", lambda worker: worker.here.version),
+    ("COMMAND", "%-*s", lambda worker: worker.here.command + (" (%s)" % worker.here.error if worker.here.error else "")))
+
+
+def table(workers):
+    """The lines of a table of these Presents, a line that sums them up behind it."""
+    rows = [[head for head, _, _ in COLUMNS]] + [[printable(value(worker)) for _, _, value in COLUMNS]
+                                                 for worker in workers]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(form % (width, text) for (_, form, _), width, text in zip(COLUMNS, widths, row)).rstrip()
+             for row in rows]
+    return lines + ["%s, %s, %d free" % (count_text(len(workers), "worker"), count_text(
+        sum(worker.here.slots for worker in workers), "slot"), sum(worker.free for worker in workers))]
+
+
+def differences(workers):
+    """A warning where workers of one key are not alike."""
+    warnings = []
+    for what, same, shown in (("program versions", lambda here: here.version, lambda here: here.version),
+                              ("commands", lambda here: here.digest, lambda here: here.command)):
+        alike = {}
+        for worker in workers:
+            alike.setdefault(same(worker.here), []).append(worker)
+        if len(alike) > 1:
+            groups = sorted(alike.values(), key=len, reverse=True)
+            warnings.append("warning: workers of this key run different %s: %s" % (what, "; ".join(
+                "%s on %s" % (shown(group[0].here), ", ".join(worker.name for worker in group[:3])
+                              + (" and %d more" % (len(group) - 3) if len(group) > 3 else "")) for group in groups[:5])))
+    return warnings
+
+
+class Who:
+    """cwho without --check: one roll call, or with --watch one after another."""
+
+    def __init__(self, key, settings):
+        self.loop, self.key, self.settings = Loop(), key, settings
+        self.call = RollCall(self.loop, key, settings.group, on_over=None if settings.watch else self.loop.stop)
+        self.screen = Screen(self.loop, self.draw) if settings.watch and os.isatty(1) else None
+        self.ended = collections.deque(maxlen=ENDED_KEPT)       # lines about jobs
+        self.reader = self.ear = None
+
+    def workers(self):
+        since = time.monotonic() - WATCH_KEPT
+        return sorted((each for each in self.call.present.values() if each.heard > since), key=lambda each: each.order)
+
+    def run(self):
+        if not self.settings.watch:
+            self.call.begin()
+            self.loop.run()
+            return self._once(self.workers())
+        self.reader = AlertReader([self.key], 900, time.time())
+        self.ear = GroupSocket(self.settings.group, listen=True)
+        self.loop.watch(self.ear.fileno(), read=self._alerts)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            self.loop.on_signal_unless_ignored(number, lambda number: self.loop.stop(0))
+        if self.screen:
+            self.screen.open()
+        try:
+            self._watch()
+            return self.loop.run()
+        finally:
+            if self.screen:
+                self.screen.close()
+
+    def _once(self, workers):
+        if not workers:
+            if self.settings.slots:
+                print_out("0\n")
+            raise Failure("nobody answered", "asked on %s for key %s%s" % (
+                self.settings.group, self.key.fingerprint, "".join("; " + problem for problem in self.call.problems)),
+                "cwho --check %s finds out why" % self.key.name)
+        self._print(workers)
+        for warning in differences(workers):
+            say(CWHO, warning)
+        return 0
+
+    def _print(self, workers, behind=()):
+        lines = ([str(sum(worker.free for worker in workers))] if self.settings.slots else
+                 [worker.json() for worker in workers] if self.settings.json else table(workers) + list(behind))
+        data = ("\n".join(lines) + "\n").encode("utf-8", "replace") if lines else b""
+        while data:
+            data = data[os.write(1, data):]
+
+    # -- --watch
+    def _watch(self):
+        self.call.begin()
+        self.loop.call_later(WATCH_EVERY, self._watch)
+        self.loop.call_later(WATCH_EVERY - ASK_ROUND, self.draw)
+
+    def _alerts(self):
+        for _ in range(RECEIVE_ROUND):
+            received = self.ear.receive()
+            if received is None:
+                break
+            for report in self.reader.read(received[0], received[1][0], time.time())[0]:
+                if report.known:
+                    self.ended.append(time.strftime("%H:%M:%S ", time.localtime(report.heard)) + report.line())
+
+    def draw(self):
+        workers = self.workers()
+        if not self.screen:
+            jobs, warnings = list(self.ended), differences(workers)
+            self.ended.clear()
+            try:
+                return self._print(workers, warnings + jobs + [""])
+            except BrokenPipeError:
+                return self.loop.stop(128 + signal.SIGPIPE)
+        lines = ["%s  key %s (%s), group %s; q ends" % (time.strftime("%H:%M:%S"), self.key.name, self.key.fingerprint,
+                                                       self.settings.group)] + self.call.problems
+        lines += differences(workers) + [""] + (table(workers) if workers else ["nobody has answered"])
+        self.screen.draw(lines, list(self.ended))
+
+
+class Screen:
+    """A terminal's whole screen, drawn again without being cleared; whoever opens it closes it."""
+
+    def __init__(self, loop, redraw):
+        self.loop, self.redraw, self.modes = loop, redraw, None
+
+    def open(self):
+        import termios
+        self.termios, self.modes = termios, None
+        if os.isatty(0):
+            self.modes = termios.tcgetattr(0)
+            modes = termios.tcgetattr(0)
+            modes[3] &= ~(termios.ICANON | termios.ECHO)
+            termios.tcsetattr(0, termios.TCSADRAIN, modes)
+            self.loop.watch(0, read=self._typed)
+        os.write(1, b"\x1b[?1049h\x1b[?25l\x1b[2J")
+        self.loop.on_signal(signal.SIGWINCH, lambda number: self.redraw())
+        self.loop.on_signal_unless_ignored(signal.SIGTSTP, self._suspend)
+
+    def close(self):
+        """Gives the terminal back as it was."""
+        for step in (lambda: os.write(1, b"\x1b[?25h\x1b[?1049l"),
+                     lambda: self.modes and self.termios.tcsetattr(0, self.termios.TCSADRAIN, self.modes)):
+            try:
+                step()
+            except (OSError, self.termios.error):
+                pass        # the terminal has gone
+
+    def _typed(self):
+        try:
+            typed = os.read(0, 100)
+        except OSError:
+            typed = b""
+        if not typed or b"q" in typed.lower():
+            self.loop.stop(0)
+
+    def _suspend(self, number):
+        self.close()
+        handler = signal.signal(number, signal.SIG_DFL)
+        os.kill(0, number)
+        signal.signal(number, handler)      # here it has been continued
+        self.open()
+        self.redraw()
+
+    def draw(self, lines, jobs):
+        """The lines, and below them as many of the last jobs as there is room for."""
+        size = os.get_terminal_size(1)
+        columns, rows = size.columns or 80, size.lines or 24
+        shown = min(len(jobs), max(rows - len(lines) - 1, rows // 4))
+        if len(lines) > rows - shown:
+            lines = lines[:rows - shown - 1] + ["... (%d lines more)" % (len(lines) - rows + shown + 1)]
+        lines = (lines + ([""] if shown and len(lines) < rows - shown else []) + jobs[len(jobs) - shown:])[:rows]
+        os.write(1, b"\x1b[H" + b"\r\n".join(printable(line)[:columns - 1].encode("utf-8", "replace") + b"\x1b[K"
+                                             for line in lines) + b"\x1b[J")
+
+
+class Check:
+    """cwho --check: asks in all the ways there are, and tells what follows from the answers.
+
+    Two roll calls on the group, one with the wish to be connected to; where the group is another one than the default,
+    two more for workers that hear that, or the group's port by broadcast.  A worker that has no way back answers by the
+    group, and old or new versions and other keys are heard there too.
+    """
+
+    def __init__(self, key, settings):
+        self.loop, self.key, self.settings, self.group = Loop(), key, settings, settings.group
+        self.listener = open_listener(self.group, settings.listen_ports)
+        self.port = self.listener.getsockname()[1]
+        self.arrived = collections.Counter()        # connections, by address
+        self.foreign = {}                           # {address: words} of what is heard and not understood
+        self.known = RollCall(self.loop, key, self.group, CHECK, on_over=self._maybe_over)
+        self.connect = RollCall(self.loop, key, self.group, CHECK | CONNECT, self.port)
+        self.others = [RollCall(self.loop, key, group, CHECK) for group in self._other_groups()]
+        try:
+            self.ear = GroupSocket(self.group, listen=True)
+        except Failure as failure:
+            self.ear = None
+            say(CWHO, "%s; what is said to all is not heard" % failure)
+
+    def _other_groups(self):
+        texts = {ALL_HOSTS, "%s:%d" % (ALL_HOSTS, self.group.port)} if not self.group.loopback else ()
+        groups = [parse_group(text) for text in sorted(texts)]
+        return [group for group in groups if (group.address, group.port) != (self.group.address, self.group.port)]
+
+    def run(self):
+        self.loop.watch(self.listener.fileno(), read=self._accept)
+        if self.ear:
+            self.loop.watch(self.ear.fileno(), read=self._overhear)
+        for call in [self.known, self.connect] + self.others:
+            call.begin()
+        self.loop.call_later(CHECK_PATIENCE, self.loop.stop)
+        self._look()
+        self.loop.run()
+        lines, advice = self.findings()
+        print_out("\n".join([*lines, *(["", "What to do:"] if advice else []), *advice, ""]))
+        return EXIT_TEMPORARY if advice else 0
+
+    def _accept(self):
+        try:
+            connection, source = self.listener.accept()
+        except OSError:
+            return
+        connection.close()
+        self.arrived[source[0]] += 1
+
+    def _overhear(self):
+        for _ in range(RECEIVE_ROUND):
+            received = self.ear.receive()
+            if received is None:
+                break
+            data, (address, *_), _ = received
+            try:
+                datagram = parse_datagram(data)
+                for call in self.known, self.connect:
+                    call.hear(datagram, address, by_group=True)
+                if datagram.key_id != self.key.id and datagram.kind != HERE:
+                    self._foreign(address, "sends %s for another key (id 0x%s)" % (
+                        DATAGRAM_NAMES[datagram.kind], datagram.key_id.hex()))
+            except ProtocolError as error:
+                if data[:4] == MAGIC:
+                    self._foreign(address, "sends %s" % error)
+
+    def _foreign(self, address, words):
+        if len(self.foreign) < STRANGERS_MAX:
+            self.foreign[address] = words
+
+    def _look(self):
+        self._maybe_over()
+        self.loop.call_later(ASK_ROUND, self._look)
+
+    def _maybe_over(self):
+        """Nothing more can come when each worker has said whether it could connect, or none is there."""
+        if self.known.over and set(self.known.present) <= set(self.connect.present):
+            self.loop.stop()
+
+    # -- what was found
+    def workers(self):
+        return sorted(dict(self.known.present, **self.connect.present).values(), key=lambda worker: worker.order)
+
+    def findings(self):
+        """(lines about what was found, lines of advice: none where a job could run)"""
+        workers, problems = self.workers(), self.known.problems
+        ways = ["%s from %s" % (each.name, each.addresses[0]) if each and each.addresses else each.name if each else
+                "the system's choice from %s" % address_towards((self.group.address, self.group.port))
+                for each in self.known.socket.targets]
+        lines = ["asked:     on %s by %s, for key %s" % (self.group, ", ".join(ways) or "no interface",
+                                                        self.key.fingerprint)]
+        lines += ["not sent:  " + problem for problem in problems]
+        lines += ["listened:  on TCP port %d for workers that connect back" % self.port]
+        for worker in workers:
+            back = ("heard, could not connect within %.0f s" % CHECK_PATIENCE if not worker.here.port else
+                    worker.here.text() if worker.here.state == UNREACHABLE else
+                    "connected back; " + worker.here.text() + ", %d of %d slots in use" % (
+                        worker.here.running, worker.here.slots))
+            lines.append("worker:    %s (%s): %s%s" % (worker.name, worker.here.host, back, (
+                "; it has no way to answer but to all" if worker.by_group else "")))
+        silent = [address for address in self.arrived if address not in {worker.address for worker in workers}]
+        lines += ["connected: from %s, of which no datagram came" % address for address in silent]
+        elsewhere = self._elsewhere()
+        lines += ["elsewhere: worker %s (%s) hears %s" % (worker.name, worker.here.host, group)
+                  for group, worker in elsewhere]
+        strangers = self._strangers()
+        lines += ["stranger:  a worker of another key (id %s) is at %s" % (key_id, address)
+                  for address, key_id in sorted(strangers.items())]
+        lines += ["stranger:  %s %s" % item for item in sorted(self.foreign.items()) if item[0] not in strangers]
+        lines += differences(workers)
+        reached = [worker for worker in workers if worker.here.state in (FREE, BUSY) and worker.here.port]
+        if reached or silent:
+            busy = reached and not any(worker.free for worker in reached)
+            return lines + ["result:    a job could run" + (" as soon as a slot is free" if busy else "")], []
+        lines.append("result:    no job can run")
+        return [printable(line) for line in lines], self._advice(workers, elsewhere, strangers, problems)
+
+    def _elsewhere(self):
+        """[(group, Present)] of workers that hear another group only."""
+        here, found = set(self.known.present) | set(self.connect.present), []
+        for call in self.others:
+            for instance, worker in sorted(call.present.items()):
+                if instance not in here:
+                    here.add(instance)
+                    found.append((call.socket.group, worker))
+        return found
+
+    def _strangers(self):
+        return dict(pair for call in [self.known, self.connect] + self.others for pair in call.strangers.items())
+
+    def _advice(self, workers, elsewhere, strangers, problems):
+        ports = self.settings.listen_ports or ADVISED_PORTS
+        inward = ["let workers connect to this machine:"] + ["    " + line for line in firewall_commands("tcp", ports)]
+        if not self.settings.listen_ports:
+            inward += ["and keep to these ports:", "    export CEXEC_LISTEN_PORTS=" + ports_text(ports)]
+        lost = next((worker for worker in workers if worker.by_group), None)
+        if lost:
+            own = next((each.addresses[0] for each in self.known.socket.targets if each and each.addresses), "ADDRESS")
+            return ["worker %s has no route to this machine; there, with the name of its interface:" % lost.name,
+                    "    ip route add %s dev eth0" % own,
+                    "and here, if there is none either:", "    ip route add %s dev eth0" % lost.address,
+                    "or let a machine that both can reach run cproxy with its address on the workers' side:",
+                    "    cproxy ADDRESS"]
+        if any(worker.here.state == UNREACHABLE or not worker.here.port for worker in workers):
+            return inward
+        if workers:
+            return ["wait: the workers that are there take no jobs at the moment (%s)" % ", ".join(
+                sorted({worker.here.text() for worker in workers}))]
+        if len(problems) >= max(1, len(self.known.socket.targets)):
+            return [self.known.socket.advice() or "mend this machine's network: nothing could be sent"]
+        if elsewhere:
+            return ["workers of this key hear another group; here, or the other way round there:",
+                    "    export CEXEC_GROUP=%s" % elsewhere[0][0]]
+        if strangers:
+            return ["if one of these workers should serve this key, copy the right file here: %s is of key id 0x%s; there:"
+                    % (self.key.name, self.key.id.hex()), "    ckeygen -l APP"]
+        advice = ["nobody has answered.  On the worker, is cservice running with key %s and group %s?" % (
+            self.key.fingerprint, self.group), "    pgrep -a cservice",
+            "does a firewall there keep UDP port %d out?  By its kind, one of:" % self.group.port]
+        advice += ["    " + form(None, "udp", self.group.port, self.group.port) for form in FIREWALLS.values()]
+        return advice + ["does one here keep its answers out?"] + inward + [
+            "is it in another network?  On a machine in both, with its address on the workers' side:", "    cproxy ADDRESS"]
+
+
+FIREWALLS = {       # {program: the command that lets a port in; place: of an nft rule}
+    "ufw": lambda place, protocol, low, high: "ufw allow %s/%s" % (
+        low if low == high else "%d:%d" % (low, high), protocol),
+    "firewall-cmd": lambda place, protocol, low, high: "firewall-cmd --add-port=%s/%s" % (
+        low if low == high else "%d-%d" % (low, high), protocol),
+    "nft": lambda place, protocol, low, high: "nft insert rule %s %s dport %s accept" % (
+        place or "inet filter input", protocol, low if low == high else "%d-%d" % (low, high))}
+
+
+def firewall_commands(protocol, ports):
+    """The commands that let these ports into this machine, for the firewall that is at work here; all where that cannot
+    be told."""
+    places = [None]
+    if run_quietly("ufw", "status").startswith("Status: active"):
+        kinds = ["ufw"]
+    elif run_quietly("firewall-cmd", "--state").startswith("running"):
+        kinds = ["firewall-cmd"]
+    else:
+        kinds = ["nft"]
+        places = input_chains(run_quietly("nft", "list", "chains"))
+        if not places:
+            kinds, places = list(FIREWALLS), [None]
+    return [FIREWALLS[kind](place, protocol, low, high) for kind in kinds for place in places for low, high in ports]
+
+
+def input_chains(text):
+    """"FAMILY TABLE CHAIN" of each chain that filters what comes in, out of what nft lists."""
+    table, chain, found = "", "", []
+    for words in map(str.split, text.splitlines()):
+        if words[:1] == ["table"]:
+            table = " ".join(words[1:3])
+        elif words[:1] == ["chain"]:
+            chain = words[1]
+        elif words[:4] == ["type", "filter", "hook", "input"]:
+            found.append("%s %s" % (table, chain))
+    return found
+
+
+def run_quietly(*argv):
+    """What this command of the system prints; "" where it is not there or may not be used."""
+    import subprocess
+    path = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
+    try:
+        return subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=5,
+                              env=dict(os.environ, PATH=path, LC_ALL="C")).stdout.decode("utf-8", "replace")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def cwho(arguments, settings):
+    """cwho [OPTION...] APP[.pub]"""
+    if len(arguments) != 1:
+        raise Failure("one key wanted", "", "usage: cwho [OPTION...] APP[.pub]", EXIT_USAGE)
+    key, warning = load_key(arguments[0])
+    if warning:
+        say(CWHO, warning)
+    return (Check if settings.check else Who)(key, settings).run()
 
 
 # ---------------------------------------------------------------- crat
@@ -9936,6 +10506,9 @@ In --set and --out {} stands for the input's name or line, {.} without its endin
 """)),
     (CSERVICE, (cservice, "cservice [OPTION...] APP COMMAND [ARG...]", """\
 Serves jobs for the key: each runs COMMAND with the submitter's descriptors.  SIGTERM drains.
+""")),
+    (CWHO, (cwho, "cwho [OPTION...] APP[.pub]", """\
+Lists the workers of the key: who is there, what they do, what they are worth.
 """)),
     (CRAT, (crat, "crat [OPTION...] [APP.pub...]", """\
 Prints one line for every job that was completed and every worker that was ratted out.
