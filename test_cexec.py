@@ -1397,7 +1397,7 @@ def ended(signalled=False, number=0, milliseconds=1, cpu=2, peak=3, name="", con
 
 
 def here(state=cexec.FREE, **changes):
-    return cexec.Here(state, 4, 1, 2, 8, 0.25, -1.5, 86400, 1234, 0, "10.0.0.3", "00112233aabbccdd", "caf\u00e9", "1.0",
+    return cexec.Here(state, 4, 1, 2, 8, 0.25, -1.5, 2.0, 86400, 1234, 0, "10.0.0.3", "00112233aabbccdd", "caf\u00e9", "1.0",
                       "3.11.7", "0123456789abcdef", "python3", "")._replace(**changes)
 
 
@@ -1452,7 +1452,7 @@ DATAGRAM_CODECS = [
         here(), here(cexec.BUSY, slots=65535, running=65535, waiting=65535, cpus=65535, up=U32_MAX, done=U32_MAX),
         here(cexec.DRAINING, load=0.0, cost=20.0), here(cexec.VETOED),
         here(cexec.UNREACHABLE, port=65535, error="no route to host"),
-        here()._replace(**{name: name[:1] * 130 for name in cexec.Here._fields[10:]})]),
+        here()._replace(**{name: name[:1] * 130 for name in cexec.Here._fields[11:]})]),
 ]
 MESSAGE_CODECS = [
     message_codec("welcome", cexec.encode_welcome, cexec.parse_welcome, ["10.0.0.1", "fe80::1"],
@@ -6737,7 +6737,7 @@ class Searching:
 
 
 def a_here(instance, **changes):
-    here = cexec.Here(cexec.BUSY, 4, 4, 1, 2, 0.0, 0.0, 9, 3, 0, "10.0.0.7", instance, "host", "2", "3", "", "c", "")
+    here = cexec.Here(cexec.BUSY, 4, 4, 1, 2, 0.0, 0.0, 1.0, 9, 3, 0, "10.0.0.7", instance, "host", "2", "3", "", "c", "")
     return here._replace(**changes)
 
 
@@ -11306,7 +11306,7 @@ def roll_call(key, nonce=b"noncenon", sequence=1, port=0):
 
 def here_datagram(key, nonce=b"noncenon", sequence=1, error=""):
     """A worker's answer."""
-    body = cexec.encode_here(cexec.Here(cexec.BUSY, 2, 2, 0, 2, 0.5, 1.0, 60, 7, 0, "10.0.0.3", "instance", "host", "1",
+    body = cexec.encode_here(cexec.Here(cexec.BUSY, 2, 2, 0, 2, 0.5, 1.0, 1.0, 60, 7, 0, "10.0.0.3", "instance", "host", "1",
                                         "3.8.0", "digest", "cat", error))
     return cexec.encode_datagram(key.udp, cexec.HERE, key.id, nonce, sequence, body)
 
@@ -12201,7 +12201,7 @@ while True:
     got = ear.receive()
     if got and cexec.parse_datagram(got[0]).kind == cexec.ASK:
         heard = cexec.parse_datagram(got[0])
-        body = cexec.encode_here(cexec.Here(0, 1, 0, 0, 1, 0, 0, 0, 0, 0, "", sys.argv[2], "", "", "", "", "", ""))
+        body = cexec.encode_here(cexec.Here(0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 0, "", sys.argv[2], "", "", "", "", "", ""))
         ear.send_to(cexec.encode_datagram(key.udp, cexec.HERE, key.id, heard.nonce, 1, body), got[1])
 """ % HERE
 
