@@ -4786,14 +4786,15 @@ class Discovery:
     on_heard(name, address, words, here)
                     called for each sign of life of a worker that has the key: it connected (words and here None), it
                     failed its handshake (words), it said that it is busy or could not connect back (words, a Here)
+    trace(text)     hears of each step
     problems        what went wrong with the last datagram sent, one text for each interface
     reasons         {name: why the connection came to nothing}, the last ones
     """
     IDLE = 0.01             # seconds: when nobody has come by then, there is time to prepare the channel
 
-    def __init__(self, loop, key, settings, room_id, context, avoid, on_found, on_heard):
+    def __init__(self, loop, key, settings, room_id, context, avoid, on_found, on_heard, trace):
         self.loop, self.key, self.settings, self.room_id, self.avoid = loop, key, settings, room_id, avoid
-        self.context, self.on_found, self.on_heard = context, on_found, on_heard
+        self.context, self.on_found, self.on_heard, self.trace = context, on_found, on_heard, trace
         self.began = time.monotonic()
         self.nonce = os.urandom(8)
         self.sequence = collections.Counter()       # by type of datagram
@@ -4910,17 +4911,22 @@ class Discovery:
 
     # -- what the connections report
     def connected(self, connection, random):
-        self.selection.connected(now_ms(), connection, connection.address, connection.answer, random)
+        answer = connection.answer
+        self.trace("%s connected: cost %.2f%s" % (connection.name, answer.cost, ", it had no free slot when its turn came"
+                                                  if answer.queued else ""))
+        self.selection.connected(now_ms(), connection, connection.address, answer, random)
         self.on_heard(connection.name, connection.address, None, None)
         self._act()
 
     def authenticated(self, connection):
+        self.trace("%s has proven that it has the key" % connection.name)
         self.selection.authenticated(now_ms(), connection)
         self._act()
 
     def gone(self, connection, why, failed):
         self.connections.pop(connection, None)
         self.selection.closed(now_ms(), connection)
+        self.trace("%s: connection closed: %s" % (connection.name, why))
         if not self.found:
             self.note(connection.name, why)
             if failed and connection.answer:
@@ -4943,6 +4949,13 @@ class Discovery:
 
     def _announce(self, *fields):
         self.send(ANNOUNCE, encode_announcement(Announcement(*fields, self.room_id)), self.port)
+        self.trace("announced%s on %s by %s%s; workers connect back to TCP port %d" % (
+            " again" if fields[0] else "", self.settings.group, self.ways(),
+            "".join("; not sent: " + problem for problem in self.problems), self.port))
+
+    def ways(self):
+        """Names of the interfaces that the last datagram went out by."""
+        return " ".join(filter(None, self.tried)) or "the system's choice"
 
     def _hold(self, milliseconds):
         self.send(HOLD, encode_hold(milliseconds))
@@ -4956,6 +4969,10 @@ class Discovery:
     def _win(self, connection):
         self.found = connection
         self.connections.pop(connection, None)
+        others = [each.answer.cost for each in self.connections if each.answer]
+        self.trace("%s was chosen: %s" % (connection.name, "nobody else was connected" if not others else (
+            "the lowest cost of %d" if connection.answer.cost <= min(others) else
+            "the first of %d that was ready, the others cost little less") % (len(others) + 1)))
         self.on_found(connection)
 
     def send(self, kind, body, port=0):
@@ -5650,7 +5667,7 @@ class Engine:
         self.parallel = SEARCHES if most > 1 else 1
         self.heard_at = time.monotonic()    # when any worker was heard of last
         self.served_at = -math.inf      # when a room with kept connections had one last
-        self.workers = {}               # {name: (time, state or None, words)} of those heard of
+        self.workers = {}               # {instance, else name: (time, name, Here or None, words)} of those heard of
         self.finished = collections.deque(maxlen=SEARCHES)      # searches that have found somebody
         self.alerts = None
         self.watch_timer = None
@@ -5729,10 +5746,9 @@ class Engine:
         while len(self.searches) > max(wanted, 0):
             self.searches.pop().stop()
         while len(self.searches) < wanted:
-            self.trace("announces on %s for key %s" % (self.settings.group, self.key.fingerprint))
             try:
                 self.searches.append(Discovery(self.loop, self.key, self.settings, self.id, self.context,
-                                               self, self.on_found, self.on_heard))
+                                               self, self.on_found, self.on_heard, self.trace))
             except Failure:
                 if not (self.searches or self.finished or self.connections):
                     raise
@@ -5766,7 +5782,6 @@ class Engine:
     def on_found(self, found):
         """A worker has proven itself and waits for a job."""
         search = next(search for search in self.searches if search.found is found)
-        self.trace("%s was chosen of %d that connected" % (found.name, search.selection.connections))
         self.searches.remove(search)
         self.finished.append(search)
         self.loop.call_later(LAST_WORDS, search.stop)
@@ -5780,10 +5795,17 @@ class Engine:
             kept.rest()
 
     def on_heard(self, name, address, words, here):
-        """A worker was heard of: it has connected, is busy, cannot connect, has failed its handshake."""
-        self.heard_at = time.monotonic()
-        self.workers[name] = self.heard_at, here, words
-        self.trace("%s: %s" % (name, words or "connected"))
+        """A worker was heard of: it has connected, is busy, cannot connect, has failed its handshake.  A room in which
+        nobody can ever be reached is not alive."""
+        now = time.monotonic()
+        if here and here.state != UNREACHABLE:
+            self.heard_at = now
+        self.workers.pop(name, None)
+        self.workers[here.instance if here else name] = now, name, here, words
+        if len(self.workers) > INSTANCES_MAX:
+            del self.workers[next(iter(self.workers))]
+        if here:
+            self.trace("%s %s" % (name, "is " + words if here.state != UNREACHABLE else words))
 
     def __contains__(self, instance):
         """Whether none of the jobs that wait wants this worker now."""
@@ -5900,37 +5922,57 @@ class Engine:
         self.alerts.add(Alert(verdict, status, took, int(time.time() * 1000), attempt.submission.id, kept.submitter,
                               kept.name, words))
 
+    def heard_since(self, when):
+        """([Here of each worker that is there, None for one that has only connected], [words of each that is of no use])"""
+        heard = [each for at, *each in self.workers.values() if at >= when]
+        told = {name for name, here, _ in heard if here}
+        trouble = ["%s %s%s" % (name, "" if here else "failed: ", words) for name, here, words in heard
+                   if words and (not here or here.state == UNREACHABLE)]
+        return [here for name, here, words in heard
+                if (here.state != UNREACHABLE if here else not words and name not in told)], trouble
+
     def waiting_text(self, submission):
         """What a job waits for, in a line for the user."""
         now = time.monotonic()
-        recent = [(name, here, words) for name, (when, here, words) in self.workers.items() if now - when < RECENTLY]
-        waited = "%.0f s" % (now - submission.waiting_since)
-        trouble = [(name, words) for name, here, words in recent if words and (not here or here.state == UNREACHABLE)]
-        if trouble:
-            return "waiting: %s: %s, %s" % (*trouble[-1], waited)
-        if recent:
-            busy = all(here and here.state == BUSY for _, here, _ in recent)
-            return "waiting: %s, %s, %s" % (count_text(len(recent), "worker"), "all busy" if busy else "none free", waited)
-        return "nobody has answered yet, %s" % waited
+        alive, trouble = self.heard_since(now - RECENTLY)[0], self.heard_since(submission.waiting_since)[1]
+        words = []
+        if alive:
+            states = {here.text() if here else "connected" for here in alive}
+            words.append("waiting: %s, %s%s" % (count_text(len(alive), "worker"), "all " if len(alive) > 1 else "",
+                                                states.pop()) if len(states) == 1 else
+                         "waiting: %s, none free" % count_text(len(alive), "worker"))
+        elif not trouble:
+            words.append("nobody has answered yet")
+        words += trouble[-1:]
+        return "%s, %.0f s%s" % ("; ".join(words), now - submission.waiting_since,
+                                 "; before that, " + submission.last_loss if submission.last_loss else "")
 
     def nobody(self, submission, now):
         """The Failure of a job for which no worker was found: what was tried, what came of it, what to check."""
         search = (self.searches or self.finished or (None,))[0]
-        states = [here.state for when, here, _ in self.workers.values() if here and when > submission.waiting_since]
-        why = "%s within %.3g s" % ("no worker was free" if BUSY in states else "no worker took the job" if self.workers
-                                    else "nobody answered", self.settings.timeout_accept or NOBODY)
+        alive, trouble = self.heard_since(submission.waiting_since)
+        why = "%s within %.3g s" % ("no worker was free" if alive else "of the workers that answered none was of use"
+                                    if trouble else "nobody answered", self.settings.timeout_accept or NOBODY)
+        if submission.last_loss:
+            why = "%s; since then %s" % (submission.last_loss, why)
         if search:
             why += "; announced on %s by %s, to connect back to TCP port %d" % (
-                self.settings.group, " ".join(filter(None, search.tried)) or "the system's choice", search.port)
+                self.settings.group, search.ways(), search.port)
             if search.problems:
                 why += "; could not send: " + ", ".join(search.problems)
             for name, words in list(search.reasons.items())[-3:]:
                 why += "; %s: %s" % (name, words)
-        if submission.last_loss:
-            why += "; before that, " + submission.last_loss
-        return NoWorker("no worker", why, "is cservice running with this key (%s) in this network, with a free slot?  "
-                       "do firewalls pass UDP port %d to it and TCP back?" % (
-                           self.key.fingerprint, self.settings.group.port))
+        hint = ("its slots are taken; CEXEC_TIMEOUT_ACCEPT=0 waits for ever" if alive else
+                "a firewall here or on the way keeps out what workers connect to; --listen-ports names ports to open"
+                if trouble and self.unreachable() else
+                "is cservice running with this key (%s) in this network?  do firewalls pass UDP port %d to it and TCP back?"
+                % (self.key.fingerprint, self.settings.group.port))
+        return NoWorker("no worker", why, hint + "; cwho --check %s finds out more" % self.key.name)
+
+    def unreachable(self):
+        """Whether a worker has said that it could not connect back."""
+        return any(here and here.state == UNREACHABLE for _, _, here, _ in self.workers.values())
+
 
 # ---------------------------------------------------------------- cexec
 
@@ -6255,6 +6297,10 @@ class Run:
         """A job that died of a signal that was sent on to it, or that did not start because of it, takes cexec with it,
         so that a shell's loop ends."""
         report = submission.report
+        if report:
+            self.trace("job %s ended on %s: %s %d after %.3f s" % (
+                submission.id, submission.worker, "signal " + report.name if report.signalled else "status",
+                report.number, report.milliseconds / 1000))
         name = submission.signalled if not report else report.name if report.signalled else None
         self._stop(status, failure, SIGNAL_NAMES[name] if name in self.passed_on and not failure else None)
 

@@ -1397,8 +1397,8 @@ def ended(signalled=False, number=0, milliseconds=1, cpu=2, peak=3, name="", con
 
 
 def here(state=cexec.FREE, **changes):
-    return cexec.Here(state, 4, 1, 2, 8, 0.25, -1.5, 2.0, 86400, 1234, 0, "10.0.0.3", "00112233aabbccdd", "caf\u00e9", "1.0",
-                      "3.11.7", "0123456789abcdef", "python3", "")._replace(**changes)
+    return cexec.Here(state, 4, 1, 2, 8, 0.25, -1.5, 1.25, 86400, 1234, 0, "10.0.0.3", "00112233aabbccdd", "caf\u00e9",
+                      "1.0", "3.11.7", "0123456789abcdef", "python3", "")._replace(**changes)
 
 
 STANDARD = {0: cexec.IN, 1: cexec.OUT, 2: cexec.OUT}
@@ -1447,7 +1447,7 @@ DATAGRAM_CODECS = [
                    [[alert] for alert in ALERTS] + [ALERTS[:3], ALERTS[:1] * 64], None,
                    lambda alerts: set(itertools.accumulate(len(cexec.encode_alert(alert)) for alert in alerts))),
     datagram_codec(cexec.ASK, lambda value: cexec.encode_ask(*value), cexec.parse_ask,
-                   [(2000, cexec.CONNECT), (0, 0), (65535, 255)]),
+                   [(2000, cexec.CONNECT, b""), (0, 0, b"\x81"), (65535, 255, b"\xff" * cexec.FILTER_MAX)]),
     datagram_codec(cexec.HERE, cexec.encode_here, cexec.parse_here, [
         here(), here(cexec.BUSY, slots=65535, running=65535, waiting=65535, cpus=65535, up=U32_MAX, done=U32_MAX),
         here(cexec.DRAINING, load=0.0, cost=20.0), here(cexec.VETOED),
@@ -1506,8 +1506,8 @@ def test_the_bytes_of_wire_version_2():
     """Who changes any of these has another protocol, and raises WIRE_VERSION."""
     written = {codec.name: codec.encode(codec.values[0]).hex() for codec in CODECS}
     assert cexec.WIRE_VERSION == 2 and written == {
-        "announce": "00" * 19, "hold": "000f", "taken": "c1480000", "alert": "0100" + "00" * 16, "ask": "07d001",
-        "here": "00" "0004" "0001" "0002" "0008" "3e800000" "bfc00000" "00015180" "000004d2" "0000"
+        "announce": "00" * 19, "hold": "000f", "taken": "c1480000", "alert": "0100" + "00" * 16, "ask": "07d0" "01" "0000",
+        "here": "00" "0004" "0001" "0002" "0008" "3e800000" "bfc00000" "3fa00000" "00015180" "000004d2" "0000"
                 "08" "31302e302e302e33" "10" "30303131323233336161626263636464" "05" "636166c3a9" "03" "312e30"
                 "06" "332e31312e37" "10" "30313233343536373839616263646566" "07" "707974686f6e33" "00",
         "welcome": "00000001" "32" "00000008" "31302e302e302e31",
@@ -1536,13 +1536,26 @@ def test_what_is_measured_is_capped_where_its_field_ends():
 @pytest.mark.parametrize("character", ["x", "\u00e9", "\u20ac", "\U0001f600", "\udcff"])
 def test_long_texts_are_cut_between_characters_and_fit_a_datagram(character):
     alert, answer = cexec.Alert(1, 255, 0, 0, *[character * 1000] * 4), here()._replace(
-        **{name: character * 1000 for name in cexec.Here._fields[10:]})
+        **{name: character * 1000 for name in cexec.Here._fields[11:]})
     said = character.encode("utf-8", "replace")
     for codec, value, texts, longest in (DATAGRAM_CODECS[3], [alert], lambda found: found[0][4:], 255), (
-            DATAGRAM_CODECS[5], answer, lambda found: found[10:], cexec.HERE_TEXT_MAX):
+            DATAGRAM_CODECS[5], answer, lambda found: found[11:], cexec.HERE_TEXT_MAX):
         body = codec.encode(value)
         assert len(datagram(codec.kind, body)) <= cexec.DATAGRAM_MAX
         assert set(texts(codec.decode(body))) == {(said * (longest // len(said))).decode()}
+
+
+@pytest.mark.parametrize("count, waiting", [(0, 0), (1, 30), (200, 20), (512, 20), (1000, 60), (4000, 700)])
+def test_a_roll_call_leaves_out_those_it_has_heard_and_few_others(count, waiting):
+    """And those it leaves out by mistake are others in the next round."""
+    heard, others = ["%016x" % number for number in range(count)], ["%016x" % (1 << 40 | number) for number in range(1000)]
+    left_out = []
+    for sequence in 1, 2:
+        bits = cexec.heard_filter(NONCE, sequence, heard)
+        assert len(bits) <= cexec.FILTER_MAX and all(cexec.is_heard(bits, NONCE, sequence, each) for each in heard)
+        left_out.append({each for each in others if cexec.is_heard(bits, NONCE, sequence, each)})
+        assert len(left_out[-1]) <= waiting
+    assert len(left_out[0] & left_out[1]) <= waiting * 3 // 4
 
 
 def test_alerts_go_in_as_few_datagrams_as_they_need():
@@ -1575,6 +1588,7 @@ def test_alerts_of_any_length_keep_their_order_and_fill_a_datagram_to_the_last_b
     (5, b"\x05" + cexec.encode_here(here())[1:], "a worker in unknown state 5"),
     (5, cexec.encode_here(here(load=math.nan)), "a worker whose load is no number"),
     (5, cexec.encode_here(here(cost=-math.inf)), "a worker whose load is no number"),
+    (5, cexec.encode_here(here(speed=math.inf)), "a worker whose load is no number"),
     (5, cexec.encode_here(here())[:-1], "a list of texts cut short"), (5, b"", "a short here datagram")])
 def test_bodies_that_no_encoder_makes(codec, body, words):
     with pytest.raises(cexec.ProtocolError) as caught:
