@@ -6429,7 +6429,7 @@ def parse_name(word):
 
 # ---------------------------------------------------------------- cmap
 #
-# A Room with many jobs.  What a job writes is held until it has ended, so a lost worker costs time and nothing else.
+# An Engine with many jobs.  What a job writes is held until it has ended, so a lost worker costs time and nothing else.
 # Inputs are read only as slots come free; outputs leave whole, one after another.
 
 AHEAD = SEARCHES            # jobs that wait for a slot, as many as are searched for at once
@@ -6797,12 +6797,12 @@ class MapLog:
 
 
 class Cmap:
-    """One run: takes inputs, gives them to the Room, and makes one result of what comes back."""
+    """One run: takes inputs, gives them to the Engine, and makes one result of what comes back."""
 
     def __init__(self, key, settings, operands):
         self.loop = Loop()
         self.settings = settings
-        self.room = Room(self.loop, key, settings, most=settings.jobs, keep=True)
+        self.room = Engine(self.loop, key, settings, most=settings.jobs, keep=True)
         self.budget = Budget(math.inf if settings.out else settings.spill << 20)
         self.log = MapLog(settings.log, settings.resume) if settings.log else None
         self.total = None if settings.list or settings.lines or settings.value else len(operands) or None
