@@ -8533,7 +8533,7 @@ SLOW_ECHO = "sh", "-c", 'read x; sleep 0.0$((x % 7)); echo "<$x"; echo "$x>"'
 
 
 def test_every_byte_in_order_while_workers_are_killed_frozen_and_restarted(room, tmp_path):
-    """R3: a lost worker costs time, never a byte and never a double; the log has one line for each job."""
+    """R2: a lost worker costs time, never a byte and never a double; the log has one line for each job."""
     def serve():
         return room.serve(*SLOW_ECHO, CONCURRENCY=2)
     workers, count = [serve() for _ in range(3)], 1500
