@@ -6475,7 +6475,7 @@ def parse_name(word):
 
 # ---------------------------------------------------------------- cmap
 #
-# A Room with many jobs.  What a job writes is held until it has ended, so a lost worker costs time and nothing else.
+# An Engine with many jobs.  What a job writes is held until it has ended, so a lost worker costs time and nothing else.
 # Inputs are read only as slots come free; outputs leave whole, one after another.
 
 AHEAD = SEARCHES            # jobs that wait for a slot, as many as are searched for at once
@@ -6843,12 +6843,12 @@ class MapLog:
 
 
 class Cmap:
-    """One run: takes inputs, gives them to the Room, and makes one result of what comes back."""
+    """One run: takes inputs, gives them to the Engine, and makes one result of what comes back."""
 
     def __init__(self, key, settings, operands):
         self.loop = Loop()
         self.settings = settings
-        self.room = Room(self.loop, key, settings, most=settings.jobs, keep=True)
+        self.room = Engine(self.loop, key, settings, most=settings.jobs, keep=True)
         self.budget = Budget(math.inf if settings.out else settings.spill << 20)
         self.log = MapLog(settings.log, settings.resume) if settings.log else None
         self.total = None if settings.list or settings.lines or settings.value else len(operands) or None
@@ -10370,15 +10370,19 @@ def remove_temporary_key(folder):
 
 
 class Demo:
-    """Two workers, a crat and one job on the loopback network, and a key in a temporary folder that goes with the demo.
+    """Two workers, a crat and one job on the loopback network, and a key in a temporary folder that goes with the demo;
+    with its own command also a cmap over a few inputs.
 
     The tools are forks of this process and no new programs, so that it does not matter whether there is a file to start
     again: `ssh host python3 - demo < cexec.py` works.  What they say is shown while something is waited for.
     """
     PATIENCE = 30.0         # seconds until a tool must be ready
+    SLOW = "sleep 0.5; tr a-z A-Z"      # what each job of the cmap does
+    INPUTS = b"one two three four five six seven eight".split()
 
-    def __init__(self, command):
+    def __init__(self, command, many):
         self.command = command
+        self.many = many            # whether to show a cmap too
         self.running = {}           # {pid: name}
         self.ended = {}             # {name: status as of a shell}
         self.outputs = {}           # {descriptor: [name, bytes of a line that has no end yet]}
@@ -10413,16 +10417,40 @@ class Demo:
         self.show(lambda: "cexec" in self.ended, float("inf"))
         self.show(lambda: "for app.pub" in self.lines["crat"], 2)
         self.tell("the job's exit status: %d" % self.ended["cexec"])
+        if self.many and not self.ended["cexec"]:
+            self.run_many()
         return self.ended["cexec"]
 
-    def start(self, name, arguments, folder=None):
-        """Starts a tool and waits until it is ready."""
+    def run_many(self):
+        """Many inputs at once, on workers whose jobs take a while."""
+        workers = [pid for pid, name in self.running.items() if name.startswith("worker")]
+        for pid in workers:
+            os.kill(pid, signal.SIGTERM)
+        self.show(lambda: not set(workers) & set(self.running), 5)
+        self.environment["CONCURRENCY"] = "2"
+        for number in (3, 4):
+            self.tell("$ cservice --concurrency 2 app sh -c '%s'      # worker %d" % (self.SLOW, number))
+            self.start("worker %d" % number, [CSERVICE, self.key, "sh", "-c", self.SLOW])
+        self.tell("$ printf '%%s\\n' %s | cmap --lines app.pub" % b" ".join(self.INPUTS).decode())
+        reading, writing = os.pipe()
+        os.write(writing, b"\n".join(self.INPUTS) + b"\n")
+        os.close(writing)
+        began = time.monotonic()
+        self.start("cmap", [CMAP, "--lines", "app.pub"], self.folder, reading, "failed, on")
+        took, one_by_one = time.monotonic() - began, 0.5 * len(self.INPUTS)
+        self.tell("%d jobs of half a second each took %.1f s: %.1f times as fast as one after another" % (
+            len(self.INPUTS), took, one_by_one / took))
+
+    def start(self, name, arguments, folder=None, source=None, word="ready"):
+        """Starts a tool and waits until it has said the word."""
         reading, writing = os.pipe()
         self.outputs[reading], self.lines[name] = [name, b""], ""
-        self.fork(name, lambda: self.become(arguments, os.open(os.devnull, os.O_RDONLY), writing, writing, folder))
+        source = os.open(os.devnull, os.O_RDONLY) if source is None else source
+        self.fork(name, lambda: self.become(arguments, source, writing, writing, folder))
         os.close(writing)
-        self.show(lambda: "ready" in self.lines[name] or name in self.ended, self.PATIENCE)
-        if "ready" not in self.lines[name]:
+        os.close(source)
+        self.show(lambda: word in self.lines[name] or name in self.ended, self.PATIENCE)
+        if word not in self.lines[name]:
             raise Failure("%s did not get ready" % name, "it ended with status %d" % self.ended[name]
                           if name in self.ended else "", "what it said is above")
 
@@ -10519,7 +10547,7 @@ def demo(arguments, settings):
         park(fd)
     for number in DEMO_SIGNALS:
         signal.signal(number, end_demo)
-    show = Demo(command)
+    show = Demo(command, many=not arguments)
     try:
         return show.run()
     finally:

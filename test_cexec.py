@@ -547,7 +547,7 @@ def tools(tmp_path_factory):
     """A directory with a copy of cexec.py and every tool as a link to it, as a user would install them."""
     place = tmp_path_factory.mktemp("tools")
     os.chmod(shutil.copy(CEXEC, str(place)), 0o755)
-    for name in "ckeygen", "cexec", "cservice", "crat", "cproxy":
+    for name in "ckeygen", "cexec", "cmap", "cservice", "crat", "cproxy":
         (place / name).symlink_to("cexec.py")
     return place
 
@@ -7009,9 +7009,182 @@ def random_octets(size):
     return b"".join(block[number:] + block[:number] for number in range(-(-size // len(block) if size else 0)))[:size]
 
 
+# ---------------------------------------------------------------- room: held streams
+
+@pytest.mark.parametrize("size", [0, 1, cexec.Spool.ONE, cexec.Spool.ONE + 1, 3 * cexec.BUFFER + 7])
+def test_a_spool_gives_back_what_it_was_given(size):
+    budget, data = cexec.Budget(), os.urandom(size)
+    spool = cexec.Spool(budget)
+    for at in range(0, size, 100000):
+        spool.append(memoryview(data)[at:at + 100000])
+    assert bytes(spool) == data and len(spool) == budget.held == size
+    assert (spool.fd is not None) == (size > cexec.Spool.ONE) and budget.memory == (0 if spool.fd else size)
+    for kept in sorted({size, size // 2, size // 3}, reverse=True):
+        rest = spool.cut(kept)
+        assert bytes(spool) == data[:kept] and bytes(rest) == data[kept:size]
+        rest.clear()
+        size = kept
+    spool.clear()
+    spool.clear()
+    assert (budget.held, budget.memory, spool.fd, bytes(spool)) == (0, 0, None, b"")
+
+
+def test_many_spools_together_stay_in_bounds():
+    budget = cexec.Budget()
+    spools = [cexec.Spool(budget) for _ in range(100)]
+    for spool in spools:
+        spool.append(bytes(cexec.Spool.ONE))
+    assert budget.memory <= cexec.Spool.ALL + cexec.Spool.ONE and budget.held == 100 * cexec.Spool.ONE
+    for spool in spools:
+        spool.clear()
+
+
+def test_a_held_source_starts_again_at_will(tmp_path):
+    data = os.urandom(1000)
+    (tmp_path / "in").write_bytes(data)
+    spool, view = cexec.Spool(cexec.Budget()), memoryview(bytearray(700))
+    spool.append(data)
+    with open(str(tmp_path / "in"), "rb") as file:
+        sources = {data: [cexec.HeldSource(data), cexec.HeldSource(str(tmp_path / "in")), cexec.HeldSource(spool),
+                          cexec.HeldSource(file.fileno())],
+                   data[100:850]: [cexec.HeldSource(file.fileno(), 100, 750)], b"": [cexec.HeldSource()]}
+        for expected, kinds in sources.items():
+            for source in kinds:
+                first = source.read_into(view)
+                source.rewind()
+                for each in source, source.twin():
+                    got, size = b"", None
+                    while size != 0:
+                        size = each.read_into(view)
+                        got += view[:size]
+                    assert got == expected and first == min(700, len(expected))
+                source.end()
+                source.end()
+        assert os.lseek(file.fileno(), 0, os.SEEK_CUR) == 0
+
+
+def test_what_cannot_be_read_twice_is_refused(tmp_path):
+    os.mkfifo(str(tmp_path / "fifo"))
+    for path, words in (tmp_path, "a folder"), (tmp_path / "fifo", "not a regular file"), ("/dev/null", "not a reg"):
+        with pytest.raises(cexec.Failure, match=words):
+            cexec.HeldSource(str(path))
+    with pytest.raises(FileNotFoundError):
+        cexec.HeldSource(str(tmp_path / "missing"))
+
+
+def test_a_temporary_folder_that_cannot_be_used_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "missing"))
+    spool = cexec.Spool(cexec.Budget())
+    with pytest.raises(cexec.LocalFailure, match="a temporary file.*No such file"):
+        spool.append(bytes(cexec.Spool.ONE + 1))
+
+
+def test_cancelled_timers_do_not_gather():
+    loop = cexec.Loop()
+    for _ in range(5000):
+        loop.call_later(1000, lambda: None).cancel()
+    assert len(loop.timers) <= 1001
+    loop.close()
+
+
+class Held:
+    """A cexec.Engine of this process, and what became of the jobs it was given."""
+
+    def __init__(self, room, most=4, **settings):
+        self.loop = cexec.Loop()
+        values, _ = cexec.read_settings("cexec", [], dict({"GROUP": room.group}, **settings))
+        self.room = cexec.Engine(self.loop, cexec.load_key(room.pub)[0], values, most=most, keep=True)
+        self.ended = []
+
+    def submit(self, code, input=b"", retries=3, **options):
+        streams = cexec.HeldStreams(cexec.HeldSource(input))
+        submission = cexec.Submission(streams, [(b"RUN", code.encode())], retries,
+                                      lambda *ended: self.ended.append(ended[:2]), **options)
+        self.room.submit(submission)
+        return submission
+
+    def until(self, holds, seconds=20):
+        deadline = time.monotonic() + seconds
+        tick = self.loop.call_later(0.01, lambda: None)
+        while not holds():
+            assert time.monotonic() < deadline, self.ended
+            self.loop.step()
+            tick.cancel()
+            tick = self.loop.call_later(0.01, lambda: None)
+
+    def close(self):
+        self.room.close()
+        self.loop.close()
+
+
+@pytest.fixture
+def held(shell):
+    held = Held(shell)
+    yield held
+    held.close()
+
+
+def test_a_held_job_keeps_what_it_wrote_apart(held):
+    one = held.submit("cat; echo to err >&2; exit 3", b"input\n")
+    held.until(lambda: held.ended)
+    assert held.ended == [(3, None)]
+    assert (bytes(one.streams.output), bytes(one.streams.errors)) == (b"input\n", b"to err\n")
+    one.streams.close()
+    assert one.streams.budget.held == 0
+
+
+@pytest.mark.parametrize("moment", ["started", "after output", "after much output", "after end of output"])
+def test_a_held_job_loses_its_worker_at_any_moment_and_nothing_shows(held, shell, tmp_path, moment):
+    """Killed once, behind a mark in the file system; the second run goes through."""
+    mark = tmp_path / "mark"
+    said = {"started": ":", "after output": "echo once", "after much output": "head -c 3000000 /dev/zero",
+            "after end of output": "echo once; exec >&- 2>&-"}[moment]
+    one = held.submit("test -e %s || { %s; touch %s; sleep 100; }; cat" % (mark, said, mark), b"right\n")
+    held.until(mark.exists)
+    if "output" in moment:
+        held.until(lambda: len(one.streams.output) >= (3000000 if "much" in moment else 5))
+    handler, = children(shell.worker.pid)
+    os.kill(handler, signal.SIGKILL)
+    held.until(lambda: held.ended)
+    assert held.ended == [(0, None)] and one.lost == 1
+    assert bytes(one.streams.output) == b"right\n" and bytes(one.streams.errors) == b""
+
+
+def test_a_held_job_that_takes_too_long_ends_and_its_connection_does_not_count_any_more(shell):
+    held = Held(shell, most=1)
+    held.submit("echo $$ >&2; sleep 100", timeout=0.2)
+    held.until(lambda: len(held.ended) == 1)
+    cancelled = held.submit("sleep 100")
+    held.until(lambda: cancelled.attempt and cancelled.attempt.session.phase is cexec.RUNNING)
+    held.room.cancel(cancelled)
+    held.submit("exit 5")
+    held.until(lambda: len(held.ended) == 2)
+    assert held.ended == [(124, None), (5, None)]
+    held.close()
+
+
+def test_a_room_with_one_port_to_listen_on_runs_many_jobs(shell):
+    held = Held(shell, CEXEC_LISTEN_PORTS=str(free_port(socket.SOCK_STREAM)))
+    for _ in range(8):
+        held.submit("sleep 0.2")
+    held.until(lambda: len(held.ended) == 8)
+    assert held.ended == [(0, None)] * 8
+    held.close()
+
+
+def test_jobs_that_wait_for_slots_of_their_own_room_do_not_fail(shell):
+    """The time limit for finding a worker counts while none serves the room."""
+    held = Held(shell, most=1, CEXEC_TIMEOUT_ACCEPT="1")
+    for _ in range(3):
+        held.submit("sleep 0.8")
+    held.until(lambda: len(held.ended) == 3)
+    assert held.ended == [(0, None)] * 3
+    held.close()
+
+
 # ---------------------------------------------------------------- the tools by every name
 
-NAMES = "ckeygen", "cexec", "cservice", "crat", "cproxy", "demo"
+NAMES = "ckeygen", "cexec", "cmap", "cservice", "crat", "cproxy", "demo"
 VERSION_LINE = "%s (cexec) " + cexec.VERSION + "\n"
 
 
@@ -8028,6 +8201,391 @@ def test_a_cluster_of_three_hosts_encodes_sound(net, tools, tmp_path):
         assert (tmp_path / "output.ogg").read_bytes() == local
 
 
+# ---------------------------------------------------------------- cmap
+
+def mapped(room, *argv, env=None, cwd=None, **options):
+    """Runs cmap to its end; APP stands for the key in argv."""
+    argv = [room.pub if word == "APP" else word for word in argv]
+    return run("cmap", *argv, env=room.settings(env), cwd=cwd, timeout=60, **options)
+
+
+def start_map(room, *argv, env=None, **popen):
+    return room.tool("cmap", *[room.pub if word == "APP" else word for word in argv], env=env, **popen)
+
+
+@pytest.fixture
+def farm(room):
+    """A worker whose jobs say NAME|input|, or do what the input tells them by its first word."""
+    room.worker = room.serve("sh", "-c", 'case $PEER_RUN in "") printf "%s|" "$PEER_N"; cat; printf "|";; '
+                             '*) eval "$PEER_RUN";; esac', CONCURRENCY=8)
+    return room
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("{}", "a b/c.d/x.tar.gz"), ("{.}", "a b/c.d/x.tar"), ("{/}", "x.tar.gz"), ("{/.}", "x.tar"), ("{#}", "7"),
+    ("{{}}", "{a b/c.d/x.tar.gz}"), ("{", "{"), ("{x}{", "{x}{"), ("", ""), ("o/{/.}-{#}.z", "o/x.tar-7.z")])
+def test_replacement_strings(text, expected):
+    assert cexec.replaced(text.encode(), b"a b/c.d/x.tar.gz", 7) == expected.encode()
+    assert cexec.replaced(b"{} {/.}", b".{}rc", 1) == b".{}rc .{}rc"
+
+
+@pytest.mark.parametrize("argv, given, output", [
+    (["--lines"], b"", b""),
+    (["--lines"], b"a\nb\n", b"|a\n||b\n|"),
+    (["--lines"], b"\n\nno end", b"|\n||\n||no end|"),
+    (["--lines", "--set", "N={#}{}"], b"x y\n\xff\xfe\n", b"1x y|x y\n|2\xff\xfe|\xff\xfe\n|"),
+    (["--value", "N"], b"a b\n\n-c\nd", b"a b||||-c||d||"),
+    (["--block", "4"], b"", b""),
+    (["--block", "4"], b"a\nb\nc\nd\n", b"|a\nb\n||c\nd\n|"),
+    (["--block", "4"], b"a\nb\ncdefgh\ni", b"|a\nb\n||cdefgh\n||i|"),
+    (["--block", "4"], b"abcdefghi", b"|abcdefghi|"),
+    (["--block", "4", "--cut", "bytes"], b"a\nb\ncdefg", b"|a\nb\n||cdef||g|"),
+    (["--from", "-", "--set", "N={}"], b"one\n\n-two\n", b"one|1|-two|2|"),
+    (["-0", "--from", "-"], b"one\0new\nline\0", b"|1||3|"),
+])
+def test_every_kind_of_input(farm, tmp_path, argv, given, output):
+    for name, data in ("one", b"1"), ("-two", b"2"), ("new\nline", b"3"):
+        (tmp_path / name).write_bytes(data)
+    done = mapped(farm, "-q", *argv, "APP", input=given, cwd=str(tmp_path))
+    assert (done.returncode, done.stdout, done.stderr) == (0, output, b"")
+
+
+def test_files_as_inputs_however_they_are_called(farm, tmp_path):
+    names = [b"plain", b"with space", b"new\nline", b"-q", b"\xff\xfe.x", b"empty"]
+    for name in names:
+        with open(os.path.join(os.fsencode(str(tmp_path)), name), "wb") as file:
+            file.write(b"" if name == b"empty" else b"in " + name)
+    done = mapped(farm, "--set", "N={}", "--", "APP", *map(os.fsdecode, names), cwd=str(tmp_path), input=None)
+    assert done.returncode == 0
+    assert done.stdout == b"".join(name + b"|" + (b"" if name == b"empty" else b"in " + name) + b"|" for name in names)
+    assert b"cmap: 6 jobs, 0 failed" in done.stderr
+
+
+def test_inputs_that_cannot_be_read_cost_their_job_only(farm, tmp_path):
+    os.mkfifo(str(tmp_path / "fifo"))
+    (tmp_path / "good").write_bytes(b"good")
+    done = mapped(farm, "APP", "missing", "fifo", ".", "good", cwd=str(tmp_path), input=None)
+    assert (done.returncode, done.stdout) == (3, b"|good|")
+    assert done.stderr.decode().splitlines()[:3] == [
+        "cmap: input 1 (missing): No such file or directory", "cmap: input 2 (fifo): not a regular file",
+        "cmap: input 3 (.): a folder"]
+
+
+@pytest.mark.parametrize("argv, words", [
+    ([], "no key given"), (["APP"], "no input"), (["--lines", "--block", "3", "APP"], "--lines and --block: only one"),
+    (["--block", "3", "APP", "x"], "FILE: not together with --block"), (["--block", "0", "APP"], "--block=0: not acc"),
+    (["-j0", "APP", "x"], "--jobs=0: not accepted"), (["--cut", "words", "APP", "x"], "accepted: lines or bytes"),
+    (["--out", "same", "APP", "x"], "every job would write the same file"), (["--value", "A=", "APP"], "not a NAME"),
+    (["--resume", "APP", "x"], "there is no --log"), (["--resume", "--log", "l", "APP", "x"], "use it with --out"),
+    (["--set", "novalue", "APP", "x"], "novalue: not NAME=VALUE"), (["--halt", "x", "APP", "x"], "soon or now"),
+    (["--log", "notes", "APP", "x"], "notes: not a log of cmap")])
+def test_a_wrong_cmap_is_refused_before_anything_begins(room, tmp_path, argv, words):
+    (tmp_path / "notes").write_text("my notes\n")
+    done = mapped(room, *argv, cwd=str(tmp_path))
+    assert done.returncode == 2 and words in done.stderr.decode(), done.stderr
+    assert (tmp_path / "notes").read_text() == "my notes\n"
+
+
+def test_outputs_come_whole_and_in_order(farm):
+    code = "--set=RUN=read n; echo $n begins; sleep 0.$(((9 - n) * 4 / 9)); echo $n ends; echo err $n >&2; printf x >&2"
+    done = mapped(farm, "--lines", code, "APP", input=b"".join(b"%d\n" % n for n in range(10)))
+    assert done.stdout == b"".join(b"%d begins\n%d ends\n" % (n, n) for n in range(10))
+    told = done.stderr.decode().splitlines()
+    assert sorted(told[:-1]) == sorted(["%d: err %d" % (n + 1, n) for n in range(10)] + ["%d: x" % n for n in range(1, 11)])
+    code = "--set=RUN=read n; sleep $n; echo $n"
+    done = mapped(farm, "-q", "--unordered", "--lines", code, "APP", input=b"1\n0.1\n")
+    assert (done.stdout, done.stderr) == (b"0.1\n1\n", b"")
+
+
+@pytest.mark.parametrize("failing, status", [(1, 1), (100, 100), (101, 101), (102, 101)])
+def test_the_status_counts_the_failed(farm, failing, status):
+    done = mapped(farm, "--lines", "--set", "RUN=read n; exit $n", "APP", input=b"1\n" * failing + b"0\n")
+    assert done.returncode == status and b"%d failed" % failing in done.stderr
+    assert len(done.stderr.splitlines()) == min(failing, cexec.FAILURES_SHOWN) + 1
+
+
+def test_again_timeout_and_halt(farm, tmp_path):
+    once = "--set=RUN=read n; test -e %s/$n && echo ok $n && exit; touch %s/$n; echo not $n; exit 1" % (tmp_path, tmp_path)
+    done = mapped(farm, "--again", "1", "--lines", once, "APP", input=b"1\n2\n")
+    assert (done.returncode, done.stdout) == (0, b"ok 1\nok 2\n")
+    done = mapped(farm, "--timeout", "0.3", "--lines", "--set=RUN=read n; echo $n; sleep $n", "APP", input=b"100\n0\n")
+    assert (done.returncode, done.stdout) == (1, b"0\n") and b"input 1 (100): status 124" in done.stderr
+    numbers = b"".join(b"%d\n" % n for n in range(30))
+    halting = "--set=RUN=read n; test $n = 3 && exit 1; test $n -gt 3 && sleep 1; echo $n"
+    done = mapped(farm, "--halt", "soon", "-j3", "--lines", halting, "APP", input=numbers)
+    assert done.returncode == 1 and done.stdout in (b"0\n1\n2\n", b"0\n1\n2\n4\n", b"0\n1\n2\n4\n5\n")
+    done = mapped(farm, "--halt", "now", "-j3", "--lines", halting.replace("sleep 1", "sleep 100"), "APP", input=numbers)
+    assert (done.returncode, done.stdout) == (1, b"0\n1\n2\n")
+
+
+def test_output_files_are_whole_or_not_there(farm, tmp_path):
+    (tmp_path / "bad").write_bytes(b"exit 1")
+    (tmp_path / "good").write_bytes(b"exit 0")
+    (tmp_path / "long").write_bytes(b"head -c 3000000 /dev/zero")
+    (tmp_path / "cut").write_bytes(b"head -c 3000000 /dev/zero; exit 3")
+    done = mapped(farm, "--out", "deep/er/{/.}.out", "--set=RUN=echo out; eval \"$(cat)\"", "APP",
+                  "bad", "good", "long", "cut", cwd=str(tmp_path), input=None)
+    assert (done.returncode, done.stdout) == (2, b"")
+    place = tmp_path / "deep" / "er"
+    assert sorted(os.listdir(str(place))) == ["good.out", "long.out"]
+    assert (place / "good.out").read_bytes() == b"out\n" and (place / "long.out").stat().st_size == 3000004
+
+
+def test_resume_runs_what_is_missing_or_has_changed(farm, tmp_path):
+    names = ["in%d" % n for n in range(6)]
+    for name in names:
+        (tmp_path / name).write_text(name)
+    argv = ["--log", "log", "--resume", "--out", "{}.out", "--set",
+            "RUN=echo $PEER_EXTRA >>ran; read x; test $x != in5 && echo $x", "--set", "EXTRA={}", "APP", *names]
+    farm.worker.end()
+    farm.worker = farm.serve("sh", "-c", 'cd %s; eval "$PEER_RUN"' % tmp_path)
+
+    def ran():
+        mapped(farm, *argv, cwd=str(tmp_path), input=None)
+        lines = (tmp_path / "ran").read_text().split() if (tmp_path / "ran").exists() else []
+        (tmp_path / "ran").write_text("")
+        return sorted(lines)
+    assert ran() == names, "all of them"
+    assert ran() == ["in5"], "the one that failed"
+    (tmp_path / "in1").write_text("changed")
+    (tmp_path / "in2.out").unlink()
+    with open(str(tmp_path / "log"), "r+") as log:
+        whole = log.read()
+        assert whole.splitlines()[0] + "\n" == cexec.LOG_HEAD
+        cut = whole.rindex("in4")
+        log.seek(0)
+        log.truncate()
+        log.write(whole[:cut + 2])      # in4's line, and what came after it
+    assert ran() == ["in1", "in2", "in4", "in5"]
+    assert ran() == ["in5"]
+    argv[4] = "{}.new"
+    assert ran() == names
+    rows = [line.split("\t") for line in (tmp_path / "log").read_text().splitlines()]
+    assert {len(row) for row in rows} == {8} and [row[7] for row in rows[1:7]].count("in0") == 1
+
+
+def test_a_full_disk_ends_it_promptly_and_leaves_nothing(farm, tmp_path):
+    lines = b"x\n" * 20
+    with open("/dev/full", "wb") as full:
+        done = mapped(farm, "--lines", "APP", input=lines, stdout=full)
+    assert done.returncode == 111 and b"cmap: standard output: No space left on device\n" in done.stderr
+    done = mapped(farm, "--log", "/dev/full", "--lines", "APP", input=lines)
+    assert done.returncode == 111 and b"cmap: /dev/full: No space left on device\n" in done.stderr
+    big = "--set=RUN=head -c 3000000 /dev/zero; sleep 100"
+    done = mapped(farm, big, "--lines", "APP", input=lines, env={"TMPDIR": tmp_path / "missing"})
+    assert done.returncode == 111 and b"cmap: a temporary file: No such file or directory\n" in done.stderr
+    (tmp_path / "file").write_bytes(b"")
+    done = mapped(farm, big, "--out", "file/{#}", "--lines", "APP", input=lines, cwd=str(tmp_path))
+    assert done.returncode == 111 and b"cmap: file/" in done.stderr and sorted(os.listdir(str(tmp_path))) == ["file"]
+
+
+def test_a_closed_reader_ends_it(farm):
+    job = start_map(farm, "--lines", "--set=RUN=read n; echo $n; test $n -lt 3 || sleep 100", "APP",
+                    stdin=pipe_in(b"".join(b"%d\n" % n for n in range(50))), stdout=subprocess.PIPE)
+    assert job.stdout.readline() == b"0\n"
+    job.stdout.close()
+    assert job.wait(20) == 128 + signal.SIGPIPE
+
+
+@pytest.mark.parametrize("names, status, ended", [
+    (["INT"], -2, 2), (["TERM"], -15, 4), (["TERM", "TERM"], -15, 2), (["HUP"], -1, 2)])
+def test_signals(farm, tmp_path, names, status, ended):
+    code = "--set=RUN=read n; test $n -lt 2 && exit; touch %s/$n; while test ! -e %s/go; do sleep 0.05; done" % (
+        tmp_path, tmp_path)
+    (tmp_path / "out").mkdir()
+    job = start_map(farm, "-j2", "--lines", "--log", tmp_path / "log", "--out", str(tmp_path / "out" / "{#}"), code,
+                    "APP", stdin=pipe_in(b"".join(b"%d\n" % n for n in range(50))), stdout=LINES)
+    wait_until(lambda: check((tmp_path / "2").exists() and (tmp_path / "3").exists()), 20)
+    job.signal(getattr(signal, "SIG" + names[0]))
+    if names == ["TERM", "TERM"]:
+        time.sleep(0.3)         # two at once would be one
+        assert job.alive()
+        job.signal(signal.SIGTERM)
+    elif ended == 4:
+        time.sleep(0.3)         # no new job may begin meanwhile
+        (tmp_path / "go").touch()
+    assert job.complete(20) == status
+    assert sorted(os.listdir(str(tmp_path / "out"))) == [str(n + 1) for n in range(ended)]
+    assert len((tmp_path / "log").read_text().splitlines()) == 1 + ended and not (tmp_path / "4").exists()
+
+
+def check(holds):
+    assert holds
+
+
+def test_a_hedged_job_ends_where_it_is_faster(room, tmp_path):
+    """The slow one never ends; the other one counts, once."""
+    code = 'read n; if mkdir %s/$n; then touch %s/slow; sleep 100; fi; echo $n' % (tmp_path, tmp_path)
+    for _ in range(2):
+        room.serve("sh", "-c", code, CONCURRENCY=1)
+    done = mapped(room, "--hedge", "--log", tmp_path / "log", "--lines", "APP", input=b"1\n")
+    assert (done.returncode, done.stdout) == (0, b"1\n")
+    assert len((tmp_path / "log").read_text().splitlines()) == 2
+
+
+def test_inputs_are_read_only_as_slots_come_free(farm):
+    reading, writing = os.pipe()
+    job = start_map(farm, "-j2", "--lines", "--set=RUN=cat; sleep 100", "APP", stdin=reading)
+    os.close(reading)
+    os.set_blocking(writing, False)
+    written, deadline = 0, time.monotonic() + 2
+    while time.monotonic() < deadline:
+        try:
+            written += os.write(writing, b"x" * 1000 + b"\n")
+        except BlockingIOError:
+            time.sleep(0.01)
+    assert 0 < written < 1 << 20
+    job.end()
+    os.close(writing)
+
+
+def test_what_waits_is_bounded_in_memory_and_on_disk(farm):
+    """The first job is slow, the others write much: they wait rather than fill the disk, and all comes out in order."""
+    job = start_map(farm, "-q", "-j8", "--spill", "1", "--lines", "APP", "--set", "x=1", stdin=subprocess.DEVNULL)
+    assert job.complete() == 2       # an option after the key
+    code = "--set=RUN=read n; test $n = 0 && sleep 2; head -c 8000000 /dev/zero | tr '\\0' $n"
+    job = start_map(farm, "-q", "-j8", "--spill", "1", "--lines", code, "APP",
+                    stdin=pipe_in(b"".join(b"%d\n" % n for n in range(8))), stdout=subprocess.PIPE)
+    reader, most, held = Reader(os.dup(job.stdout.fileno())), 0, 0
+    while reader.is_alive():
+        most = max(most, rss(job.pid))
+        held = max(held, sum(size_of("/proc/%d/fd/%d" % (job.pid, fd)) for fd, what in open_fds_of(job.pid).items()
+                             if "(deleted)" in what))
+        time.sleep(0.05)
+    assert reader.done() == b"".join(b"%d" % n * 8000000 for n in range(8)) and job.wait() == 0
+    assert held < 40 * MB and most < 120 * MB, (held, most)
+
+
+def size_of(path):
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
+
+
+def open_fds_of(pid):
+    try:
+        return open_fds(pid)
+    except OSError:
+        return {}
+
+
+def test_many_lines_take_no_memory(farm, tmp_path):
+    with open(str(tmp_path / "out"), "wb") as out:
+        job = start_map(farm, "-q", "--lines", "--set=RUN=exec cat", "APP", stdin=subprocess.PIPE, stdout=out)
+        lines = b"".join(b"%d\n" % n for n in range(100))
+        grown = []
+        for _ in range(20):
+            job.stdin.write(lines)
+            job.stdin.flush()
+            wait_until(lambda: check(size_of(str(tmp_path / "out")) == len(lines) * (len(grown) + 1)), 60)
+            grown.append(rss(job.pid))
+        job.stdin.close()
+        assert job.wait() == 0
+    assert (tmp_path / "out").read_bytes() == lines * 20
+    assert grown[-1] < grown[4] + 3 * MB and grown[-1] < 80 * MB, grown
+
+
+def test_a_line_and_a_block_that_are_larger_than_all_else(farm, tmp_path):
+    line = random_octets(20 * MB).replace(b"\n", b"-") + b"\n"
+    done = mapped(farm, "-q", "--lines", "--set=RUN=cat", "APP", input=b"a\n" + line + b"b")
+    assert done.stdout == b"a\n" + line + b"b"
+    data = random_octets(5 * MB)
+    for argv in ["--block", "1M"], ["--block", "1M", "--cut", "bytes"], ["--block", "100"]:
+        part = data[:300] if argv[-1] == "100" else data
+        assert mapped(farm, "-q", *argv, "--set=RUN=cat", "APP", input=part).stdout == part
+
+
+def test_two_cmaps_share_a_room_and_a_cexec_gets_in_between(room):
+    room.serve("sh", "-c", 'read n; sleep 0.1; echo $n', CONCURRENCY=4)
+    lines = b"".join(b"%d\n" % n for n in range(2000))
+    maps = [start_map(room, "--lines", "-q", "APP", stdin=pipe_in(lines), stdout=LINES) for _ in range(2)]
+    for each in maps:
+        each.out.wait("", 20, count=5)
+    before = [len(each.out.lines) for each in maps]
+    began = time.monotonic()
+    assert room.cexec(input=b"alone\n").stdout == b"alone\n"
+    assert time.monotonic() - began < 10, "it waits for a turn, not for the end of 2,000 jobs"
+    for each, start in zip(maps, before):
+        each.out.wait("", 30, count=start + 40)
+    first, second = [len(each.out.lines) - start for each, start in zip(maps, before)]
+    assert max(first, second) < 4 * min(first, second), (first, second)
+    for each in maps:
+        each.end()
+
+
+def test_nobody_there_ends_it_and_names_the_first_input(room):
+    done = mapped(room, "--lines", "APP", input=b"a\nb\n", env={"CEXEC_TIMEOUT_ACCEPT": "0.5"})
+    assert done.returncode == 111 and b"cmap: input 1 (a): no worker: nobody answered" in done.stderr
+
+
+def chaos(workers, serve, cmap, seconds):
+    """Kills, freezes and replaces workers and handlers until the time is over or the cmap is."""
+    dice, frozen, until = random.Random(7), [], time.monotonic() + seconds
+    while time.monotonic() < until and cmap.alive():
+        time.sleep(dice.uniform(0.1, 0.5))
+        place = dice.randrange(len(workers))
+        worker, what = workers[place], dice.choice(["kill", "restart", "pause", "kill a handler", "freeze a handler"])
+        if what in ("kill", "restart"):
+            (worker.kill if what == "kill" else worker.end)()
+            workers[place] = serve()
+        elif what == "pause":
+            worker.signal(signal.SIGSTOP)
+            time.sleep(0.3)
+            worker.signal(signal.SIGCONT)
+        else:
+            for pid in children(worker.pid)[:1]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL if what == "kill a handler" else signal.SIGSTOP)
+                    frozen.append(pid)
+    for pid in frozen:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+SLOW_ECHO = "sh", "-c", 'read x; sleep 0.0$((x % 7)); echo "<$x"; echo "$x>"'
+
+
+def test_every_byte_in_order_while_workers_are_killed_frozen_and_restarted(room, tmp_path):
+    """R2: a lost worker costs time, never a byte and never a double; the log has one line for each job."""
+    def serve():
+        return room.serve(*SLOW_ECHO, CONCURRENCY=2)
+    workers, count = [serve() for _ in range(3)], 1500
+    with open(str(tmp_path / "out"), "wb") as out:
+        job = start_map(room, "--lines", "--retries", "100", "--timeout-pingpong", "2", "--log", tmp_path / "log", "APP",
+                        stdin=pipe_in(b"".join(b"%d\n" % n for n in range(count))), stdout=out)
+        chaos(workers, serve, job, 10)
+        assert job.complete(80) == 0, str(job.log)
+    assert (tmp_path / "out").read_bytes() == b"".join(b"<%d\n%d>\n" % (n, n) for n in range(count))
+    rows = [line.split("\t") for line in (tmp_path / "log").read_text().splitlines()[1:]]
+    assert sorted(int(row[0]) for row in rows) == list(range(1, count + 1)) and {row[2] for row in rows} == {"0"}
+
+
+def test_every_byte_in_order_over_a_network_that_loses_packets(net, key, tmp_path):
+    for number, name in enumerate(("one", "two", "three"), 1):
+        net.host(name, "10.99.0.%d/24" % number)
+    for name in "two", "three":
+        net.tool(name, "cservice", key, *SLOW_ECHO, env={"CONCURRENCY": 2}).ready()
+    net.loss("one", 20)
+    net.loss("two", 3, what="")
+    count = 300
+    done = net.run_tool("one", "cmap", "--lines", "--retries", "100", "--timeout-pingpong", "5", key + ".pub",
+                        input=b"".join(b"%d\n" % n for n in range(count)), timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == b"".join(b"<%d\n%d>\n" % (n, n) for n in range(count))
+
+
+def test_progress_on_a_terminal(farm):
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))
+    job = start_map(farm, "--lines", "--set=RUN=sleep 0.5", "APP", stdin=pipe_in(b"1\n2\n3\n"), stderr=follower)
+    os.close(follower)
+    assert job.wait(30) == 0
+    shown = os.read(leader, 1 << 16)
+    assert b"running on 1 worker, " in shown and shown.endswith(b"a second\r\n") and b"3 jobs, 0 failed" in shown
+    os.close(leader)
+
+
 # ---------------------------------------------------------------- demo
 
 class Stage:
@@ -8085,6 +8643,9 @@ def test_the_demo_has_a_text_and_a_command_of_its_own(stage):
     os.close(follower)
     os.close(leader)
     assert (done.returncode, done.stdout) == (0, cexec.DEMO_TEXT.upper())
+    told = done.stderr.decode()
+    assert "| cmap --lines app.pub\n" in told and "demo: cmap: ONE\ndemo: cmap: TWO\n" in told
+    assert re.search(r"8 jobs of half a second each took [0-9.]+ s: [0-9.]+ times as fast", told)
     stage.clean()
 
 
