@@ -6320,6 +6320,8 @@ class Run:
 
     def _resume(self):
         self.room.signal(self.submission, "CONT")
+        if any(stream_kind(fd) is TERMINAL and in_background(fd) for fd in self.streams.sources):
+            os.kill(0, signal.SIGTTIN)      # a read that has begun would stop it as well
         attempt = self.submission.attempt
         if self.terminal and attempt and attempt.is_running():
             self.terminal.raw()
@@ -7791,6 +7793,9 @@ class RunningJob:
             theirs = self._open_ends()
             limits = [(name, value) for name, value in settings.limits if name != WALL]
             self.pid = spawn(self.daemon.path, self.daemon.command, self._environment(), theirs, self.slave, limits)
+        except (OSError, ValueError):
+            self._release()
+            raise
         finally:
             for fd in self.to_close:
                 os.close(fd)
