@@ -7160,11 +7160,11 @@ def test_a_key_that_others_can_read_is_warned_about(room, tmp_path):
 # ---------------------------------------------------------------- how a job ends
 
 @contextlib.contextmanager
-def room_here(room, most=1, keep=False, **environment):
-    """(loop, cexec.Room) of this process, for the workers of a test's room."""
+def room_here(room, most=1, keep=False, trace=None, **environment):
+    """(loop, cexec.Engine) of this process, for the workers of a test's room."""
     settings = cexec.read_settings("cexec", [], {"GROUP": room.group, "CEXEC_TIMEOUT_ACCEPT": "20", **environment})[0]
     loop = cexec.Loop()
-    made = cexec.Engine(loop, cexec.load_key(room.pub, "public")[0], settings, most, keep)
+    made = cexec.Engine(loop, cexec.load_key(room.pub, "public")[0], settings, most, keep, trace=trace)
     try:
         yield loop, made
     finally:
@@ -10865,6 +10865,240 @@ def test_a_slot_is_not_kept_for_a_submitter_that_falls_silent_in_the_handshake(r
 
 def assert_one_handler(worker):
     assert len(children(worker.pid)) == 1
+
+
+# ---------------------------------------------------------------- many jobs on one connection
+
+class Wide(cexec.HeldStreams):
+    """What a job reads on 0, 3 and 5 and writes on 1, 2, 4 and 5, held here."""
+
+    def __init__(self, inputs):
+        super().__init__(cexec.HeldSource(inputs[0]))
+        self.more = {number: cexec.Spool(self.budget) for number in (4, 5)}
+        self.descriptors = {0: cexec.IN, 1: cexec.OUT, 2: cexec.OUT, 3: cexec.IN, 4: cexec.OUT, 5: cexec.BOTH}
+        self.sources.update({number: cexec.HeldSource(inputs[number]) for number in (3, 5)})
+        self.sinks.update({number: cexec.HeldSink(self, number, spool) for number, spool in self.more.items()})
+
+    def outputs(self):
+        return {1: bytes(self.output), 2: bytes(self.errors), 4: bytes(self.more[4]), 5: bytes(self.more[5])}
+
+    def close(self):
+        super().close()
+        for spool in getattr(self, "more", {}).values():
+            spool.clear()
+
+
+class InTurn:
+    """Jobs that an Engine of this process runs one after another, on connections that it keeps.
+
+    ended: [(status or Failure, outputs, ExitReport or None)].  steps: what the Engine traces.
+    at: {number of a job: what to call when it has started}.
+    """
+
+    def __init__(self, room, retries=3):
+        self.room, self.retries, self.ended, self.steps, self.at = room, retries, [], [], {}
+
+    def run(self, jobs, done=None):
+        """jobs: (shell text, inputs or None, signal or None) of each.  done(): called behind each; may add to jobs."""
+        with room_here(self.room, keep=True, trace=self.steps.append) as (loop, engine):
+            def submit():
+                number = len(self.ended)
+                text, inputs, name = jobs[number]
+                streams = Wide(inputs) if inputs else cexec.HeldStreams(cexec.HeldSource(b"data"))
+
+                def event(words, always=False):
+                    if "started on" in words and number in self.at:
+                        self.at.pop(number)()
+                    if "started on" in words and name:
+                        loop.call_soon_threadsafe(lambda: engine.signal(submission, name))
+                submission = cexec.Submission(streams, [(b"DO", text.encode())], self.retries, over, event)
+                engine.submit(submission)
+
+            def over(status, failure, submission):
+                streams = submission.streams
+                outputs = streams.outputs() if isinstance(streams, Wide) else {1: bytes(streams.output)}
+                streams.close()
+                self.ended.append((failure or status, outputs, submission.report))
+                if done:
+                    done()
+                if len(self.ended) == len(jobs):
+                    loop.stop()
+                else:
+                    loop.call_soon_threadsafe(submit)
+            submit()
+            loop.run()
+
+    def connections(self):
+        return len([step for step in self.steps if " was chosen of " in step])
+
+
+ECHO = "cat; cat <&3 >&4; cat <&5 >&5; echo $CEXEC_JOB >&2; exit %d"
+
+
+def test_two_hundred_jobs_over_one_connection(room, forker):
+    """Every byte of every descriptor, every status, and signals between them."""
+    worker, random_bytes = forked_worker(forker, room, CONCURRENCY=1), random.Random(10)
+    jobs = []
+    for number in range(200):
+        if number % 10 == 9:
+            jobs.append(("exec sleep 60", None, ("INT", "TERM", "HUP", "USR1")[number // 10 % 4]))
+        else:
+            sizes = {0: number * 97, 3: number % 7, 5: number * 31}
+            inputs = {at: bytes(random_bytes.getrandbits(8) for _ in range(size)) for at, size in sizes.items()}
+            jobs.append((ECHO % number, inputs, None))
+    jobs[150][1][0] = jobs[151][1][5] = random_octets(3 * MB)
+    turn = InTurn(room)
+    turn.run(jobs)
+    names = set()
+    for number, ((text, inputs, name), (status, outputs, report)) in enumerate(zip(jobs, turn.ended)):
+        if name:
+            assert (status, report.name) == (128 + getattr(signal, "SIG" + name), name), number
+        else:
+            names.add(outputs.pop(2))
+            assert status == number and outputs == {1: inputs[0], 4: inputs[3], 5: inputs[5]}, number
+    assert len(names) == 180 and turn.connections() == 1
+    drained(worker)
+
+
+HELD_UP = 'until [ -e %s ]; do sleep 0.01; done'
+
+
+def hold_up(worker, path, words, act):
+    """What is called when a job that waits for path has started: acts, and lets it go once the log has the words."""
+    def go():
+        act()
+        wait_until(lambda: assert_contains(worker.errors, words))
+        path.touch()
+    return go
+
+
+@pytest.mark.parametrize("how", ["drain", "veto"])
+def test_a_drain_and_a_veto_end_a_connection_behind_the_job_in_hand(room, forker, how, tmp_path):
+    veto, go, turn = tmp_path / "veto", tmp_path / "go", InTurn(room)
+    options = ("--if", "test ! -e %s" % veto) if how == "veto" else ()
+    worker = forked_worker(forker, room, *options, CONCURRENCY=1, patch={"Daemon.VETO_EVERY": 0.0, "Daemon.LOOK": 0.05})
+    others = []
+
+    def next_worker():
+        """Behind the third job there is somebody again who takes the fourth."""
+        if len(turn.ended) == 3:
+            if how == "veto":
+                veto.unlink()
+            else:
+                assert worker.wait() == 0
+                others.append(forked_worker(forker, room, CONCURRENCY=1))
+    if how == "veto":
+        turn.at[2] = hold_up(worker, go, b"--if: no new jobs for the time being", veto.touch)
+    else:
+        turn.at[2] = hold_up(worker, go, b"no new jobs, 1 running", lambda: worker.signal(signal.SIGTERM))
+    turn.run([("cat", None, None)] * 2 + [(HELD_UP % go + "; cat", None, None)] + [("cat", None, None)] * 2, next_worker)
+    assert [(status, outputs[1]) for status, outputs, _ in turn.ended] == [(0, b"data")] * 5
+    assert turn.connections() == 2
+    if how == "veto":
+        assert b"--if: takes jobs again" in worker.errors.data
+    assert (worker.errors.data.count(b": start from "), len(others)) == ((5, 0) if how == "veto" else (3, 1))
+    drained((others or [worker])[0])
+
+
+def test_a_drain_ends_an_idle_connection_at_once(room, forker):
+    """The worker goes, though its submitter might have had more jobs, and though it does nothing itself."""
+    worker = forked_worker(forker, room, patch={"Handler.IDLE": 60.0})
+    with Impostor(room) as impostor:
+        peer = impostor.employ()
+        peer.sendall(a_job({}))
+        wait_until(lambda: assert_contains(worker.errors, b"end, status 0"))
+        worker.signal(signal.SIGTERM)
+        while peer.recv(1 << 16):
+            pass
+    assert worker.wait() == 0
+
+
+def test_a_waiting_submitter_gets_the_slot_behind_the_job_in_hand(room, forker):
+    """Half a second, as long as others wait, is what one submitter keeps a slot for."""
+    worker, turn, others = forked_worker(forker, room, CONCURRENCY=1), InTurn(room), []
+    turn.at[2] = lambda: others.append(forker.submit("cexec", room.pub, "DO=cat", input=b"other", env=room.settings({})))
+    jobs = [("cat; sleep 0.05", None, None)] * 5
+
+    def more():
+        if others and others[0].alive():
+            jobs.append(jobs[0])
+    turn.run(jobs, more)
+    assert others[0].result() == (0, b"other", "")
+    assert {(status, outputs[1]) for status, outputs, _ in turn.ended} == {(0, b"data")}
+    assert turn.connections() == 2 and len([1 for _, _, report in turn.ended if report.last]) <= 1
+    drained(worker)
+
+
+@pytest.mark.parametrize("retries", [0, 3])
+def test_a_connection_that_breaks_in_the_tenth_job_loses_that_one_only(room, forker, tmp_path, retries):
+    worker, turn = forked_worker(forker, room, CONCURRENCY=1), InTurn(room, retries)
+    breaks = '[ -e %s ] || { >%s; printf half; head -c 1 >/dev/null; kill -9 $PPID; sleep 60; }; cat' % (
+        tmp_path / "once", tmp_path / "once")
+    turn.run([(breaks if number == 9 else "cat", None, None) for number in range(15)])
+    results = [(status, outputs[1]) for status, outputs, _ in turn.ended]
+    broken = results[9]
+    del results[9]
+    assert results == [(0, b"data")] * 14
+    if retries:
+        assert broken == (0, b"data")
+    else:
+        assert isinstance(broken[0], cexec.Failure) and broken[0].what == "worker 127.0.0.1"
+    assert turn.connections() == 2
+    drained(worker)
+
+
+# ---------------------------------------------------------------- unread input
+
+LOOPS = {0: "while read -r line; do echo \"<$line>\"; %s; done <list", 3: "while read -r line <&3; do echo \"<$line>\"; "
+         "%s; done 3<list"}
+JOBS = {"nothing": ":", "four bytes": "dd bs=1 count=4 status=none%s; echo", "all": "cat%s"}
+
+
+@pytest.mark.parametrize("number", LOOPS)
+@pytest.mark.parametrize("what", JOBS)
+def test_a_loop_over_a_file_does_what_it_does_with_a_local_command(shell, tmp_path, number, what):
+    """A4: what the job has not read stays there, on every descriptor."""
+    (tmp_path / "list").write_bytes(b"".join(b"line %d of some length\n" % count for count in range(5)))
+    text = JOBS[what] % (" <&3" if number else "") if "%s" in JOBS[what] else JOBS[what]
+    words = " ".join(map(shlex.quote, [*program(), "cexec", shell.pub, "RUN=" + text]))
+    local, there = (run_command("sh", "-c", LOOPS[number] % job, env=shell.settings({}), cwd=str(tmp_path), timeout=60)
+                    for job in ("sh -c " + shlex.quote(text), words))
+    assert (there.returncode, there.stdout, there.stderr) == (local.returncode, local.stdout, b"")
+    assert local.stdout.count(b"<") == {"nothing": 5, "four bytes": 5, "all": 1}[what]
+
+
+@pytest.mark.parametrize("end, status, offset", [
+    ("exit 3", 3, 14), ("kill -9 $$", 137, 14), ("kill -INT $$", 130, 14), ("kill -9 $PPID; sleep 60", 111, 10)])
+@pytest.mark.parametrize("number, size", [(0, 1 << 12), (0, 1 << 18), (0, 1 << 22), (3, 1 << 12), (3, 1 << 18), (3, 1 << 22)])
+def test_the_offset_of_a_file_after_every_end_of_a_job(shell, tmp_path, number, size, end, status, offset):
+    """A4: behind what the job has read; after a lost worker where it was.  Sizes: what the job's pipe takes, what is
+    under way when the job ends, more than is ever sent."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(256)) * (size >> 8))
+    fd = os.open(str(path), os.O_RDONLY)
+    os.lseek(fd, 10, os.SEEK_SET)
+    with open(os.devnull, "rb") as null:
+        text = "dd bs=1 count=4 status=none <&%d; %s" % (number, end)
+        argv, pass_fds = placed({0: fd if number == 0 else null.fileno(), **({3: fd} if number else {})}, *program(),
+                                "cexec", shell.pub, "RUN=" + text)
+        done = run_command(*argv, stdin=null, pass_fds=pass_fds, env=shell.settings({"CEXEC_RETRIES": 0}))
+    assert done.returncode == status and (status == 111 or done.stdout == bytes(range(10, 14))), done.stderr
+    assert os.lseek(fd, 0, os.SEEK_CUR) == offset
+    os.close(fd)
+
+
+def test_a_second_start_of_a_job_reads_the_file_from_where_it_was(shell, tmp_path):
+    """A4, R3: nothing that the lost worker read counts."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(256)) * 16)
+    once = tmp_path / "once"
+    text = "[ -e %s ] || { >%s; head -c 1000 >/dev/null; kill -9 $PPID; sleep 60; }; dd bs=1 count=4 status=none" % (once, once)
+    with open(str(path), "rb", 0) as file:
+        file.seek(100)
+        done = shell.cexec("RUN=" + text, stdin=file)
+        assert (done.returncode, done.stdout) == (0, bytes(range(100, 104))), done.stderr
+        assert os.lseek(file.fileno(), 0, os.SEEK_CUR) == 104
+    assert b"; it starts again elsewhere\n" in done.stderr
 
 
 # ---------------------------------------------------------------- alerts and crat
