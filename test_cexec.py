@@ -7798,6 +7798,42 @@ def test_a_signal_that_was_ignored_from_the_start_stays_ignored(shell):
     assert job.complete() == 4 and job.out.lines == ["ready", "goes on"]
 
 
+def test_ctrl_c_ends_a_shells_loop(shell, tmp_path):
+    """As with a local command: every process of the foreground group gets it, and the shell goes by how the job ended."""
+    need("bash")
+    words = " ".join(map(shlex.quote, [*program(), "cexec", shell.pub, "RUN=echo ready; exec sleep 60"]))
+    loop = shell.start(shutil.which("bash"), "-c", "for i in 1 2 3; do %s; done; echo goes on" % words,
+                       env=shell.settings({}), stdout=LINES, start_new_session=True)
+    loop.out.wait("ready")
+    os.killpg(loop.pid, signal.SIGINT)
+    assert loop.complete() == -signal.SIGINT
+    assert loop.out.lines == ["ready"] and str(loop.log) == ""
+    wait_until(lambda: no_job_left(shell))
+
+
+@pytest.mark.parametrize("name", ["TERM", "HUP", "INT"])
+def test_a_stopped_cexec_ends_by_a_signal_all_the_same(shell, name):
+    """The system keeps a signal for a stopped process until it goes on, and with it the worker's slot."""
+    job = shell.submit("RUN=echo ready; exec sleep 60", stdout=LINES)
+    job.out.wait("ready")
+    job.signal(signal.SIGTSTP)
+    wait_until(lambda: must(stat_fields(job.pid)[:1] == ["T"]))
+    assert job.alive()
+    job.signal(getattr(signal, "SIG" + name))
+    assert job.complete() == -getattr(signal, "SIG" + name)
+    wait_until(lambda: no_job_left(shell))
+
+
+def test_a_cexec_stopped_for_good_ends_by_the_signal_once_it_goes_on(shell):
+    """Nothing wakes a process after SIGSTOP but SIGCONT; the signal that came before ends it then, and the job."""
+    job = shell.submit("RUN=echo ready; exec sleep 60", stdout=LINES)
+    job.out.wait("ready")
+    for name in "STOP", "TERM", "CONT":
+        job.signal(getattr(signal, "SIG" + name))
+    assert job.complete() == -signal.SIGTERM
+    wait_until(lambda: no_job_left(shell))
+
+
 # ---------------------------------------------------------------- the end of a job's processes
 
 STUBBORN = "RUN=trap '' TERM HUP INT; (trap '' TERM HUP INT; echo ready; exec sleep 1000) & echo ready; " \
@@ -10632,6 +10668,99 @@ def test_a_stranger_has_ten_seconds_in_all(shared_room):
         assert job.wait() == -signal.SIGTERM
 
 
+@LINUX_ONLY
+def test_a_replayed_announcement_costs_a_worker_no_process(room, forker, private_key):
+    """S13, S16: who has recorded all that is on the wire, and no key, gets connections that end, and nothing more."""
+    first = forked_worker(forker, room)
+    with Impostor(room) as impostor:
+        recorded = [impostor.announce()]
+        connection, old_go = impostor.accept()
+        connection.sendall(old_go)
+        connection.close()
+        drained(first)
+        recorded += [impostor.announce() for _ in range(15)]
+    worker = forked_worker(forker, room, CONCURRENCY=2)
+    with Impostor(room) as stranger, contextlib.ExitStack() as stack:
+        for data in recorded:
+            stranger.send(data[:6] + struct.pack(">H", stranger.port) + data[8:])
+        came = []
+        stranger.listener.settimeout(1)
+        for words in [b"G", b"G" * cexec.GO_SIZE, old_go, os.urandom(cexec.GO_SIZE)] * 4:
+            try:
+                connection = stack.enter_context(stranger.listener.accept()[0])
+            except OSError:
+                break
+            connection.settimeout(cexec.Handler.PATIENCE / 2)       # a handler would wait for longer
+            receive_exactly(connection, cexec.PREAMBLE_SIZE)
+            connection.sendall(words)
+            came.append((words, connection))
+        assert came, "nobody came: the attack was none"
+        assert children(worker.pid) == []
+        assert_serving(forker, room)
+        for words, connection in came:
+            if len(words) == cexec.GO_SIZE:
+                assert drain(connection) == b""
+        assert children(worker.pid) == []
+    assert worker.errors.data.count(b": start from ") == 1
+    drained(worker)
+
+
+@LINUX_ONLY
+def test_small_messages_to_unread_descriptors_cost_a_handler_little(room, forker):
+    """S17: a byte for each message, to forty descriptors that the job never reads."""
+    worker = room.serve(*DOER, CONCURRENCY=1)
+    with Impostor(room) as impostor:
+        peer = impostor.employ()
+        numbers = range(3, 43)
+        peer.sendall(a_job({number: cexec.IN for number in numbers}, "exec sleep 60"))
+        worker.log.wait("start from")
+        handler, = children(worker.pid)
+        before = private(handler)
+        for number in numbers:
+            peer.sendall(message("DATA", number, b"x") * 20000)
+        peer.sendall(message("SIGNAL", cexec.SIGNALS.index("TERM")))
+        wait_until(lambda: must(not children(handler)), 60)         # all before the signal has been taken up
+        assert private(handler) - before < 8 << 20
+    wait_until(lambda: assert_tidy(worker, 1000))
+
+
+@LINUX_ONLY
+def test_a_worker_is_whom_its_connection_comes_from(room, forker, private_key):
+    """S14: what it says of itself passes no --accept-server, and no line blames another for it."""
+    hello = message("HELLO", 0, cexec.encode_hello("10.9.9.9", "0123456789abcdef"))
+    for env, words in (({"CEXEC_ACCEPT_SERVER": "10.9.9.9"}, "127.0.0.1: excluded by CEXEC_ACCEPT_SERVER"),
+                       ({"CEXEC_REJECT_SERVERS": "10.9.9.9"}, "10.9.9.9 by 127.0.0.1"), ({}, "10.9.9.9 by 127.0.0.1")):
+        with Impostor(room) as impostor:
+            job, heard = submit_and_hear(forker, room, impostor, env={"CEXEC_RETRIES": 0, "CEXEC_TIMEOUT_ACCEPT": 2, **env})
+            with contextlib.suppress(OSError):
+                worker = impostor.apply(heard, private_key)
+                worker.sendall(hello)
+                worker.recv(1 << 16)
+                worker.close()
+            status, output, errors = job.result()
+        assert (status, output) == (111, b"") and words in errors, errors
+
+
+@LINUX_ONLY
+def test_an_interrupt_between_the_offer_and_a_refusal_starts_the_job_nowhere_else(room, forker, private_key):
+    with Impostor(room) as impostor:
+        job, heard = submit_and_hear(forker, room, impostor)
+        worker = impostor.apply(heard, private_key)
+        worker.sendall(OWN_HELLO)
+        assert worker.recv(1 << 16)
+        other = forked_worker(forker, room)
+        job.signal(signal.SIGINT)
+        said, wanted = b"", message("SIGNAL", cexec.SIGNALS.index("INT"))
+        while wanted not in said:
+            said += worker.recv(1 << 16)
+        worker.sendall(message("REFUSED", 0, b"no"))
+        began = time.monotonic()
+        assert job.wait() == -signal.SIGINT
+        assert time.monotonic() - began < 5         # the grace of a job that ignores it is ten
+    drained(other)
+    assert b": start from " not in other.errors.data
+
+
 # -- workers that fail, refuse and dawdle
 
 @LINUX_ONLY
@@ -10865,6 +10994,111 @@ def test_a_slot_is_not_kept_for_a_submitter_that_falls_silent_in_the_handshake(r
 
 def assert_one_handler(worker):
     assert len(children(worker.pid)) == 1
+
+
+# ---------------------------------------------------------------- limits, and other users
+
+def end_of(worker):
+    """What the log says of the end of the last job."""
+    return re.sub(r", [\d.]+ s, .*", "", worker.log.wait(": end, ").partition(": end, ")[2])
+
+
+@pytest.mark.parametrize("limit, text, status, end", [
+    ("wall=1", "exec sleep 60", 143, "signal 15 (its limit of wall)"),
+    ("wall=1", "trap '' TERM HUP; while :; do sleep 0.1; done", 137, "signal 9 (its limit of wall)"),
+    ("cpu=1", "ulimit -c 0; while :; do :; done", 152, "signal 24 (its limit of cpu)"),
+    ("file=8k", "ulimit -c 0; exec head -c 100000 /dev/zero >\"$PEER_FILE\"", 153, "signal 25 (its limit of file)"),
+    ("memory=400M", "exec '%s' -ISc 'bytearray(1 << 29)' 2>/dev/null" % sys.executable, 1, "status 1"),
+], ids=["wall", "wall, ignored", "cpu", "file", "memory"])
+def test_a_limit_ends_a_job_and_the_log_names_it(room, tmp_path, limit, text, status, end):
+    worker = room.tool("cservice", "--limit", limit, room.key, *RUN_SHELL, env={"CONCURRENCY": 1}).ready()
+    done = room.cexec("RUN=" + text, "FILE=%s" % (tmp_path / "file"))
+    assert (done.returncode, done.stdout, done.stderr) == (status, b"", b"")
+    assert end_of(worker) == end
+    if limit == "file=8k":
+        assert (tmp_path / "file").stat().st_size == 8192
+    assert room.cexec("RUN=cat", input=b"next").stdout == b"next"       # the limits are each job's own
+    assert worker.stop() == 0
+
+
+def test_a_limit_of_processes_holds_for_the_jobs_user(room):
+    """Root's processes know no such limit."""
+    only_root()
+    room.tool("cservice", "--limit=processes=1", "--user=nobody", room.key, *RUN_SHELL, cwd="/").ready()
+    done = room.cexec("RUN=echo before; sleep 0; echo behind")
+    assert done.stdout == b"before\n" and done.returncode and b"fork" in done.stderr.lower()
+
+
+@LINUX_ONLY
+def test_several_limits_at_once_leave_a_job_its_results(room):
+    limits = "wall=30,cpu=20,memory=1G,file=1M,processes=1000"
+    room.tool("cservice", "--limit", limits, room.key, *RUN_SHELL).ready()
+    done = room.cexec("RUN=cat /proc/self/limits -", input=b"data")
+    found = {line[:26].strip(): line[26:].split()[:2] for line in done.stdout.decode().splitlines()}
+    assert (done.returncode, done.stderr, done.stdout[-4:]) == (0, b"", b"data")
+    assert [found["Max " + name] for name in ("cpu time", "address space", "file size", "processes")] == [
+        ["20", "21"], ["1073741824"] * 2, ["1048576"] * 2, ["1000"] * 2]
+
+
+def test_a_users_jobs_find_that_users_places(room):
+    only_root()
+    import pwd
+    nobody = pwd.getpwnam("nobody")
+    room.tool("cservice", "--user", "nobody", room.key, *RUN_SHELL, cwd="/",
+              env={"HOME": "/root", "USER": "root", "LOGNAME": "root", "SHELL": "/bin/rootsh", "MAIL": "kept"}).ready()
+    done = room.cexec('RUN=printf "%s\\n" "$HOME" "$USER" "$LOGNAME" "$SHELL" "$PATH" "$MAIL"')
+    assert done.stdout.decode().split("\n") == [
+        nobody.pw_dir, "nobody", "nobody", nobody.pw_shell or "/bin/sh", "/usr/local/bin:/usr/bin:/bin", "kept", ""]
+
+
+@pytest.mark.parametrize("words", [["--user", ""], ["--user="]])
+def test_an_empty_user_is_not_root(room, words):
+    done = run("cservice", *words, room.key, "true", env=room.settings({}))
+    assert done.returncode == 2 and done.stdout == b""
+    assert done.stderr.startswith(b"cservice: --user=: not accepted\n") and done.stderr.count(b"\n") == 2, done.stderr
+
+
+@pytest.mark.parametrize("how", ["end", "cexec", "handler"])
+def test_the_number_of_a_jobs_group_is_its_own_until_the_group_has_ended(room, how):
+    """Its leader has ended, a child in another session keeps an output open: the leader is not waited for."""
+    worker = room.serve(*RUN_SHELL)
+    need("setsid")
+    job = room.submit("RUN=setsid sleep 1000 & echo $$; exit 0", stdout=LINES)
+    job.out.wait("")
+    leader = int(wait_until(lambda: must(job.out.lines) or job.out.lines[0]))
+    wait_until(lambda: must(stat_fields(leader)[:1] == ["Z"]))
+    handler = only_handler(worker)
+    sleeping = job_process(room, "sleep")
+    assert stat_fields(leader)[1] == str(handler) and job.alive()
+    if how == "end":
+        os.kill(sleeping, signal.SIGKILL)
+        assert job.complete() == 0
+    else:
+        os.kill(job.pid if how == "cexec" else handler, signal.SIGKILL)
+        job.wait()
+        os.kill(sleeping, signal.SIGKILL)       # who has left the session is left alone
+    wait_until(lambda: nothing_below(worker))
+    assert room.cexec("RUN=echo next").stdout == b"next\n"
+
+
+def test_who_ends_a_job_has_its_rights_and_not_roots(room):
+    """A number that has become another user's in the meantime is out of reach."""
+    only_root()
+    import pwd
+    nobody = pwd.getpwnam("nobody")
+    bystander = room.start("sleep", "1000", start_new_session=True)
+    pid = cexec.kill_job_in_child(bystander.pid, "0123456789abcdef", nobody)
+    os.waitpid(pid, 0)
+    assert bystander.alive()
+    worker = room.tool("cservice", "--user", "nobody", room.key, *RUN_SHELL, cwd="/").ready()
+    job = room.submit("RUN=echo ready; exec sleep 1000", stdout=LINES)
+    job.out.wait("ready")
+    for line in proc(only_handler(worker), "status").splitlines():
+        if line.startswith(("Uid:", "Gid:")):
+            assert set(line.split()[1:]) == {str(nobody.pw_uid if line[0] == "U" else nobody.pw_gid)}
+    os.kill(only_handler(worker), signal.SIGKILL)
+    assert job.complete() == 111
+    wait_until(lambda: must(list(room.left().values()).count("sleep 1000") == 1))
 
 
 # ---------------------------------------------------------------- many jobs on one connection
