@@ -6366,6 +6366,8 @@ class Run:
 
     def _resume(self):
         self.room.signal(self.submission, "CONT")
+        if any(stream_kind(fd) is TERMINAL and in_background(fd) for fd in self.streams.sources):
+            os.kill(0, signal.SIGTTIN)      # a read that has begun would stop it as well
         attempt = self.submission.attempt
         if self.terminal and attempt and attempt.is_running():
             self.terminal.raw()
@@ -7819,7 +7821,7 @@ class RunningJob:
         self.ends = {}              # {descriptor in the job: our end of it}
         self.sinks = {}             # {descriptor in the job: Sink}
         self.counts = {}            # {input: InputCount}, of those that are pipes
-        self.consumed = {}          # {input that has stopped: bytes of it that the job has read}
+        self.consumed = {}          # {input that the job reads no more: bytes of it that it has read}
         self.to_close = []          # the job's ends, until it has been started
         self.master = self.slave = None
         self.group_kill = None
@@ -7837,6 +7839,9 @@ class RunningJob:
             theirs = self._open_ends()
             limits = [(name, value) for name, value in settings.limits if name != WALL]
             self.pid = spawn(self.daemon.path, self.daemon.command, self._environment(), theirs, self.slave, limits)
+        except (OSError, ValueError):
+            self._release()
+            raise
         finally:
             for fd in self.to_close:
                 os.close(fd)
@@ -8042,7 +8047,8 @@ class RunningJob:
         number = os.WTERMSIG(status) if signalled else os.WEXITSTATUS(status)
         name = next((name for name, known in SIGNAL_NAMES.items() if known == number), "") if signalled else ""
         self.limit_met = self.limit_met or {"XCPU": "cpu", "XFSZ": "file"}.get(name)
-        consumed = {fd: self._read_so_far(fd) for fd in self.session.receiving if fd not in self.consumed}
+        consumed = {fd: self.consumed[fd] if fd in self.consumed else self._read_so_far(fd)
+                    for fd, stream in self.session.receiving.items() if stream.state != "stopped"}
         report = ExitReport(
             signalled, False, number, int((time.monotonic() - self.began) * 1000),
             int((usage.ru_utime + usage.ru_stime) * 1000) if usage else 0,

@@ -7347,11 +7347,11 @@ def test_a_key_that_others_can_read_is_warned_about(room, tmp_path):
 # ---------------------------------------------------------------- how a job ends
 
 @contextlib.contextmanager
-def room_here(room, most=1, keep=False, **environment):
-    """(loop, cexec.Room) of this process, for the workers of a test's room."""
+def room_here(room, most=1, keep=False, trace=None, **environment):
+    """(loop, cexec.Engine) of this process, for the workers of a test's room."""
     settings = cexec.read_settings("cexec", [], {"GROUP": room.group, "CEXEC_TIMEOUT_ACCEPT": "20", **environment})[0]
     loop = cexec.Loop()
-    made = cexec.Engine(loop, cexec.load_key(room.pub, "public")[0], settings, most, keep)
+    made = cexec.Engine(loop, cexec.load_key(room.pub, "public")[0], settings, most, keep, trace=trace)
     try:
         yield loop, made
     finally:
@@ -7983,6 +7983,42 @@ def test_a_signal_that_was_ignored_from_the_start_stays_ignored(shell):
     job.stdin.write(b"goes on\n")
     job.stdin.close()
     assert job.complete() == 4 and job.out.lines == ["ready", "goes on"]
+
+
+def test_ctrl_c_ends_a_shells_loop(shell, tmp_path):
+    """As with a local command: every process of the foreground group gets it, and the shell goes by how the job ended."""
+    need("bash")
+    words = " ".join(map(shlex.quote, [*program(), "cexec", shell.pub, "RUN=echo ready; exec sleep 60"]))
+    loop = shell.start(shutil.which("bash"), "-c", "for i in 1 2 3; do %s; done; echo goes on" % words,
+                       env=shell.settings({}), stdout=LINES, start_new_session=True)
+    loop.out.wait("ready")
+    os.killpg(loop.pid, signal.SIGINT)
+    assert loop.complete() == -signal.SIGINT
+    assert loop.out.lines == ["ready"] and str(loop.log) == ""
+    wait_until(lambda: no_job_left(shell))
+
+
+@pytest.mark.parametrize("name", ["TERM", "HUP", "INT"])
+def test_a_stopped_cexec_ends_by_a_signal_all_the_same(shell, name):
+    """The system keeps a signal for a stopped process until it goes on, and with it the worker's slot."""
+    job = shell.submit("RUN=echo ready; exec sleep 60", stdout=LINES)
+    job.out.wait("ready")
+    job.signal(signal.SIGTSTP)
+    wait_until(lambda: must(stat_fields(job.pid)[:1] == ["T"]))
+    assert job.alive()
+    job.signal(getattr(signal, "SIG" + name))
+    assert job.complete() == -getattr(signal, "SIG" + name)
+    wait_until(lambda: no_job_left(shell))
+
+
+def test_a_cexec_stopped_for_good_ends_by_the_signal_once_it_goes_on(shell):
+    """Nothing wakes a process after SIGSTOP but SIGCONT; the signal that came before ends it then, and the job."""
+    job = shell.submit("RUN=echo ready; exec sleep 60", stdout=LINES)
+    job.out.wait("ready")
+    for name in "STOP", "TERM", "CONT":
+        job.signal(getattr(signal, "SIG" + name))
+    assert job.complete() == -signal.SIGTERM
+    wait_until(lambda: no_job_left(shell))
 
 
 # ---------------------------------------------------------------- the end of a job's processes
@@ -11207,6 +11243,99 @@ def test_a_stranger_has_ten_seconds_in_all(shared_room):
         assert job.wait() == -signal.SIGTERM
 
 
+@LINUX_ONLY
+def test_a_replayed_announcement_costs_a_worker_no_process(room, forker, private_key):
+    """S13, S16: who has recorded all that is on the wire, and no key, gets connections that end, and nothing more."""
+    first = forked_worker(forker, room)
+    with Impostor(room) as impostor:
+        recorded = [impostor.announce()]
+        connection, old_go = impostor.accept()
+        connection.sendall(old_go)
+        connection.close()
+        drained(first)
+        recorded += [impostor.announce() for _ in range(15)]
+    worker = forked_worker(forker, room, CONCURRENCY=2)
+    with Impostor(room) as stranger, contextlib.ExitStack() as stack:
+        for data in recorded:
+            stranger.send(data[:6] + struct.pack(">H", stranger.port) + data[8:])
+        came = []
+        stranger.listener.settimeout(1)
+        for words in [b"G", b"G" * cexec.GO_SIZE, old_go, os.urandom(cexec.GO_SIZE)] * 4:
+            try:
+                connection = stack.enter_context(stranger.listener.accept()[0])
+            except OSError:
+                break
+            connection.settimeout(cexec.Handler.PATIENCE / 2)       # a handler would wait for longer
+            receive_exactly(connection, cexec.PREAMBLE_SIZE)
+            connection.sendall(words)
+            came.append((words, connection))
+        assert came, "nobody came: the attack was none"
+        assert children(worker.pid) == []
+        assert_serving(forker, room)
+        for words, connection in came:
+            if len(words) == cexec.GO_SIZE:
+                assert drain(connection) == b""
+        assert children(worker.pid) == []
+    assert worker.errors.data.count(b": start from ") == 1
+    drained(worker)
+
+
+@LINUX_ONLY
+def test_small_messages_to_unread_descriptors_cost_a_handler_little(room, forker):
+    """S17: a byte for each message, to forty descriptors that the job never reads."""
+    worker = room.serve(*DOER, CONCURRENCY=1)
+    with Impostor(room) as impostor:
+        peer = impostor.employ()
+        numbers = range(3, 43)
+        peer.sendall(a_job({number: cexec.IN for number in numbers}, "exec sleep 60"))
+        worker.log.wait("start from")
+        handler, = children(worker.pid)
+        before = private(handler)
+        for number in numbers:
+            peer.sendall(message("DATA", number, b"x") * 20000)
+        peer.sendall(message("SIGNAL", cexec.SIGNALS.index("TERM")))
+        wait_until(lambda: must(not children(handler)), 60)         # all before the signal has been taken up
+        assert private(handler) - before < 8 << 20
+    wait_until(lambda: assert_tidy(worker, 1000))
+
+
+@LINUX_ONLY
+def test_a_worker_is_whom_its_connection_comes_from(room, forker, private_key):
+    """S14: what it says of itself passes no --accept-server, and no line blames another for it."""
+    hello = message("HELLO", 0, cexec.encode_hello("10.9.9.9", "0123456789abcdef"))
+    for env, words in (({"CEXEC_ACCEPT_SERVER": "10.9.9.9"}, "127.0.0.1: excluded by CEXEC_ACCEPT_SERVER"),
+                       ({"CEXEC_REJECT_SERVERS": "10.9.9.9"}, "10.9.9.9 by 127.0.0.1"), ({}, "10.9.9.9 by 127.0.0.1")):
+        with Impostor(room) as impostor:
+            job, heard = submit_and_hear(forker, room, impostor, env={"CEXEC_RETRIES": 0, "CEXEC_TIMEOUT_ACCEPT": 2, **env})
+            with contextlib.suppress(OSError):
+                worker = impostor.apply(heard, private_key)
+                worker.sendall(hello)
+                worker.recv(1 << 16)
+                worker.close()
+            status, output, errors = job.result()
+        assert (status, output) == (111, b"") and words in errors, errors
+
+
+@LINUX_ONLY
+def test_an_interrupt_between_the_offer_and_a_refusal_starts_the_job_nowhere_else(room, forker, private_key):
+    with Impostor(room) as impostor:
+        job, heard = submit_and_hear(forker, room, impostor)
+        worker = impostor.apply(heard, private_key)
+        worker.sendall(OWN_HELLO)
+        assert worker.recv(1 << 16)
+        other = forked_worker(forker, room)
+        job.signal(signal.SIGINT)
+        said, wanted = b"", message("SIGNAL", cexec.SIGNALS.index("INT"))
+        while wanted not in said:
+            said += worker.recv(1 << 16)
+        worker.sendall(message("REFUSED", 0, b"no"))
+        began = time.monotonic()
+        assert job.wait() == -signal.SIGINT
+        assert time.monotonic() - began < 5         # the grace of a job that ignores it is ten
+    drained(other)
+    assert b": start from " not in other.errors.data
+
+
 # -- workers that fail, refuse and dawdle
 
 @LINUX_ONLY
@@ -11440,6 +11569,345 @@ def test_a_slot_is_not_kept_for_a_submitter_that_falls_silent_in_the_handshake(r
 
 def assert_one_handler(worker):
     assert len(children(worker.pid)) == 1
+
+
+# ---------------------------------------------------------------- limits, and other users
+
+def end_of(worker):
+    """What the log says of the end of the last job."""
+    return re.sub(r", [\d.]+ s, .*", "", worker.log.wait(": end, ").partition(": end, ")[2])
+
+
+@pytest.mark.parametrize("limit, text, status, end", [
+    ("wall=1", "exec sleep 60", 143, "signal 15 (its limit of wall)"),
+    ("wall=1", "trap '' TERM HUP; while :; do sleep 0.1; done", 137, "signal 9 (its limit of wall)"),
+    ("cpu=1", "ulimit -c 0; while :; do :; done", 152, "signal 24 (its limit of cpu)"),
+    ("file=8k", "ulimit -c 0; exec head -c 100000 /dev/zero >\"$PEER_FILE\"", 153, "signal 25 (its limit of file)"),
+    ("memory=400M", "exec '%s' -ISc 'bytearray(1 << 29)' 2>/dev/null" % sys.executable, 1, "status 1"),
+], ids=["wall", "wall, ignored", "cpu", "file", "memory"])
+def test_a_limit_ends_a_job_and_the_log_names_it(room, tmp_path, limit, text, status, end):
+    worker = room.tool("cservice", "--limit", limit, room.key, *RUN_SHELL, env={"CONCURRENCY": 1}).ready()
+    done = room.cexec("RUN=" + text, "FILE=%s" % (tmp_path / "file"))
+    assert (done.returncode, done.stdout, done.stderr) == (status, b"", b"")
+    assert end_of(worker) == end
+    if limit == "file=8k":
+        assert (tmp_path / "file").stat().st_size == 8192
+    assert room.cexec("RUN=cat", input=b"next").stdout == b"next"       # the limits are each job's own
+    assert worker.stop() == 0
+
+
+def test_a_limit_of_processes_holds_for_the_jobs_user(room):
+    """Root's processes know no such limit."""
+    only_root()
+    room.tool("cservice", "--limit=processes=1", "--user=nobody", room.key, *RUN_SHELL, cwd="/").ready()
+    done = room.cexec("RUN=echo before; sleep 0; echo behind")
+    assert done.stdout == b"before\n" and done.returncode and b"fork" in done.stderr.lower()
+
+
+@LINUX_ONLY
+def test_several_limits_at_once_leave_a_job_its_results(room):
+    limits = "wall=30,cpu=20,memory=1G,file=1M,processes=1000"
+    room.tool("cservice", "--limit", limits, room.key, *RUN_SHELL).ready()
+    done = room.cexec("RUN=cat /proc/self/limits -", input=b"data")
+    found = {line[:26].strip(): line[26:].split()[:2] for line in done.stdout.decode().splitlines()}
+    assert (done.returncode, done.stderr, done.stdout[-4:]) == (0, b"", b"data")
+    assert [found["Max " + name] for name in ("cpu time", "address space", "file size", "processes")] == [
+        ["20", "21"], ["1073741824"] * 2, ["1048576"] * 2, ["1000"] * 2]
+
+
+def test_a_users_jobs_find_that_users_places(room):
+    only_root()
+    import pwd
+    nobody = pwd.getpwnam("nobody")
+    room.tool("cservice", "--user", "nobody", room.key, *RUN_SHELL, cwd="/",
+              env={"HOME": "/root", "USER": "root", "LOGNAME": "root", "SHELL": "/bin/rootsh", "MAIL": "kept"}).ready()
+    done = room.cexec('RUN=printf "%s\\n" "$HOME" "$USER" "$LOGNAME" "$SHELL" "$PATH" "$MAIL"')
+    assert done.stdout.decode().split("\n") == [
+        nobody.pw_dir, "nobody", "nobody", nobody.pw_shell or "/bin/sh", "/usr/local/bin:/usr/bin:/bin", "kept", ""]
+
+
+@pytest.mark.parametrize("words", [["--user", ""], ["--user="]])
+def test_an_empty_user_is_not_root(room, words):
+    done = run("cservice", *words, room.key, "true", env=room.settings({}))
+    assert done.returncode == 2 and done.stdout == b""
+    assert done.stderr.startswith(b"cservice: --user=: not accepted\n") and done.stderr.count(b"\n") == 2, done.stderr
+
+
+@pytest.mark.parametrize("how", ["end", "cexec", "handler"])
+def test_the_number_of_a_jobs_group_is_its_own_until_the_group_has_ended(room, how):
+    """Its leader has ended, a child in another session keeps an output open: the leader is not waited for."""
+    worker = room.serve(*RUN_SHELL)
+    need("setsid")
+    job = room.submit("RUN=setsid sleep 1000 & echo $$; exit 0", stdout=LINES)
+    job.out.wait("")
+    leader = int(wait_until(lambda: must(job.out.lines) or job.out.lines[0]))
+    wait_until(lambda: must(stat_fields(leader)[:1] == ["Z"]))
+    handler = only_handler(worker)
+    sleeping = job_process(room, "sleep")
+    assert stat_fields(leader)[1] == str(handler) and job.alive()
+    if how == "end":
+        os.kill(sleeping, signal.SIGKILL)
+        assert job.complete() == 0
+    else:
+        os.kill(job.pid if how == "cexec" else handler, signal.SIGKILL)
+        job.wait()
+        os.kill(sleeping, signal.SIGKILL)       # who has left the session is left alone
+    wait_until(lambda: nothing_below(worker))
+    assert room.cexec("RUN=echo next").stdout == b"next\n"
+
+
+def test_who_ends_a_job_has_its_rights_and_not_roots(room):
+    """A number that has become another user's in the meantime is out of reach."""
+    only_root()
+    import pwd
+    nobody = pwd.getpwnam("nobody")
+    bystander = room.start("sleep", "1000", start_new_session=True)
+    pid = cexec.kill_job_in_child(bystander.pid, "0123456789abcdef", nobody)
+    os.waitpid(pid, 0)
+    assert bystander.alive()
+    worker = room.tool("cservice", "--user", "nobody", room.key, *RUN_SHELL, cwd="/").ready()
+    job = room.submit("RUN=echo ready; exec sleep 1000", stdout=LINES)
+    job.out.wait("ready")
+    for line in proc(only_handler(worker), "status").splitlines():
+        if line.startswith(("Uid:", "Gid:")):
+            assert set(line.split()[1:]) == {str(nobody.pw_uid if line[0] == "U" else nobody.pw_gid)}
+    os.kill(only_handler(worker), signal.SIGKILL)
+    assert job.complete() == 111
+    wait_until(lambda: must(list(room.left().values()).count("sleep 1000") == 1))
+
+
+# ---------------------------------------------------------------- many jobs on one connection
+
+class Wide(cexec.HeldStreams):
+    """What a job reads on 0, 3 and 5 and writes on 1, 2, 4 and 5, held here."""
+
+    def __init__(self, inputs):
+        super().__init__(cexec.HeldSource(inputs[0]))
+        self.more = {number: cexec.Spool(self.budget) for number in (4, 5)}
+        self.descriptors = {0: cexec.IN, 1: cexec.OUT, 2: cexec.OUT, 3: cexec.IN, 4: cexec.OUT, 5: cexec.BOTH}
+        self.sources.update({number: cexec.HeldSource(inputs[number]) for number in (3, 5)})
+        self.sinks.update({number: cexec.HeldSink(self, number, spool) for number, spool in self.more.items()})
+
+    def outputs(self):
+        return {1: bytes(self.output), 2: bytes(self.errors), 4: bytes(self.more[4]), 5: bytes(self.more[5])}
+
+    def close(self):
+        super().close()
+        for spool in getattr(self, "more", {}).values():
+            spool.clear()
+
+
+class InTurn:
+    """Jobs that an Engine of this process runs one after another, on connections that it keeps.
+
+    ended: [(status or Failure, outputs, ExitReport or None)].  steps: what the Engine traces.
+    at: {number of a job: what to call when it has started}.
+    """
+
+    def __init__(self, room, retries=3):
+        self.room, self.retries, self.ended, self.steps, self.at = room, retries, [], [], {}
+
+    def run(self, jobs, done=None):
+        """jobs: (shell text, inputs or None, signal or None) of each.  done(): called behind each; may add to jobs."""
+        with room_here(self.room, keep=True, trace=self.steps.append) as (loop, engine):
+            def submit():
+                number = len(self.ended)
+                text, inputs, name = jobs[number]
+                streams = Wide(inputs) if inputs else cexec.HeldStreams(cexec.HeldSource(b"data"))
+
+                def event(words, always=False):
+                    if "started on" in words and number in self.at:
+                        self.at.pop(number)()
+                    if "started on" in words and name:
+                        loop.call_soon_threadsafe(lambda: engine.signal(submission, name))
+                submission = cexec.Submission(streams, [(b"DO", text.encode())], self.retries, over, event)
+                engine.submit(submission)
+
+            def over(status, failure, submission):
+                streams = submission.streams
+                outputs = streams.outputs() if isinstance(streams, Wide) else {1: bytes(streams.output)}
+                streams.close()
+                self.ended.append((failure or status, outputs, submission.report))
+                if done:
+                    done()
+                if len(self.ended) == len(jobs):
+                    loop.stop()
+                else:
+                    loop.call_soon_threadsafe(submit)
+            submit()
+            loop.run()
+
+    def connections(self):
+        return len([step for step in self.steps if " was chosen of " in step])
+
+
+ECHO = "cat; cat <&3 >&4; cat <&5 >&5; echo $CEXEC_JOB >&2; exit %d"
+
+
+def test_two_hundred_jobs_over_one_connection(room, forker):
+    """Every byte of every descriptor, every status, and signals between them."""
+    worker, random_bytes = forked_worker(forker, room, CONCURRENCY=1), random.Random(10)
+    jobs = []
+    for number in range(200):
+        if number % 10 == 9:
+            jobs.append(("exec sleep 60", None, ("INT", "TERM", "HUP", "USR1")[number // 10 % 4]))
+        else:
+            sizes = {0: number * 97, 3: number % 7, 5: number * 31}
+            inputs = {at: bytes(random_bytes.getrandbits(8) for _ in range(size)) for at, size in sizes.items()}
+            jobs.append((ECHO % number, inputs, None))
+    jobs[150][1][0] = jobs[151][1][5] = random_octets(3 * MB)
+    turn = InTurn(room)
+    turn.run(jobs)
+    names = set()
+    for number, ((text, inputs, name), (status, outputs, report)) in enumerate(zip(jobs, turn.ended)):
+        if name:
+            assert (status, report.name) == (128 + getattr(signal, "SIG" + name), name), number
+        else:
+            names.add(outputs.pop(2))
+            assert status == number and outputs == {1: inputs[0], 4: inputs[3], 5: inputs[5]}, number
+    assert len(names) == 180 and turn.connections() == 1
+    drained(worker)
+
+
+HELD_UP = 'until [ -e %s ]; do sleep 0.01; done'
+
+
+def hold_up(worker, path, words, act):
+    """What is called when a job that waits for path has started: acts, and lets it go once the log has the words."""
+    def go():
+        act()
+        wait_until(lambda: assert_contains(worker.errors, words))
+        path.touch()
+    return go
+
+
+@pytest.mark.parametrize("how", ["drain", "veto"])
+def test_a_drain_and_a_veto_end_a_connection_behind_the_job_in_hand(room, forker, how, tmp_path):
+    veto, go, turn = tmp_path / "veto", tmp_path / "go", InTurn(room)
+    options = ("--if", "test ! -e %s" % veto) if how == "veto" else ()
+    worker = forked_worker(forker, room, *options, CONCURRENCY=1, patch={"Daemon.VETO_EVERY": 0.0, "Daemon.LOOK": 0.05})
+    others = []
+
+    def next_worker():
+        """Behind the third job there is somebody again who takes the fourth."""
+        if len(turn.ended) == 3:
+            if how == "veto":
+                veto.unlink()
+            else:
+                assert worker.wait() == 0
+                others.append(forked_worker(forker, room, CONCURRENCY=1))
+    if how == "veto":
+        turn.at[2] = hold_up(worker, go, b"--if: no new jobs for the time being", veto.touch)
+    else:
+        turn.at[2] = hold_up(worker, go, b"no new jobs, 1 running", lambda: worker.signal(signal.SIGTERM))
+    turn.run([("cat", None, None)] * 2 + [(HELD_UP % go + "; cat", None, None)] + [("cat", None, None)] * 2, next_worker)
+    assert [(status, outputs[1]) for status, outputs, _ in turn.ended] == [(0, b"data")] * 5
+    assert turn.connections() == 2
+    if how == "veto":
+        assert b"--if: takes jobs again" in worker.errors.data
+    assert (worker.errors.data.count(b": start from "), len(others)) == ((5, 0) if how == "veto" else (3, 1))
+    drained((others or [worker])[0])
+
+
+def test_a_drain_ends_an_idle_connection_at_once(room, forker):
+    """The worker goes, though its submitter might have had more jobs, and though it does nothing itself."""
+    worker = forked_worker(forker, room, patch={"Handler.IDLE": 60.0})
+    with Impostor(room) as impostor:
+        peer = impostor.employ()
+        peer.sendall(a_job({}))
+        wait_until(lambda: assert_contains(worker.errors, b"end, status 0"))
+        worker.signal(signal.SIGTERM)
+        while peer.recv(1 << 16):
+            pass
+    assert worker.wait() == 0
+
+
+def test_a_waiting_submitter_gets_the_slot_behind_the_job_in_hand(room, forker):
+    """Half a second, as long as others wait, is what one submitter keeps a slot for."""
+    worker, turn, others = forked_worker(forker, room, CONCURRENCY=1), InTurn(room), []
+    turn.at[2] = lambda: others.append(forker.submit("cexec", room.pub, "DO=cat", input=b"other", env=room.settings({})))
+    jobs = [("cat; sleep 0.05", None, None)] * 5
+
+    def more():
+        if others and others[0].alive():
+            jobs.append(jobs[0])
+    turn.run(jobs, more)
+    assert others[0].result() == (0, b"other", "")
+    assert {(status, outputs[1]) for status, outputs, _ in turn.ended} == {(0, b"data")}
+    assert turn.connections() == 2 and len([1 for _, _, report in turn.ended if report.last]) <= 1
+    drained(worker)
+
+
+@pytest.mark.parametrize("retries", [0, 3])
+def test_a_connection_that_breaks_in_the_tenth_job_loses_that_one_only(room, forker, tmp_path, retries):
+    worker, turn = forked_worker(forker, room, CONCURRENCY=1), InTurn(room, retries)
+    breaks = '[ -e %s ] || { >%s; printf half; head -c 1 >/dev/null; kill -9 $PPID; sleep 60; }; cat' % (
+        tmp_path / "once", tmp_path / "once")
+    turn.run([(breaks if number == 9 else "cat", None, None) for number in range(15)])
+    results = [(status, outputs[1]) for status, outputs, _ in turn.ended]
+    broken = results[9]
+    del results[9]
+    assert results == [(0, b"data")] * 14
+    if retries:
+        assert broken == (0, b"data")
+    else:
+        assert isinstance(broken[0], cexec.Failure) and broken[0].what == "worker 127.0.0.1"
+    assert turn.connections() == 2
+    drained(worker)
+
+
+# ---------------------------------------------------------------- unread input
+
+LOOPS = {0: "while read -r line; do echo \"<$line>\"; %s; done <list", 3: "while read -r line <&3; do echo \"<$line>\"; "
+         "%s; done 3<list"}
+JOBS = {"nothing": ":", "four bytes": "dd bs=1 count=4 status=none%s; echo", "all": "cat%s"}
+
+
+@pytest.mark.parametrize("number", LOOPS)
+@pytest.mark.parametrize("what", JOBS)
+def test_a_loop_over_a_file_does_what_it_does_with_a_local_command(shell, tmp_path, number, what):
+    """A4: what the job has not read stays there, on every descriptor."""
+    (tmp_path / "list").write_bytes(b"".join(b"line %d of some length\n" % count for count in range(5)))
+    text = JOBS[what] % (" <&3" if number else "") if "%s" in JOBS[what] else JOBS[what]
+    words = " ".join(map(shlex.quote, [*program(), "cexec", shell.pub, "RUN=" + text]))
+    local, there = (run_command("sh", "-c", LOOPS[number] % job, env=shell.settings({}), cwd=str(tmp_path), timeout=60)
+                    for job in ("sh -c " + shlex.quote(text), words))
+    assert (there.returncode, there.stdout, there.stderr) == (local.returncode, local.stdout, b"")
+    assert local.stdout.count(b"<") == {"nothing": 5, "four bytes": 5, "all": 1}[what]
+
+
+@pytest.mark.parametrize("end, status, offset", [
+    ("exit 3", 3, 14), ("kill -9 $$", 137, 14), ("kill -INT $$", 130, 14), ("kill -9 $PPID; sleep 60", 111, 10)])
+@pytest.mark.parametrize("number, size", [(0, 1 << 12), (0, 1 << 18), (0, 1 << 22), (3, 1 << 12), (3, 1 << 18), (3, 1 << 22)])
+def test_the_offset_of_a_file_after_every_end_of_a_job(shell, tmp_path, number, size, end, status, offset):
+    """A4: behind what the job has read; after a lost worker where it was.  Sizes: what the job's pipe takes, what is
+    under way when the job ends, more than is ever sent."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(256)) * (size >> 8))
+    fd = os.open(str(path), os.O_RDONLY)
+    os.lseek(fd, 10, os.SEEK_SET)
+    with open(os.devnull, "rb") as null:
+        text = "dd bs=1 count=4 status=none <&%d; %s" % (number, end)
+        argv, pass_fds = placed({0: fd if number == 0 else null.fileno(), **({3: fd} if number else {})}, *program(),
+                                "cexec", shell.pub, "RUN=" + text)
+        done = run_command(*argv, stdin=null, pass_fds=pass_fds, env=shell.settings({"CEXEC_RETRIES": 0}))
+    assert done.returncode == status and (status == 111 or done.stdout == bytes(range(10, 14))), done.stderr
+    assert os.lseek(fd, 0, os.SEEK_CUR) == offset
+    os.close(fd)
+
+
+def test_a_second_start_of_a_job_reads_the_file_from_where_it_was(shell, tmp_path):
+    """A4, R3: nothing that the lost worker read counts."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(256)) * 16)
+    once = tmp_path / "once"
+    text = "[ -e %s ] || { >%s; head -c 1000 >/dev/null; kill -9 $PPID; sleep 60; }; dd bs=1 count=4 status=none" % (once, once)
+    with open(str(path), "rb", 0) as file:
+        file.seek(100)
+        done = shell.cexec("RUN=" + text, stdin=file)
+        assert (done.returncode, done.stdout) == (0, bytes(range(100, 104))), done.stderr
+        assert os.lseek(file.fileno(), 0, os.SEEK_CUR) == 104
+    assert b"; it starts again elsewhere\n" in done.stderr
 
 
 # ---------------------------------------------------------------- alerts and crat
