@@ -6703,7 +6703,7 @@ class Cmap:
     def __init__(self, key, settings, operands):
         self.loop = Loop()
         self.settings = settings
-        self.room = Room(self.loop, key, settings, most=settings.jobs, keep=True)
+        self.room = Engine(self.loop, key, settings, most=settings.jobs, keep=True)
         self.budget = Budget(math.inf if settings.out else settings.spill << 20)
         self.log = MapLog(settings.log, settings.resume) if settings.log else None
         self.total = None if settings.list or settings.lines or settings.value else len(operands) or None
