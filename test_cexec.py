@@ -13551,7 +13551,7 @@ BENCH_API = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import cexec
-with cexec.Engine(sys.argv[2], group=sys.argv[3]) as room:
+with cexec.Room(sys.argv[2], group=sys.argv[3]) as room:
     for result in room.map(sys.stdin.buffer):
         assert result.status == 0
 """
