@@ -3695,8 +3695,8 @@ class FileSource(Source):
         return size
 
     def settle(self, used):
-        """Moves the shared offset behind the first `used` bytes; None for all that was read."""
-        os.lseek(self.fd, self.position if used is None else self.start + used, os.SEEK_SET)
+        """Moves the shared offset behind the first `used` bytes of what was read; None for all of it."""
+        os.lseek(self.fd, self.position if used is None else min(self.position, self.start + used), os.SEEK_SET)
 
 
 class SocketSource(Source):

@@ -10813,6 +10813,36 @@ def test_what_a_worker_says_cannot_drive_the_terminal(shared_room, private_key):
 
 
 @LINUX_ONLY
+@pytest.mark.parametrize("said", ["stop", "exit"])
+@pytest.mark.parametrize("count, place", [(4, 6), (1000, 12), (1 << 62, 12), (1 << 63, 12), (cexec.UNKNOWN, 12)])
+def test_a_worker_that_lies_about_what_was_read_moves_a_file_no_further_than_it_was_sent(
+        shared_room, private_key, tmp_path, said, count, place):
+    """S9: the offset here, which other processes share, stays within what the worker can have read."""
+    (tmp_path / "list").write_bytes(b"x-" + bytes(10))
+    words = message("STOP", 0, cexec.COUNT.pack(count)) if said == "stop" else b""
+    words = ACCEPTED + words + message("END", 1) + message("EXIT", 0, exit_bytes() + (
+        b"" if said == "stop" else cexec.EXIT_COUNT.pack(0, count)))
+    room, forker = shared_room
+    with Impostor(room) as impostor, open(str(tmp_path / "list"), "rb") as given:
+        os.lseek(given.fileno(), 2, os.SEEK_SET)
+        heard, errors = [], Octets()
+        ear = threading.Thread(target=lambda: heard.append(impostor.hear()))
+        ear.start()
+        job = forker.start("cexec", room.pub, env=room.settings({"CEXEC_RETRIES": 0}),
+                           fds={0: given.fileno(), 1: errors.writing, 2: errors.writing})
+        os.close(errors.writing)
+        ear.join()
+        worker = impostor.apply(heard[0], private_key)
+        worker.sendall(OWN_HELLO)
+        data = b""
+        while not data.endswith(message("END", 0)):     # it has sent all of the file
+            data += worker.recv(1 << 16)
+        worker.sendall(words)
+        assert (job.wait(5), errors.wait_end()) == (0, b"")
+        assert os.lseek(given.fileno(), 0, os.SEEK_CUR) == place
+
+
+@LINUX_ONLY
 @pytest.mark.parametrize("side", ["worker", "submitter"])
 def test_pings_that_are_not_listened_to_cost_no_memory(room, forker, private_key, side):
     """A peer that sends pings without end and reads nothing."""
