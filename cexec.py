@@ -56,9 +56,9 @@ How a job flows:
     tells how it went             - GROUP ->       crat prints a line
 
 The order of the sections: numbers, errors, groups, settings, the wire, keys, the session, the choice of a worker (all
-of them pure: bytes, times and chance come in as arguments); then, touching the world: TLS, log, event loop, group sockets,
-TCP listeners, this machine, streams, channel, children, terminals, discovery, room, and the tools: cexec, cservice,
-crat, cproxy, ckeygen, demo; at the end the table of tools and main.
+of them pure: bytes, times and chance come in as arguments); then, touching the world: TLS, log, loop, group sockets,
+TCP listeners, this machine, streams, channel, children, terminals, discovery, room, and the tools: cexec, cmap,
+cservice, cwho, crat, cproxy, ckeygen, the Python API, demo; at the end the table of tools and main.
 """
 
 import sys
@@ -78,24 +78,8 @@ if sys.version_info < (3, 8):
     raise SystemExit(2)
 
 try:
-    import _thread
-    import binascii
-    import collections
-    import errno
-    import fcntl
-    import functools
-    import gc
-    import hashlib
-    import heapq
-    import hmac
-    import math
-    import os
-    import select
-    import signal
-    import socket
-    import stat
-    import struct
-    import time
+    import _thread, binascii, collections, errno, fcntl, functools, gc, hashlib, heapq, hmac, math
+    import os, select, signal, socket, stat, struct, time
 except ImportError as missing:
     if __name__ != "__main__":
         raise
@@ -184,6 +168,7 @@ GROUP_FORMS = "an address, not a name: 255.255.255.255, 224.0.1.9, ff02::1%eth0,
 PORTS_FORMS = "ports from 1024 to 65535, as 4000 or 4000,4002 or 4000-4010"
 DEVICE_MAX = 15             # bytes of an interface's name, a limit of every kernel
 ALL_HOSTS = "255.255.255.255"
+LOOPBACK_NAMES = ("lo", "lo0")
 
 
 class Group(collections.namedtuple("Group", "device address family port kind scope")):
@@ -195,11 +180,7 @@ class Group(collections.namedtuple("Group", "device address family port kind sco
     scope    the interface named after the % of an IPv6 address; "" if none
     """
     __slots__ = ()
-
-    @property
-    def only(self):
-        """The one interface that may be used, or ""."""
-        return self.device or self.scope
+    only = property(lambda self: self.device or self.scope, doc="The one interface that may be used, or \"\".")
 
     @property
     def loopback(self):
@@ -211,9 +192,6 @@ class Group(collections.namedtuple("Group", "device address family port kind sco
         address = self.address + ("%" + self.scope if self.scope else "")
         return ((self.device + ":" if self.device else "")
                 + ("[%s]:%d" if self.family == socket.AF_INET6 else "%s:%d") % (address, self.port))
-
-
-LOOPBACK_NAMES = ("lo", "lo0")
 
 
 def parse_group(text):
@@ -242,16 +220,13 @@ def parse_group(text):
 
 def split_place(text):
     """((address, family, scope), port) of ADDRESS[:PORT]; None for anything else."""
+    address, after = parse_address(text), ""
     if text.startswith("["):
         inside, closed, after = text[1:].partition("]")
-        address = parse_address(inside)
-        if not closed or not address or address[1] != socket.AF_INET6:
-            return None
-    else:
-        address, after = parse_address(text), ""
-        if not address:
-            inside, colon, after = text.partition(":")
-            address, after = parse_address(inside), colon + after
+        address = parse_address(inside) if closed and ":" in inside else None
+    elif not address:
+        inside, colon, after = text.partition(":")
+        address, after = parse_address(inside), colon + after
     port = parse_port(after[1:], 1) if after[:1] == ":" else None if after else PORT
     return (address, port) if address and port else None
 
@@ -286,22 +261,23 @@ def kind_of(address, family):
     return "multicast" if multicast else "unicast"
 
 
+def whole(text):
+    """Whether this is a number of a size that anything here may have."""
+    return text.isascii() and text.isdigit() and len(text) <= 12
+
+
 def parse_port(text, least):
     """The number of a port; None unless it is one from `least` on."""
-    number = int(text) if text.isascii() and text.isdigit() and len(text) <= 5 else 0
-    return number if least <= number <= 65535 else None
+    return int(text) if whole(text) and least <= int(text) <= 65535 else None
 
 
 def parse_ports(text):
     """[(low, high), ...] of `a,b,c`, `a:b` and `a-b`.  A worker connects to no port below 1024, so none is accepted."""
     ranges = []
-    for word in filter(None, text.replace(" ", ",").split(",")):
+    for word in text.replace(",", " ").split():
         low, dash, high = word.replace(":", "-").partition("-")
-        low, high = parse_port(low, 1024), parse_port(high if dash else low, 1024)
-        if not low or not high or low > high:
-            raise ValueError(PORTS_FORMS)
-        ranges.append((low, high))
-    if not ranges:
+        ranges.append((parse_port(low, 1024), parse_port(high if dash else low, 1024)))
+    if not ranges or not all(low and high and low <= high for low, high in ranges):
         raise ValueError(PORTS_FORMS)
     return ranges
 
@@ -319,14 +295,12 @@ class Setting(collections.namedtuple("Setting", "attribute names tools parse def
         return ["--" + (rest if tool.lower() in TOOL_NAMES else tool + _ + rest).lower().replace("_", "-")
                 for tool, _, rest in words]
 
-    @property
-    def option(self):
-        return self.options[0]
+    option = property(lambda self: self.options[0])
 
 
 def whole_number(low, high):
     def parse(text):
-        if not (text.isascii() and text.isdigit() and len(text) <= 12 and low <= int(text) <= high):
+        if not whole(text) or not low <= int(text) <= high:
             raise ValueError("a whole number from %d to %d" % (low, high))
         return int(text)
     return parse
@@ -342,6 +316,11 @@ def seconds(low, high):
             raise ValueError("seconds, from %d to %d" % (low, high))
         return value
     return parse
+
+
+def optional(parse):
+    """The parser that takes the empty text as well, for None."""
+    return lambda text: parse(text) if text else None
 
 
 def switch(text):
@@ -375,13 +354,18 @@ def one_of(*words):
     return parse
 
 
-def parse_size(text):
-    """Bytes; 0 for the empty text."""
+def bytes_in(text):
+    """The number that SIZE, as 512 or 64k, stands for; 0 for what is no size."""
     unit = {"k": 10, "M": 20, "G": 30}.get(text[-1:], 0)
     number = text[:-1] if unit else text
-    if text and (not whole(number) or not int(number)):
+    return int(number) << unit if whole(number) else 0
+
+
+def parse_size(text):
+    """Bytes; 0 for the empty text."""
+    if text and not bytes_in(text):
         raise ValueError("a number of bytes above 0; k, M or G behind it for 1024, 1024 k, 1024 M")
-    return int(number or 0) << unit
+    return bytes_in(text)
 
 
 def user_name(text):
@@ -397,18 +381,11 @@ def parse_limits(text):
     limits = {}
     for word in text.replace(",", " ").split():
         name, _, value = word.partition("=")
-        unit = {"k": 10, "M": 20, "G": 30}.get(value[-1:], 0) if name in ("memory", "file") else 0
-        number = value[:-1] if unit else value
-        if name not in ("wall", "cpu", "memory", "file", "processes") or not whole(number) or not int(number):
+        limits[name] = bytes_in(value) if name in ("memory", "file") or whole(value) else 0
+        if name not in ("wall", "cpu", "memory", "file", "processes") or not limits[name]:
             raise ValueError("wall=SECONDS, cpu=SECONDS, memory=BYTES, file=BYTES (k, M or G behind it), processes=N, "
                              "separated by commas")
-        limits[name] = int(number) << unit
     return list(limits.items())
-
-
-def whole(text):
-    """Whether this is a number of a size that anything here may have."""
-    return text.isascii() and text.isdigit() and len(text) <= 12
 
 
 TOOL_NAMES = CEXEC, CMAP, CSERVICE, CWHO, CRAT, CPROXY = "cexec", "cmap", "cservice", "cwho", "crat", "cproxy"
@@ -418,13 +395,12 @@ SETTINGS = (
             "where announcements go: [DEVICE:]ADDRESS[:PORT]"),
     Setting("group", ("GROUP",), (CSERVICE, CRAT, CPROXY), parse_group, "255.255.255.255", "GROUP",
             "where announcements are heard: [DEVICE:]ADDRESS[:PORT]"),
-    Setting("timeout_accept", ("CEXEC_TIMEOUT_ACCEPT",), (CEXEC, CMAP),
-            lambda text: seconds(0, 10 ** 6)(text) if text else None, "", "SECONDS",
+    Setting("timeout_accept", ("CEXEC_TIMEOUT_ACCEPT",), (CEXEC, CMAP), optional(seconds(0, 10 ** 6)), "", "SECONDS",
             "most time to wait for a worker, 0 for ever (default: 60 s without a word from any worker)"),
     Setting("timeout_pingpong", ("CEXEC_TIMEOUT_PINGPONG",), (CEXEC, CMAP), seconds(1, 86400), "60", "SECONDS",
             "silence after which a worker is lost"),
-    Setting("listen_ports", ("CEXEC_LISTEN_PORTS", "CEXEC_LISTEN_PORT", "CEXEC_PORTS", "CEXEC_PORT"), (CEXEC, CMAP, CWHO),
-            lambda text: parse_ports(text) if text else None, "", "PORTS",
+    Setting("listen_ports", ("CEXEC_LISTEN_PORTS", "CEXEC_LISTEN_PORT", "CEXEC_PORTS", "CEXEC_PORT"),
+            (CEXEC, CMAP, CWHO), optional(parse_ports), "", "PORTS",
             "TCP ports a worker may connect back to: a,b,c and ranges a:b or a-b"),
     Setting("accept_server", ("CEXEC_ACCEPT_SERVER", "CEXEC_ACCEPT_SERVERS"), (CEXEC, CMAP), parse_hosts, "",
             "ADDRESSES", "only these workers, separated by spaces"),
@@ -432,13 +408,11 @@ SETTINGS = (
             "ADDRESSES", "not these workers, separated by spaces"),
     Setting("max_fd", ("CEXEC_MAXFD", "MAXFD"), (CEXEC,), whole_number(2, 4096), "32", "N",
             "highest descriptor that is carried"),
-    Setting("errors_fd", ("CEXEC_FD_FOR_ERRORS",), (CEXEC,),
-            lambda text: whole_number(3, 1 << 20)(text) if text else None, "", "N",
+    Setting("errors_fd", ("CEXEC_FD_FOR_ERRORS",), (CEXEC,), optional(whole_number(3, 1 << 20)), "", "N",
             "descriptor, above CEXEC_MAXFD, that gets cexec's own error line"),
     Setting("retries", ("CEXEC_RETRIES",), (CEXEC, CMAP), whole_number(0, 100), "3", "N",
             "how often a job that lost its worker (cexec: before its first output) starts again"),
-    Setting("jobs", ("CMAP_JOBS",), (CMAP,), whole_number(1, 1000), "256", "N",
-            "-j N: most jobs at once"),
+    Setting("jobs", ("CMAP_JOBS",), (CMAP,), whole_number(1, 1000), "256", "N", "-j N: most jobs at once"),
     Setting("list", ("CMAP_FROM",), (CMAP,), str, "", "LIST",
             "a file with the names of the inputs, one a line; - for standard input"),
     Setting("block", ("CMAP_BLOCK",), (CMAP,), parse_size, "", "SIZE",
@@ -453,25 +427,23 @@ SETTINGS = (
             "an output file for each job; with replacement strings (default: all to standard output)"),
     Setting("again", ("CMAP_AGAIN",), (CMAP,), whole_number(0, 1000), "0", "N",
             "how often a job that ended with another status than 0 runs again"),
-    Setting("timeout", ("CMAP_TIMEOUT",), (CMAP,), lambda text: seconds(0, 10 ** 7)(text) if text else None, "",
-            "SECONDS", "how long each job may run; its status is then 124"),
+    Setting("timeout", ("CMAP_TIMEOUT",), (CMAP,), optional(seconds(0, 10 ** 7)), "", "SECONDS",
+            "how long each job may run; its status is then 124"),
     Setting("halt", ("CMAP_HALT",), (CMAP,), one_of("", "soon", "now"), "", "soon|now",
             "on the first failure start no more jobs, or end at once (default: go on)"),
-    Setting("log", ("CMAP_LOG",), (CMAP,), str, "", "FILE",
-            "append a line for each job that has ended"),
+    Setting("log", ("CMAP_LOG",), (CMAP,), str, "", "FILE", "append a line for each job that has ended"),
     Setting("spill", ("CMAP_SPILL",), (CMAP,), whole_number(1, 1 << 30), "1024", "MIB",
             "how much of outputs may wait for their turn"),
     Setting("replay", ("CEXEC_REPLAY",), (CEXEC,), whole_number(0, 1 << 12), "16", "MIB",
             "how much of an input that is no file is kept in memory for starting again"),
     Setting("ratout_test", ("CEXEC_RATOUT_TEST",), (CEXEC,), switch, "", "0|1",
             "send a test alert after finding a worker"),
-    Setting("escape", ("CEXEC_ESCAPE",), (CEXEC,), parse_escape, "~", "CHAR",
-            "the escape character of -t, or none"),
+    Setting("escape", ("CEXEC_ESCAPE",), (CEXEC,), parse_escape, "~", "CHAR", "the escape character of -t, or none"),
     Setting("concurrency", ("CONCURRENCY",), (CSERVICE,),
             lambda text: whole_number(1, 10000)(text) if text else usable_cpus(), "", "N",
             "most jobs at once (default: the number of usable CPUs)"),
-    Setting("boost", ("BOOST",), (CSERVICE,), lambda text: whole_number(0, 10 ** 9)(text) if text else None, "",
-            "MICROSECONDS", "fixed answer delay in place of the load rule"),
+    Setting("boost", ("BOOST",), (CSERVICE,), optional(whole_number(0, 10 ** 9)), "", "MICROSECONDS",
+            "fixed answer delay in place of the load rule"),
     Setting("user", ("CSERVICE_USER",), (CSERVICE,), user_name, "", "NAME",
             "when started as root: whose rights the jobs get"),
     Setting("veto", ("CSERVICE_IF",), (CSERVICE,), str, "", "COMMAND",
@@ -530,17 +502,13 @@ def read_settings(tool, arguments, environment):
             for variable in setting.names if text is None else ():
                 if text is None and environment.get(variable, "") != "":
                     name, text = variable, environment[variable]
-            values[setting.attribute] = _parse(setting, name, setting.default if text is None else text)
+            try:
+                if text == "":      # of an option; an empty variable counts as unset
+                    raise ValueError("a value that is not empty")
+                values[setting.attribute] = setting.parse(setting.default if text is None else text)
+            except ValueError as error:
+                raise Failure("%s=%s" % (name, text), "not accepted", "accepted: %s" % error, EXIT_USAGE) from None
     return Settings(values), rest
-
-
-def _parse(setting, name, text):
-    try:
-        if not text and name and name[:1] == "-":
-            raise ValueError("a value that is not empty")
-        return setting.parse(text)
-    except ValueError as error:
-        raise Failure("%s=%s" % (name, text), "not accepted", "accepted: %s" % error, EXIT_USAGE) from None
 
 
 def _read_options(tool, arguments):
@@ -653,18 +621,9 @@ def unpack_short_texts(data, at, count):
 DATAGRAM_HEAD = struct.Struct(">4sBBH4s8sI")
 
 
-class Datagram:
+class Datagram(collections.namedtuple("Datagram", "kind port key_id nonce sequence body data")):
     """One datagram, parsed but not yet believed: `authentic` says whether the key's holder made it."""
-    __slots__ = ("kind", "port", "key_id", "nonce", "sequence", "body", "data")
-
-    def __init__(self, kind, port, key_id, nonce, sequence, body, data):
-        self.kind = kind
-        self.port = port
-        self.key_id = key_id
-        self.nonce = nonce
-        self.sequence = sequence
-        self.body = body
-        self.data = data
+    __slots__ = ()
 
     def authentic(self, secret):
         signed, mark = self.data[:-TAG_SIZE], self.data[-TAG_SIZE:]
@@ -712,9 +671,8 @@ CHECK = 2                   # flag: workers of other keys say that they are ther
 FILTER_MAX = 1024           # bytes: of a thousand workers one in a hundred waits for the next round
 
 
-class Announcement(collections.namedtuple("Announcement", "attempt waited interval flags room")):
-    """attempt: counts from 0.  waited, interval: milliseconds.  room: 8 bytes that name the submitting process."""
-    __slots__ = ()
+# attempt: counts from 0.  waited, interval: milliseconds.  room: 8 bytes that name the submitting process.
+Announcement = collections.namedtuple("Announcement", "attempt waited interval flags room")
 
 
 def encode_announcement(announcement):
@@ -785,9 +743,8 @@ ALERT_TEXTS = 4
 ALERTS_ROOM = DATAGRAM_MAX - DATAGRAM_HEAD.size - TAG_SIZE
 
 
-class Alert(collections.namedtuple("Alert", "verdict status milliseconds clock job submitter worker words")):
-    """What cexec reports about a worker.  Texts are str; addresses are numeric, without port."""
-    __slots__ = ()
+# What cexec reports about a worker.  Texts are str; addresses are numeric, without port.
+Alert = collections.namedtuple("Alert", "verdict status milliseconds clock job submitter worker words")
 
 
 def encode_alert(alert):
@@ -868,10 +825,9 @@ PREAMBLE_SIZE = PREAMBLE.size + TAG_SIZE
 GO_SIZE = TAG_SIZE
 
 
-class Answer(collections.namedtuple("Answer", "nonce cost offset waited queued")):
-    """What a worker says when it connects.  waited: milliseconds, 0 where the wait says nothing about the offset.
-    queued: whether it had no free slot when its time came."""
-    __slots__ = ()
+# What a worker says when it connects.  waited: milliseconds, 0 where the wait says nothing about the offset.
+# queued: whether it had no free slot when its time came.
+Answer = collections.namedtuple("Answer", "nonce cost offset waited queued")
 
 
 def encode_preamble(secret, answer, random):
@@ -920,11 +876,8 @@ class FrameReader:
     every other message comes out whole, as bytes."""
 
     def __init__(self):
-        self.head = bytearray()
-        self.body = bytearray()
-        self.kind = None
-        self.number = 0
-        self.left = 0
+        self.head, self.body = bytearray(), bytearray()
+        self.kind, self.number, self.left = None, 0, 0      # of the message that is under way
 
     def read(self, data):
         """Yields (type, number, body, bytes announced): for data one or more parts, and the size only with the first
@@ -932,16 +885,12 @@ class FrameReader:
         view = memoryview(data)
         while True:
             if self.kind is None:
-                if not self.head and len(view) >= HEAD_SIZE:
-                    head, view = view[:HEAD_SIZE], view[HEAD_SIZE:]
-                else:
-                    part = view[:HEAD_SIZE - len(self.head)]
-                    self.head += part
-                    view = view[len(part):]
-                    if len(self.head) < HEAD_SIZE:
-                        return
-                    head, self.head = self.head, bytearray()
-                self._open(head)
+                part = view[:HEAD_SIZE - len(self.head)]
+                view = view[len(part):]
+                self.head += part
+                if len(self.head) < HEAD_SIZE:
+                    return
+                self._open()
                 if self.kind == DATA:
                     yield DATA, self.number, b"", self.left
             part = view[:self.left]
@@ -959,8 +908,9 @@ class FrameReader:
                 self.body.clear()
             self.kind = None
 
-    def _open(self, head):
-        kind, zero, self.number, self.left = FRAME_HEAD.unpack(head)
+    def _open(self):
+        kind, zero, self.number, self.left = FRAME_HEAD.unpack(self.head)
+        self.head.clear()
         if kind not in MESSAGE_NAMES or zero:
             raise ProtocolError("a message of unknown type %d" % kind)
         if self.left > (FRAME_MAX if kind == DATA else CONTROL_MAX):
@@ -986,34 +936,27 @@ def unpack_texts(data):
     return texts
 
 
-def encode_welcome(address):
-    """address: the submitter's own, on the network it speaks from."""
-    return pack_texts([b"%d" % WIRE_VERSION, address.encode()])
+def encode_greeting(address, *instance):
+    """What each side says first: its address on the network it speaks from; a worker also which run of cservice it is.
+    """
+    return pack_texts([b"%d" % WIRE_VERSION, *(text.encode() for text in (address, *instance))])
 
 
 def parse_welcome(body):
     """The submitter's address, as it says it, without a scope."""
-    return parse_own_address(unpack_texts(body), "a welcome")
-
-
-def encode_hello(address, instance):
-    """The worker's first words: its address on the network it called from, and which run of cservice it is."""
-    return pack_texts([b"%d" % WIRE_VERSION, address.encode(), instance.encode()])
+    texts = unpack_texts(body)
+    address = parse_address(texts[1].decode("ascii", "replace")) if len(texts) > 1 else None
+    if not address or address[2]:
+        raise ProtocolError("a greeting without an address")
+    return address[0]
 
 
 def parse_hello(body):
-    """(address, instance)."""
-    texts = unpack_texts(body)
-    if len(texts) < 3:
+    """(address, instance) of a worker."""
+    instance = unpack_texts(body)[2:3]
+    if not instance:
         raise ProtocolError("a hello cut short")
-    return parse_own_address(texts, "a hello"), texts[2].decode("ascii", "replace")
-
-
-def parse_own_address(texts, what):
-    address = parse_address(texts[1].decode("ascii", "replace")) if len(texts) > 1 else None
-    if not address or address[2]:
-        raise ProtocolError("%s without an address" % what)
-    return address[0]
+    return parse_welcome(body), instance[0].decode("ascii", "replace")
 
 
 # What a job does with a descriptor: reads, writes, both; it is the terminal; it shares another one.
@@ -1670,13 +1613,13 @@ class Session:
 
     def hello(self, address, instance):
         """The worker's first words."""
-        self.outbox += frame(HELLO, 0, encode_hello(address, instance))
+        self.outbox += frame(HELLO, 0, encode_greeting(address, instance))
 
     def offer(self, job, address):
         """The submitter's choice falls on this worker: for its first job, or for the next one."""
         if not self.welcomed:
             self.welcomed = True
-            self.outbox += frame(WELCOME, 0, encode_welcome(address))
+            self.outbox += frame(WELCOME, 0, encode_greeting(address))
         self.outbox += frame(JOB, 0, encode_job(job))
         self.open_streams(job.descriptors)
         self.phase = OFFERED

@@ -1314,8 +1314,8 @@ def test_no_tuple_stands_alone_behind_a_percent_sign():
     """A namedtuple there is taken for the arguments: not all of them are converted, or the wrong one is."""
     with open(CEXEC, encoding="utf-8") as file:
         tree = ast.parse(file.read())
-    tuples = {node.name.lower() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)
-              and any("namedtuple" in ast.dump(base) for base in node.bases)}
+    tuples = {node.args[0].value.lower() for node in ast.walk(tree) if isinstance(node, ast.Call)
+              and isinstance(node.func, ast.Attribute) and node.func.attr == "namedtuple"}
     assert {"group", "interface", "alert"} <= tuples
     tuples -= {"job"}       # so are called the ids of jobs as well
     tuples |= {"place", "target", "home", "targets"}
@@ -1455,9 +1455,9 @@ DATAGRAM_CODECS = [
         here()._replace(**{name: name[:1] * 130 for name in cexec.Here._fields[11:]})]),
 ]
 MESSAGE_CODECS = [
-    message_codec("welcome", cexec.encode_welcome, cexec.parse_welcome, ["10.0.0.1", "fe80::1"],
+    message_codec("welcome", cexec.encode_greeting, cexec.parse_welcome, ["10.0.0.1", "fe80::1"],
                   cexec.pack_texts([b"later"])),
-    message_codec("hello", lambda value: cexec.encode_hello(*value), cexec.parse_hello,
+    message_codec("hello", lambda value: cexec.encode_greeting(*value), cexec.parse_hello,
                   [("10.0.0.2", "00112233aabbccdd"), ("fd00::1", "")], cexec.pack_texts([b"later"])),
     message_codec("job", cexec.encode_job, cexec.parse_job, JOBS, cexec.pack_texts([b"later"])),
     message_codec("exit", cexec.encode_exit, cexec.parse_exit, EXITS, None, lambda report: range(
@@ -10710,8 +10710,8 @@ def message(name, number=0, body=b""):
     return cexec.frame(vars(cexec)[name], number, body)
 
 
-OWN_HELLO = message("HELLO", 0, cexec.encode_hello("127.0.0.1", "0123456789abcdef"))
-OWN_WELCOME = message("WELCOME", 0, cexec.encode_welcome("127.0.0.1"))
+OWN_HELLO = message("HELLO", 0, cexec.encode_greeting("127.0.0.1", "0123456789abcdef"))
+OWN_WELCOME = message("WELCOME", 0, cexec.encode_greeting("127.0.0.1"))
 TOO_MUCH = bytes(cexec.WINDOW_START + 1)
 ACCEPTED, ENDS = message("ACCEPTED"), message("END", 1) + message("END", 2)
 WHOLE_EXIT = message("EXIT", 0, exit_bytes())
@@ -10889,7 +10889,7 @@ WAITING = r"(from 127\.0\.0\.1:\d+|job [0-9a-f]{16}: submitter lost): protocol b
 # What a submitter says to a worker whose hello it has, and what the worker's log says of it.
 LYING_SUBMITTERS = {
     "a job without a welcome": (message("JOB"), WAITING + "a job message .*"),
-    "a welcome without an address": (message("WELCOME"), WAITING + "a welcome .*"),
+    "a welcome without an address": (message("WELCOME"), WAITING + "a greeting .*"),
     "a welcome from nowhere": (message("WELCOME", 0, cexec.pack_texts([b"2", b"\x1b[2J"])), WAITING + "a welcome .*"),
     "a second welcome": (OWN_WELCOME * 2, WAITING + "a welcome message .*"),
     "a second job": (SLEEPING + message("JOB"), WAITING + "a job message .*"),
