@@ -4414,9 +4414,9 @@ class GroupKill:
         self._send(signal.SIGKILL)
 
 
-def kill_job_in_child(group, job, user):
+def kill_job_in_child(group, job, user, port=0):
     """Forks a child that ends a job's session with the job's rights; returns its pid.  Where the group is not known,
-    since the job's handler was killed before it could tell, the job is looked for by its id."""
+    since the job's handler was killed before it could tell, the job is looked for by its id and this worker's port."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -4426,7 +4426,7 @@ def kill_job_in_child(group, job, user):
                 become_user(user)
             for wait in (0.0,) if group > 0 else (0.0, 0.1, 1.0):       # it may be anywhere between fork and exec
                 time.sleep(wait)
-                for leader in {group} if group > 0 else sessions_of(job):
+                for leader in {group} if group > 0 else sessions_of(job, port):
                     kill = GroupKill(leader)
                     while not kill.look():
                         time.sleep(KILL_LOOK)
@@ -4435,13 +4435,14 @@ def kill_job_in_child(group, job, user):
     return pid
 
 
-def sessions_of(job):
-    """The sessions whose processes have this job's id in their environment (Linux)."""
-    found = set()
+def sessions_of(job, port):
+    """The sessions whose processes have this job's id and this worker's port in their environment (Linux).  The id
+    alone would not do: the job may have started again on this machine."""
+    found, marks = set(), {b"CEXEC_JOB=" + job.encode(), b"SERVER_PORT=%d" % port}
     for pid in process_ids():
         try:
             with open("/proc/%s/environ" % pid, "rb") as file:
-                if b"CEXEC_JOB=" + job.encode() in file.read().split(b"\0"):
+                if marks.issubset(file.read().split(b"\0")):
                     found.add(os.getsid(int(pid)))
         except OSError:
             pass        # it has ended, or is another user's
@@ -7170,12 +7171,13 @@ class Board:
 class HandlerProcess:
     """What the daemon knows of one handler: its pid, the link to it, its board, and who it serves."""
 
-    def __init__(self, pid, link, board, answer, address, room):
+    def __init__(self, pid, link, board, answer, address, port, room):
         self.pid = pid
         self.link = link
         self.board = board
         self.answer = answer
         self.address = address
+        self.port = port            # this worker's, of the connection
         self.room = room
         self.began = time.monotonic()
         self.won = False            # a job has come by it
@@ -7436,11 +7438,12 @@ class Daemon:
             return self._lost(connection.answer)
         if pid == 0:
             self._become_handler(connection, link, far, board)
+        port = connection.socket.getsockname()[1]
         far.close()
         connection.socket.close()
         link.setblocking(False)
         room = self.responder.room(connection.answer.nonce)
-        handler = self.handlers[pid] = HandlerProcess(pid, link, board, connection.answer, address, room)
+        handler = self.handlers[pid] = HandlerProcess(pid, link, board, connection.answer, address, port, room)
         self.loop.watch(link.fileno(), read=lambda: self._told(handler))
 
     def _become_handler(self, connection, link, far, board):
@@ -7521,7 +7524,7 @@ class Daemon:
             return self._free(handler)
         self.log("job %s: its handler was killed; the job ends" % job)
         try:
-            self.killers[kill_job_in_child(group, job, self.settings.user)] = handler
+            self.killers[kill_job_in_child(group, job, self.settings.user, handler.port)] = handler
         except OSError as error:
             self.log("job %s: no process to end it: %s" % (job, fork_reason(error)))
             self._free(handler)
