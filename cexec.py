@@ -42,8 +42,8 @@ __doc__ = """cexec: ad-hoc clusters in one file.
 
 Copy this file to every machine of a room.  `ckeygen app` makes a key once; `cservice app COMMAND` on the workers serves
 jobs; `cexec app.pub < in > out` runs COMMAND on the best of them as if it were local: every descriptor, the exit
-status, Ctrl-C.  `crat` logs what happened, `cproxy` joins networks, `demo` shows it all on one machine.  The tool is
-the name the file is called by (a symbolic link) or its first argument.
+status, Ctrl-C.  `cmap` does so for many inputs at once.  `crat` logs what happened, `cproxy` joins networks, `demo`
+shows it all on one machine.  The tool is the name the file is called by (a symbolic link) or its first argument.
 
 How a job flows:
 
