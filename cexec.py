@@ -42,8 +42,8 @@ __doc__ = """cexec: ad-hoc clusters in one file.
 
 Copy this file to every machine of a room.  `ckeygen app` makes a key once; `cservice app COMMAND` on the workers serves
 jobs; `cexec app.pub < in > out` runs COMMAND on the best of them as if it were local: every descriptor, the exit
-status, Ctrl-C.  `crat` logs what happened, `cproxy` joins networks, `demo` shows it all on one machine.  The tool is
-the name the file is called by (a symbolic link) or its first argument.
+status, Ctrl-C.  `cmap` does so for many inputs at once.  `crat` logs what happened, `cproxy` joins networks, `demo`
+shows it all on one machine.  The tool is the name the file is called by (a symbolic link) or its first argument.
 
 How a job flows:
 
@@ -4414,9 +4414,9 @@ class GroupKill:
         self._send(signal.SIGKILL)
 
 
-def kill_job_in_child(group, job, user):
+def kill_job_in_child(group, job, user, port=0):
     """Forks a child that ends a job's session with the job's rights; returns its pid.  Where the group is not known,
-    since the job's handler was killed before it could tell, the job is looked for by its id."""
+    since the job's handler was killed before it could tell, the job is looked for by its id and this worker's port."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -4426,7 +4426,7 @@ def kill_job_in_child(group, job, user):
                 become_user(user)
             for wait in (0.0,) if group > 0 else (0.0, 0.1, 1.0):       # it may be anywhere between fork and exec
                 time.sleep(wait)
-                for leader in {group} if group > 0 else sessions_of(job):
+                for leader in {group} if group > 0 else sessions_of(job, port):
                     kill = GroupKill(leader)
                     while not kill.look():
                         time.sleep(KILL_LOOK)
@@ -4435,13 +4435,14 @@ def kill_job_in_child(group, job, user):
     return pid
 
 
-def sessions_of(job):
-    """The sessions whose processes have this job's id in their environment (Linux)."""
-    found = set()
+def sessions_of(job, port):
+    """The sessions whose processes have this job's id and this worker's port in their environment (Linux).  The id
+    alone would not do: the job may have started again on this machine."""
+    found, marks = set(), {b"CEXEC_JOB=" + job.encode(), b"SERVER_PORT=%d" % port}
     for pid in process_ids():
         try:
             with open("/proc/%s/environ" % pid, "rb") as file:
-                if b"CEXEC_JOB=" + job.encode() in file.read().split(b"\0"):
+                if marks.issubset(file.read().split(b"\0")):
                     found.add(os.getsid(int(pid)))
         except OSError:
             pass        # it has ended, or is another user's
@@ -6544,7 +6545,9 @@ class MapInputs:
         """(name, input) for each, a Failure in place of an input that cannot be read; None for nothing now."""
         settings = self.settings
         if settings.block:
-            for number, spool in enumerate_some(self._blocks(settings.block, settings.cut == "lines")):
+            number = 0
+            for spool in self._blocks(settings.block, settings.cut == "lines"):
+                number += spool is not None
                 yield spool and (b"%d" % number, spool)
         elif settings.lines or settings.value:
             for path in self.operands or ["-"]:
@@ -6565,11 +6568,9 @@ class MapInputs:
     def _one_line(self, line):
         name = bytes(line) if len(line) <= NAME_MAX else None
         name = name[:-1] if name and name[-1:] == b"\n" else name
-        if not self.settings.value:
-            return name, line
-        if name is None:
+        if self.settings.value and name is None:
             return name, Failure("a line of %d bytes" % len(line), "too long for --value", "", EXIT_USAGE)
-        return name, name
+        return name, name if self.settings.value else line
 
     def _pieces(self, path):
         """What comes from standard input or a file, a buffer at a time, which the next one replaces."""
@@ -6587,7 +6588,7 @@ class MapInputs:
                 os.close(fd)
 
     def _lines(self, path, end):
-        """Each line with its end, as bytes, or as a Spool if it is long."""
+        """Each line with its end, as bytes, or as a Spool where it came in pieces."""
         rest = Spool(self.budget)
         for piece in self._pieces(path):
             if piece is None:
@@ -6600,21 +6601,14 @@ class MapInputs:
                     break
                 if rest.size:
                     rest.append(data[at:cut])
-                    yield self._taken(rest)
+                    yield rest
                     rest = Spool(self.budget)
                 else:
                     yield data[at:cut]
                 at = cut
             rest.append(data[at:])
         if rest.size:
-            yield self._taken(rest)
-
-    def _taken(self, spool):
-        if spool.size > NAME_MAX:
-            return spool
-        line = bytes(spool)
-        spool.clear()
-        return line
+            yield rest
 
     def _blocks(self, size, whole_lines):
         """Spools of at most `size` bytes, cut behind the last line end in them; a longer line is a block by itself."""
@@ -6642,14 +6636,6 @@ class MapInputs:
                     block, line_end = rest, 0
         if block.size:
             yield block
-
-
-def enumerate_some(items):
-    """Numbers from 1 for those that are not None."""
-    number = 0
-    for item in items:
-        number += item is not None
-        yield number, item
 
 
 class OutputFile(TemporaryFile):
@@ -6948,7 +6934,8 @@ class Cmap:
         if (self.failed <= FAILURES_SHOWN and not self.settings.quiet or failure) and has_room():
             self.status.clear()
             say(CMAP, "input %d (%s): %s" % (
-                job.number, log_text(job.name)[:200], job.failure.why if job.failure else failure or "status %d" % status))
+                job.number, log_text(job.name)[:200],
+                job.failure.why if job.failure else failure or "status %d" % status))
         self.stopping = self.stopping or bool(self.settings.halt)
 
     def _close(self, job, output):
@@ -6956,30 +6943,26 @@ class Cmap:
         del self.jobs[job]
         if job.source:
             job.source.end()
-        if self.settings.unordered and self.printer:
-            self._print(output)
-        elif self.printer:
+        if self.printer:
             self.outputs[job.number] = output if output and output.size else None
-            while self.next in self.outputs:
-                self.next += 1
-                self._print(self.outputs.pop(self.next - 1))
+        while self.outputs and (self.settings.unordered or self.next in self.outputs):
+            ready = self.outputs.pop(job.number if self.settings.unordered else self.next)
+            self.next += 1
+            if ready:
+                self.status.clear()
+                self.printer.add(ready.pieces(), functools.partial(self._printed, ready))
         self._favour()
         self._pump()
 
-    def _print(self, output):
-        if output and output.size:
-            self.status.clear()
-            self.printer.add(output.pieces(), lambda: self._printed(output))
-
-    def _printed(self, output):
-        output.clear()
+    def _printed(self, spool):
+        spool.clear()
         self._favour()
         self.loop.call_soon_threadsafe(self._pump)
 
     def _pass_on_errors(self, job, errors):
         if errors.size:
             self.status.clear()
-            self.errors.add(numbered_lines(job.number, errors), lambda: (errors.clear(), self._maybe_over()))
+            self.errors.add(numbered_lines(job.number, errors), functools.partial(self._printed, errors))
 
     def _favour(self):
         """Outputs have grown to their limit: the job whose turn comes first may go on, or all would wait for ever."""
@@ -7073,7 +7056,7 @@ def check_map_inputs(settings, operands):
     out = settings.out.replace("{/.}", "{}").replace("{/}", "{}").replace("{.}", "{}").replace("{#}", "{}")
     for wrong, what, why, hint in (
             (len(kinds) > 1, " and ".join(kinds), "only one of them at a time", ""),
-            (operands and kinds and kinds[0] in ("--from", "--block"), "FILE", "not together with " + "".join(kinds), ""),
+            (operands and set(kinds) & {"--from", "--block"}, "FILE", "not together with " + "".join(kinds), ""),
             (not operands and not kinds, "no input", "", "name FILEs, or use --from, --lines, --block or --value"),
             (settings.value and not is_name(os.fsencode(settings.value)), "--value=" + settings.value, "not a NAME",
              "the job finds the line in its environment as PEER_NAME"),
@@ -7188,12 +7171,13 @@ class Board:
 class HandlerProcess:
     """What the daemon knows of one handler: its pid, the link to it, its board, and who it serves."""
 
-    def __init__(self, pid, link, board, answer, address, room):
+    def __init__(self, pid, link, board, answer, address, port, room):
         self.pid = pid
         self.link = link
         self.board = board
         self.answer = answer
         self.address = address
+        self.port = port            # this worker's, of the connection
         self.room = room
         self.began = time.monotonic()
         self.won = False            # a job has come by it
@@ -7454,11 +7438,12 @@ class Daemon:
             return self._lost(connection.answer)
         if pid == 0:
             self._become_handler(connection, link, far, board)
+        port = connection.socket.getsockname()[1]
         far.close()
         connection.socket.close()
         link.setblocking(False)
         room = self.responder.room(connection.answer.nonce)
-        handler = self.handlers[pid] = HandlerProcess(pid, link, board, connection.answer, address, room)
+        handler = self.handlers[pid] = HandlerProcess(pid, link, board, connection.answer, address, port, room)
         self.loop.watch(link.fileno(), read=lambda: self._told(handler))
 
     def _become_handler(self, connection, link, far, board):
@@ -7539,7 +7524,7 @@ class Daemon:
             return self._free(handler)
         self.log("job %s: its handler was killed; the job ends" % job)
         try:
-            self.killers[kill_job_in_child(group, job, self.settings.user)] = handler
+            self.killers[kill_job_in_child(group, job, self.settings.user, handler.port)] = handler
         except OSError as error:
             self.log("job %s: no process to end it: %s" % (job, fork_reason(error)))
             self._free(handler)
