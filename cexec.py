@@ -5896,6 +5896,9 @@ class Engine:
         alive, trouble = self.heard_since(submission.waiting_since)
         why = "%s within %.3g s" % ("no worker was free" if alive else "of the workers that answered none was of use"
                                     if trouble else "nobody answered", self.settings.timeout_accept or NOBODY)
+        states = sorted({here.text() for here in alive if here})
+        if states:
+            why += " (%s)" % ", ".join(states)
         if submission.last_loss:
             why = "%s; since then %s" % (submission.last_loss, why)
         if search:
@@ -5905,7 +5908,7 @@ class Engine:
                 why += "; could not send: " + ", ".join(search.problems)
             for name, words in list(search.reasons.items())[-3:]:
                 why += "; %s: %s" % (name, words)
-        hint = ("its slots are taken; CEXEC_TIMEOUT_ACCEPT=0 waits for ever" if alive else
+        hint = ("CEXEC_TIMEOUT_ACCEPT=0 waits for ever" if alive else
                 "a firewall here or on the way keeps out what workers connect to; --listen-ports names ports to open"
                 if trouble and self.unreachable() else
                 "is cservice running with this key (%s) in this network?  do firewalls pass UDP port %d to it and TCP back?"
@@ -8747,11 +8750,11 @@ class Check:
         if workers:
             return ["wait: the workers that are there take no jobs at the moment (%s)" % ", ".join(
                 sorted({worker.here.text() for worker in workers}))]
-        if len(problems) >= max(1, len(self.known.socket.targets)):
+        if self.known.socket.advice() or len(problems) >= max(1, len(self.known.socket.targets)):
             return [self.known.socket.advice() or "mend this machine's network: nothing could be sent"]
         if elsewhere:
             return ["workers of this key hear another group; here, or the other way round there:",
-                    "    export CEXEC_GROUP=%s" % elsewhere[0][0]]
+                    "    export CEXEC_GROUP=%s" % (elsewhere[0][0],)]
         if strangers:
             return ["if one of these workers should serve this key, copy the right file here: %s is of key id 0x%s; there:"
                     % (self.key.name, self.key.id.hex()), "    ckeygen -l APP"]
