@@ -7560,8 +7560,11 @@ class Daemon:
             self.group.refresh()
         if self.missing:
             self._look_for_command()
-        if self.settings.veto and not self.veto_pid and now - self.veto_at >= self.VETO_EVERY:
-            self._run_veto()
+        if self.settings.veto and now - self.veto_at >= self.VETO_EVERY:
+            if self.veto_pid:       # it hangs: that is no yes
+                signal_process(-self.veto_pid, signal.SIGKILL)
+            else:
+                self._run_veto()
         self._drop_stale(now)
         self._take_turns()
 
@@ -7612,7 +7615,7 @@ class Daemon:
         try:
             null = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
             self.veto_pid = os.posix_spawn("/bin/sh", ["sh", "-c", self.settings.veto], os.environ, file_actions=null,
-                                           setsigdef=RESETTABLE)
+                                           setpgroup=0, setsigdef=RESETTABLE)
         except OSError as error:
             self.log.note("veto", "--if: %s" % reason_of(error))
 
@@ -7645,6 +7648,8 @@ class Daemon:
 
     def _maybe_over(self):
         if self.draining and not self.handlers and not self.killers:
+            if self.veto_pid:
+                signal_process(-self.veto_pid, signal.SIGKILL)
             self.log("done", always=True)
             self.loop.stop(0)
 

@@ -6533,6 +6533,13 @@ def must(condition):
     assert condition
 
 
+def impatient(room, changes, *arguments, **env):
+    """A worker with other constants: {"Daemon.VETO_EVERY": 0.3}."""
+    code = "import sys; sys.path.insert(0, %r); import cexec\n" % HERE + "".join(
+        "cexec.%s = %r\n" % change for change in changes.items()) + "cexec.main(['cexec.py', 'cservice'] + sys.argv[1:])"
+    return room.start(sys.executable, "-c", code, *arguments, env=room.settings(env)).ready()
+
+
 def occupied(room, worker_group, count):
     """Starts jobs that last until the test ends, and waits until they run."""
     sleepers = [room.submit("C=echo running; exec sleep 600", stdout=LINES, group=worker_group) for _ in range(count)]
@@ -6710,6 +6717,77 @@ def start_up():
     began = time.monotonic()
     run("--version")
     return time.monotonic() - began
+
+
+def test_each_step_is_told_with_its_time(room):
+    worker = room.serve(*EVAL)
+    done = room.tool("cexec", "-v", room.pub, "C=exit 5")
+    assert done.complete() == 5
+    steps = iter(done.log.lines)
+    for wanted in [r"announced on %s by .*; workers connect back to TCP port \d+" % re.escape(room.group),
+                   r"127\.0\.0\.1 connected: cost -?\d+\.\d\d", r"127\.0\.0\.1 has proven that it has the key",
+                   r"127\.0\.0\.1 was chosen: nobody else was connected", r"job [0-9a-f]{16} started on 127\.0\.0\.1",
+                   r"job [0-9a-f]{16} ended on 127\.0\.0\.1: status 5 after \d+\.\d{3} s"]:
+        assert any(re.fullmatch(r"cexec: +\d+ ms: " + wanted, step) for step in steps), (wanted, done.log.lines)
+    occupied(room, None, cexec.usable_cpus())
+    busy = room.tool("cexec", "-v", room.pub, env={"CEXEC_TIMEOUT_ACCEPT": 2})
+    assert busy.complete() == 111 and re.search(r"ms: 127\.0\.0\.1 is busy\n", str(busy.log))
+    assert worker.alive()
+
+
+@pytest.mark.parametrize("options", [[], ["-v"]])
+def test_a_lost_worker_and_a_job_that_moves_are_told(room, options):
+    """Also in the last line, where nobody else has come."""
+    worker = room.serve(*EVAL, CONCURRENCY=1)
+    job = room.tool("cexec", *options, room.pub, "C=sleep 600", env={"CEXEC_TIMEOUT_ACCEPT": 2})
+    worker.log.wait("start from")
+    worker.kill()
+    assert job.complete(20) == 111
+    lost = r"worker 127\.0\.0\.1: .* after \d+\.\d s; the job may have run there in part"
+    assert re.search("cexec: ( *\\d+ ms: )?%s; it starts again elsewhere\n" % lost, str(job.log)), job.log
+    assert re.search("cexec: no worker: %s; since then nobody answered within 2 s; announced on " % lost, str(job.log))
+
+
+def test_a_busy_room_is_no_failure_and_a_dead_one_is(room, monkeypatch):
+    """Shortened: what takes sixty seconds takes four here, and the room is full for six."""
+    for name, value in ("NOBODY", 4.0), ("BUSY_AGAIN", 500.0), ("AGAIN_MOST", 500.0):
+        monkeypatch.setattr(cexec, name, value)
+    for _ in range(2):
+        impatient(room, {"BUSY_PAUSE": 500.0}, room.key, *EVAL, CONCURRENCY=1)
+    full = [room.submit("C=echo running; sleep 6", stdout=LINES) for _ in range(2)]
+    for job in full:
+        job.out.wait("running")
+    statuses = []
+
+    def done(status, failure, submission):
+        statuses.append(status if failure is None else str(failure))
+        if len(statuses) == 30:
+            loop.stop()
+
+    with room_here(room, 30, keep=False, CEXEC_TIMEOUT_ACCEPT="") as (loop, made):
+        for _ in range(30):
+            made.submit(cexec.Submission(cexec.JobStreams(), [(b"C", b"exit 3")], 3, done))
+        loop.run()
+    assert statuses == [3] * 30
+    monkeypatch.setattr(cexec, "NOBODY", 1.0)
+    room.end()
+    with room_here(room, CEXEC_TIMEOUT_ACCEPT="") as (loop, made):
+        made.submit(cexec.Submission(cexec.JobStreams(), [], 3, lambda *result: loop.stop(result)))
+        status, failure, _ = loop.run()
+    assert status is None and str(failure).startswith("no worker: nobody answered within 1 s; ")
+
+
+def test_a_terminal_shows_what_is_waited_for_until_the_job_starts(room, terminal):
+    plain = {"stdin": subprocess.DEVNULL, "controlling": False}
+    job, told = terminal.cexec("-q", **plain), terminal.cexec("--retries", "3", **plain)
+    terminal.wait("\r\x1b[Kcexec: nobody has answered yet, 2 s")
+    room.serve(*EVAL, CONCURRENCY=1)
+    assert told.wait() == 0 == job.wait()
+    assert terminal.shown.endswith(b"\r\x1b[K"), terminal.shown
+    assert terminal.shown.count(b"nobody has answered yet, 2 s") == 1, "-q silences it"
+    occupied(room, None, 1)
+    terminal.cexec("--retries", "3", **plain)
+    terminal.wait("\r\x1b[Kcexec: waiting: 1 worker, busy, ")
 
 
 def test_a_busy_room_times_out_too(room):
@@ -8127,6 +8205,58 @@ def test_sighup_changes_nothing(shell):
     assert shell.cexec("RUN=echo here").stdout == b"here\n"
     shell.worker.signal(signal.SIGHUP)
     assert shell.worker.alive() and shell.worker.stop() == 0
+
+
+def test_the_owners_veto_is_asked_before_the_first_answer_and_again(room, tmp_path):
+    """A command that hangs is no yes."""
+    allowed = tmp_path / "allowed"
+    worker = impatient(room, {"Daemon.VETO_EVERY": 0.3}, "--if", "test -e %s" % allowed, room.key, "cat")
+    assert who(room).stdout.decode().splitlines()[1].split()[2] == "vetoed"
+    done = room.cexec(env={"CEXEC_TIMEOUT_ACCEPT": 2})
+    assert done.returncode == 111 and b"no worker was free within 2 s (vetoed)" in done.stderr, done.stderr
+    allowed.touch()
+    assert room.cexec(input=b"now").stdout == b"now"
+    worker.log.wait("--if: takes jobs again")
+    allowed.unlink()
+    worker.log.wait("--if: no new jobs for the time being")
+    assert worker.stop() == 0
+    hanging = impatient(room, {"Daemon.VETO_EVERY": 0.3}, "--if", "sleep 600", room.key, "cat")
+    assert objects(who(room, "--json"))[0]["state"] == "vetoed"
+    assert hanging.stop() == 0       # and nothing is left of the command
+
+
+def test_a_worker_whose_command_has_gone_answers_nobody_until_it_is_back(room, tmp_path):
+    command = tmp_path / "command"
+
+    def make(text="#!/bin/sh\nexec cat\n"):
+        command.write_text(text)
+        command.chmod(0o755)
+
+    make()
+    worker = room.serve(command)
+    command.unlink()
+    done = room.cexec(input=b"x", env={"CEXEC_TIMEOUT_ACCEPT": 2.5})
+    assert done.returncode == 111 and b"(vetoed: COMMAND is missing)" in done.stderr, done.stderr
+    assert done.stderr.count(b"refused the job") == 1 == len(worker.log.having("refused to"))
+    assert len(worker.log.having("missing or not executable")) == 1
+    make()
+    worker.log.wait("there again, takes jobs again")
+    assert room.cexec(input=b"x").stdout == b"x"
+    make("#!/no/such/interpreter\n")
+    other = room.serve("cat")
+    for _ in range(3):
+        assert room.cexec(input=b"x").stdout == b"x"
+    assert len(worker.log.having("refused to")) < 3 and other.alive() and worker.alive()
+
+
+def test_a_worker_that_only_loopback_reaches_says_so(net, key):
+    net.host("anna", "10.99.0.1/24")
+    worker = net.tool("anna", "cservice", key, "cat", env={"GROUP": ""}).ready()
+    assert " on eth0, " in worker.log.wait("ready")
+    worker.stop()
+    net.run("anna", "ip", "link", "set", "eth0", "down")
+    worker = net.tool("anna", "cservice", key, "cat", env={"GROUP": ""}).ready()
+    worker.log.wait("warning: nobody on another machine is heard: no network interface but loopback is up")
 
 
 STAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d cservice: "
