@@ -5897,6 +5897,9 @@ class Engine:
         alive, trouble = self.heard_since(submission.waiting_since)
         why = "%s within %.3g s" % ("no worker was free" if alive else "of the workers that answered none was of use"
                                     if trouble else "nobody answered", self.settings.timeout_accept or NOBODY)
+        states = sorted({here.text() for here in alive if here})
+        if states:
+            why += " (%s)" % ", ".join(states)
         if submission.last_loss:
             why = "%s; since then %s" % (submission.last_loss, why)
         if search:
@@ -5906,7 +5909,7 @@ class Engine:
                 why += "; could not send: " + ", ".join(search.problems)
             for name, words in list(search.reasons.items())[-3:]:
                 why += "; %s: %s" % (name, words)
-        hint = ("its slots are taken; CEXEC_TIMEOUT_ACCEPT=0 waits for ever" if alive else
+        hint = ("CEXEC_TIMEOUT_ACCEPT=0 waits for ever" if alive else
                 "a firewall here or on the way keeps out what workers connect to; --listen-ports names ports to open"
                 if trouble and self.unreachable() else
                 "is cservice running with this key (%s) in this network?  do firewalls pass UDP port %d to it and TCP back?"
@@ -7542,8 +7545,11 @@ class Daemon:
             self.group.refresh()
         if self.missing:
             self._look_for_command()
-        if self.settings.veto and not self.veto_pid and now - self.veto_at >= self.VETO_EVERY:
-            self._run_veto()
+        if self.settings.veto and now - self.veto_at >= self.VETO_EVERY:
+            if self.veto_pid:       # it hangs: that is no yes
+                signal_process(-self.veto_pid, signal.SIGKILL)
+            else:
+                self._run_veto()
         self._drop_stale(now)
         self._take_turns()
 
@@ -7594,7 +7600,7 @@ class Daemon:
         try:
             null = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
             self.veto_pid = os.posix_spawn("/bin/sh", ["sh", "-c", self.settings.veto], os.environ, file_actions=null,
-                                           setsigdef=RESETTABLE)
+                                           setpgroup=0, setsigdef=RESETTABLE)
         except OSError as error:
             self.log.note("veto", "--if: %s" % reason_of(error))
 
@@ -7627,6 +7633,8 @@ class Daemon:
 
     def _maybe_over(self):
         if self.draining and not self.handlers and not self.killers:
+            if self.veto_pid:
+                signal_process(-self.veto_pid, signal.SIGKILL)
             self.log("done", always=True)
             self.loop.stop(0)
 
@@ -8732,11 +8740,11 @@ class Check:
         if workers:
             return ["wait: the workers that are there take no jobs at the moment (%s)" % ", ".join(
                 sorted({worker.here.text() for worker in workers}))]
-        if len(problems) >= max(1, len(self.known.socket.targets)):
+        if self.known.socket.advice() or len(problems) >= max(1, len(self.known.socket.targets)):
             return [self.known.socket.advice() or "mend this machine's network: nothing could be sent"]
         if elsewhere:
             return ["workers of this key hear another group; here, or the other way round there:",
-                    "    export CEXEC_GROUP=%s" % elsewhere[0][0]]
+                    "    export CEXEC_GROUP=%s" % (elsewhere[0][0],)]
         if strangers:
             return ["if one of these workers should serve this key, copy the right file here: %s is of key id 0x%s; there:"
                     % (self.key.name, self.key.id.hex()), "    ckeygen -l APP"]

@@ -6533,6 +6533,13 @@ def must(condition):
     assert condition
 
 
+def impatient(room, changes, *arguments, **env):
+    """A worker with other constants: {"Daemon.VETO_EVERY": 0.3}."""
+    code = "import sys; sys.path.insert(0, %r); import cexec\n" % HERE + "".join(
+        "cexec.%s = %r\n" % change for change in changes.items()) + "cexec.main(['cexec.py', 'cservice'] + sys.argv[1:])"
+    return room.start(sys.executable, "-c", code, *arguments, env=room.settings(env)).ready()
+
+
 def occupied(room, worker_group, count):
     """Starts jobs that last until the test ends, and waits until they run."""
     sleepers = [room.submit("C=echo running; exec sleep 600", stdout=LINES, group=worker_group) for _ in range(count)]
@@ -6710,6 +6717,77 @@ def start_up():
     began = time.monotonic()
     run("--version")
     return time.monotonic() - began
+
+
+def test_each_step_is_told_with_its_time(room):
+    worker = room.serve(*EVAL)
+    done = room.tool("cexec", "-v", room.pub, "C=exit 5")
+    assert done.complete() == 5
+    steps = iter(done.log.lines)
+    for wanted in [r"announced on %s by .*; workers connect back to TCP port \d+" % re.escape(room.group),
+                   r"127\.0\.0\.1 connected: cost -?\d+\.\d\d", r"127\.0\.0\.1 has proven that it has the key",
+                   r"127\.0\.0\.1 was chosen: nobody else was connected", r"job [0-9a-f]{16} started on 127\.0\.0\.1",
+                   r"job [0-9a-f]{16} ended on 127\.0\.0\.1: status 5 after \d+\.\d{3} s"]:
+        assert any(re.fullmatch(r"cexec: +\d+ ms: " + wanted, step) for step in steps), (wanted, done.log.lines)
+    occupied(room, None, cexec.usable_cpus())
+    busy = room.tool("cexec", "-v", room.pub, env={"CEXEC_TIMEOUT_ACCEPT": 2})
+    assert busy.complete() == 111 and re.search(r"ms: 127\.0\.0\.1 is busy\n", str(busy.log))
+    assert worker.alive()
+
+
+@pytest.mark.parametrize("options", [[], ["-v"]])
+def test_a_lost_worker_and_a_job_that_moves_are_told(room, options):
+    """Also in the last line, where nobody else has come."""
+    worker = room.serve(*EVAL, CONCURRENCY=1)
+    job = room.tool("cexec", *options, room.pub, "C=sleep 600", env={"CEXEC_TIMEOUT_ACCEPT": 2})
+    worker.log.wait("start from")
+    worker.kill()
+    assert job.complete(20) == 111
+    lost = r"worker 127\.0\.0\.1: .* after \d+\.\d s; the job may have run there in part"
+    assert re.search("cexec: ( *\\d+ ms: )?%s; it starts again elsewhere\n" % lost, str(job.log)), job.log
+    assert re.search("cexec: no worker: %s; since then nobody answered within 2 s; announced on " % lost, str(job.log))
+
+
+def test_a_busy_room_is_no_failure_and_a_dead_one_is(room, monkeypatch):
+    """Shortened: what takes sixty seconds takes four here, and the room is full for six."""
+    for name, value in ("NOBODY", 4.0), ("BUSY_AGAIN", 500.0), ("AGAIN_MOST", 500.0):
+        monkeypatch.setattr(cexec, name, value)
+    for _ in range(2):
+        impatient(room, {"BUSY_PAUSE": 500.0}, room.key, *EVAL, CONCURRENCY=1)
+    full = [room.submit("C=echo running; sleep 6", stdout=LINES) for _ in range(2)]
+    for job in full:
+        job.out.wait("running")
+    statuses = []
+
+    def done(status, failure, submission):
+        statuses.append(status if failure is None else str(failure))
+        if len(statuses) == 30:
+            loop.stop()
+
+    with room_here(room, 30, keep=False, CEXEC_TIMEOUT_ACCEPT="") as (loop, made):
+        for _ in range(30):
+            made.submit(cexec.Submission(cexec.JobStreams(), [(b"C", b"exit 3")], 3, done))
+        loop.run()
+    assert statuses == [3] * 30
+    monkeypatch.setattr(cexec, "NOBODY", 1.0)
+    room.end()
+    with room_here(room, CEXEC_TIMEOUT_ACCEPT="") as (loop, made):
+        made.submit(cexec.Submission(cexec.JobStreams(), [], 3, lambda *result: loop.stop(result)))
+        status, failure, _ = loop.run()
+    assert status is None and str(failure).startswith("no worker: nobody answered within 1 s; ")
+
+
+def test_a_terminal_shows_what_is_waited_for_until_the_job_starts(room, terminal):
+    plain = {"stdin": subprocess.DEVNULL, "controlling": False}
+    job, told = terminal.cexec("-q", **plain), terminal.cexec("--retries", "3", **plain)
+    terminal.wait("\r\x1b[Kcexec: nobody has answered yet, 2 s")
+    room.serve(*EVAL, CONCURRENCY=1)
+    assert told.wait() == 0 == job.wait()
+    assert terminal.shown.endswith(b"\r\x1b[K"), terminal.shown
+    assert terminal.shown.count(b"nobody has answered yet, 2 s") == 1, "-q silences it"
+    occupied(room, None, 1)
+    terminal.cexec("--retries", "3", **plain)
+    terminal.wait("\r\x1b[Kcexec: waiting: 1 worker, busy, ")
 
 
 def test_a_busy_room_times_out_too(room):
@@ -8127,6 +8205,58 @@ def test_sighup_changes_nothing(shell):
     assert shell.cexec("RUN=echo here").stdout == b"here\n"
     shell.worker.signal(signal.SIGHUP)
     assert shell.worker.alive() and shell.worker.stop() == 0
+
+
+def test_the_owners_veto_is_asked_before_the_first_answer_and_again(room, tmp_path):
+    """A command that hangs is no yes."""
+    allowed = tmp_path / "allowed"
+    worker = impatient(room, {"Daemon.VETO_EVERY": 0.3}, "--if", "test -e %s" % allowed, room.key, "cat")
+    assert who(room).stdout.decode().splitlines()[1].split()[2] == "vetoed"
+    done = room.cexec(env={"CEXEC_TIMEOUT_ACCEPT": 2})
+    assert done.returncode == 111 and b"no worker was free within 2 s (vetoed)" in done.stderr, done.stderr
+    allowed.touch()
+    assert room.cexec(input=b"now").stdout == b"now"
+    worker.log.wait("--if: takes jobs again")
+    allowed.unlink()
+    worker.log.wait("--if: no new jobs for the time being")
+    assert worker.stop() == 0
+    hanging = impatient(room, {"Daemon.VETO_EVERY": 0.3}, "--if", "sleep 600", room.key, "cat")
+    assert objects(who(room, "--json"))[0]["state"] == "vetoed"
+    assert hanging.stop() == 0       # and nothing is left of the command
+
+
+def test_a_worker_whose_command_has_gone_answers_nobody_until_it_is_back(room, tmp_path):
+    command = tmp_path / "command"
+
+    def make(text="#!/bin/sh\nexec cat\n"):
+        command.write_text(text)
+        command.chmod(0o755)
+
+    make()
+    worker = room.serve(command)
+    command.unlink()
+    done = room.cexec(input=b"x", env={"CEXEC_TIMEOUT_ACCEPT": 2.5})
+    assert done.returncode == 111 and b"(vetoed: COMMAND is missing)" in done.stderr, done.stderr
+    assert done.stderr.count(b"refused the job") == 1 == len(worker.log.having("refused to"))
+    assert len(worker.log.having("missing or not executable")) == 1
+    make()
+    worker.log.wait("there again, takes jobs again")
+    assert room.cexec(input=b"x").stdout == b"x"
+    make("#!/no/such/interpreter\n")
+    other = room.serve("cat")
+    for _ in range(3):
+        assert room.cexec(input=b"x").stdout == b"x"
+    assert len(worker.log.having("refused to")) < 3 and other.alive() and worker.alive()
+
+
+def test_a_worker_that_only_loopback_reaches_says_so(net, key):
+    net.host("anna", "10.99.0.1/24")
+    worker = net.tool("anna", "cservice", key, "cat", env={"GROUP": ""}).ready()
+    assert " on eth0, " in worker.log.wait("ready")
+    worker.stop()
+    net.run("anna", "ip", "link", "set", "eth0", "down")
+    worker = net.tool("anna", "cservice", key, "cat", env={"GROUP": ""}).ready()
+    worker.log.wait("warning: nobody on another machine is heard: no network interface but loopback is up")
 
 
 STAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d cservice: "
@@ -11958,6 +12088,402 @@ def test_a_second_start_of_a_job_reads_the_file_from_where_it_was(shell, tmp_pat
         assert (done.returncode, done.stdout) == (0, bytes(range(100, 104))), done.stderr
         assert os.lseek(file.fileno(), 0, os.SEEK_CUR) == 104
     assert b"; it starts again elsewhere\n" in done.stderr
+
+
+# ---------------------------------------------------------------- cwho: the roll call
+
+def who(room, *options, key=None, **env):
+    return run("cwho", *options, key or room.pub, env=room.settings(env))
+
+
+def objects(done):
+    return [json.loads(line) for line in done.stdout.decode().splitlines()]
+
+
+def test_the_room_as_a_table_as_json_and_as_a_number(room):
+    room.serve(*EVAL, CONCURRENCY=2)
+    room.serve(*EVAL, CONCURRENCY=1)
+    occupied(room, None, 2)
+    done = who(room)
+    head, *rows, total = done.stdout.decode().splitlines()
+    assert done.returncode == 0 and not done.stderr
+    assert head.split() == "WORKER NAME STATE JOBS WAIT DONE LOAD CPUS SPEED VERSION COMMAND".split()
+    cells = [row.split() for row in rows]
+    assert {(row[0], row[1], row[9], row[10]) for row in cells} == {
+        ("127.0.0.1", socket.gethostname(), cexec.VERSION, "sh")}
+    assert sum(int(row[3].split("/")[0]) for row in cells) == 2 and sorted(row[3].split("/")[1] for row in cells) == ["1", "2"]
+    assert total == "2 workers, 3 slots, 1 free"
+    found = objects(who(room, "--json"))
+    assert set(found[0]) == set(cexec.Here._fields) | {"worker", "free"}
+    assert sorted((each["slots"], each["running"]) for each in found) in ([(1, 0), (2, 2)], [(1, 1), (2, 1)])
+    assert {each["state"] for each in found} == {"free", "busy"} and all(0.1 < each["speed"] < 10 for each in found)
+    assert who(room, "--slots", key=room.key).stdout == b"1\n"
+
+
+def test_nobody_there_is_a_failure_that_names_the_way_on(room):
+    done = who(room)
+    first, hint = done.stderr.decode().splitlines()
+    assert done.returncode == 111 and done.stdout == b""
+    assert first.startswith("cwho: nobody answered: asked on %s for key SHA256:" % room.group)
+    assert hint == "  cwho --check %s finds out why" % room.pub
+    done = who(room, "--slots")
+    assert (done.stdout, done.returncode) == (b"0\n", 111)
+
+
+def test_workers_that_are_not_alike_are_warned_about(room):
+    room.serve("cat")
+    room.serve("sort", "-n")
+    warning = who(room).stderr.decode()
+    assert warning in ["cwho: warning: workers of this key run different commands: %s on 127.0.0.1; %s on 127.0.0.1\n" % pair
+                       for pair in (("cat", "sort"), ("sort", "cat"))]
+
+    def worker(number, **changes):
+        return cexec.Present(here(instance=str(number), **changes), "10.0.0.%d" % number, "10.0.0.%d" % number, 0, False)
+
+    alike = [worker(number) for number in range(1, 6)]
+    assert cexec.differences(alike) == [] == cexec.differences([])
+    assert cexec.differences(alike + [worker(9, version="2.0")]) == [
+        "warning: workers of this key run different program versions: 1.0 on 10.0.0.1, 10.0.0.2, 10.0.0.3 and 2 more; "
+        "2.0 on 10.0.0.9"]
+
+
+def test_a_table_shows_what_strangers_could_say_safely():
+    hostile = here(host="\x1b[2J\n", command="a\tb", error="\x07")
+    for text in cexec.table([cexec.Present(hostile, "10.0.0.1", "10.0.0.1", 0, False)]):
+        assert text.isprintable()
+    assert cexec.table([])[-1] == "0 workers, 0 slots, 0 free"
+
+
+# Many daemons' answering code in one process: argv is key, group, how many, percentage of datagrams lost each way,
+# and whether they are busy.
+CROWD = """
+import random, sys
+sys.path.insert(0, %r)
+import cexec
+class Lossy:
+    def __init__(self, group):
+        self.group, self.fileno, self.send, self.heard_on = group, group.fileno, group.send, group.heard_on
+    def receive(self):
+        got = self.group.receive()
+        while got and random.random() < loss:
+            got = self.group.receive()
+        return got
+    def send_to(self, data, place):
+        return random.random() < loss or self.group.send_to(data, place)
+loss, loop, log = int(sys.argv[4]) / 100, cexec.Loop(), cexec.Log("crowd")
+key, _ = cexec.load_key(sys.argv[1], "private")
+settings, _ = cexec.read_settings("cservice", [], {"GROUP": sys.argv[2], "CONCURRENCY": "1"})
+cexec.raise_descriptor_limit(4096)
+cexec.TokenBucket.__init__.__defaults__ = None
+context = cexec.tls_context(key, False)
+cexec.tls_context = lambda key, server_side: context
+cexec.measured_speed = lambda: 1.0
+for number in range(int(sys.argv[3])):
+    daemon = cexec.Daemon(key, settings, ["cat"], log)
+    daemon.loop.close()
+    daemon.loop, daemon.group = loop, Lossy(daemon.group)
+    daemon.responder.stopped = sys.argv[5] == "busy"
+    daemon.responder.running = int(daemon.responder.stopped)
+    loop.watch(daemon.group.fileno(), read=daemon._heard)
+cexec.say("", "ready")
+loop.run()
+""" % HERE
+
+
+def crowd(room, processes, each, loss=0, state="free", group=None):
+    for started in [room.start(sys.executable, "-c", CROWD, room.key, group or room.group, str(each), str(loss), state)
+                    for _ in range(processes)]:
+        started.ready(60)
+
+
+def test_two_hundred_workers_are_listed_though_a_third_of_the_datagrams_is_lost(room):
+    """On a machine that is busy with other things the questions may be over before all have had their turn."""
+    crowd(room, 2, 100, loss=30)
+
+    def listed():
+        began = time.monotonic()
+        found = {each["instance"] for each in objects(who(room, "--json"))}
+        took = time.monotonic() - began
+        assert len(found) >= 198 and took < cexec.ASK_ROUNDS * cexec.ASK_ROUND + 0.7 + 5 * start_up(), (len(found), took)
+    wait_until(listed, 30)
+
+
+def test_a_crowd_behind_a_proxy_is_listed_too(room):
+    beyond = "127.255.255.255:%d" % free_port()
+    crowd(room, 1, 60, group=beyond)
+    room.tool("cproxy", "--key", room.pub, "127.0.0.1", beyond).ready()
+    wait_until(lambda: len({each["instance"] for each in objects(who(room, "--json"))}) == 60 or pytest.fail("not yet"), 20)
+
+
+@pytest.mark.parametrize("proxied", [False, True])
+def test_many_busy_workers_answer_a_waiting_submitter_with_few_datagrams(room, proxied):
+    beyond = "127.255.255.255:%d" % free_port() if proxied else room.group
+    crowd(room, 2, 100, state="busy", group=beyond)
+    if proxied:
+        room.tool("cproxy", "--key", room.pub, "127.0.0.1", beyond).ready()
+    job = room.tool("cexec", "-v", room.pub, env={"CEXEC_TIMEOUT_ACCEPT": 6})
+    assert job.complete(20) == 111
+    assert 1 <= len(job.log.having(" is busy")) <= 60 and "no worker was free within 6 s (busy)" in str(job.log)
+
+
+# -- a whole screen
+
+class Shown:
+    """What a terminal of this size shows after these bytes, as far as cwho uses one; says if all was ever cleared."""
+
+    def __init__(self, data, columns):
+        self.rows, self.row, self.column, self.cleared = {}, 0, 0, 0
+        for part in re.findall(rb"\x1b\[[?0-9;]*[A-Za-z]|\r|\n|[^\x1b\r\n]+", data):
+            if part == b"\x1b[H":
+                self.row = self.column = 0
+            elif part in (b"\x1b[2J", b"\x1b[?1049h"):
+                self.cleared, self.rows = self.cleared + 1, {}
+            elif part == b"\x1b[K":
+                self.rows[self.row] = self.rows.get(self.row, "")[:self.column]
+            elif part == b"\x1b[J":
+                self.rows = {row: text for row, text in self.rows.items() if row <= self.row}
+            elif part == b"\r":
+                self.column = 0
+            elif part == b"\n":
+                self.row += 1
+            elif part[:1] != b"\x1b":
+                text = part.decode()
+                old = self.rows.get(self.row, "").ljust(self.column)
+                self.rows[self.row] = old[:self.column] + text + old[self.column + len(text):]
+                self.column += len(text)
+        assert all(len(text) < columns for text in self.rows.values())
+
+    def __str__(self):
+        return "\n".join(self.rows[row] for row in sorted(self.rows))
+
+
+def screen(terminal, columns):
+    return Shown(bytes(terminal.shown), columns)
+
+
+@pytest.mark.parametrize("end", ["q", signal.SIGINT, signal.SIGTERM])
+def test_watch_draws_a_whole_screen_without_clearing_it_and_gives_the_terminal_back(room, terminal, end):
+    room.serve(*EVAL, CONCURRENCY=3)
+    terminal.resize(24, 120)
+    before = terminal.modes()
+    watch = terminal.start(*program(), "cwho", "--watch", room.pub)
+    terminal.wait("1 worker, 3 slots, 3 free")
+    if end == "q":
+        assert room.cexec("C=exit 7").returncode == 7
+        terminal.wait("exit code 7")
+        terminal.resize(6, 40)
+        terminal.wait("\x1b[H")
+        wait_until(lambda: screen(terminal, 1000).rows and assert_narrow(screen(terminal, 1000).rows))
+        terminal.type("x")
+        terminal.wait("\x1b[H")
+        terminal.type("q")
+    else:
+        watch.signal(end)
+    assert watch.complete() == 0
+    terminal.wait("\x1b[?25h\x1b[?1049l")
+    assert terminal.modes() == before
+    assert screen(terminal, 1000).cleared == 2, "only at the start"
+
+
+def assert_narrow(rows):
+    assert max(rows) < 6 and max(map(len, rows.values())) < 40, rows
+
+
+def test_watch_on_a_pipe_prints_plain_tables(room):
+    room.serve(*EVAL)
+    watch = room.tool("cwho", "--watch", room.pub, stdout=LINES)
+    watch.out.wait("WORKER")
+    assert room.cexec("C=exit 3").returncode == 3
+    watch.out.wait("exit code 3")
+    watch.out.wait("WORKER", count=3)
+    assert watch.stop() == 0 and "\x1b" not in str(watch.out)
+
+
+def test_a_watch_whose_reader_has_gone_ends(room):
+    room.serve(*EVAL)
+    watch = room.tool("cwho", "--watch", room.pub, stdout=subprocess.PIPE)
+    watch.stdout.close()
+    assert watch.wait() == 141
+
+
+# -- why nobody answers
+
+def checked(net, host, key, *options):
+    """(status, its lines, {command of its advice}) of cwho --check there."""
+    done = net.run_tool(host, "cwho", "--check", *options, key + ".pub")
+    assert not done.stderr, done.stderr.decode()
+    lines = done.stdout.decode().splitlines()
+    return done.returncode, "\n".join(lines), [line[4:] for line in lines if line.startswith("    ")]
+
+
+def follow(net, host, commands):
+    """Does what it said; what is to be exported, as options."""
+    options = []
+    for command in commands:
+        name, _, value = command.partition("=")
+        if name == "export CEXEC_LISTEN_PORTS":
+            options += ["--listen-ports", value]
+        elif name == "export CEXEC_GROUP":
+            options += ["--group", value]
+        elif command.split()[0] in ("nft", "ip"):
+            net.run(host, "sh", "-c", command)
+    return options
+
+
+def guard(net, host, rule, policy="accept"):
+    """A firewall with a chain of another name than usual."""
+    need("nft")
+    done = net.run(host, "nft", "-f", "-", input=(
+        "table inet guard {\nchain inward {\ntype filter hook input priority 0; policy %s;\n%s\n}\n}\n"
+        % (policy, rule)).encode())
+    assert done.returncode == 0, done.stderr
+
+
+def works(net, key, options):
+    """A job and the check both go well now."""
+    done = net.run_tool("anna", "cexec", "--timeout-accept", "10", *options, key + ".pub", input=b"x")
+    assert (done.returncode, done.stdout) == (0, b"x"), done.stderr.decode()
+    status, found, commands = checked(net, "anna", key, *options)
+    assert status == 0 and not commands and "a job could run" in found, found
+
+
+def serve_on(net, host, key, *options, group="255.255.255.255", **env):
+    env = dict({"GROUP": group} if group else {}, **env)
+    return net.tool(host, "cservice", *options, key, "cat", env=env).ready()
+
+
+@pytest.mark.parametrize("rule, reason", [("meta l4proto tcp drop", "Connection timed out"),
+                                          ("meta l4proto tcp reject with tcp reset", "Connection refused"),
+                                          ("meta l4proto tcp reject with icmp admin-prohibited", "No route to host")])
+def test_a_firewall_here_that_keeps_workers_out_is_found_and_opened(street, key, rule, reason):
+    """Also the submitter's last line and the worker's log name it, the log once for many tries."""
+    guard(street, "anna", rule)
+    worker = serve_on(street, "bert", key)
+    job = street.tool("anna", "cexec", "--timeout-accept", "7", key + ".pub")
+    status, found, commands = checked(street, "anna", key)
+    assert status == 111 and "asked:     on 255.255.255.255:3010 by eth0 from 10.99.0.1" in found
+    assert re.search(r"worker:    10\.99\.0\.2 \(.*\): could not connect back to port \d+: %s" % reason, found), found
+    assert job.complete(20) == 111
+    line = job.log.wait("no worker: of the workers that answered none was of use within 7 s")
+    assert re.search(r"10\.99\.0\.2: could not connect back to port \d+: %s" % reason, line), line
+    assert "firewall" in job.log.lines[-1] and "cwho --check" in job.log.lines[-1]
+    noted = worker.log.having("no connection back to 10.99.0.1")
+    assert len(noted) == 1 and reason in noted[0], worker.log
+    works(street, key, follow(street, "anna", commands))
+
+
+def test_a_firewall_here_that_lets_nothing_in_is_opened_too(street, key):
+    guard(street, "anna", "iif lo accept\nct state established,related accept", "drop")
+    serve_on(street, "bert", key)
+    status, found, commands = checked(street, "anna", key)
+    assert status == 111 and "worker:" not in found and "nobody has answered" in found
+    options = follow(street, "anna", [command for command in commands if "udp" not in command])
+    works(street, key, options)
+
+
+def test_a_firewall_at_the_worker_is_opened_by_its_line(street, key):
+    guard(street, "bert", "iif lo accept\nct state established,related accept", "drop")
+    serve_on(street, "bert", key)
+    assert b"no worker: nobody answered within 1 s" in street.run_tool("anna", "cexec", "--timeout-accept", "1",
+                                                                       key + ".pub").stderr
+    status, found, commands = checked(street, "anna", key)
+    assert status == 111 and "worker:" not in found
+    rule, = [command for command in commands if command.startswith("nft") and "udp" in command]
+    street.run("bert", "sh", "-c", rule.replace("inet filter input", "inet guard inward"))
+    works(street, key, [])
+
+
+@pytest.mark.parametrize("hears", ["255.255.255.255:3010", "239.1.2.3:3010"])
+def test_workers_that_hear_another_group_are_found(street, key, hears):
+    serve_on(street, "bert", key, group=hears)
+    status, found, commands = checked(street, "anna", key, "--group", "255.255.255.255:4001")
+    assert status == 111 and "elsewhere: worker 10.99.0.2" in found and "hears 255.255.255.255:3010" in found, found
+    works(street, key, follow(street, "anna", commands))
+
+
+def test_workers_of_another_key_and_another_version_are_named(street, key, tmp_path):
+    assert run("ckeygen", tmp_path / "other").returncode == 0
+    other = cexec.load_key(str(tmp_path / "other"))[0]
+    serve_on(street, "bert", str(tmp_path / "other"))
+    street.start("carl", sys.executable, "-c", OLDER).ready()
+    status, found, _ = checked(street, "anna", key)
+    assert status == 111 and "stranger:  a worker of another key (id 0x%s) is at 10.99.0.2" % other.id.hex() in found
+    assert "stranger:  10.99.0.3 sends a datagram of protocol version 1, this program speaks 2" in found, found
+    assert "ckeygen -l" in found
+
+
+# A worker or submitter of another version, which says something ten times a second.
+OLDER = """
+import sys, time
+sys.path.insert(0, %r)
+import cexec
+mouth = cexec.GroupSocket(cexec.parse_group("255.255.255.255"), False)
+cexec.say("", "ready")
+while True:
+    mouth.send(b"cxec\\1" + bytes(60))
+    time.sleep(0.1)
+""" % HERE
+
+
+def test_a_worker_without_a_way_back_is_found(net, key):
+    net.host("anna", "10.99.0.1/24")
+    net.host("bert", "10.98.0.2/24")
+    serve_on(net, "bert", key)
+    status, found, commands = checked(net, "anna", key)
+    assert status == 111 and "10.98.0.2 (" in found and "no way to answer but to all" in found, found
+    there, here = [command for command in commands if command.startswith("ip ")]
+    follow(net, "bert", [there])
+    follow(net, "anna", [here])
+    works(net, key, [])
+
+
+def test_without_workers_and_without_a_network_the_check_says_so(net, key):
+    net.host("anna", "10.99.0.1/24")
+    status, found, commands = checked(net, "anna", key)
+    assert status == 111 and "pgrep -a cservice" in commands and "cproxy ADDRESS" in commands
+    net.run("anna", "ip", "link", "set", "eth0", "down")
+    status, found, commands = checked(net, "anna", key)
+    assert status == 111 and "no network interface but loopback is up" in found, found
+
+
+def test_only_a_check_is_answered_by_workers_of_another_key_and_once_a_second(room, tmp_path):
+    assert run("ckeygen", tmp_path / "other").returncode == 0
+    room.serve("cat", key=tmp_path / "other")
+    public, answers = cexec.load_key(room.pub)[0], []
+    with cexec.GroupSocket(cexec.parse_group(room.group), False).socket as mouth:
+        for flags in [0] * 5 + [cexec.CHECK] * 20:
+            body = cexec.encode_ask(0, flags)
+            mouth.sendto(cexec.encode_datagram(public.udp, cexec.ASK, public.id, os.urandom(8), 1, body),
+                         ("127.255.255.255", room.port))
+        while select.select([mouth], [], [], 0.5)[0]:
+            answers.append(cexec.parse_datagram(mouth.recv(2000)))
+    assert len(answers) == 1 and answers[0].kind == cexec.HERE and answers[0].body == b""
+
+
+def test_the_chains_of_a_firewall_are_found_in_its_list():
+    assert cexec.input_chains("table inet guard {\n\tchain inward {\n\t\ttype filter hook input priority filter; policy drop;"
+                              "\n\t}\n\tchain out {\n\t\ttype filter hook output priority 0;\n\t}\n}\ntable ip x {\n\tchain y "
+                              "{\n\t\ttype filter hook input priority 0; policy accept;\n\t}\n}\n") == [
+        "inet guard inward", "ip x y"]
+    assert cexec.input_chains("") == [] == cexec.input_chains("table\nchain x\ntype")
+
+
+@pytest.mark.parametrize("tool, says, command", [
+    ("ufw", "Status: active", "ufw allow 40000:40100/tcp"),
+    ("firewall-cmd", "running", "firewall-cmd --add-port=40000-40100/tcp")])
+def test_the_firewall_that_is_at_work_is_the_one_that_is_advised(tmp_path, monkeypatch, tool, says, command):
+    (tmp_path / tool).write_text("#!/bin/sh\necho '%s'\n" % says)
+    (tmp_path / tool).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert cexec.firewall_commands("tcp", cexec.ADVISED_PORTS) == [command]
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ((), "one key wanted"), (("a", "b"), "one key wanted"), (("--watch", "nothere"), "no key nothere"),
+    (("--nothing", "a"), "unknown option")])
+def test_cwho_used_wrongly_is_a_usage_error(tmp_path, arguments, words):
+    done = run("cwho", *arguments, cwd=str(tmp_path))
+    assert done.returncode == 2 and words in done.stderr.decode() and b"Traceback" not in done.stderr
 
 
 # ---------------------------------------------------------------- alerts and crat
