@@ -5134,7 +5134,7 @@ class Spool:
             self.files.close(fd)
 
     def __bytes__(self):
-        return b"".join(map(bytes, self.pieces()))
+        return bytes(self.memory) if self.fd is None else b"".join(map(bytes, self.pieces()))
 
     def __len__(self):
         return self.size
@@ -5615,6 +5615,7 @@ class Engine:
         self.finished = collections.deque(maxlen=SEARCHES)      # searches that have found somebody
         self.alerts = None
         self.watch_timer = None
+        self.spare_timer = None
         self.tls = None                 # the TLS context, once it is needed
         self.closed = False
 
@@ -5665,8 +5666,9 @@ class Engine:
         if self.alerts:
             self.alerts.close()
             self.alerts.group.close()
-        if self.watch_timer:
-            self.watch_timer.cancel()
+        for timer in self.watch_timer, self.spare_timer:
+            if timer:
+                timer.cancel()
 
     def context(self):
         self.tls = self.tls or tls_context(self.key, server_side=True)
@@ -5686,9 +5688,12 @@ class Engine:
                 continue
             self.queue.remove(submission)
             self._run(kept, submission)
-        wanted = min(len(self.queue), self.parallel, self.most - len(self.connections))
-        while len(self.searches) > max(wanted, 0):
+        allowed = max(0, min(self.parallel, self.most - len(self.connections)))
+        while len(self.searches) > allowed:
             self.searches.pop().stop()
+        wanted = min(len(self.queue), allowed)
+        if len(self.searches) > wanted and not self.spare_timer:    # the next job may come in a moment
+            self.spare_timer = self.loop.call_later(LAST_WORDS, self._stop_spare)
         while len(self.searches) < wanted:
             try:
                 self.searches.append(Discovery(self.loop, self.key, self.settings, self.id, self.context,
@@ -5699,6 +5704,11 @@ class Engine:
                 break           # the ports to listen on are in use by the others: a later look finds one free
         if self.queue and not self.watch_timer:
             self.watch_timer = self.loop.call_later(0.25, self._watch)
+
+    def _stop_spare(self):
+        self.spare_timer = None
+        while len(self.searches) > len(self.queue):
+            self.searches.pop().stop()
 
     def _run(self, kept, submission):
         self.running.add(submission)
@@ -5737,6 +5747,8 @@ class Engine:
         self._pump()
         if kept in self.idle:
             kept.rest()
+        if self.on_ready:
+            self.on_ready()
 
     def on_heard(self, name, address, words, here):
         """A worker was heard of: it has connected, is busy, cannot connect, has failed its handshake.  A room in which
@@ -9879,25 +9891,35 @@ class JobError(Exception):
 class Room:
     """The workers that serve one key, for a program's jobs.
 
+        with cexec.Room("app.pub") as room:
+            print(room.run(b"hello").stdout)
+
     key: the path of APP.pub, or APP where APP.pub lies beside it, as for cexec.
     jobs: how many may run at once, 256 at most.
     settings: those of cexec by their names in lower case without CEXEC_, as group="127.255.255.255" or
-    timeout_accept=30; what is not given comes from the environment, as for cexec.
+    timeout_accept=30; what is not given, or None, comes from the environment, as for cexec.
 
-    A Room is a context manager and may be used from several threads.  The first job starts a thread that does all the
-    work; close() ends it, and with it every job.  Connections to workers are kept for a second, so that many small jobs
-    are cheap.  A worker that is lost costs time and no result: its jobs run again elsewhere (`retries` times).
+    A Room may be used from several threads, but not by a forked child, which makes one of its own.  The first job
+    starts a thread that does all the work; close(), or the end of `with`, ends it and every job.  Connections to
+    workers are kept for a second, so that many small jobs are cheap.
 
-    Failure (the cluster failed: nobody answered, workers lost) is raised by run(), by result() of a Future, by map()
-    and by Process.wait(); so it is for a key that cannot be used or a setting that is malformed.
+    An input is bytes, an open file with a descriptor, which is read from its offset on, or the path (str or PathLike)
+    of a file.  A regular file is not read before the job needs it, and the offset stays where it is; it may be closed
+    after the call.  names: {NAME: VALUE}, which the job finds as PEER_NAME.  check: whether a job that ends with another
+    status than 0 is a JobError.  timeout: seconds from the call after which a job is ended, for which
+    subprocess.TimeoutExpired is raised.
 
-        with cexec.Room("app.pub") as room:
-            print(room.run(b"hello").stdout)
+    What a job writes is held until it has ended.  A worker that is lost costs time and no result: its jobs run again
+    elsewhere (`retries` times), and so does what they do besides.  Failure is for what the cluster could not do: nobody
+    answered, workers were lost, the Room was closed; and for a key or a setting that is of no use.
     """
 
     def __init__(self, key, jobs=256, **settings):
-        self._thread = EngineThread(load_key(os.fspath(key), "public")[0], room_settings(settings),
-                                    max(1, min(256, jobs)))
+        key, warning = load_key(os.fsdecode(key), "public")
+        if warning:
+            import warnings
+            warnings.warn(warning, stacklevel=2)
+        self._thread = EngineThread(key, room_settings(settings), max(1, min(256, jobs)))
 
     def __enter__(self):
         return self
@@ -9906,42 +9928,42 @@ class Room:
         self.close()
 
     def run(self, input=b"", names={}, check=False, timeout=None):
-        """Runs one job and returns its Result.
-
-        input: bytes, an open file with a descriptor (from its offset on), or the path of a file.
-        names: {NAME: VALUE}, which the job finds as PEER_NAME.  check: whether JobError is raised unless it ends with 0.
-        timeout: seconds after which the job is ended and subprocess.TimeoutExpired raised.
-        """
-        future = self.submit(input, names, check, timeout)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()         # as on Ctrl-C
-            raise
+        """Runs one job and returns its Result."""
+        return next(self.map((input,), names, check, timeout))
 
     def submit(self, input=b"", names={}, check=False, timeout=None):
-        """Starts one job; returns a concurrent.futures.Future of its Result.  Its cancel() ends a running job too."""
-        job = FutureJob(self._thread, input, names, check, timeout)
-        job.future.add_done_callback(job.cancelled)
-        self._thread.call(job.start)
-        return job.future
+        """Starts one job; returns a concurrent.futures.Future of its Result.  Its cancel() ends a running job too; what
+        its callbacks do holds up the other jobs.  asyncio.wrap_future() makes it one to await."""
+        from concurrent.futures import Future
+        future = Future()
+        job = HeldJob(self._thread, input, names, check, timeout, functools.partial(settle_future, future))
+        future.add_done_callback(lambda future: future.cancelled() and job.cancel())
+        return future
 
     def map(self, inputs, names={}, check=False, timeout=None):
-        """Yields the Results of one job for each input, in their order.  Inputs are taken as slots come free.  When the
-        generator is closed, or fails, the jobs under way end."""
-        pending, inputs, more = collections.deque(), iter(inputs), True
+        """Yields the Results of one job for each input, in the order of the inputs, which are taken as slots come free:
+        a few more than there are slots.  What goes wrong with one is raised in its turn; then, or when the generator is
+        closed, the other jobs end."""
+        from queue import SimpleQueue
+        thread, inputs, pending, news = self._thread, iter(inputs), collections.deque(), SimpleQueue()
+        more = True
+        thread.maps.add(news)
         try:
             while more or pending:
-                while more and len(pending) < self._thread.ahead():
-                    try:
-                        pending.append(self.submit(next(inputs), names, check, timeout))
-                    except StopIteration:
+                if more and len(pending) < 2 * AHEAD + thread.slots:
+                    input = next(inputs, news)
+                    if input is news:
                         more = False
-                if pending:
-                    yield pending.popleft().result()
+                    else:
+                        pending.append(HeldJob(thread, input, names, check, timeout, news.put))
+                elif pending[0].over:
+                    yield pending.popleft().outcome()
+                else:
+                    news.get()
         finally:
-            for future in pending:
-                future.cancel()
+            thread.maps.discard(news)
+            for job in pending:
+                job.cancel()
 
     def popen(self, names={}):
         """Starts one job whose standard input, output and error are pipes of this program; returns a Process."""
@@ -9960,80 +9982,112 @@ class Room:
 
 
 class EngineThread:
-    """The thread that does the work of one Room: an Engine and its Loop.  It starts with the first call."""
+    """The thread that does the work of one Room: an Engine and its Loop.  It starts with the first call.
+
+    Whatever goes wrong in it ends the jobs there are with a Failure, and the thread; the next call starts another one.
+    """
 
     def __init__(self, key, settings, most):
         import threading
         self.key = key
         self.settings = settings
         self.most = most
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()   # the collector of garbage may close a Room at any moment
         self.thread = None
         self.loop = None
         self.engine = None
+        self.submissions = set()        # those without an end
+        self.maps = set()               # queues of those that take inputs
+        self.slots = 0                  # connections there are
+        self.budget = Budget()
         self.pid = os.getpid()
         self.closed = False
 
     def is_open(self):
         return self.thread is not None and not self.closed and self.pid == os.getpid()
 
-    def ahead(self):
-        """How many inputs may be taken before their results are."""
-        return 4 + (len(self.engine.connections) if self.engine else 0)
-
-    def call(self, function):
-        """Calls it in the thread; Failure where that cannot be."""
+    def call(self, function, submission=None):
+        """Calls it in the thread; Failure where that cannot be.  submission: the one that begins with it; when the
+        thread ends before that does, it fails."""
         if self.pid != os.getpid():
             raise Failure("this Room", "it belongs to another process", "a forked child makes a Room of its own")
         with self.lock:
             if self.closed:
                 raise Failure("this Room", "it is closed")
             if not self.thread:
-                import threading
-                self.loop = Loop()
-                self.engine = Engine(self.loop, self.key, self.settings, self.most, keep=True)
-                self.thread = threading.Thread(target=self._run, name="cexec.Room", daemon=True)
-                self.thread.start()
-            self.loop.call_soon_threadsafe(function)
+                self._begin()
+            if submission:
+                self.submissions.add(submission)
+            if submission and len(self.engine.queue) >= AHEAD:
+                self.loop.calls.append(function)        # others wait as well, so the loop looks soon
+            else:
+                self.loop.call_soon_threadsafe(function)
 
-    def _run(self):
+    def _begin(self):
+        import threading
+        loop = Loop()
+        engine = Engine(loop, self.key, self.settings, self.most, keep=True, on_ready=self._count_slots)
+        thread = threading.Thread(target=self._run, args=(loop, engine), name="cexec.Room", daemon=True)
         try:
-            self.loop.run()
-        finally:
-            self.loop.close()
+            thread.start()
+        except RuntimeError as error:
+            loop.close()
+            raise Failure("this Room", error) from None
+        self.thread, self.loop, self.engine = thread, loop, engine
+
+    def _count_slots(self):
+        before, self.slots = self.slots, len(self.engine.connections)
+        if self.slots > before:
+            for news in list(self.maps):
+                news.put(None)
+
+    def _run(self, loop, engine):
+        cause = None
+        try:
+            loop.run()
+            failure = Failure("the job", "its Room was closed")
+        except BaseException as error:
+            cause, failure = error, failure_of(error)
+        with self.lock:
+            self.thread, left, self.submissions = None, self.submissions, set()
+        for submission in left:
+            submission.done = True
+            each = Failure(*failure.args)
+            each.__cause__ = cause
+            submission.on_done(None, each, submission)
+        engine.close()
+        loop.close()
 
     def close(self, wait=True):
         """Ends every job that is left with a Failure, and the thread.  May be called again."""
+        if self.pid != os.getpid():
+            return              # a lock of the parent may be held for ever here
         with self.lock:
-            opened, self.closed = self.is_open(), True
-        if opened:
-            self.loop.call_soon_threadsafe(self._end)
-            if wait:
-                self.thread.join()
-
-    def _end(self):
-        for submission in list(self.engine.running) + list(self.engine.queue):
-            self.engine.fail(submission, Failure("the job", "its Room was closed"))
-        self.engine.close()
-        self.loop.stop()
+            self.closed, thread, loop = True, self.thread, self.loop
+        if thread:
+            loop.call_soon_threadsafe(loop.stop)
+            if wait and loop.thread != _thread.get_ident():
+                thread.join()
 
 
 def room_settings(given):
     """The Settings of a Room from its keyword arguments and the environment."""
     environment = dict(os.environ)
-    known = {setting.option[2:].replace("-", "_"): setting for setting in SETTINGS if CEXEC in setting.tools}
+    known = {option[2:].replace("-", "_"): setting for setting in SETTINGS if CEXEC in setting.tools
+             for option in setting.options}
     for name, value in given.items():
         if name not in known:
             raise TypeError("a Room has no setting %r; it has: %s" % (name, ", ".join(sorted(known))))
         if isinstance(value, (list, tuple)):
             value = ",".join(map(str, value))
-        environment[known[name].names[0]] = str(int(value) if isinstance(value, bool) else value)
+        if value is not None:
+            environment[known[name].names[0]] = str(int(value) if isinstance(value, bool) else value)
     return read_settings(CEXEC, [], environment)[0]
 
 
 def job_names(names):
     """[(name, value)] as bytes; ValueError for what cannot be an environment variable."""
-    pairs = [(os.fsencode(name), os.fsencode(str(value) if not isinstance(value, bytes) else value))
+    pairs = [(os.fsencode(name), os.fsencode(value if isinstance(value, bytes) else str(value)))
              for name, value in dict(names).items()]
     for name, value in pairs:
         if not is_name(name) or b"\0" in value:
@@ -10046,95 +10100,117 @@ def status_of(report):
     return -SIGNAL_NAMES.get(report.name, report.number) if report.signalled else report.number
 
 
-class FutureJob:
-    """One job of Room.submit(): made in the caller's thread, run in the Room's, told by its future."""
+def job_input(input):
+    """The HeldSource of what a user gives as input; end() closes it."""
+    if isinstance(input, (str, os.PathLike)):
+        return HeldSource(os.fsdecode(input))
+    if not hasattr(input, "fileno"):
+        return HeldSource(bytes(memoryview(input)))
+    fd = input.fileno()
+    if stream_kind(fd) is not REGULAR:
+        return HeldSource(b"".join(iter(lambda: os.read(fd, BUFFER), b"")))
+    source = HeldSource(os.dup(fd), os.lseek(fd, 0, os.SEEK_CUR))
+    source.own = source.fd
+    return source
 
-    def __init__(self, thread, input, names, check, timeout):
-        from concurrent.futures import Future
+
+def settle_future(future, job):
+    if future.set_running_or_notify_cancel():
+        try:
+            future.set_result(job.outcome())
+        except Exception as error:
+            future.set_exception(error)
+
+
+class HeldJob:
+    """One job whose output is held: made in the caller's thread, run in the Room's, where on_end(job) is called."""
+
+    def __init__(self, thread, input, names, check, timeout, on_end):
         self.thread = thread
         self.check = check
         self.timeout = timeout
+        self.on_end = on_end
         self.began = time.monotonic()
-        self.future = Future()
         self.timer = None
+        self.result = None
+        self.error = None
+        self.over = False
         names = job_names(names)
-        self.source = HeldSource(*self._input(input))
-        self.streams = HeldStreams(self.source)
-        self.submission = Submission(self.streams, names, thread.settings.retries, self._done)
+        self.source = job_input(input)
+        try:
+            self.streams = HeldStreams(self.source, thread.budget)
+            self.submission = Submission(self.streams, names, thread.settings.retries, self._done)
+            thread.call(self._start, self.submission)
+        except Failure:
+            self.source.end()
+            raise
 
-    @staticmethod
-    def _input(input):
-        """(what a HeldSource is of, from where)"""
-        if hasattr(input, "fileno"):
-            fd = input.fileno()
-            return (fd, os.lseek(fd, 0, os.SEEK_CUR)) if stream_kind(fd) is REGULAR else (input.read(),)
-        return (os.fspath(input) if isinstance(input, (str, os.PathLike)) else bytes(input),)
-
-    def start(self):
-        if self.future.cancelled():
-            return
+    def _start(self):
         if self.timeout is not None:
-            self.timer = self.thread.loop.call_later(self.timeout, self._expired)
+            self.timer = self.thread.loop.call_at(self.began + self.timeout, self._expired)
         self.thread.engine.submit(self.submission)
+
+    def _done(self, status, failure, submission):
+        self.error = failure
+        if not failure:
+            self.result = Result(status_of(submission.report), bytes(self.streams.output), bytes(self.streams.errors),
+                                 submission.worker, time.monotonic() - self.began)
+            if self.check and self.result.status:
+                self.error = JobError(self.result)
+        self._end()
 
     def _expired(self):
         import subprocess
+        self.error = subprocess.TimeoutExpired(self.thread.key.name, self.timeout, bytes(self.streams.output),
+                                               bytes(self.streams.errors))
         self.thread.engine.cancel(self.submission)
-        self._finish(error=subprocess.TimeoutExpired(self.thread.key.name, self.timeout, bytes(self.streams.output),
-                                                     bytes(self.streams.errors)))
+        self._end()
 
-    def _done(self, status, failure, submission):
-        if failure:
-            return self._finish(error=failure)
-        result = Result(status_of(submission.report), bytes(self.streams.output), bytes(self.streams.errors),
-                        submission.worker, time.monotonic() - self.began)
-        self._finish(result, JobError(result) if self.check and result.status else None)
-
-    def _finish(self, result=None, error=None):
-        self._release()
-        if self.future.set_running_or_notify_cancel():
-            if error:
-                self.future.set_exception(error)
-            else:
-                self.future.set_result(result)
-
-    def _release(self):
+    def _end(self):
+        self.over = True
+        self.thread.submissions.discard(self.submission)
         if self.timer:
             self.timer.cancel()
         self.streams.close()
         self.source.end()
+        self.on_end(self)
 
-    def cancelled(self, future):
-        """The future is done; when its user has cancelled it, the job ends."""
-        if future.cancelled():
-            try:
-                self.thread.call(self._cancel)
-            except Failure:
-                self._release()     # the Room is closed: the job has ended
+    def outcome(self):
+        """The Result, once it is over; what went wrong is raised."""
+        if self.error:
+            raise self.error
+        return self.result
 
-    def _cancel(self):
-        self.thread.engine.cancel(self.submission)
-        self._release()
+    def cancel(self):
+        """From any thread: nobody wants it any more."""
+        try:
+            self.thread.call(self._cancelled)
+        except Failure:
+            pass        # it has ended with its Room
+
+    def _cancelled(self):
+        if not self.over:
+            self.error = Failure("the job", "cancelled")
+            self.thread.engine.cancel(self.submission)
+            self._end()
 
 
 class PipeStreams(JobStreams):
-    """The pipes of a Process: our ends of them, which do not block."""
+    """The pipes of a Process: our ends of them, {number in the job: descriptor}, which do not block."""
 
     def __init__(self, fds):
         super().__init__()
         self.fds = fds
         self.descriptors = {0: IN, 1: OUT, 2: OUT}
-        for fd in fds:
+        for fd in fds.values():
             os.set_blocking(fd, False)
 
     def open(self, loop):
         """In the loop's thread, before the job starts."""
-        fds = self.fds
-        self.sources = {0: ReplayableInput(Source(loop, fds[0], functools.partial(self.source_ready, 0)))}
+        self.sources[0] = ReplayableInput(Source(loop, self.fds[0], functools.partial(self.source_ready, 0)))
         for number in 1, 2:
             over = functools.partial(self._over, number)
-            self.sinks[number] = Sink(loop, fds[number], functools.partial(self.consumed, number),
-                                      lambda error, over=over: over(), over)
+            self.sinks[number] = Sink(loop, self.fds[number], functools.partial(self.consumed, number), over, over)
 
     def accepted(self):
         self.sources[0].accepted(WINDOW_MAX)
@@ -10145,15 +10221,12 @@ class PipeStreams(JobStreams):
     def input_stopped(self, number, consumed):
         self._close(0)
 
-    def read_error(self, number, error):
-        return 0
-
-    def _over(self, number):
+    def _over(self, number, error=None):
         self._close(number)
         self.sink_finished(number)
 
     def _close(self, number):
-        fd, self.fds[number] = self.fds[number], None
+        fd = self.fds.pop(number, None)
         if fd is not None:
             if number in self.sinks:
                 self.sinks[number].close()
@@ -10169,9 +10242,10 @@ class PipeStreams(JobStreams):
 class Process:
     """A job whose descriptors are pipes of this program, in the manner of subprocess.Popen.
 
-    stdin, stdout, stderr: files for bytes.  status: None while it runs, then as in Result.
-    A worker that is lost before anything of the job was read is replaced; later that is a Failure, raised by wait().
-    As a context manager it closes the files and waits.
+    stdin, stdout, stderr: files for bytes.  worker: the address it ran at, after its end.
+    status: None while it runs, then as in a Result.
+    A worker that is lost before anything of the job was read is replaced; later that is a Failure, which wait() and
+    poll() raise.  As a context manager it closes the files and waits.
     """
 
     def __init__(self, thread, names):
@@ -10179,34 +10253,40 @@ class Process:
         self._thread = thread
         self._over = threading.Event()
         self._failure = None
+        self._unsent = None
+        self._outputs = None
         self.status = None
         self.worker = None
-        names = job_names(names)
-        (far_in, near_in), (near_out, far_out), (near_errors, far_errors) = os.pipe(), os.pipe(), os.pipe()
-        self.stdin = open(near_in, "wb")
-        self.stdout = open(near_out, "rb")
-        self.stderr = open(near_errors, "rb")
-        self._submission = Submission(PipeStreams([far_in, far_out, far_errors]), names, thread.settings.retries,
-                                      self._done)
+        names, fds = job_names(names), []
         try:
-            thread.call(self._start)
-        except Failure:
-            self._submission.streams.ended(None)
-            self._close_files()
+            for _ in range(3):
+                fds += os.pipe()
+            self._streams = PipeStreams({0: fds[0], 1: fds[3], 2: fds[5]})
+            self._submission = Submission(self._streams, names, thread.settings.retries, self._done)
+            thread.call(self._start, self._submission)
+        except BaseException:
+            for fd in fds:
+                os.close(fd)
             raise
+        self.stdin, self.stdout, self.stderr = open(fds[1], "wb"), open(fds[2], "rb"), open(fds[4], "rb")
 
     def _start(self):
-        self._submission.streams.open(self._thread.loop)
+        self._streams.open(self._thread.loop)
         self._thread.engine.submit(self._submission)
 
     def _done(self, status, failure, submission):
+        self._thread.submissions.discard(submission)
+        self._streams.ended(None)
         self.worker = submission.worker
         self._failure = failure
-        self.status = status_of(submission.report) if submission.report else -signal.SIGKILL
+        if not failure:
+            self.status = status_of(submission.report)
         self._over.set()
 
     def poll(self):
         """The status, or None while it runs."""
+        if self._failure:
+            raise self._failure
         return self.status
 
     def wait(self, timeout=None):
@@ -10214,55 +10294,76 @@ class Process:
         if not self._over.wait(timeout):
             import subprocess
             raise subprocess.TimeoutExpired(self._thread.key.name, timeout)
-        if self._failure:
-            raise self._failure
-        return self.status
+        return self.poll()
 
     def communicate(self, input=None, timeout=None):
-        """Writes input and closes stdin, reads all of both outputs, waits; returns (stdout, stderr)."""
-        import threading
-        outputs = {}
+        """Writes input and closes stdin, reads both outputs to their ends, waits; returns (stdout, stderr).  When
+        subprocess.TimeoutExpired was raised it may be called again, and nothing is lost."""
+        until = math.inf if timeout is None else time.monotonic() + timeout
+        if self._outputs is None:
+            self._outputs = {self.stdout: bytearray(), self.stderr: bytearray()}
+            self._unsent = memoryview(input or b"")
+            self._flush_input()
+        files = {file.fileno(): file for file in (self.stdin, self.stdout, self.stderr) if not file.closed}
+        poll = select.poll()
+        for fd, file in files.items():
+            poll.register(fd, select.POLLOUT if file is self.stdin else select.POLLIN)
+        while files:
+            found = poll.poll(None if timeout is None else max(0, math.ceil((until - time.monotonic()) * 1000)))
+            if not found:
+                import subprocess
+                raise subprocess.TimeoutExpired(self._thread.key.name, timeout, *map(bytes, self._outputs.values()))
+            for fd, _ in found:
+                if self._move(fd, files[fd]):
+                    poll.unregister(fd)
+                    files.pop(fd).close()
+        self.wait(None if timeout is None else max(0, until - time.monotonic()))
+        return tuple(map(bytes, self._outputs.values()))
 
-        def read(file):
-            outputs[file] = file.read()
-        readers = [threading.Thread(target=read, args=(file,), daemon=True) for file in (self.stdout, self.stderr)]
-        for reader in readers:
-            reader.start()
+    def _flush_input(self):
+        """What the user has written already goes first."""
         try:
-            if input:
-                self.stdin.write(input)
-            self.stdin.close()
+            if not self.stdin.closed:
+                self.stdin.flush()
+                os.set_blocking(self.stdin.fileno(), False)
         except BrokenPipeError:
-            pass        # it reads no more
-        self.wait(timeout)
-        for reader in readers:
-            reader.join()
-        return outputs[self.stdout], outputs[self.stderr]
+            self._unsent = b""
+
+    def _move(self, fd, file):
+        """Moves some bytes for communicate(); returns whether the file is at its end."""
+        if file is not self.stdin:
+            part = os.read(fd, BUFFER)
+            self._outputs[file] += part
+            return not part
+        try:
+            self._unsent = self._unsent[os.write(fd, self._unsent[:BUFFER]):] if self._unsent else b""
+        except BrokenPipeError:
+            self._unsent = b""      # the job reads no more
+        return not self._unsent
 
     def send_signal(self, number):
         """Sends INT, TERM, HUP, QUIT, USR1, USR2, TSTP, CONT or KILL to the job; nothing once it has ended."""
-        if number == signal.SIGKILL:
-            return self.kill()
         name = signal.Signals(number).name[3:]
-        if name not in SIGNALS:
+        if name not in (*SIGNALS, "KILL"):
             raise ValueError("signal %s cannot be sent to a job; these can: %s KILL" % (name, " ".join(SIGNALS)))
-        self._thread.call(lambda: self._signal(name))
+        if not self._over.is_set():
+            self._thread.call(functools.partial(self._signal, name))
 
     def _signal(self, name):
-        if not self._submission.done and not self._thread.engine.signal(self._submission, name):
-            self._end()
+        if not self._submission.done and (name == "KILL" or not self._thread.engine.signal(self._submission, name)):
+            self._thread.engine.cancel(self._submission)
+            self._thread.submissions.discard(self._submission)
+            self.worker = self._submission.worker
+            self.status = -SIGNAL_NAMES[name]
+            self._over.set()
 
     def terminate(self):
+        """Sends TERM."""
         self.send_signal(signal.SIGTERM)
 
     def kill(self):
         """Ends it at once."""
-        self._thread.call(self._end)
-
-    def _end(self):
-        if not self._submission.done:
-            self._thread.engine.cancel(self._submission)
-            self._done(None, None, self._submission)
+        self.send_signal(signal.SIGKILL)
 
     def __enter__(self):
         return self
@@ -10270,15 +10371,12 @@ class Process:
     def __exit__(self, kind, *exception):
         if kind and self._thread.is_open():
             self.kill()
-        self._close_files()
-        self._over.wait()
-
-    def _close_files(self):
         for file in self.stdin, self.stdout, self.stderr:
             try:
                 file.close()
             except BrokenPipeError:
                 pass        # what was not written yet has no reader any more
+        self._over.wait()
 
 
 # ---------------------------------------------------------------- demo
