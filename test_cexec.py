@@ -3845,6 +3845,7 @@ def test_a_window_grows_less_on_a_short_path_and_not_for_a_slow_reader():
 
 
 def test_all_windows_together_are_bounded():
+    """S23"""
     session = session_in("submitter", "running", {fd: cexec.OUT for fd in range(200)})
     session.round_trip = 10.0
     for step in range(10):
@@ -8784,10 +8785,13 @@ def test_the_man_page_is_clean():
 
 
 def test_every_numbered_claim_has_a_test_that_names_it():
-    """SECURITY and RELIABILITY in the man page: claim S1, R2 ... stands in the docstring of a test."""
-    claims = set(re.findall(r"\b[SR][0-9]+\b", document("cexec.1")))
-    named = set(re.findall(r"\b[SR][0-9]+\b", document("test_cexec.py")))
-    assert claims - named == set()
+    """SECURITY and RELIABILITY in the man page: each claim, as .It S1, stands in the docstring of a test."""
+    claims = re.findall(r"(?m)^\.It ([SR][0-9]+)$", document("cexec.1"))
+    named = {name for node in ast.walk(ast.parse(document("test_cexec.py")))
+             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+             for name in re.findall(r"\b[SR][0-9]+\b", ast.get_docstring(node) or "")}
+    assert claims and len(set(claims)) == len(claims)
+    assert set(claims) ^ named == set()
 
 
 def test_the_readme_has_the_two_commands_and_the_example():
@@ -10829,6 +10833,21 @@ def processes_of(user):
 
 
 @LINUX_ONLY
+def test_a_job_cannot_read_the_memory_of_its_worker(room, users_key):
+    """S22: neither the daemon's nor the handler's, of the same user; a program of its own it can."""
+    path, user = users_key
+    python = "/usr/bin/python3"
+    need(python)
+    shutil.copy(CEXEC, os.path.dirname(path))
+    worker = room.start(python, os.path.join(os.path.dirname(path), "cexec.py"), "cservice", path, *RUN_SHELL, cwd="/",
+                        env=room.settings({}), preexec_fn=lambda: (os.setgroups([]), os.setgid(user), os.setuid(user)))
+    worker.ready()
+    done = room.cexec("RUN=sleep 600 & for pid in $! $PPID %d; do dd if=/proc/$pid/mem count=0 2>/dev/null; echo $?; "
+                      "done; kill $!" % worker.pid)
+    assert (done.returncode, done.stdout) == (0, b"0\n1\n1\n"), done.stderr
+
+
+@LINUX_ONLY
 def test_a_worker_that_may_not_fork_says_so_and_serves_again_when_it_may(room, forker, users_key):
     """R19: others of its user's processes take up all that the user may have, for a while."""
     path, user = users_key
@@ -11492,7 +11511,7 @@ def test_a_replayed_announcement_costs_a_worker_no_process(room, forker, private
 
 @LINUX_ONLY
 def test_small_messages_to_unread_descriptors_cost_a_handler_little(room, forker):
-    """S17: a byte for each message, to forty descriptors that the job never reads."""
+    """S17, S23: a byte for each message, to forty descriptors that the job never reads."""
     worker = room.serve(*DOER, CONCURRENCY=1)
     with Impostor(room) as impostor:
         peer = impostor.employ()
@@ -11845,7 +11864,7 @@ def test_an_empty_user_is_not_root(room, words):
 
 @pytest.mark.parametrize("how", ["end", "cexec", "handler"])
 def test_the_number_of_a_jobs_group_is_its_own_until_the_group_has_ended(room, how):
-    """Its leader has ended, a child in another session keeps an output open: the leader is not waited for."""
+    """S21: its leader has ended, a child in another session keeps an output open: the leader is not waited for."""
     worker = room.serve(*RUN_SHELL)
     need("setsid")
     job = room.submit("RUN=setsid sleep 1000 & echo $$; exit 0", stdout=LINES)
@@ -11867,7 +11886,7 @@ def test_the_number_of_a_jobs_group_is_its_own_until_the_group_has_ended(room, h
 
 
 def test_who_ends_a_job_has_its_rights_and_not_roots(room):
-    """A number that has become another user's in the meantime is out of reach."""
+    """S21: a number that has become another user's in the meantime is out of reach."""
     only_root()
     import pwd
     nobody = pwd.getpwnam("nobody")
