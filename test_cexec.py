@@ -547,7 +547,7 @@ def tools(tmp_path_factory):
     """A directory with a copy of cexec.py and every tool as a link to it, as a user would install them."""
     place = tmp_path_factory.mktemp("tools")
     os.chmod(shutil.copy(CEXEC, str(place)), 0o755)
-    for name in "ckeygen", "cexec", "cmap", "cservice", "crat", "cproxy":
+    for name in cexec.TOOL_NAMES + ("ckeygen",):
         (place / name).symlink_to("cexec.py")
     return place
 
@@ -3845,6 +3845,7 @@ def test_a_window_grows_less_on_a_short_path_and_not_for_a_slow_reader():
 
 
 def test_all_windows_together_are_bounded():
+    """S23"""
     session = session_in("submitter", "running", {fd: cexec.OUT for fd in range(200)})
     session.round_trip = 10.0
     for step in range(10):
@@ -8928,10 +8929,13 @@ def test_the_man_page_is_clean():
 
 
 def test_every_numbered_claim_has_a_test_that_names_it():
-    """SECURITY and RELIABILITY in the man page: claim S1, R2 ... stands in the docstring of a test."""
-    claims = set(re.findall(r"\b[SR][0-9]+\b", document("cexec.1")))
-    named = set(re.findall(r"\b[SR][0-9]+\b", document("test_cexec.py")))
-    assert claims - named == set()
+    """SECURITY and RELIABILITY in the man page: each claim, as .It S1, stands in the docstring of a test."""
+    claims = re.findall(r"(?m)^\.It ([SR][0-9]+)$", document("cexec.1"))
+    named = {name for node in ast.walk(ast.parse(document("test_cexec.py")))
+             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+             for name in re.findall(r"\b[SR][0-9]+\b", ast.get_docstring(node) or "")}
+    assert claims and len(set(claims)) == len(claims)
+    assert set(claims) ^ named == set()
 
 
 def test_the_readme_has_the_two_commands_and_the_example():
@@ -8939,6 +8943,186 @@ def test_the_readme_has_the_two_commands_and_the_example():
     for words in ("python3 cexec.py demo", "python3 test_cexec.py", "ckeygen distributed_ogg",
                   "cservice distributed_ogg oggenc -o- -", "cexec distributed_ogg.pub < input.wav > output.ogg"):
         assert words in text, words
+
+
+# What stands in README.md for a console is run as it stands: `$` is a submitter's prompt, `alpha$` a worker's.
+
+CONSOLES = re.compile(r"^(?:#+ (?P<head>[^\n]*)|\*\*(?P<bold>[^*]+)\*\*[^\n]*|"
+                      r"```(?P<kind>console|sh|ini|python)\n(?P<text>.*?)^```)$", re.M | re.S)
+README_NEEDS = "rsync", "git", "sftp", "tar", "parallel", "xargs", "make", "socat", "gzip", "xz", "oggenc", "rrsync"
+STUBS = {
+    "ssh": '#!/bin/sh\n[ "$1" != -n ] || shift\ncd "$ROOM_PLACE/$1" && shift && exec sh -c "$*"\n',
+    "scp": '#!/bin/bash\nexec cp "${@:1:$#-1}" "$ROOM_PLACE/${!#%%:*}/${!##*:}"\n',
+}
+READ_EVAL = 'while IFS= read -r -d "" -u "$0" text; do eval "$text"; printf "\\0%d\\0" "$?"; done'
+
+
+def readme_blocks(*kinds):
+    """[(title, text)] of the blocks of these kinds, each under the nearest heading or bold words before it."""
+    found, title = [], ""
+    for match in CONSOLES.finditer(document("README.md")) if os.path.exists(os.path.join(HERE, "README.md")) else ():
+        title = match["head"] or match["bold"] or title
+        if match["kind"] in kinds:
+            found.append((title.strip(". "), match["text"]))
+    return found
+
+
+def shown_pattern(lines):
+    """A pattern for output as the README shows it: what holds a digit, the hosts' names and spaces may differ, and
+    `...` stands for any lines."""
+    text = re.escape("\n".join(lines)).replace("\\\n", "\n")
+    text = re.sub(r"(?m)^\\\.\\\.\\\.$", "(?s:.*)", text)
+    text = re.sub(r"(?:\\ )+", " +", text)
+    text = re.sub(r"[0-9a-f]*(?:\\[.:-])?[0-9](?:[0-9a-f:T]|\\[.:-])*", r"[0-9a-f.:T-]+", text)
+    text = re.sub(r"\b(alpha|beta|gamma)\b", r"\\S+", text).replace(" +on +eth[0-9a-f.:T-]+", "(?: on [^,]*)?")
+    return re.sub(r"\b(worker|slot|job)s?\b", r"\1s?", text)
+
+
+def make_readme_inputs(place):
+    """The files that the README speaks of, for the submitter and in alpha's folder."""
+    import wave
+    here, there = place / "gamma", place / "alpha"
+    for name in "input bell choir drum flute harp organ rain tuba".split():
+        with wave.open(str(here / (name + ".wav")), "wb") as sound:
+            sound.setparams((2, 2, 44100, 0, "NONE", ""))
+            sound.writeframes(random_octets(40000))
+    (here / "names").write_text("Ada\nGrace\nBarbara\nKatherine\n")
+    (here / "old").write_text("one\ntwo\nthree\n")
+    (here / "new").write_text("one\nzwei\nthree\n")
+    (here / "big").write_text("a line of many that are the same\n" * 300000)
+    (here / "access.log").write_text(("GET /here 200 17\n" * 999 + "GET /there 500 17\n") * 1000)
+    (here / "photos").mkdir()
+    for number in 1, 2, 3:
+        (here / "photos" / ("%d.jpg" % number)).write_bytes(random_octets(1000))
+    (there / "render").write_text("#!/bin/sh\necho P3 1 1 255 \"$PEER_FRAME\" 0 0\n")
+    (there / "render").chmod(0o755)
+    shutil.copy(CEXEC, str(here))
+    shutil.copy(os.path.join(HERE, "cexec.1"), str(here))
+    subprocess.run("git init -q project && cd project && git -c user.name=a -c user.email=b commit -q --allow-empty -m c",
+                   shell=True, cwd=str(here), env=clean_environment({"HOME": here}), check=True)
+
+
+class ReadmeRoom:
+    """Folders for the submitter and the hosts, stubs of ssh and scp that go from one to the other, and a shell."""
+
+    def __init__(self, room, place, tools):
+        self.room, self.place = room, place
+        for name in "gamma", "alpha", "beta", "bin":
+            (place / name).mkdir()
+        for name, text in STUBS.items():
+            (place / "bin" / name).write_text(text)
+            (place / "bin" / name).chmod(0o755)
+        self.env = room.settings({
+            "HOME": place / "gamma", "ROOM_PLACE": place, "CONCURRENCY": 2, "PYTHONDONTWRITEBYTECODE": None,
+            "PATH": os.pathsep.join([str(tools), str(place / "bin"), search_path()])})
+        self.shell = None
+        make_readme_inputs(place)
+
+    def keys(self, text):
+        """The keys that the text speaks of and does not make."""
+        for name in set(re.findall(r"\b(\w+)\.pub\b", text)):
+            if not re.search(r"ckeygen.* %s\b" % name, text):
+                run("ckeygen", str(self.place / "gamma" / name))
+
+    def serve(self, host, line):
+        words = shlex.split(line.split(" #")[0])
+        for word in words:
+            path = self.place / "gamma" / word
+            if re.match(r"\w+$", word) and path.is_file() and not (self.place / host / word).exists():
+                shutil.copy2(str(path), str(self.place / host))
+        return self.room.start("bash", "-c", "exec " + line, env=self.env, cwd=str(self.place / host)).ready()
+
+    def run(self, text):
+        """(output, status) of these lines in the submitter's shell."""
+        if not self.shell:
+            reading, self.commands = os.pipe()
+            high = fcntl.fcntl(reading, fcntl.F_DUPFD, 100)
+            os.close(reading)
+            self.shell = self.room.start("bash", "-c", READ_EVAL, str(high), env=self.env, pass_fds=[high],
+                                         cwd=str(self.place / "gamma"), stdout=subprocess.PIPE,
+                                         stderr=subprocess.STDOUT)
+            os.close(high)
+        os.write(self.commands, os.fsencode(text) + b"\0")
+        parts = [b""]
+        while len(parts) < 3:
+            assert select.select([self.shell.stdout], [], [], 60)[0], "no end of: %s" % text
+            data = os.read(self.shell.stdout.fileno(), 1 << 16)
+            assert data, "the shell ended in: %s" % text
+            parts = (b"\0".join(parts) + data).split(b"\0")
+        return parts[0].decode(), int(parts[1])
+
+    def end(self):
+        if self.shell:
+            os.close(self.commands)
+        for process in reversed(self.room.processes):
+            process.end()
+        for pid in self.room.left():        # what the text has put in the background
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def readme_room(room, tmp_path, tools):
+    need(*README_NEEDS)
+    readme = ReadmeRoom(room, tmp_path, tools)
+    yield readme
+    readme.end()
+
+
+def console_steps(text):
+    """[(host or "", command, [lines of output])] of a console's text."""
+    steps = []
+    for line in text.splitlines():
+        prompt = re.match(r"(\w*)\$ (.*)", line)
+        if prompt:
+            steps.append((prompt[1], [prompt[2]], []))
+        elif line[:2] == "> " and not steps[-1][2]:
+            steps[-1][1].append(line[2:])
+        else:
+            steps[-1][2].append(line)
+    return [(host, "\n".join(command), output) for host, command, output in steps]
+
+
+@pytest.mark.parametrize("title, text", [pytest.param(*block, id="%d %s" % (number, block[0]))
+                                         for number, block in enumerate(readme_blocks("console"))])
+def test_what_the_readme_shows_on_a_console_is_what_happens(readme_room, title, text):
+    readme_room.keys(text)
+    for host, command, shown in console_steps(text):
+        if host and "cservice" in command:
+            worker = readme_room.serve(host, command)
+            told = "\n".join(worker.log.lines)
+        else:
+            told, status = readme_room.run(command if not host else "(cd ../%s; %s)" % (host, command))
+            assert status in (0, 124), "%s: %d\n%s" % (command, status, told)       # 124: timeout, a command of coreutils
+        assert "Traceback" not in told and "internal error" not in told, told
+        if shown:
+            assert re.search(shown_pattern(shown), told), "%s\n%s\n%s" % (command, told, shown_pattern(shown))
+
+
+def test_the_quick_start_works_when_pasted(readme_room):
+    title, text = readme_blocks("sh")[0]
+    assert title == "Quick start" and len(text.splitlines()) <= 12
+    readme_room.env["PATH"] = os.pathsep.join([str(readme_room.place / "bin"), search_path()])
+    readme_room.env["GROUP"] = readme_room.room.group
+    for name in "alpha", "beta":
+        (readme_room.place / name / "log").touch()
+    told, status = readme_room.run(text)
+    assert status == 0, told
+    for name in os.listdir(str(readme_room.place / "gamma")):
+        if name.endswith(".wav"):
+            data = (readme_room.place / "gamma" / (name[:-4] + ".ogg")).read_bytes()
+            assert data.startswith(b"OggS"), name
+
+
+def test_the_unit_in_the_readme_is_one(tmp_path):
+    need("systemd-analyze")
+    (_, text), = readme_blocks("ini")
+    for words in "NoNewPrivileges=yes", "ProtectSystem=", "PrivateTmp=yes", "User=", "KillMode=mixed":
+        assert words in text
+    unit = tmp_path / "cexec-test.service"
+    unit.write_text(re.sub(r"ExecStart=\S+", "ExecStart=/bin/true", text))
+    done = run_command("systemd-analyze", "verify", unit)
+    assert done.returncode == 0 and b"cexec-test" not in done.stderr, done.stderr.decode()
 
 
 def test_the_licence_is_named():
@@ -10793,6 +10977,21 @@ def processes_of(user):
 
 
 @LINUX_ONLY
+def test_a_job_cannot_read_the_memory_of_its_worker(room, users_key):
+    """S22: neither the daemon's nor the handler's, of the same user; a program of its own it can."""
+    path, user = users_key
+    python = "/usr/bin/python3"
+    need(python)
+    shutil.copy(CEXEC, os.path.dirname(path))
+    worker = room.start(python, os.path.join(os.path.dirname(path), "cexec.py"), "cservice", path, *RUN_SHELL, cwd="/",
+                        env=room.settings({}), preexec_fn=lambda: (os.setgroups([]), os.setgid(user), os.setuid(user)))
+    worker.ready()
+    done = room.cexec("RUN=sleep 600 & for pid in $! $PPID %d; do dd if=/proc/$pid/mem count=0 2>/dev/null; echo $?; "
+                      "done; kill $!" % worker.pid)
+    assert (done.returncode, done.stdout) == (0, b"0\n1\n1\n"), done.stderr
+
+
+@LINUX_ONLY
 def test_a_worker_that_may_not_fork_says_so_and_serves_again_when_it_may(room, forker, users_key):
     """R19: others of its user's processes take up all that the user may have, for a while."""
     path, user = users_key
@@ -11456,7 +11655,7 @@ def test_a_replayed_announcement_costs_a_worker_no_process(room, forker, private
 
 @LINUX_ONLY
 def test_small_messages_to_unread_descriptors_cost_a_handler_little(room, forker):
-    """S17: a byte for each message, to forty descriptors that the job never reads."""
+    """S17, S23: a byte for each message, to forty descriptors that the job never reads."""
     worker = room.serve(*DOER, CONCURRENCY=1)
     with Impostor(room) as impostor:
         peer = impostor.employ()
@@ -11810,7 +12009,7 @@ def test_an_empty_user_is_not_root(room, words):
 
 @pytest.mark.parametrize("how", ["end", "cexec", "handler"])
 def test_the_number_of_a_jobs_group_is_its_own_until_the_group_has_ended(room, how):
-    """Its leader has ended, a child in another session keeps an output open: the leader is not waited for."""
+    """S21: its leader has ended, a child in another session keeps an output open: the leader is not waited for."""
     worker = room.serve(*RUN_SHELL)
     need("setsid")
     job = room.submit("RUN=setsid sleep 1000 & echo $$; exit 0", stdout=LINES)
@@ -11832,7 +12031,7 @@ def test_the_number_of_a_jobs_group_is_its_own_until_the_group_has_ended(room, h
 
 
 def test_who_ends_a_job_has_its_rights_and_not_roots(room):
-    """A number that has become another user's in the meantime is out of reach."""
+    """S21: a number that has become another user's in the meantime is out of reach."""
     only_root()
     import pwd
     nobody = pwd.getpwnam("nobody")
