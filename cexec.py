@@ -5384,6 +5384,8 @@ class Attempt:
             self._exited(body)
         elif kind == REFUSED:
             self._over(self.room.on_job_refused, printable(body))
+        elif kind == ABORT and self.report:
+            self.kept.close()       # it takes no more jobs; what this one wrote is here
         elif kind == ABORT and self.start_timer:
             self._over(self.room.on_job_not_started, printable(body))
         elif kind == ABORT:
@@ -5401,7 +5403,9 @@ class Attempt:
         return self.streams.read_error(number, error)
 
     def on_lost(self, loss):
-        if not self.report:
+        if self.report:
+            self.kept.close()
+        else:
             self._lost(loss.words)
 
     # -- on its way

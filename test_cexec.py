@@ -10494,6 +10494,22 @@ def test_a_stubborn_job_ends_with_whoever_it_was_for(room, forker, who, tmp_path
 
 
 @LINUX_ONLY
+@pytest.mark.parametrize("how", ["idle", "killed"])
+def test_a_job_that_has_ended_is_whole_whatever_its_worker_does_while_its_output_is_read(room, how):
+    """R1: the worker takes its slot back after a second, or is lost: the output and the status are here already."""
+    worker = room.serve(*DOER)
+    with cexec.Room(room.pub, jobs=1, group=room.group) as submitter:
+        job = submitter.popen({"DO": "head -c 900000 /dev/zero; exit 3"})       # more than a pipe holds
+        worker.log.wait("end, status 3")
+        if how == "killed":
+            os.kill(children(worker.pid)[0], signal.SIGKILL)
+        assert_no_handlers(worker)
+        assert len(job.stdout.read()) == 900000 and job.wait(10) == 3
+        assert submitter.run(names={"DO": "exit 4"}, timeout=20).status == 4, "its only connection is free again"
+    assert not worker.log.having("ratted out")
+
+
+@LINUX_ONLY
 def test_an_error_is_told_even_after_the_job_has_closed_its_standard_error(room, forker):
     room.serve(*DOER)
     status, output, errors = quick(forker, room, "DO=exec 2>&-; sleep 0.3; kill -9 $PPID; sleep 60")
