@@ -7514,12 +7514,14 @@ class Daemon:
     def _reap(self):
         while True:
             try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
+                pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED)
             except ChildProcessError:
                 break
             if not pid:
                 break
-            if pid in self.handlers:
+            if os.WIFSTOPPED(status):
+                signal_process(pid, signal.SIGKILL)     # its job, whose user it has, must not keep the slot for ever
+            elif pid in self.handlers:
                 self._handler_ended(self.handlers.pop(pid))
             elif pid in self.killers:
                 self._free(self.killers.pop(pid))

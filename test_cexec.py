@@ -10530,6 +10530,21 @@ def test_a_handler_killed_at_once_leaves_no_job(room, forker, tmp_path):
 
 
 @LINUX_ONLY
+@pytest.mark.parametrize("user", [None, "nobody"])
+def test_a_job_that_stops_its_handler_keeps_no_slot(room, forker, user):
+    """R10, R11: nor does it escape its limit of time."""
+    if user:
+        only_root()
+    options = ["--user", user] if user else []
+    worker = room.tool("cservice", *options, "--limit", "wall=60", room.key, *DOER, env={"CONCURRENCY": 1}).ready()
+    job = forker.submit("cexec", room.pub, "DO=kill -STOP $PPID; sleep 60", env=room.settings({"CEXEC_RETRIES": 0}))
+    assert job.wait() == 111
+    assert_gone(int(worker.log.wait("start from").rpartition(" ")[2]))
+    assert_serving(forker, room)
+    assert_no_handlers(worker)
+
+
+@LINUX_ONLY
 def test_a_daemon_told_to_stop_still_ends_the_job_of_a_killed_handler(room, forker, tmp_path):
     """R10, R21: it goes only when that job has gone."""
     worker = forked_worker(forker, room, patch={"KILL_GRACE": 0.5})
