@@ -7226,7 +7226,8 @@ class Daemon:
     LOOK = 0.5              # seconds between two looks at load, waiting submitters and turns
     VETO_EVERY = 10.0       # seconds between two runs of --if
     HERE_RATE = 20          # answers to roll calls and announcements a second
-    TESTS_MAX = 16          # roll calls that it tries to connect back to at once
+    TESTS_MAX = 16          # roll calls that it tries to connect back to at once, and in a second
+    LINGERING = 64          # handlers without a slot, whose submitters have not taken the last words yet
 
     def __init__(self, key, settings, command, log):
         self.loop = Loop(on_error=self._fault)
@@ -7250,6 +7251,8 @@ class Daemon:
         self.here_bucket = TokenBucket(self.HERE_RATE, self.HERE_RATE)
         self.stranger_bucket = TokenBucket(1, 1)    # answers to roll calls of other keys
         self.tests = {}                 # {nonce: when its ConnectionTest began}
+        self.test_bucket = TokenBucket(self.TESTS_MAX, self.TESTS_MAX)
+        self.asked = collections.OrderedDict()      # {nonce of a roll call: (its last sequence number, Timer)}
         self.sequence = 0
         self.timer = None
         self.draining = False
@@ -7359,16 +7362,24 @@ class Daemon:
         """A roll call: answers after a random part of the spread, and connects first if that is wanted."""
         spread, flags, heard = parse_ask(datagram)
         nonce, wait, now = datagram.nonce, uniform() * spread / 1000, time.monotonic()
-        if is_heard(heard, nonce, datagram.sequence, self.instance):
-            return
-        if not flags & CONNECT or datagram.port < PORT_LEAST:
-            self.loop.call_later(wait, lambda: self.send_here(nonce, source))
-            return
-        self.tests = {each: began for each, began in self.tests.items() if now - began < 2 * SubmitterConnection.CONNECT}
-        if nonce not in self.tests and len(self.tests) < self.TESTS_MAX:
+        last, timer = self.asked.get(nonce, (-1, None))
+        if datagram.sequence <= last or is_heard(heard, nonce, datagram.sequence, self.instance):
+            return          # a copy may claim to come from anywhere
+        answer = functools.partial(self.send_here, nonce, source)
+        if flags & CONNECT and datagram.port >= PORT_LEAST:
+            self.tests = {each: began for each, began in self.tests.items()
+                          if now - began < 2 * SubmitterConnection.CONNECT}
+            if nonce in self.tests or len(self.tests) >= self.TESTS_MAX or not self.test_bucket.take(now):
+                return
             self.tests[nonce] = now
             place = (source[0], datagram.port) + tuple(source[2:])
-            self.loop.call_later(wait, lambda: ConnectionTest(self, nonce, source, place))
+            answer = functools.partial(ConnectionTest, self, nonce, source, place)
+        if timer:
+            timer.cancel()
+        self.asked[nonce] = datagram.sequence, self.loop.call_later(wait, answer)
+        self.asked.move_to_end(nonce)
+        if len(self.asked) > ANSWERED_MOST:
+            self.asked.popitem(last=False)[1][1].cancel()
 
     RECEIVED = {ANNOUNCE: _announce, HOLD: _hold, TAKEN: _taken, ALERT: _alert, ASK: _ask}
 
@@ -7498,6 +7509,9 @@ class Daemon:
             self.responder.won(handler.answer.nonce)
         if b"over" in words:
             self._free(handler)
+            lingering = [each for each in self.handlers.values() if each.over]
+            if len(lingering) > self.LINGERING:
+                signal_process(lingering[0].pid, signal.SIGKILL)
         if b"failed" in words:
             self._look_for_command()
         self.consider()
