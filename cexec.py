@@ -5385,6 +5385,8 @@ class Attempt:
             self._exited(body)
         elif kind == REFUSED:
             self._over(self.room.on_job_refused, printable(body))
+        elif kind == ABORT and self.report:
+            self.kept.close()       # it takes no more jobs; what this one wrote is here
         elif kind == ABORT and self.start_timer:
             self._over(self.room.on_job_not_started, printable(body))
         elif kind == ABORT:
@@ -5402,7 +5404,9 @@ class Attempt:
         return self.streams.read_error(number, error)
 
     def on_lost(self, loss):
-        if not self.report:
+        if self.report:
+            self.kept.close()
+        else:
             self._lost(loss.words)
 
     # -- on its way
@@ -7221,7 +7225,8 @@ class Daemon:
     LOOK = 0.5              # seconds between two looks at load, waiting submitters and turns
     VETO_EVERY = 10.0       # seconds between two runs of --if
     HERE_RATE = 20          # answers to roll calls and announcements a second
-    TESTS_MAX = 16          # roll calls that it tries to connect back to at once
+    TESTS_MAX = 16          # roll calls that it tries to connect back to at once, and in a second
+    LINGERING = 64          # handlers without a slot, whose submitters have not taken the last words yet
 
     def __init__(self, key, settings, command, log):
         self.loop = Loop(on_error=self._fault)
@@ -7245,6 +7250,8 @@ class Daemon:
         self.here_bucket = TokenBucket(self.HERE_RATE, self.HERE_RATE)
         self.stranger_bucket = TokenBucket(1, 1)    # answers to roll calls of other keys
         self.tests = {}                 # {nonce: when its ConnectionTest began}
+        self.test_bucket = TokenBucket(self.TESTS_MAX, self.TESTS_MAX)
+        self.asked = collections.OrderedDict()      # {nonce of a roll call: (its last sequence number, Timer)}
         self.sequence = 0
         self.timer = None
         self.draining = False
@@ -7354,16 +7361,24 @@ class Daemon:
         """A roll call: answers after a random part of the spread, and connects first if that is wanted."""
         spread, flags, heard = parse_ask(datagram)
         nonce, wait, now = datagram.nonce, uniform() * spread / 1000, time.monotonic()
-        if is_heard(heard, nonce, datagram.sequence, self.instance):
-            return
-        if not flags & CONNECT or datagram.port < PORT_LEAST:
-            self.loop.call_later(wait, lambda: self.send_here(nonce, source))
-            return
-        self.tests = {each: began for each, began in self.tests.items() if now - began < 2 * SubmitterConnection.CONNECT}
-        if nonce not in self.tests and len(self.tests) < self.TESTS_MAX:
+        last, timer = self.asked.get(nonce, (-1, None))
+        if datagram.sequence <= last or is_heard(heard, nonce, datagram.sequence, self.instance):
+            return          # a copy may claim to come from anywhere
+        answer = functools.partial(self.send_here, nonce, source)
+        if flags & CONNECT and datagram.port >= PORT_LEAST:
+            self.tests = {each: began for each, began in self.tests.items()
+                          if now - began < 2 * SubmitterConnection.CONNECT}
+            if nonce in self.tests or len(self.tests) >= self.TESTS_MAX or not self.test_bucket.take(now):
+                return
             self.tests[nonce] = now
             place = (source[0], datagram.port) + tuple(source[2:])
-            self.loop.call_later(wait, lambda: ConnectionTest(self, nonce, source, place))
+            answer = functools.partial(ConnectionTest, self, nonce, source, place)
+        if timer:
+            timer.cancel()
+        self.asked[nonce] = datagram.sequence, self.loop.call_later(wait, answer)
+        self.asked.move_to_end(nonce)
+        if len(self.asked) > ANSWERED_MOST:
+            self.asked.popitem(last=False)[1][1].cancel()
 
     RECEIVED = {ANNOUNCE: _announce, HOLD: _hold, TAKEN: _taken, ALERT: _alert, ASK: _ask}
 
@@ -7494,6 +7509,9 @@ class Daemon:
             self.responder.won(handler.answer.nonce)
         if b"over" in words:
             self._free(handler)
+            lingering = [each for each in self.handlers.values() if each.over]
+            if len(lingering) > self.LINGERING:
+                signal_process(lingering[0].pid, signal.SIGKILL)
         if b"failed" in words:
             self._look_for_command()
         self.consider()
@@ -7510,12 +7528,14 @@ class Daemon:
     def _reap(self):
         while True:
             try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
+                pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED)
             except ChildProcessError:
                 break
             if not pid:
                 break
-            if pid in self.handlers:
+            if os.WIFSTOPPED(status):
+                signal_process(pid, signal.SIGKILL)     # its job, whose user it has, must not keep the slot for ever
+            elif pid in self.handlers:
                 self._handler_ended(self.handlers.pop(pid))
             elif pid in self.killers:
                 self._free(self.killers.pop(pid))

@@ -10188,8 +10188,8 @@ def forked_worker(forker, room, *words, key=None, limits=None, user=None, patch=
     return worker
 
 
-def assert_contains(data, words):
-    assert words in data.data
+def assert_contains(data, words, count=1):
+    assert data.data.count(words) >= count
 
 
 def drained(worker):
@@ -10822,6 +10822,22 @@ def test_a_stubborn_job_ends_with_whoever_it_was_for(room, forker, who, tmp_path
 
 
 @LINUX_ONLY
+@pytest.mark.parametrize("how", ["idle", "killed"])
+def test_a_job_that_has_ended_is_whole_whatever_its_worker_does_while_its_output_is_read(room, how):
+    """R1: the worker takes its slot back after a second, or is lost: the output and the status are here already."""
+    worker = room.serve(*DOER)
+    with cexec.Room(room.pub, jobs=1, group=room.group) as submitter:
+        job = submitter.popen({"DO": "head -c 900000 /dev/zero; exit 3"})       # more than a pipe holds
+        worker.log.wait("end, status 3")
+        if how == "killed":
+            os.kill(children(worker.pid)[0], signal.SIGKILL)
+        assert_no_handlers(worker)
+        assert len(job.stdout.read()) == 900000 and job.wait(10) == 3
+        assert submitter.run(names={"DO": "exit 4"}, timeout=20).status == 4, "its only connection is free again"
+    assert not worker.log.having("ratted out")
+
+
+@LINUX_ONLY
 def test_an_error_is_told_even_after_the_job_has_closed_its_standard_error(room, forker):
     room.serve(*DOER)
     status, output, errors = quick(forker, room, "DO=exec 2>&-; sleep 0.3; kill -9 $PPID; sleep 60")
@@ -10839,6 +10855,21 @@ def test_a_handler_killed_at_once_leaves_no_job(room, forker, tmp_path):
     assert_gone(*pids_in(tmp_path / "pids"))
     assert_no_handlers(worker)
     assert_serving(forker, room)
+
+
+@LINUX_ONLY
+@pytest.mark.parametrize("user", [None, "nobody"])
+def test_a_job_that_stops_its_handler_keeps_no_slot(room, forker, user):
+    """R10, R11: nor does it escape its limit of time."""
+    if user:
+        only_root()
+    options = ["--user", user] if user else []
+    worker = room.tool("cservice", *options, "--limit", "wall=60", room.key, *DOER, env={"CONCURRENCY": 1}).ready()
+    job = forker.submit("cexec", room.pub, "DO=kill -STOP $PPID; sleep 60", env=room.settings({"CEXEC_RETRIES": 0}))
+    assert job.wait() == 111
+    assert_gone(int(worker.log.wait("start from").rpartition(" ")[2]))
+    assert_serving(forker, room)
+    assert_no_handlers(worker)
 
 
 @LINUX_ONLY
@@ -11911,6 +11942,54 @@ def test_datagrams_of_any_content_cost_a_worker_nothing(room, forker):
     assert len(worker.log.lines) - lines <= 5 and "Traceback" not in str(worker.log)
 
 
+def test_copies_of_a_roll_call_bring_no_second_answer_and_no_second_connection(room, forker):
+    """S4: they may claim any address and port."""
+    room.serve(*DOER)
+    with Impostor(room) as impostor, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+
+        def ask(sender, nonce, flags=0, sequence=1, spread=0, copies=1):
+            data = cexec.encode_datagram(impostor.public.udp, cexec.ASK, impostor.public.id, nonce, sequence,
+                                         cexec.encode_ask(spread, flags), impostor.port)
+            for _ in range(copies):
+                sender.sendto(data, ("127.255.255.255", room.port))
+
+        def answers():
+            """The nonces of what has come up to the answer to a new question, which comes last."""
+            last, found = os.urandom(8), []
+            ask(impostor.udp, last, sequence=7)
+            impostor.udp.settimeout(10)
+            while last not in found:
+                found.append(cexec.parse_datagram(impostor.udp.recv(2048)).nonce)
+            return found[:-1]
+        ask(impostor.udp, b"question")
+        ask(other, b"question", copies=10)
+        assert answers() == [b"question"]
+        ask(impostor.udp, b"question", sequence=2)
+        assert answers() == [b"question"], "one that goes on is answered again"
+        ask(impostor.udp, b"back.to.", cexec.CONNECT)
+        impostor.listener.accept()[0].close()
+        answers()
+        for _ in range(3):
+            ask(other, b"back.to.", cexec.CONNECT)
+            assert answers() == []
+        assert not select.select([impostor.listener], [], [], 0)[0], "a second connection"
+    assert_serving(forker, room)
+
+
+def test_a_flood_of_roll_calls_is_bounded(loop):
+    """S23: with the key, each another one, and to be answered in a minute; or to be connected to at once."""
+    daemon = Deaf(FOO)
+    daemon.loop, daemon.asked, daemon.tests, daemon.instance = loop, collections.OrderedDict(), {}, "0"
+    daemon.test_bucket = cexec.TokenBucket(16, 16)
+    for number in range(4000):
+        body = cexec.encode_ask(65535, cexec.CONNECT * (number % 2))
+        daemon._datagram(cexec.encode_datagram(FOO.udp, cexec.ASK, FOO.id, struct.pack(">Q", number), 1, body, 4000),
+                         HERE_FROM)
+    assert sum(timer.callback is not None for timer in loop.timers) <= cexec.ANSWERED_MOST == len(daemon.asked)
+    assert len(daemon.tests) <= 16 and len(loop.timers) < 4000
+
+
 def assert_tidy_soon(worker):
     wait_until(lambda: assert_tidy(worker, 1000))
 
@@ -11938,6 +12017,20 @@ def test_a_slot_is_not_kept_for_a_submitter_that_falls_silent_in_the_handshake(r
         wait_until(lambda: assert_one_handler(worker))
         assert_serving(forker, room)
         wait_until(lambda: assert_tidy(worker, 1000))
+    drained(worker)
+
+
+@LINUX_ONLY
+def test_submitters_that_never_take_the_last_words_are_few(room, forker):
+    """S23: their jobs have said that they may be silent for a day."""
+    worker = forked_worker(forker, room, patch={"Daemon.LINGERING": 2, "Handler.IDLE": 0.05}, CONCURRENCY=4)
+    with Impostor(room) as impostor:
+        for number in range(8):
+            peer = impostor.employ()
+            peer.sendall(a_job({}, timeout=86400.0))
+            wait_until(lambda: assert_contains(worker.errors, b"end, status 0", number + 1))
+        wait_until(lambda: must(len(children(worker.pid)) <= 2))
+        assert_serving(forker, room)
     drained(worker)
 
 
