@@ -5401,8 +5401,7 @@ class Attempt:
         return self.streams.read_error(number, error)
 
     def on_lost(self, loss):
-        if not self.report:
-            self._lost(loss.words)
+        self._lost(loss.words)
 
     # -- on its way
     def _accepted(self):
@@ -5458,6 +5457,7 @@ class Attempt:
         self.report = report
         self._commit()
         self.channel.reset_streams()
+        self.channel.owner = self.kept      # what becomes of the connection changes nothing for this job any more
         self.room.on_exit(self, report)
         self._maybe_over()
 
@@ -5505,6 +5505,7 @@ class KeptConnection:
         self.leaving = False
         self.timer = None
         self.channel = Channel(room.loop, connection, found.session, self)
+        self.channel.on_ended = self.close
 
     def run(self, submission):
         """OSError when its input cannot be read again."""
@@ -5516,14 +5517,12 @@ class KeptConnection:
 
     def rest(self):
         """There is no job for it at the moment."""
-        self.channel.owner = self
         self.timer = self.room.loop.call_later(KEEP, self.leave)
 
     def leave(self):
         """Says goodbye."""
         if not self.leaving and not self.channel.closed:
             self.leaving = True
-            self.channel.owner = self
             self.channel.session.bye()
             self.channel.on_flushed = self.close
             self.channel.flush()
@@ -5848,8 +5847,9 @@ class Engine:
         self._pump()
 
     def _forget(self, submission):
-        self.running.discard(submission)
-        if submission in self.queue:
+        if submission in self.running:
+            self.running.remove(submission)
+        elif submission in self.queue:      # which may be long
             self.queue.remove(submission)
         submission.streams.ended(submission.report)
 

@@ -7376,6 +7376,59 @@ def statuses(room, pairs, at_once=8):
     return found
 
 
+class SlowReader(cexec.JobStreams):
+    """One output, which nobody takes for now."""
+
+    def __init__(self):
+        super().__init__()
+        self.descriptors = {1: cexec.OUT}
+        self.sinks = {1: self}
+
+    def feed(self, view):
+        return False
+
+    def finish(self):
+        pass
+
+
+def run_until(loop, holds, seconds=20):
+    """Runs the loop until holds()."""
+    def look():
+        if holds() or time.monotonic() > end:
+            loop.stop()
+        else:
+            loop.call_later(0.01, look)
+    end, loop.running = time.monotonic() + seconds, True
+    look()
+    loop.run()
+    assert holds()
+
+
+def test_a_worker_that_goes_before_the_output_is_taken_has_done_its_job(shell):
+    """And its connection counts no more: the next job needs its place."""
+    ended = []
+    with room_here(shell, keep=True) as (loop, made):
+        for _ in range(2):
+            job = cexec.Submission(SlowReader(), [(b"RUN", b"echo out")], 0, lambda *how: ended.append(how[:2]))
+            made.submit(job)
+            run_until(loop, lambda: job.report and not made.connections)    # it has waited for a second job in vain
+            job.streams.sink_finished(1)
+    assert ended == [(0, None)] * 2
+
+
+def test_a_connection_whose_goodbye_does_not_get_through_counts_no_more(shell):
+    ended = []
+    with room_here(shell, keep=True) as (loop, made):
+        made.submit(cexec.Submission(cexec.JobStreams(), [(b"RUN", b"true")], 0, lambda *how: ended.append(how[:2])))
+        run_until(loop, lambda: ended and made.idle)
+        kept, = made.connections
+        kept.channel.connection.socket.shutdown(socket.SHUT_RDWR)
+        kept.leave()
+        assert made.connections
+        run_until(loop, lambda: not made.connections)
+    assert ended == [(0, None)]
+
+
 def test_every_exit_status_and_every_deadly_signal_arrives(shell):
     deadly = [int(number) for number in signal.Signals if number.name not in
               ("SIGSTOP", "SIGTSTP", "SIGTTIN", "SIGTTOU", "SIGCHLD", "SIGCONT", "SIGURG", "SIGWINCH")]
