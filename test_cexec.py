@@ -5297,6 +5297,18 @@ def test_a_group_is_ended_whatever_it_does(loop, monkeypatch, name):
     assert took >= 0.3 if name == "stubborn" else took < 2
 
 
+def test_where_a_zombie_passes_for_a_living_process_the_leader_is_reaped_first(loop, monkeypatch):
+    monkeypatch.setattr(cexec, "LINUX", False)
+    monkeypatch.setattr(cexec, "KILL_GRACE", 600)
+    channel = types.SimpleNamespace(session=None, closed=True)
+    job = cexec.RunningJob(types.SimpleNamespace(daemon=None, loop=loop, channel=channel), None)
+    job.pid = cexec.spawn("/bin/sh", ["sh", "-c", GROUPS["obedient"]], {b"PATH": b"/usr/bin:/bin"}, {})
+    job.abandon(loop.stop)
+    run_loop(loop)
+    with pytest.raises(ChildProcessError):
+        os.waitpid(job.pid, os.WNOHANG)
+
+
 def has_children(pid):
     assert children(pid)
 
@@ -11821,7 +11833,7 @@ class InTurn:
             loop.run()
 
     def connections(self):
-        return len([step for step in self.steps if " was chosen of " in step])
+        return len([step for step in self.steps if " was chosen: " in step])
 
 
 ECHO = "cat; cat <&3 >&4; cat <&5 >&5; echo $CEXEC_JOB >&2; exit %d"
@@ -11862,6 +11874,17 @@ def hold_up(worker, path, words, act):
         wait_until(lambda: assert_contains(worker.errors, words))
         path.touch()
     return go
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_the_first_word_of_the_veto_is_told_where_it_changes_something(room, forker, status):
+    worker = forked_worker(forker, room, "--if", "exit %d" % status, CONCURRENCY=1)
+    if status:
+        wait_until(lambda: assert_contains(worker.errors, b"--if: no new jobs for the time being"))
+    else:
+        assert_serving(forker, room)
+    drained(worker)
+    assert b"takes jobs again" not in worker.errors.data and (b"--if" in worker.errors.data) == bool(status)
 
 
 @pytest.mark.parametrize("how", ["drain", "veto"])
@@ -12216,6 +12239,17 @@ def sender(group):
 def foo(room):
     """The room's key as cexec has it."""
     return cexec.load_key(room.pub)[0]
+
+
+def test_a_test_alert_shows_and_harms_nobody(room):
+    worker, crat = room.serve(*RUN_SHELL), room.crat(room.pub).ready()
+    done = room.cexec("RUN=exit 3", env={"CEXEC_RATOUT_TEST": 1})
+    assert (done.returncode, done.stderr) == (3, b"")
+    crat.out.wait("completed by")
+    assert crat.out.having("127.0.0.1 rats out 127.0.0.1 for %s job" % room.pub)[0].split(": ")[1].startswith("test")
+    assert room.cexec("RUN=exit 4").returncode == 4
+    assert worker.stop() == 0
+    assert not worker.log.having("ratted out")
 
 
 def test_crat_prints_each_alert_at_once_and_ends_with_0(room, foo):
