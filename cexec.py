@@ -42,8 +42,9 @@ __doc__ = """cexec: ad-hoc clusters in one file.
 
 Copy this file to every machine of a room.  `ckeygen app` makes a key once; `cservice app COMMAND` on the workers serves
 jobs; `cexec app.pub < in > out` runs COMMAND on the best of them as if it were local: every descriptor, the exit
-status, Ctrl-C.  `cmap` does so for many inputs at once.  `crat` logs what happened, `cproxy` joins networks, `demo`
-shows it all on one machine.  The tool is the name the file is called by (a symbolic link) or its first argument.
+status, Ctrl-C.  `cmap` runs it for each of many inputs, `cwho` calls the roll, `crat` logs what happened, `cproxy` joins
+networks, `demo` shows it all on one machine.  The tool is the name the file is called by (a symbolic link) or its first
+argument.  `import cexec` gives programs the same: see Room.
 
 How a job flows:
 
@@ -2816,9 +2817,9 @@ class Loop:
             self.on_signal(number, None)
         if self.old_wakeup is not None:
             signal.set_wakeup_fd(self.old_wakeup)
+        wake_out, self.wake_out = self.wake_out, -1     # a helper thread may still call back
         os.close(self.wake_in)
-        os.close(self.wake_out)
-        self.wake_out = -1      # a helper thread may still call back
+        os.close(wake_out)
 
 
 # ---------------------------------------------------------------- group sockets
@@ -4629,20 +4630,12 @@ class WorkerConnection:
 
     def _read_preamble(self):
         try:
-            part = self.connection.recv(PREAMBLE_SIZE - len(self.preamble))
-        except BlockingIOError:
-            return
-        except OSError as error:
-            return self.close(reason_of(error))
-        self.preamble += part
-        if not part:
-            return self.close("closed before it said who it was")
-        if len(self.preamble) < PREAMBLE_SIZE and preamble_may_follow(self.preamble, self.discovery.nonce):
-            return
-        try:
+            self.preamble = receive_up_to(self.connection, self.preamble, PREAMBLE_SIZE)
+            if len(self.preamble) < PREAMBLE_SIZE and preamble_may_follow(self.preamble, self.discovery.nonce):
+                return
             self.answer, random = parse_preamble(self.discovery.key.udp, self.discovery.nonce, self.preamble)
-        except ProtocolError as error:
-            return self.close(str(error))
+        except (OSError, EOFError, ProtocolError) as error:
+            return self.close(reason_of(error))
         self.loop.watch(self.connection.fileno(), read=self._too_early)
         self.discovery.connected(self, random)
 
@@ -5397,8 +5390,7 @@ class Attempt:
         return self.streams.sinks[number].feed(view)
 
     def on_source_end(self, number):
-        self.channel.drop_source(number)
-        self.session.end(number)
+        """The worker hears of it from the channel."""
 
     def on_read_error(self, number, error):
         return self.streams.read_error(number, error)
@@ -5463,6 +5455,7 @@ class Attempt:
         self.report = report
         self._commit()
         self.channel.reset_streams()
+        self.channel.owner = self.kept      # what becomes of the connection changes nothing for this job any more
         self.room.on_exit(self, report)
         self._maybe_over()
 
@@ -5510,6 +5503,7 @@ class KeptConnection:
         self.leaving = False
         self.timer = None
         self.channel = Channel(room.loop, connection, found.session, self)
+        self.channel.on_ended = self.close
 
     def run(self, submission):
         """OSError when its input cannot be read again."""
@@ -5521,14 +5515,12 @@ class KeptConnection:
 
     def rest(self):
         """There is no job for it at the moment."""
-        self.channel.owner = self
         self.timer = self.room.loop.call_later(KEEP, self.leave)
 
     def leave(self):
         """Says goodbye."""
         if not self.leaving and not self.channel.closed:
             self.leaving = True
-            self.channel.owner = self
             self.channel.session.bye()
             self.channel.on_flushed = self.close
             self.channel.flush()
@@ -5616,7 +5608,7 @@ class Engine:
         self.heard_at = time.monotonic()    # when any worker was heard of last
         self.served_at = -math.inf      # when a room with kept connections had one last
         self.workers = {}               # {instance, else name: (time, name, Here or None, words)} of those heard of
-        self.finished = collections.deque(maxlen=SEARCHES)      # searches that have found somebody
+        self.finished = []              # searches that have found somebody: those that still say so, or the last one
         self.alerts = None
         self.watch_timer = None
         self.spare_timer = None
@@ -5663,7 +5655,7 @@ class Engine:
             if submission.attempt:
                 submission.attempt.give_up()
         self.queue.clear()
-        for search in self.searches + list(self.finished):
+        for search in self.searches + self.finished:
             search.stop()
         for kept in list(self.connections):
             kept.close()
@@ -5720,7 +5712,9 @@ class Engine:
             kept.run(submission)
         except OSError as error:
             kept.leave()
-            self._fail(submission, Failure("the input", "it cannot be read again: %s" % reason_of(error)))
+            return self._fail(submission, Failure("the input", "it cannot be read again: %s" % reason_of(error)))
+        if getattr(self.settings, "ratout_test", False):        # which cmap does not have
+            self._alert(submission.attempt, RATTED_OUT, 0, "test")
 
     def _watch(self):
         """Who waits for too long fails; too many searches wait for nothing."""
@@ -5742,7 +5736,7 @@ class Engine:
         search = next(search for search in self.searches if search.found is found)
         self.searches.remove(search)
         self.finished.append(search)
-        self.loop.call_later(LAST_WORDS, search.stop)
+        self.loop.call_later(LAST_WORDS, functools.partial(self._last_words_said, search))
         self.parallel = min(self.parallel + 1, SEARCHES)
         self.heard_at = time.monotonic()
         kept = KeptConnection(self, found)
@@ -5753,6 +5747,11 @@ class Engine:
             kept.rest()
         if self.on_ready:
             self.on_ready()
+
+    def _last_words_said(self, search):
+        search.stop()
+        if len(self.finished) > 1:
+            self.finished.remove(search)
 
     def on_heard(self, name, address, words, here):
         """A worker was heard of: it has connected, is busy, cannot connect, has failed its handshake.  A room in which
@@ -5865,8 +5864,9 @@ class Engine:
         self._pump()
 
     def _forget(self, submission):
-        self.running.discard(submission)
-        if submission in self.queue:
+        if submission in self.running:
+            self.running.remove(submission)
+        elif submission in self.queue:      # which may be long
             self.queue.remove(submission)
         submission.streams.ended(submission.report)
 
@@ -6351,13 +6351,13 @@ def wake_for_signals():
     parent = os.getpid()
     try:
         pid = os.fork()
+        if pid:
+            os.setpgid(pid, pid)    # it is not to be stopped with the others
+            return pid
     except OSError:
         return None
-    if pid:
-        return pid
     try:
         os.closerange(0, os.sysconf("SC_OPEN_MAX") if os.sysconf("SC_OPEN_MAX") < FD_SETSIZE else FD_SETSIZE)
-        os.setpgid(0, 0)            # it is not to be stopped with the others
         while os.getppid() == parent:
             with open("/proc/%d/status" % parent) as file:
                 fields = dict(line.split(":", 1) for line in file if ":" in line)
@@ -7131,13 +7131,10 @@ class SubmitterConnection:
 
     def _read_go(self):
         try:
-            part = self.socket.recv(GO_SIZE - len(self.go))
-        except BlockingIOError:
-            return
-        except OSError:
-            part = b""
-        self.go += part
-        if part and len(self.go) < GO_SIZE:
+            self.go = receive_up_to(self.socket, self.go, GO_SIZE)
+        except (OSError, EOFError):
+            return self.end()
+        if len(self.go) < GO_SIZE:
             return
         if hmac.compare_digest(self.go, encode_go(self.daemon.key.udp, self.preamble)):
             self._release()
@@ -7202,7 +7199,6 @@ class HandlerProcess:
         self.won = False            # a job has come by it
         self.over = False           # its slot is free again
         self.told_to_leave = False
-        self.killer = None          # pid of the child that ends its job
 
     def tell(self, leave):
         if leave != self.told_to_leave:
@@ -7273,7 +7269,7 @@ class Daemon:
         loop.watch(self.group.fileno(), read=self._heard)
         loop.call_every(self.LOOK, self._look)
         if self.settings.veto:
-            self.vetoed = self.responder.stopped = True     # until it has said otherwise
+            self.responder.stopped = True       # until it has said otherwise
             self._run_veto()
         else:
             self._ready()
@@ -7325,8 +7321,7 @@ class Daemon:
     def _matters(self, datagram):
         """Most of what a worker hears is about jobs of others, and not worth an HMAC."""
         if datagram.kind == ALERT:
-            known = self._proven_jobs()
-            return any(alert.job in known for alert in parse_alerts(datagram)) if known else False
+            return any(self._counts(alert.job) for alert in parse_alerts(datagram))
         return datagram.kind != HERE and self.responder.concerned(datagram.kind, datagram.nonce)
 
     def _announce(self, datagram, source):
@@ -7342,20 +7337,21 @@ class Daemon:
 
     def _alert(self, datagram, source):
         """Only an alert about a job that a handler has really had counts, and each of those once."""
-        known = self._proven_jobs()
         for alert in parse_alerts(datagram):
-            if alert.job not in known or alert.words == "test":
+            if alert.words == "test" or not self._counts(alert.job):
                 continue
             ratted = alert.verdict == RATTED_OUT
             self.responder.penalise(now_ms(), self.MUTE if ratted else 0)
-            if ratted and self.proven.get(alert.job, True):
+            if ratted:
                 self.proven[alert.job] = False      # a repetition says nothing new
                 self.log("ratted out by %s: %s; holding back for %d s" % (
                     alert.submitter, alert.words, self.MUTE / 1000))
 
-    def _proven_jobs(self):
-        jobs = {handler.board.read()[1] for handler in self.handlers.values() if handler.won}
-        return (jobs | set(self.proven)) - {job for job, fresh in self.proven.items() if not fresh}
+    def _counts(self, job):
+        """Whether an alert about this job is one about a job that was served here, and not yet ratted out."""
+        if job in self.proven:
+            return self.proven[job]
+        return any(handler.won and handler.board.read()[1] == job for handler in self.handlers.values())
 
     def _ask(self, datagram, source):
         """A roll call: answers after a random part of the spread, and connects first if that is wanted."""
@@ -7388,7 +7384,7 @@ class Daemon:
         if not self.here_bucket.take(time.monotonic()):
             return
         responder, running = self.responder, self.responder.running
-        state = (UNREACHABLE if error else DRAINING if self.draining else VETOED if self.vetoed or self.missing else
+        state = (UNREACHABLE if error else DRAINING if self.draining else VETOED if responder.stopped else
                  BUSY if running >= self.settings.concurrency else FREE)
         here = Here(state, self.settings.concurrency, running, responder.waiting(), responder.cores, responder.outside,
                     responder.cost(now_ms()), responder.speed, int(time.monotonic() - self.began), self._jobs_done(),
@@ -7428,9 +7424,8 @@ class Daemon:
     def _connect(self, answer):
         try:
             self.connecting.add(SubmitterConnection(self, answer, self.responder.place(answer.nonce)))
-        except OSError as error:                # out of descriptors, for one
+        except OSError as error:                # out of descriptors, for one; the slot is free at the next look
             self.log.note("connect", "no connection to a submitter: %s" % reason_of(error))
-            self.loop.call_soon_threadsafe(lambda: self._lost(answer))
 
     def on_no_job(self, connection):
         """The submitter has taken another worker, or cannot be reached."""
@@ -7920,8 +7915,6 @@ class RunningJob:
         if both and fd in self.ends and is_hung_up(self.ends[fd]):
             self.session.stop(fd, UNKNOWN)
             self.sinks[fd].close()
-        self.channel.drop_source(fd)
-        self.session.end(fd)
         if not both:
             self._close_end(fd)
         self.maybe_over()
@@ -7990,6 +7983,8 @@ class RunningJob:
         self._look(done)
 
     def _look(self, done):
+        if not LINUX:
+            self._reap()        # elsewhere a zombie passes for a living process
         if self.group_kill.look():
             self.group_kill = None
             self._reap()

@@ -5298,6 +5298,18 @@ def test_a_group_is_ended_whatever_it_does(loop, monkeypatch, name):
     assert took >= 0.3 if name == "stubborn" else took < 2
 
 
+def test_where_a_zombie_passes_for_a_living_process_the_leader_is_reaped_first(loop, monkeypatch):
+    monkeypatch.setattr(cexec, "LINUX", False)
+    monkeypatch.setattr(cexec, "KILL_GRACE", 600)
+    channel = types.SimpleNamespace(session=None, closed=True)
+    job = cexec.RunningJob(types.SimpleNamespace(daemon=None, loop=loop, channel=channel), None)
+    job.pid = cexec.spawn("/bin/sh", ["sh", "-c", GROUPS["obedient"]], {b"PATH": b"/usr/bin:/bin"}, {})
+    job.abandon(loop.stop)
+    run_loop(loop)
+    with pytest.raises(ChildProcessError):
+        os.waitpid(job.pid, os.WNOHANG)
+
+
 def has_children(pid):
     assert children(pid)
 
@@ -7453,6 +7465,59 @@ def statuses(room, pairs, at_once=8):
             made.submit(cexec.Submission(cexec.JobStreams(), [pair], 3, functools.partial(done, pair)))
         loop.run()
     return found
+
+
+class SlowReader(cexec.JobStreams):
+    """One output, which nobody takes for now."""
+
+    def __init__(self):
+        super().__init__()
+        self.descriptors = {1: cexec.OUT}
+        self.sinks = {1: self}
+
+    def feed(self, view):
+        return False
+
+    def finish(self):
+        pass
+
+
+def run_until(loop, holds, seconds=20):
+    """Runs the loop until holds()."""
+    def look():
+        if holds() or time.monotonic() > end:
+            loop.stop()
+        else:
+            loop.call_later(0.01, look)
+    end, loop.running = time.monotonic() + seconds, True
+    look()
+    loop.run()
+    assert holds()
+
+
+def test_a_worker_that_goes_before_the_output_is_taken_has_done_its_job(shell):
+    """And its connection counts no more: the next job needs its place."""
+    ended = []
+    with room_here(shell, keep=True) as (loop, made):
+        for _ in range(2):
+            job = cexec.Submission(SlowReader(), [(b"RUN", b"echo out")], 0, lambda *how: ended.append(how[:2]))
+            made.submit(job)
+            run_until(loop, lambda: job.report and not made.connections)    # it has waited for a second job in vain
+            job.streams.sink_finished(1)
+    assert ended == [(0, None)] * 2
+
+
+def test_a_connection_whose_goodbye_does_not_get_through_counts_no_more(shell):
+    ended = []
+    with room_here(shell, keep=True) as (loop, made):
+        made.submit(cexec.Submission(cexec.JobStreams(), [(b"RUN", b"true")], 0, lambda *how: ended.append(how[:2])))
+        run_until(loop, lambda: ended and made.idle)
+        kept, = made.connections
+        kept.channel.connection.socket.shutdown(socket.SHUT_RDWR)
+        kept.leave()
+        assert made.connections
+        run_until(loop, lambda: not made.connections)
+    assert ended == [(0, None)]
 
 
 def test_every_exit_status_and_every_deadly_signal_arrives(shell):
@@ -12205,7 +12270,7 @@ class InTurn:
             loop.run()
 
     def connections(self):
-        return len([step for step in self.steps if " was chosen of " in step])
+        return len([step for step in self.steps if " was chosen: " in step])
 
 
 ECHO = "cat; cat <&3 >&4; cat <&5 >&5; echo $CEXEC_JOB >&2; exit %d"
@@ -12246,6 +12311,17 @@ def hold_up(worker, path, words, act):
         wait_until(lambda: assert_contains(worker.errors, words))
         path.touch()
     return go
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_the_first_word_of_the_veto_is_told_where_it_changes_something(room, forker, status):
+    worker = forked_worker(forker, room, "--if", "exit %d" % status, CONCURRENCY=1)
+    if status:
+        wait_until(lambda: assert_contains(worker.errors, b"--if: no new jobs for the time being"))
+    else:
+        assert_serving(forker, room)
+    drained(worker)
+    assert b"takes jobs again" not in worker.errors.data and (b"--if" in worker.errors.data) == bool(status)
 
 
 @pytest.mark.parametrize("how", ["drain", "veto"])
@@ -13001,6 +13077,17 @@ def sender(group):
 def foo(room):
     """The room's key as cexec has it."""
     return cexec.load_key(room.pub)[0]
+
+
+def test_a_test_alert_shows_and_harms_nobody(room):
+    worker, crat = room.serve(*RUN_SHELL), room.crat(room.pub).ready()
+    done = room.cexec("RUN=exit 3", env={"CEXEC_RATOUT_TEST": 1})
+    assert (done.returncode, done.stderr) == (3, b"")
+    crat.out.wait("completed by")
+    assert crat.out.having("127.0.0.1 rats out 127.0.0.1 for %s job" % room.pub)[0].split(": ")[1].startswith("test")
+    assert room.cexec("RUN=exit 4").returncode == 4
+    assert worker.stop() == 0
+    assert not worker.log.having("ratted out")
 
 
 def test_crat_prints_each_alert_at_once_and_ends_with_0(room, foo):
