@@ -1784,14 +1784,13 @@ def clamp(value, low, high):
 
 
 class Place:
-    """One address that a search was heard from.  source: as the kernel gives it, with the UDP port; port: TCP."""
+    """One address that a search was heard from.  source: as the kernel gives it, with the UDP port; port: TCP.
+    sequence: of the last announcement that came from here first."""
     __slots__ = ("source", "port", "sequence", "failures")
 
     def __init__(self, source, port):
-        self.source = source
-        self.port = port
-        self.sequence = -1      # of the last announcement that came from here first
-        self.failures = 0
+        self.source, self.port = source, port
+        self.sequence, self.failures = -1, 0
 
 
 class PendingAnnouncement:
@@ -1800,21 +1799,16 @@ class PendingAnnouncement:
                  "fire queued busy_at busy_told wants_busy places current failed connections over learnt").split()
 
     def __init__(self, nonce):
-        self.nonce = nonce
-        self.room = None
-        self.sequence = -1          # the highest of its announcements, that of the one answered last
-        self.answered = -1
-        self.hold_sequence = -1
-        self.hold_end = -math.inf
+        self.nonce, self.room = nonce, None
+        self.sequence = self.answered = -1      # the highest of its announcements, that of the one answered last
+        self.hold_sequence, self.hold_end = -1, -math.inf
         self.held = 0.0             # ms that holds have deferred it
         self.queued = False         # its time has come, but no slot was free
         self.wants_busy = False     # its last announcement had TELL_BUSY
-        self.busy_at = None         # when to say that this worker is busy
-        self.busy_told = -math.inf
-        self.places = []
+        self.busy_at, self.busy_told = None, -math.inf      # when to say that this worker is busy, and when it did
+        self.places, self.connections = [], 0
         self.current = None         # the place of the connection under way, or of the last one
         self.failed = False         # whether it has not shown itself to be the submitter's
-        self.connections = 0
         self.over = False           # it gets no answer any more
         self.learnt = False         # its new offset has been taken over
 
@@ -1845,8 +1839,7 @@ class PendingAnnouncement:
     def next_place(self):
         """Every third connection tries another one, for the first to be heard need not be one that can be reached."""
         self.connections += 1
-        self.failed = False
-        self.current = self.newest_place()
+        self.failed, self.current = False, self.newest_place()
         if self.connections % 3 == 0:
             self.current = min(self.places, key=lambda place: (place.failures, -place.sequence))
         return self.current
@@ -1870,9 +1863,7 @@ class Responder:
         self.offset = OFFSET_UNSET + PER_COST * math.log(speed)
         self.offset_high = self.offset_at = None
         self.outside, self.outside_at = 0.0, None
-        self.penalty_until = -math.inf
-        self.next_connect_at = -math.inf
-        self.next_busy_at = -math.inf
+        self.penalty_until = self.next_connect_at = self.next_busy_at = -math.inf
 
     @property
     def full(self):
@@ -1892,12 +1883,9 @@ class Responder:
     # -- what is heard
     def concerned(self, kind, nonce):
         """Whether a datagram can matter here: most are about jobs of others, and not worth an HMAC."""
-        if kind == HOLD:
-            return nonce in self.pending
-        if kind == TAKEN:
-            record = self._find(nonce)
-            return record is None or not record.learnt
-        return True
+        record = self._find(nonce)
+        return (nonce in self.pending if kind == HOLD else
+                kind != TAKEN or record is None or not record.learnt)
 
     def announced(self, now, nonce, source, announcement, sequence, port):
         """Heard an Announcement.  source: the address it came from, as the kernel gives it; port: TCP, to connect to.
@@ -1920,7 +1908,8 @@ class Responder:
             self.answered.pop(nonce, None)
             self.pending[nonce] = record
             record.source, record.since, record.queued = source[0], now - clamp(announcement.waited, 0.0, 1e9), False
-            self._rise_when_quiet(now)
+            if self.offset_at is not None and now - self.offset_at > QUIET:
+                self.offset = max(self.offset, self.offset_high - QUIET_REST)
             self._wait(now, now, record)
         self._plan_busy(now, record)
         self.pending.move_to_end(nonce)
@@ -1946,8 +1935,10 @@ class Responder:
         self.pending.pop(nonce, None)
         record.over = True
         if offset is not None and offset == offset and not record.learnt:
-            record.learnt = True
-            self._learn(now, clamp(offset, *OFFSET_RANGE))
+            record.learnt, self.offset = True, clamp(offset, *OFFSET_RANGE)
+            above = 0.0 if self.offset_at is None else max(0.0, self.offset_high - self.offset) * 2 ** (
+                (self.offset_at - now) / HIGH_HALF_LIFE)
+            self.offset_high, self.offset_at = self.offset + above, now
         if nonce not in self.connecting:
             self._remember(record)
 
@@ -1955,8 +1946,7 @@ class Responder:
     def due(self, now):
         """The connections to make now.  Each has reserved a slot until won and freed, or lost."""
         self._forget_silent(now)
-        full = self.full
-        fired = [record for record in self.pending.values() if record.fire <= now and not (full and record.queued)]
+        fired = [record for record in self._timed() if record.fire <= now]
         self.next_connect_at = max(self.next_connect_at, now - CONNECT_BURST * CONNECT_GAP)
         answers = []
         for record in sorted(fired, key=lambda record: (self.held[record.room], record.since)):
@@ -1969,12 +1959,14 @@ class Responder:
 
     def next_due(self):
         """When to ask due() and busy_due() again, or None."""
-        full = self.full
         times = [record.busy_at for record in self.pending.values() if record.busy_at is not None]
-        fires = [record.fire for record in self.pending.values() if not (full and record.queued)]
-        if fires:
-            times.append(max(min(fires), self.next_connect_at))
+        times += [max(record.fire, self.next_connect_at) for record in self._timed()]
         return min(times, default=None)
+
+    def _timed(self):
+        """Those whose timer counts: one that is queued waits for a slot instead."""
+        full = self.full
+        return [record for record in self.pending.values() if not (full and record.queued)]
 
     def place(self, nonce):
         """Where to connect to for an answer that is due: the address and port, as connect() wants them."""
@@ -1996,18 +1988,17 @@ class Responder:
         """The connection under way has not shown itself to be the submitter's: no such address, no GO.  To be said
         before lost(); again it counts no more.  Returns how often that address has failed."""
         record = self.connecting[nonce]
-        if record.current and not record.failed:
-            record.current.failures += 1
-            record.failed = True
-        return record.current.failures if record.current else 0
+        if not record.current:
+            return 0
+        record.current.failures += not record.failed
+        record.failed = True
+        return record.current.failures
 
     def gives_way(self, nonce, proven=False):
         """Whether a connection that has been silent for long is to be given up: others wait for its slot, or, if it has
         not proven itself by its GO, its submitter is heard from another place."""
-        if nonce not in self.connecting:
-            return False
-        moved = not proven and self.connecting[nonce].moved()
-        return moved or self.full and any(record.queued for record in self.pending.values())
+        return nonce in self.connecting and (not proven and self.connecting[nonce].moved()
+                                             or self.full and self.waiting() > 0)
 
     def won(self, nonce):
         """The connection for nonce has become a job, which keeps the slot until freed()."""
@@ -2051,13 +2042,12 @@ class Responder:
         self.next_busy_at = max(self.next_busy_at, now - BUSY_BURST * BUSY_GAP)
         told = []
         for record in self.pending.values():
-            if record.busy_at is None or record.busy_at > now:
-                continue
-            record.busy_at = None
-            if self.full and self.next_busy_at <= now:
-                self.next_busy_at += BUSY_GAP
-                record.busy_told = now
-                told.append(record.nonce)
+            if record.busy_at is not None and record.busy_at <= now:
+                record.busy_at = None
+                if self.full and self.next_busy_at <= now:
+                    self.next_busy_at += BUSY_GAP
+                    record.busy_told = now
+                    told.append(record.nonce)
         return told
 
     def _plan_busy(self, now, record):
@@ -2079,31 +2069,25 @@ class Responder:
         used = self.running * (1 / self.slots + 1 / self.cores) / 2 + self.outside / self.cores
         return math.log((1 + used) / self.speed) + (PENALTY if now < self.penalty_until else 0.0)
 
-    def _delay(self, record):
-        if self.boost is not None:
-            return self.boost / 1000.0
-        return max(0.0, self.offset + PER_COST * record.cost + record.jitter)
-
     def _wait(self, now, base, record):
         """Set the timer: a fresh wait that begins at base."""
-        record.jitter = JITTER * math.log(self.uniform())
-        record.base, record.cost = base, self.cost(now)
-        record.delay = self._delay(record)
-        record.fire = base + record.delay
+        record.base, record.jitter = base, JITTER * math.log(self.uniform())
+        self._settled(now, record)
 
     def _settled(self, now, record):
-        """The timer has fired.  False if load or offset have risen meanwhile, so that it has to wait on."""
+        """The timer by load and offset as they are now.  False if it has to wait on: they may have risen meanwhile."""
         record.cost = self.cost(now)
-        record.delay = self._delay(record)
+        record.delay = (max(0.0, self.offset + PER_COST * record.cost + record.jitter) if self.boost is None
+                        else self.boost / 1000.0)
         record.fire = record.base + record.delay
         return record.fire <= now + SETTLED
 
     def _answer(self, record):
         self.connecting[record.nonce] = self.pending.pop(record.nonce)
+        record.busy_at, record.answered = None, record.sequence
         self.running += 1
         self.held[record.room] += 1
         self.next_connect_at += CONNECT_GAP
-        record.busy_at, record.answered = None, record.sequence
         waited = 0.0 if self.boost is not None else record.delay   # a fixed wait says nothing about the offset
         return Answer(record.nonce, record.cost, self.offset, waited, record.queued)
 
@@ -2122,24 +2106,12 @@ class Responder:
 
     def _make_room(self, now, source):
         """Before one more announcement of source: those that are gone or young go first."""
-        if len(self.pending) < PER_SOURCE:
-            return
         same = [record for record in self.pending.values() if record.source == source]
         if len(same) >= PER_SOURCE:
             last = max(same, key=lambda record: (record.until <= now, record.since))
             del self.pending[last.nonce]
         elif len(self.pending) >= PENDING_MOST:
             self.pending.popitem(last=False)
-
-    def _rise_when_quiet(self, now):
-        if self.offset_at is not None and now - self.offset_at > QUIET:
-            self.offset = max(self.offset, self.offset_high - QUIET_REST)
-
-    def _learn(self, now, offset):
-        above = 0.0
-        if self.offset_at is not None:
-            above = max(0.0, self.offset_high - offset) * 2 ** ((self.offset_at - now) / HIGH_HALF_LIFE)
-        self.offset, self.offset_high, self.offset_at = offset, offset + above, now
 
 
 class Candidate:
@@ -2162,15 +2134,12 @@ class Selection:
     def __init__(self, now, uniform):
         self.uniform, self.since = uniform, now
         self.attempt, self.again = 0, now
-        self.candidates = {}                    # {who: Candidate}, in the order of arrival
-        self.connections = 0
-        self.winner = None
-        self.choose_by = None
+        self.candidates, self.connections = {}, 0       # {who: Candidate}, in the order of arrival; of all that came
+        self.winner = self.choose_by = None
         self.patience = PATIENCE
         self.failures = collections.Counter()   # {address: handshakes that came to nothing}
         self.randoms = collections.OrderedDict()
-        self.spoke = -math.inf
-        self.repeats = []
+        self.spoke, self.repeats = -math.inf, []        # when the cluster was told last; when the end is told again
         self.actions = []
         self.asking = True                      # whether announcements ask busy workers to say so
         self.busy_heard = 0                     # answers since then; when the first and the last one came
@@ -2209,10 +2178,8 @@ class Selection:
 
     def busy(self, now):
         """A worker has said that it is there but cannot serve now.  Enough such answers are stopped at once."""
-        if not self.busy_heard:
-            self.busy_first = now
+        self.busy_first, self.busy_last = self.busy_first if self.busy_heard else now, now
         self.busy_heard += 1
-        self.busy_last = now
         if self.busy_heard % BUSY_ENOUGH == 0:
             self.announce_soon(now)
 
@@ -2228,7 +2195,10 @@ class Selection:
         if not self.winner:
             self._shake(now)
             if self.again <= now:
-                self._announce(now)
+                spread = 1 + AGAIN_JITTER * (2 * self.uniform() - 1)
+                interval = spread * min(AGAIN_MOST, AGAIN_FIRST * 2 ** min(self.attempt, 20))
+                self.actions.append((ANNOUNCE, self.attempt, now - self.since, interval, self._flags(now)))
+                self.attempt, self.again = self.attempt + 1, now + interval
         elif self.repeats and self.repeats[0] <= now:
             self.repeats.pop(0)
             self._speak(now)
@@ -2245,20 +2215,16 @@ class Selection:
         if any(candidate.proven for candidate in self.candidates.values()):
             times.append(self.choose_by)
         waiting = self._next_to_shake()
-        stalled = waiting and min(map(self._deadline(waiting), self._shaking()), default=None)
-        if stalled is not None:
-            times.append(stalled)
+        if waiting:
+            times.extend(map(self._deadline(waiting), self._shaking()))
         return min(times)
 
     def _choose(self, now):
-        proven = [candidate for candidate in self.candidates.values() if candidate.proven]
-        if not proven:
-            return
-        best = min(proven, key=lambda candidate: candidate.cost)
-        hoped = any(other.began is not None and other.cost < best.cost - PREFER_GAP
-                    for other in self.candidates.values())
-        if hoped and now < self.choose_by:
-            return
+        best = min((candidate for candidate in self.candidates.values() if candidate.proven),
+                   key=lambda candidate: candidate.cost, default=None)
+        if best is None or now < self.choose_by and any(
+                other.began is not None and other.cost < best.cost - PREFER_GAP for other in self.candidates.values()):
+            return      # a cheaper one is about to prove itself
         self.winner = best
         self._speak(now)
         self.repeats = [now + later for later in TAKEN_AGAIN]
@@ -2274,10 +2240,8 @@ class Selection:
         """The offset for the next job: down by half of what the winner waited, never so far that idler workers would
         all fire at once, and up when many connected.  A winner from a queue tells nothing."""
         best = self.winner
-        if best.queued:
-            return None
-        base = max(best.offset - best.waited / 2, -PER_COST * best.cost)
-        return base + CROWDED * max(0.0, math.log(self.connections / 2))
+        return None if best.queued else (max(best.offset - best.waited / 2, -PER_COST * best.cost)
+                                         + CROWDED * max(0.0, math.log(self.connections / 2)))
 
     # -- whose turn it is
     def _admits(self, source):
@@ -2340,14 +2304,6 @@ class Selection:
         if len(self.failures) >= FAILURES_MOST and candidate.source not in self.failures:
             self.failures.clear()
         self.failures[candidate.source] += 1
-
-    # -- announcements
-    def _announce(self, now):
-        spread = 1 + AGAIN_JITTER * (2 * self.uniform() - 1)
-        interval = spread * min(AGAIN_MOST, AGAIN_FIRST * 2 ** min(self.attempt, 20))
-        self.actions.append((ANNOUNCE, self.attempt, now - self.since, interval, self._flags(now)))
-        self.attempt += 1
-        self.again = now + interval
 
     def _flags(self, now):
         """TELL_BUSY, until enough have answered or the time for answers is over; and again some seconds later."""
