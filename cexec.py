@@ -1150,10 +1150,10 @@ P256_G = (0x6b17d1f2e12c4247f8bce6e563a440f277037d812deb33a0f4a13945d898c296,
 
 def hkdf(secret, info, length, salt=b""):
     """LENGTH bytes (up to 8160) derived from SECRET for the purpose INFO: HKDF-SHA256 of RFC 5869."""
-    extracted = hmac.new(salt or bytes(32), secret, hashlib.sha256).digest()
+    extracted = hmac.digest(salt or bytes(32), secret, "sha256")
     output = block = b""
     for counter in range(1, (length + 31) // 32 + 1):
-        block = hmac.new(extracted, block + info + bytes([counter]), hashlib.sha256).digest()
+        block = hmac.digest(extracted, block + info + bytes([counter]), "sha256")
         output += block
     return output[:length]
 
@@ -1173,15 +1173,13 @@ def point_add(a, b):
             (yz * (yy + shift) + xy * slope) % p)
 
 
-def base_powers(powers=[]):
-    """The base point times 16^0 ... 16^63, worked out at the first call only (about a millisecond)."""
-    if not powers:
-        point = P256_G + (1,)
-        for _ in range(64):
-            powers.append(point)
-            for _ in range(4):
-                point = point_add(point, point)
-    return powers
+@functools.lru_cache(None)
+def base_powers():
+    """The base point times 16^0 ... 16^63; about a millisecond of work."""
+    powers = [P256_G + (1,)]
+    for _ in range(4 * 63):
+        powers.append(point_add(powers[-1], powers[-1]))
+    return powers[::4]
 
 
 def base_times(scalar):
@@ -1202,25 +1200,19 @@ def base_times(scalar):
     return total[0] * inverse % P256_P, total[1] * inverse % P256_P
 
 
-def public_point(scalar):
-    """The 65 bytes (uncompressed) of the public key that belongs to SCALAR."""
-    x, y = base_times(scalar)
-    return b"\x04" + x.to_bytes(32, "big") + y.to_bytes(32, "big")
-
-
 def ecdsa_nonces(scalar, digest):
     """The candidates for k of RFC 6979 with SHA-256, in order; all but the first are for one case in 2^32."""
     seed = scalar.to_bytes(32, "big") + (int.from_bytes(digest, "big") % P256_N).to_bytes(32, "big")
     key, value = bytes(32), b"\x01" * 32
     for separator in (b"\x00", b"\x01"):
-        key = hmac.new(key, value + separator + seed, hashlib.sha256).digest()
-        value = hmac.new(key, value, hashlib.sha256).digest()
+        key = hmac.digest(key, value + separator + seed, "sha256")
+        value = hmac.digest(key, value, "sha256")
     while True:
-        value = hmac.new(key, value, hashlib.sha256).digest()
+        value = hmac.digest(key, value, "sha256")
         if 0 < int.from_bytes(value, "big") < P256_N:
             yield int.from_bytes(value, "big")
-        key = hmac.new(key, value + b"\x00", hashlib.sha256).digest()
-        value = hmac.new(key, value, hashlib.sha256).digest()
+        key = hmac.digest(key, value + b"\x00", "sha256")
+        value = hmac.digest(key, value, "sha256")
 
 
 def ecdsa_sign(scalar, message):
@@ -1288,13 +1280,14 @@ def key_blocks(text):
     for number, (found, written) in enumerate(pairs, 1):
         if found != written:
             raise ProtocolError("line %d is not as ckeygen wrote it: a line too many or too few, or an edit" % number)
-    if tuple(labels) not in (PRIVATE_LABELS, PUBLIC_LABELS):
-        short = tuple(labels) in (PRIVATE_LABELS[:len(labels)], PUBLIC_LABELS[:len(labels)])
+    labels = tuple(labels)
+    if labels not in (PRIVATE_LABELS, PUBLIC_LABELS):
+        short = labels in (PRIVATE_LABELS[:len(labels)], PUBLIC_LABELS[:len(labels)])
         raise ProtocolError("its end is missing" if short else "it holds something else")
     checksum = blocks.pop()
     if hashlib.sha256(pem_text(labels, blocks)).digest() != checksum:
         raise ProtocolError("it is damaged: its checksum does not fit")
-    return tuple(labels), blocks
+    return labels, blocks
 
 
 # Private keys (PKCS#8, RFC 5958 and 5915) and certificates (X.509 v3, RFC 5280).
@@ -1338,7 +1331,7 @@ def certificate(role, point, signature):
 
 def identity(role, scalar):
     """[private key, certificate] of one role, as DER."""
-    point = public_point(scalar)
+    point = b"\x04" + b"".join(number.to_bytes(32, "big") for number in base_times(scalar))     # uncompressed
     return [private_block(scalar, point), certificate(role, point, ecdsa_sign(scalar, certificate_body(role, point)))]
 
 
@@ -1370,16 +1363,12 @@ def master_from_pieces(pieces):
         raise Failure("the text is too easy to guess",
                       "it needs %d characters besides white space, %d of them different" % (PHRASE_BYTES, PHRASE_KINDS),
                       "use a sentence that only your group knows, or a program", EXIT_USAGE)
-    return stretch(digest.digest())
-
-
-def stretch(digest):
-    """32 bytes from DIGEST by scrypt, which makes every guess dear."""
     elsewhere = "make the key on another machine and copy it"
     if not hasattr(hashlib, "scrypt"):
         raise Failure("cannot make a key from text", "this Python was built without scrypt", elsewhere)
-    try:
-        return hashlib.scrypt(digest, salt=SCRYPT_SALT, n=SCRYPT_COST, r=8, p=1, maxmem=SCRYPT_MEMORY, dklen=32)
+    try:        # scrypt makes every guess dear
+        return hashlib.scrypt(digest.digest(), salt=SCRYPT_SALT, n=SCRYPT_COST, r=8, p=1, maxmem=SCRYPT_MEMORY,
+                              dklen=32)
     except (ValueError, MemoryError) as problem:
         if isinstance(problem, MemoryError) or "malloc" in str(problem):
             why, hint = "out of memory", "scrypt takes 128 MiB; try again, or " + elsewhere
@@ -1404,11 +1393,9 @@ class Key:
 
     def __init__(self, path, private, blocks):
         self.path = self.name = path
-        self.private = private
-        self.own_der, self.peer_der = blocks[1], blocks[-1]
+        self.private, self.own_der, self.peer_der = private, blocks[1], blocks[-1]
         digest = hashlib.sha256(self.own_der if private else self.peer_der).digest()
-        self.id = digest[:4]
-        self.fingerprint = "SHA256:" + digest[:16].hex()
+        self.id, self.fingerprint = digest[:4], "SHA256:" + digest[:16].hex()
         self.udp = hkdf(blocks[2 if private else 0], UDP_LABEL, 32)     # the client's private key: both halves have it
         self.peer_pem = pem_text([b"CERTIFICATE"], [self.peer_der]).decode("ascii")
 
@@ -1785,14 +1772,13 @@ def clamp(value, low, high):
 
 
 class Place:
-    """One address that a search was heard from.  source: as the kernel gives it, with the UDP port; port: TCP."""
+    """One address that a search was heard from.  source: as the kernel gives it, with the UDP port; port: TCP.
+    sequence: of the last announcement that came from here first."""
     __slots__ = ("source", "port", "sequence", "failures")
 
     def __init__(self, source, port):
-        self.source = source
-        self.port = port
-        self.sequence = -1      # of the last announcement that came from here first
-        self.failures = 0
+        self.source, self.port = source, port
+        self.sequence, self.failures = -1, 0
 
 
 class PendingAnnouncement:
@@ -1801,21 +1787,16 @@ class PendingAnnouncement:
                  "fire queued busy_at busy_told wants_busy places current failed connections over learnt").split()
 
     def __init__(self, nonce):
-        self.nonce = nonce
-        self.room = None
-        self.sequence = -1          # the highest of its announcements, that of the one answered last
-        self.answered = -1
-        self.hold_sequence = -1
-        self.hold_end = -math.inf
+        self.nonce, self.room = nonce, None
+        self.sequence = self.answered = -1      # the highest of its announcements, that of the one answered last
+        self.hold_sequence, self.hold_end = -1, -math.inf
         self.held = 0.0             # ms that holds have deferred it
         self.queued = False         # its time has come, but no slot was free
         self.wants_busy = False     # its last announcement had TELL_BUSY
-        self.busy_at = None         # when to say that this worker is busy
-        self.busy_told = -math.inf
-        self.places = []
+        self.busy_at, self.busy_told = None, -math.inf      # when to say that this worker is busy, and when it did
+        self.places, self.connections = [], 0
         self.current = None         # the place of the connection under way, or of the last one
         self.failed = False         # whether it has not shown itself to be the submitter's
-        self.connections = 0
         self.over = False           # it gets no answer any more
         self.learnt = False         # its new offset has been taken over
 
@@ -1846,8 +1827,7 @@ class PendingAnnouncement:
     def next_place(self):
         """Every third connection tries another one, for the first to be heard need not be one that can be reached."""
         self.connections += 1
-        self.failed = False
-        self.current = self.newest_place()
+        self.failed, self.current = False, self.newest_place()
         if self.connections % 3 == 0:
             self.current = min(self.places, key=lambda place: (place.failures, -place.sequence))
         return self.current
@@ -1871,9 +1851,7 @@ class Responder:
         self.offset = OFFSET_UNSET + PER_COST * math.log(speed)
         self.offset_high = self.offset_at = None
         self.outside, self.outside_at = 0.0, None
-        self.penalty_until = -math.inf
-        self.next_connect_at = -math.inf
-        self.next_busy_at = -math.inf
+        self.penalty_until = self.next_connect_at = self.next_busy_at = -math.inf
 
     @property
     def full(self):
@@ -1893,12 +1871,9 @@ class Responder:
     # -- what is heard
     def concerned(self, kind, nonce):
         """Whether a datagram can matter here: most are about jobs of others, and not worth an HMAC."""
-        if kind == HOLD:
-            return nonce in self.pending
-        if kind == TAKEN:
-            record = self._find(nonce)
-            return record is None or not record.learnt
-        return True
+        record = self._find(nonce)
+        return (nonce in self.pending if kind == HOLD else
+                kind != TAKEN or record is None or not record.learnt)
 
     def announced(self, now, nonce, source, announcement, sequence, port):
         """Heard an Announcement.  source: the address it came from, as the kernel gives it; port: TCP, to connect to.
@@ -1921,7 +1896,8 @@ class Responder:
             self.answered.pop(nonce, None)
             self.pending[nonce] = record
             record.source, record.since, record.queued = source[0], now - clamp(announcement.waited, 0.0, 1e9), False
-            self._rise_when_quiet(now)
+            if self.offset_at is not None and now - self.offset_at > QUIET:
+                self.offset = max(self.offset, self.offset_high - QUIET_REST)
             self._wait(now, now, record)
         self._plan_busy(now, record)
         self.pending.move_to_end(nonce)
@@ -1947,8 +1923,10 @@ class Responder:
         self.pending.pop(nonce, None)
         record.over = True
         if offset is not None and offset == offset and not record.learnt:
-            record.learnt = True
-            self._learn(now, clamp(offset, *OFFSET_RANGE))
+            record.learnt, self.offset = True, clamp(offset, *OFFSET_RANGE)
+            above = 0.0 if self.offset_at is None else max(0.0, self.offset_high - self.offset) * 2 ** (
+                (self.offset_at - now) / HIGH_HALF_LIFE)
+            self.offset_high, self.offset_at = self.offset + above, now
         if nonce not in self.connecting:
             self._remember(record)
 
@@ -1956,8 +1934,7 @@ class Responder:
     def due(self, now):
         """The connections to make now.  Each has reserved a slot until won and freed, or lost."""
         self._forget_silent(now)
-        full = self.full
-        fired = [record for record in self.pending.values() if record.fire <= now and not (full and record.queued)]
+        fired = [record for record in self._timed() if record.fire <= now]
         self.next_connect_at = max(self.next_connect_at, now - CONNECT_BURST * CONNECT_GAP)
         answers = []
         for record in sorted(fired, key=lambda record: (self.held[record.room], record.since)):
@@ -1970,12 +1947,14 @@ class Responder:
 
     def next_due(self):
         """When to ask due() and busy_due() again, or None."""
-        full = self.full
         times = [record.busy_at for record in self.pending.values() if record.busy_at is not None]
-        fires = [record.fire for record in self.pending.values() if not (full and record.queued)]
-        if fires:
-            times.append(max(min(fires), self.next_connect_at))
+        times += [max(record.fire, self.next_connect_at) for record in self._timed()]
         return min(times, default=None)
+
+    def _timed(self):
+        """Those whose timer counts: one that is queued waits for a slot instead."""
+        full = self.full
+        return [record for record in self.pending.values() if not (full and record.queued)]
 
     def place(self, nonce):
         """Where to connect to for an answer that is due: the address and port, as connect() wants them."""
@@ -1997,18 +1976,17 @@ class Responder:
         """The connection under way has not shown itself to be the submitter's: no such address, no GO.  To be said
         before lost(); again it counts no more.  Returns how often that address has failed."""
         record = self.connecting[nonce]
-        if record.current and not record.failed:
-            record.current.failures += 1
-            record.failed = True
-        return record.current.failures if record.current else 0
+        if not record.current:
+            return 0
+        record.current.failures += not record.failed
+        record.failed = True
+        return record.current.failures
 
     def gives_way(self, nonce, proven=False):
         """Whether a connection that has been silent for long is to be given up: others wait for its slot, or, if it has
         not proven itself by its GO, its submitter is heard from another place."""
-        if nonce not in self.connecting:
-            return False
-        moved = not proven and self.connecting[nonce].moved()
-        return moved or self.full and any(record.queued for record in self.pending.values())
+        return nonce in self.connecting and (not proven and self.connecting[nonce].moved()
+                                             or self.full and self.waiting() > 0)
 
     def won(self, nonce):
         """The connection for nonce has become a job, which keeps the slot until freed()."""
@@ -2052,13 +2030,12 @@ class Responder:
         self.next_busy_at = max(self.next_busy_at, now - BUSY_BURST * BUSY_GAP)
         told = []
         for record in self.pending.values():
-            if record.busy_at is None or record.busy_at > now:
-                continue
-            record.busy_at = None
-            if self.full and self.next_busy_at <= now:
-                self.next_busy_at += BUSY_GAP
-                record.busy_told = now
-                told.append(record.nonce)
+            if record.busy_at is not None and record.busy_at <= now:
+                record.busy_at = None
+                if self.full and self.next_busy_at <= now:
+                    self.next_busy_at += BUSY_GAP
+                    record.busy_told = now
+                    told.append(record.nonce)
         return told
 
     def _plan_busy(self, now, record):
@@ -2080,31 +2057,25 @@ class Responder:
         used = self.running * (1 / self.slots + 1 / self.cores) / 2 + self.outside / self.cores
         return math.log((1 + used) / self.speed) + (PENALTY if now < self.penalty_until else 0.0)
 
-    def _delay(self, record):
-        if self.boost is not None:
-            return self.boost / 1000.0
-        return max(0.0, self.offset + PER_COST * record.cost + record.jitter)
-
     def _wait(self, now, base, record):
         """Set the timer: a fresh wait that begins at base."""
-        record.jitter = JITTER * math.log(self.uniform())
-        record.base, record.cost = base, self.cost(now)
-        record.delay = self._delay(record)
-        record.fire = base + record.delay
+        record.base, record.jitter = base, JITTER * math.log(self.uniform())
+        self._settled(now, record)
 
     def _settled(self, now, record):
-        """The timer has fired.  False if load or offset have risen meanwhile, so that it has to wait on."""
+        """The timer by load and offset as they are now.  False if it has to wait on: they may have risen meanwhile."""
         record.cost = self.cost(now)
-        record.delay = self._delay(record)
+        record.delay = (max(0.0, self.offset + PER_COST * record.cost + record.jitter) if self.boost is None
+                        else self.boost / 1000.0)
         record.fire = record.base + record.delay
         return record.fire <= now + SETTLED
 
     def _answer(self, record):
         self.connecting[record.nonce] = self.pending.pop(record.nonce)
+        record.busy_at, record.answered = None, record.sequence
         self.running += 1
         self.held[record.room] += 1
         self.next_connect_at += CONNECT_GAP
-        record.busy_at, record.answered = None, record.sequence
         waited = 0.0 if self.boost is not None else record.delay   # a fixed wait says nothing about the offset
         return Answer(record.nonce, record.cost, self.offset, waited, record.queued)
 
@@ -2123,24 +2094,12 @@ class Responder:
 
     def _make_room(self, now, source):
         """Before one more announcement of source: those that are gone or young go first."""
-        if len(self.pending) < PER_SOURCE:
-            return
         same = [record for record in self.pending.values() if record.source == source]
         if len(same) >= PER_SOURCE:
             last = max(same, key=lambda record: (record.until <= now, record.since))
             del self.pending[last.nonce]
         elif len(self.pending) >= PENDING_MOST:
             self.pending.popitem(last=False)
-
-    def _rise_when_quiet(self, now):
-        if self.offset_at is not None and now - self.offset_at > QUIET:
-            self.offset = max(self.offset, self.offset_high - QUIET_REST)
-
-    def _learn(self, now, offset):
-        above = 0.0
-        if self.offset_at is not None:
-            above = max(0.0, self.offset_high - offset) * 2 ** ((self.offset_at - now) / HIGH_HALF_LIFE)
-        self.offset, self.offset_high, self.offset_at = offset, offset + above, now
 
 
 class Candidate:
@@ -2163,15 +2122,12 @@ class Selection:
     def __init__(self, now, uniform):
         self.uniform, self.since = uniform, now
         self.attempt, self.again = 0, now
-        self.candidates = {}                    # {who: Candidate}, in the order of arrival
-        self.connections = 0
-        self.winner = None
-        self.choose_by = None
+        self.candidates, self.connections = {}, 0       # {who: Candidate}, in the order of arrival; of all that came
+        self.winner = self.choose_by = None
         self.patience = PATIENCE
         self.failures = collections.Counter()   # {address: handshakes that came to nothing}
         self.randoms = collections.OrderedDict()
-        self.spoke = -math.inf
-        self.repeats = []
+        self.spoke, self.repeats = -math.inf, []        # when the cluster was told last; when the end is told again
         self.actions = []
         self.asking = True                      # whether announcements ask busy workers to say so
         self.busy_heard = 0                     # answers since then; when the first and the last one came
@@ -2210,10 +2166,8 @@ class Selection:
 
     def busy(self, now):
         """A worker has said that it is there but cannot serve now.  Enough such answers are stopped at once."""
-        if not self.busy_heard:
-            self.busy_first = now
+        self.busy_first, self.busy_last = self.busy_first if self.busy_heard else now, now
         self.busy_heard += 1
-        self.busy_last = now
         if self.busy_heard % BUSY_ENOUGH == 0:
             self.announce_soon(now)
 
@@ -2229,7 +2183,10 @@ class Selection:
         if not self.winner:
             self._shake(now)
             if self.again <= now:
-                self._announce(now)
+                spread = 1 + AGAIN_JITTER * (2 * self.uniform() - 1)
+                interval = spread * min(AGAIN_MOST, AGAIN_FIRST * 2 ** min(self.attempt, 20))
+                self.actions.append((ANNOUNCE, self.attempt, now - self.since, interval, self._flags(now)))
+                self.attempt, self.again = self.attempt + 1, now + interval
         elif self.repeats and self.repeats[0] <= now:
             self.repeats.pop(0)
             self._speak(now)
@@ -2246,20 +2203,16 @@ class Selection:
         if any(candidate.proven for candidate in self.candidates.values()):
             times.append(self.choose_by)
         waiting = self._next_to_shake()
-        stalled = waiting and min(map(self._deadline(waiting), self._shaking()), default=None)
-        if stalled is not None:
-            times.append(stalled)
+        if waiting:
+            times.extend(map(self._deadline(waiting), self._shaking()))
         return min(times)
 
     def _choose(self, now):
-        proven = [candidate for candidate in self.candidates.values() if candidate.proven]
-        if not proven:
-            return
-        best = min(proven, key=lambda candidate: candidate.cost)
-        hoped = any(other.began is not None and other.cost < best.cost - PREFER_GAP
-                    for other in self.candidates.values())
-        if hoped and now < self.choose_by:
-            return
+        best = min((candidate for candidate in self.candidates.values() if candidate.proven),
+                   key=lambda candidate: candidate.cost, default=None)
+        if best is None or now < self.choose_by and any(
+                other.began is not None and other.cost < best.cost - PREFER_GAP for other in self.candidates.values()):
+            return      # a cheaper one is about to prove itself
         self.winner = best
         self._speak(now)
         self.repeats = [now + later for later in TAKEN_AGAIN]
@@ -2275,10 +2228,8 @@ class Selection:
         """The offset for the next job: down by half of what the winner waited, never so far that idler workers would
         all fire at once, and up when many connected.  A winner from a queue tells nothing."""
         best = self.winner
-        if best.queued:
-            return None
-        base = max(best.offset - best.waited / 2, -PER_COST * best.cost)
-        return base + CROWDED * max(0.0, math.log(self.connections / 2))
+        return None if best.queued else (max(best.offset - best.waited / 2, -PER_COST * best.cost)
+                                         + CROWDED * max(0.0, math.log(self.connections / 2)))
 
     # -- whose turn it is
     def _admits(self, source):
@@ -2341,14 +2292,6 @@ class Selection:
         if len(self.failures) >= FAILURES_MOST and candidate.source not in self.failures:
             self.failures.clear()
         self.failures[candidate.source] += 1
-
-    # -- announcements
-    def _announce(self, now):
-        spread = 1 + AGAIN_JITTER * (2 * self.uniform() - 1)
-        interval = spread * min(AGAIN_MOST, AGAIN_FIRST * 2 ** min(self.attempt, 20))
-        self.actions.append((ANNOUNCE, self.attempt, now - self.since, interval, self._flags(now)))
-        self.attempt += 1
-        self.again = now + interval
 
     def _flags(self, now):
         """TELL_BUSY, until enough have answered or the time for answers is over; and again some seconds later."""
@@ -2869,10 +2812,7 @@ class Interface(collections.namedtuple("Interface", "name index flags addresses 
 
 
 def local_interfaces(family):
-    """Every Interface of this machine, up or not.
-
-    Only the first IPv4 address of each is known, which is the one that its broadcasts carry.
-    """
+    """Every Interface of this machine, up or not.  Of IPv4 addresses only the first is known: broadcasts carry it."""
     names, found = interface_names(), []
     inet6 = inet6_addresses() if LINUX and family == socket.AF_INET6 else {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -2907,12 +2847,7 @@ def interface_field(probe, request, name):
 def inet6_addresses():
     """{interface index: [IPv6 addresses]} of the addresses that can be used now."""
     found = {}
-    try:
-        with open("/proc/net/if_inet6") as table:
-            rows = [line.split() for line in table]
-    except OSError:
-        return found        # a kernel without IPv6
-    for address, index, _, _, flags, _ in rows:
+    for address, index, _, _, flags, _ in map(str.split, read_lines("/proc/net/if_inet6")):
         if not int(flags, 16) & (TENTATIVE | DUPLICATE):
             found.setdefault(int(index, 16), []).append(socket.inet_ntop(socket.AF_INET6, bytes.fromhex(address)))
     return found
@@ -2972,36 +2907,35 @@ class GroupSocket:
 
     # -- making
     def _options(self):
+        ip, ip6, own, bsd = socket.IPPROTO_IP, socket.IPPROTO_IPV6, socket.SOL_SOCKET, not (LINUX or MACOS)
         self.socket.setblocking(False)
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        needed, wished = [(own, socket.SO_BROADCAST, 1)], []
         if self.group.family == socket.AF_INET6:
-            self._options6()
+            needed += [(ip6, socket.IPV6_V6ONLY, 1),        # a listener for IPv4 may share the port
+                       (ip6, socket.IPV6_MULTICAST_HOPS, HOPS), (ip6, socket.IPV6_MULTICAST_LOOP, 1),
+                       (ip6, IPV6_RECVPKTINFO, 1)]
+            wished += [(ip6, IPV6_MULTICAST_ALL, 0)] * LINUX        # not before Linux 4.20
         else:
-            self._options4()
+            needed += [(ip, socket.IP_MULTICAST_TTL, bytes([HOPS])),        # OpenBSD takes one byte only
+                       (ip, socket.IP_MULTICAST_LOOP, bytes([1]))]
+            needed += [(ip, IP_MULTICAST_ALL, 0)] * LINUX           # else it hears what others on this host have joined
+            needed += [(ip, IP_PKTINFO, 1)] * (not bsd)
+            # On FreeBSD a network's own broadcast then goes out as 255.255.255.255.
+            wished += [(ip, IP_ONESBCAST, 1)] * sys.platform.startswith("freebsd")
+            if bsd and not self._try(ip, IP_RECVIF, 1) and self.group.only and self.listen:
+                raise Failure(str(self.group), "this system does not tell which device a datagram came in by")
         if self.listen:
             size = RECEIVE_BUFFER
-            while not self._try(socket.SOL_SOCKET, socket.SO_RCVBUF, size) and size > DATAGRAM_MAX:
+            while not self._try(own, socket.SO_RCVBUF, size) and size > DATAGRAM_MAX:
                 size //= 2      # NetBSD refuses what is above its limit, where others take the limit
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if LINUX:
-                self.socket.setsockopt(socket.SOL_SOCKET, SO_RXQ_OVFL, 1)
-            elif hasattr(socket, "SO_REUSEPORT"):
+            needed += [(own, socket.SO_REUSEADDR, 1)] + [(own, SO_RXQ_OVFL, 1)] * LINUX
+            if not LINUX and hasattr(socket, "SO_REUSEPORT"):
                 # The BSDs share a port among listeners only so; on Linux it would share out what must reach all.
-                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-
-    def _options4(self):
-        ip = socket.IPPROTO_IP
-        self.socket.setsockopt(ip, socket.IP_MULTICAST_TTL, bytes([HOPS]))      # OpenBSD takes one byte only
-        self.socket.setsockopt(ip, socket.IP_MULTICAST_LOOP, bytes([1]))
-        if LINUX:
-            self.socket.setsockopt(ip, IP_MULTICAST_ALL, 0)     # else it hears what others on this host have joined
-        if LINUX or MACOS:
-            self.socket.setsockopt(ip, IP_PKTINFO, 1)
-        else:
-            if not self._try(ip, IP_RECVIF, 1) and self.group.only and self.listen:
-                raise Failure(str(self.group), "this system does not tell which device a datagram came in by")
-            if sys.platform.startswith("freebsd"):
-                self._try(ip, IP_ONESBCAST, 1)      # a network's own broadcast then goes out as 255.255.255.255
+                needed.append((own, socket.SO_REUSEPORT, 1))
+        for option in needed:
+            self.socket.setsockopt(*option)
+        for option in wished:
+            self._try(*option)
 
     def _try(self, *option):
         """Whether the system takes this option."""
@@ -3010,15 +2944,6 @@ class GroupSocket:
         except OSError:
             return False
         return True
-
-    def _options6(self):
-        ip = socket.IPPROTO_IPV6
-        self.socket.setsockopt(ip, socket.IPV6_V6ONLY, 1)       # a listener for IPv4 may share the port
-        self.socket.setsockopt(ip, socket.IPV6_MULTICAST_HOPS, HOPS)
-        self.socket.setsockopt(ip, socket.IPV6_MULTICAST_LOOP, 1)
-        self.socket.setsockopt(ip, IPV6_RECVPKTINFO, 1)
-        if LINUX:
-            self._try(ip, IPV6_MULTICAST_ALL, 0)        # not before Linux 4.20
 
     def _bind(self):
         group = self.group
@@ -3088,24 +3013,20 @@ class GroupSocket:
         """Joins or leaves on one interface.  Returns the problem, None if there is none."""
         packed = socket.inet_pton(self.group.family, self.group.address)
         if self.group.family == socket.AF_INET6:
-            what = (socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP if join else socket.IPV6_LEAVE_GROUP)
-            requests = [struct.pack("@16sI", packed, interface.index)]
-        else:
-            what = (socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP if join else socket.IP_DROP_MEMBERSHIP)
-            requests = [packed + request for request in interface_requests(interface, join=True)]
-        return self._set_one(what, requests)
+            return self._set_one(socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP if join else socket.IPV6_LEAVE_GROUP,
+                                 [struct.pack("@16sI", packed, interface.index)])
+        return self._set_one(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP if join else socket.IP_DROP_MEMBERSHIP,
+                             [packed + request for request in interface_requests(interface, join=True)])
 
-    def _set_one(self, what, requests):
+    def _set_one(self, level, option, requests):
         """Sets the option to the first of these values that the system understands.  Returns the problem or None."""
         for request in requests:
             try:
-                self.socket.setsockopt(*what, request)
+                return self.socket.setsockopt(level, option, request)
             except OSError as error:
                 problem = None if error.errno == errno.EADDRINUSE else reason_of(error)
                 if error.errno != errno.EINVAL:
-                    return problem
-            else:
-                return None
+                    break
         return problem
 
     # -- sending
@@ -3145,7 +3066,7 @@ class GroupSocket:
         if multicast and six:
             self.socket.setsockopt(level, socket.IPV6_MULTICAST_IF, interface.index)
         elif multicast:
-            self._set_one((level, socket.IP_MULTICAST_IF), interface_requests(interface, join=False))
+            self._set_one(level, socket.IP_MULTICAST_IF, interface_requests(interface, join=False))
         elif MACOS:
             self.socket.setsockopt(level, IPV6_BOUND_IF if six else IP_BOUND_IF, interface.index)
 
@@ -3183,13 +3104,13 @@ class GroupSocket:
         """The interface number in what came beside a datagram; keeps the count of the dropped."""
         index = 0
         for level, kind, value in notes:
-            if level == socket.IPPROTO_IP and kind == IP_PKTINFO:
+            if (level, kind) == (socket.IPPROTO_IP, IP_PKTINFO):
                 index = PKTINFO.unpack_from(value)[0]
-            elif level == socket.IPPROTO_IP and kind == IP_RECVIF and not LINUX:
+            elif (level, kind) == (socket.IPPROTO_IP, IP_RECVIF) and not LINUX:
                 index = struct.unpack_from("@2xH", value)[0]        # sockaddr_dl: length, family, index
-            elif level == socket.IPPROTO_IPV6 and kind == IPV6_PKTINFO:
+            elif (level, kind) == (socket.IPPROTO_IPV6, IPV6_PKTINFO):
                 index = PKTINFO6.unpack_from(value)[1]
-            elif level == socket.SOL_SOCKET and kind == SO_RXQ_OVFL:
+            elif (level, kind) == (socket.SOL_SOCKET, SO_RXQ_OVFL):
                 self.dropped = struct.unpack("@I", value)[0]
         return index
 
@@ -3237,31 +3158,23 @@ def open_listener(group, ports=None):
 def listen_at(place, family, ports=None, backlog=BACKLOG):
     """A non-blocking listening TCP socket at this address, on the first free one of the ports."""
     for port in (port for low, high in ports or [(0, 0)] for port in range(low, high + 1)):
+        made = socket.socket(family, socket.SOCK_STREAM)
         try:
-            return listen_on((place[0], port, *place[2:]), family, backlog)
+            made.setblocking(False)
+            if family == socket.AF_INET6:
+                made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            if port:        # one that the user named is ours again at once after an earlier run
+                made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            made.bind((place[0], port, *place[2:]))
+            made.listen(backlog)
+            return made
         except OSError as error:
+            made.close()
             why = error
             if error.errno != errno.EADDRINUSE:
                 break
     raise Failure("cannot listen on TCP port " + ports_text(ports) if ports else "cannot listen", reason_of(why),
                   "--listen-ports may name more" if ports and why.errno == errno.EADDRINUSE else "")
-
-
-def listen_on(place, family, backlog):
-    made = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        made.setblocking(False)
-        if family == socket.AF_INET6:
-            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        if place[1]:
-            # A port that the user named is ours again at once after an earlier run.
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind(place)
-        made.listen(backlog)
-    except BaseException:
-        made.close()
-        raise
-    return made
 
 
 def address_towards(place):
@@ -3335,14 +3248,13 @@ def cpu_quotas(root):
         _, controllers, path = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
             continue
-        for mount in ["sys/fs/cgroup", "sys/fs/cgroup/unified"] if not controllers else [
-                "sys/fs/cgroup/cpu", "sys/fs/cgroup/" + controllers]:
-            names = [name for name in path.split("/") if name not in ("", "..")]
+        mounts, files = ((("cpu", controllers), ("cpu.cfs_quota_us", "cpu.cfs_period_us")) if controllers else
+                         (("", "unified"), ("cpu.max",)))
+        names = [name for name in path.split("/") if name not in ("", "..")]
+        for mount in mounts:
             for depth in range(len(names) + 1):
-                place = os.path.join(root, mount, *names[:depth])
-                words = " ".join(read_lines(os.path.join(place, "cpu.max"))).split() if not controllers else [
-                    *read_lines(os.path.join(place, "cpu.cfs_quota_us")),
-                    *read_lines(os.path.join(place, "cpu.cfs_period_us"))]
+                place = os.path.join(root, "sys/fs/cgroup", mount, *names[:depth])
+                words = " ".join(line for name in files for line in read_lines(os.path.join(place, name))).split()
                 if len(words) == 2 and words[0].isdigit() and words[1].isdigit() and int(words[1]):     # no max, no -1
                     yield int(words[0]) / int(words[1])
 
@@ -3361,18 +3273,16 @@ O_ACCMODE = getattr(os, "O_ACCMODE", 3)     # PyPy lacks this and what the next 
 
 def duplicate(fd, least):
     """A duplicate of the descriptor, closed on exec, with a number of at least this."""
-    if hasattr(fcntl, "F_DUPFD_CLOEXEC"):
-        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, least)
-    made = fcntl.fcntl(fd, fcntl.F_DUPFD, least)
+    made = fcntl.fcntl(fd, getattr(fcntl, "F_DUPFD_CLOEXEC", fcntl.F_DUPFD), least)
     os.set_inheritable(made, False)
     return made
 
 
-def read_into(fd, view):
-    """How many bytes a read put into the view."""
-    if hasattr(os, "readv"):
-        return os.readv(fd, [view])
-    data = os.read(fd, len(view))
+def read_into(fd, view, position=None):
+    """How many bytes a read put into the view: of a regular file from a position, whatever its offset is."""
+    if hasattr(os, "readv") and hasattr(os, "preadv"):
+        return os.readv(fd, [view]) if position is None else os.preadv(fd, [view], position)
+    data = os.read(fd, len(view)) if position is None else os.pread(fd, len(view), position)
     view[:len(data)] = data
     return len(data)
 
@@ -3412,28 +3322,20 @@ F_DUPFD_QUERY = 1027        # Linux 6.10: are these two the same open file?
 
 def stream_kind(fd):
     """What an open descriptor is, or None for what carries no stream (directories, datagram sockets, event queues)."""
-    mode = os.fstat(fd).st_mode
+    mode = stat.S_IFMT(os.fstat(fd).st_mode)
     if O_PATH and fcntl.fcntl(fd, fcntl.F_GETFL) & O_PATH == O_PATH:
         return None
-    if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
-        return REGULAR
-    if stat.S_ISFIFO(mode):
-        return PIPE
-    if stat.S_ISSOCK(mode):
-        return SOCKET if is_stream(fd) else None
-    if stat.S_ISCHR(mode):
+    if mode == stat.S_IFCHR:
         return TERMINAL if os.isatty(fd) else DEVICE
-    return None
-
-
-def is_stream(fd):
-    """Whether a socket is a stream that is not listening."""
-    with socket.socket(fileno=os.dup(fd)) as probe:
-        try:
-            return (probe.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE) == socket.SOCK_STREAM
-                    and not probe.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
-        except OSError:
-            return False
+    if mode == stat.S_IFSOCK:
+        with socket.socket(fileno=os.dup(fd)) as probe:
+            try:
+                listens = probe.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+                stream = probe.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE) == socket.SOCK_STREAM
+            except OSError:
+                return None
+        return SOCKET if stream and not listens else None
+    return {stat.S_IFREG: REGULAR, stat.S_IFBLK: REGULAR, stat.S_IFIFO: PIPE}.get(mode)
 
 
 def access_of(fd):
@@ -3444,14 +3346,7 @@ def access_of(fd):
 
 def open_descriptors(highest):
     """The numbers of the open descriptors from 0 to highest."""
-    found = []
-    for fd in range(highest + 1):
-        try:
-            fcntl.fcntl(fd, fcntl.F_GETFD)
-            found.append(fd)
-        except OSError:
-            pass
-    return found
+    return [fd for fd in range(highest + 1) if is_open(fd)]
 
 
 def is_open(fd):
@@ -3476,11 +3371,10 @@ def carried_descriptors(highest):
             continue
         status = os.fstat(fd)
         if kind is TERMINAL:
-            if access is OUT or (access is BOTH and (fd in (1, 2) or status.st_rdev in terminals)):
-                access = OUT
-            else:
+            if access is BOTH:
+                access = OUT if fd in (1, 2) or status.st_rdev in terminals else IN
+            if access is IN:
                 terminals.add(status.st_rdev)
-                access = IN
         traits = access, status.st_dev, status.st_ino, status.st_rdev
         if kind is REGULAR:     # opened alike, and at the same place
             traits += os.lseek(fd, 0, os.SEEK_CUR), fcntl.fcntl(fd, fcntl.F_GETFL)
@@ -3582,15 +3476,6 @@ def in_background(fd):
         return False        # no terminal, or not that of this session
 
 
-def read_at(fd, view, position):
-    """Reads a regular file at a place, whatever its offset is; returns how many bytes."""
-    if hasattr(os, "preadv"):
-        return os.preadv(fd, [view], position)
-    data = os.pread(fd, len(view), position)
-    view[:len(data)] = data
-    return len(data)
-
-
 class Source:
     """Something to read.  read_into(view) returns bytes read, 0 at the end, or None when there is nothing now and
     `ready` will be called once there is."""
@@ -3634,7 +3519,7 @@ class FileSource(Source):
         self.enlarged = True
 
     def _read(self, view):
-        size = read_at(self.fd, view, self.position)
+        size = read_into(self.fd, view, self.position)
         self.position += size
         return size
 
@@ -3684,8 +3569,7 @@ class SharedSource(Source):
         super().__init__(loop, fd, ready)
         kind = stream_kind(fd)
         self.terminal, self.threaded = kind is TERMINAL, kind is not PIPE or RWF_NOWAIT is None
-        self.wanted = None          # counts the reads that the thread is to do
-        self.asked = False          # it has one to do, or will have
+        self.wanted, self.asked = None, False   # counts the reads that the thread is to do; whether it has or gets one
         self.result = None          # bytes or an OSError
 
     def read_into(self, view):
@@ -3764,7 +3648,7 @@ def open_source(loop, fd, ready):
             return FileSource(loop, fd, ready, os.lseek(fd, 0, os.SEEK_CUR))
         except OSError:
             pass        # a file of /proc that cannot seek
-    if kind is REGULAR or (kind is DEVICE and is_memory(fd)):
+    if kind is REGULAR or kind is DEVICE and is_memory(fd):
         return Source(loop, fd, ready)
     return (SocketSource if kind is SOCKET else SharedSource)(loop, fd, ready)
 
@@ -3799,9 +3683,7 @@ class Sink:
             self.consumed(sent)
         if sent == len(view) or self.done:
             return False
-        return self._enqueue(view[sent:])
-
-    def _enqueue(self, rest):
+        rest = view[sent:]
         kept = len(rest) >= self.KEEP
         if not kept and len(self.queue) > 1 and len(self.queue[-1]) + len(rest) <= self.JOIN:
             self.queue[-1] += rest
@@ -3844,12 +3726,10 @@ class Sink:
 
     def _rest(self):
         """Nothing is queued: ends it if that is due."""
-        if self.done:
-            return
-        if self.ending:
+        if self.ending and not self.done:
             self.close()
             self.finished()
-        else:
+        elif not self.done:
             self.watch_other_side()
 
     def watch_other_side(self):
@@ -4481,7 +4361,8 @@ def check_user(user):
 
 # ---------------------------------------------------------------- terminals
 
-CONTROL_CHARACTERS = "INTR QUIT ERASE KILL EOF EOL EOL2 START STOP SUSP REPRINT WERASE LNEXT DISCARD".split()
+CONTROL_CHARACTERS = ("VINTR VQUIT VERASE VKILL VEOF VEOL VEOL2 VSTART VSTOP VSUSP VREPRINT VWERASE VLNEXT "
+                      "VDISCARD").split()
 MODE_FLAGS = {0: "IXON IXOFF IXANY ICRNL INLCR IGNCR ISTRIP IUTF8 IMAXBEL".split(),
               1: "OPOST ONLCR OCRNL ONLRET".split(),
               3: "ISIG ICANON ECHO ECHOE ECHOK ECHONL ECHOCTL ECHOKE IEXTEN NOFLSH TOSTOP".split()}
@@ -4490,15 +4371,10 @@ MODE_FLAGS = {0: "IXON IXOFF IXANY ICRNL INLCR IGNCR ISTRIP IUTF8 IMAXBEL".split
 def terminal_modes(fd):
     """{name: number} of a terminal's control characters and flags: names, because every system numbers them its way."""
     import termios
-    attributes, modes, known = termios.tcgetattr(fd), {}, vars(termios)
-    for name in CONTROL_CHARACTERS:
-        place = known.get("V" + name)
-        if place is not None:
-            modes[b"V" + name.encode()] = ord(attributes[6][place])
-    for field, names in MODE_FLAGS.items():
-        for name in names:
-            if name in known:
-                modes[name.encode()] = int(bool(attributes[field] & known[name]))
+    attributes, known = termios.tcgetattr(fd), vars(termios)
+    modes = {name.encode(): ord(attributes[6][known[name]]) for name in CONTROL_CHARACTERS if name in known}
+    modes.update((name.encode(), int(bool(attributes[field] & known[name])))
+                 for field, names in MODE_FLAGS.items() for name in names if name in known)
     return modes
 
 
@@ -4507,9 +4383,8 @@ def set_terminal(fd, rows, columns, modes):
     import termios
     attributes, known = termios.tcgetattr(fd), vars(termios)
     for name in CONTROL_CHARACTERS:
-        place = known.get("V" + name)
-        if place is not None and b"V" + name.encode() in modes:
-            attributes[6][place] = bytes([modes[b"V" + name.encode()]])
+        if name in known and name.encode() in modes:
+            attributes[6][known[name]] = bytes([modes[name.encode()]])
     for field, names in MODE_FLAGS.items():
         for name in names:
             bit, wanted = known.get(name, 0), modes.get(name.encode())
@@ -4550,16 +4425,15 @@ class LocalTerminal:
         descriptors[self.number] = TTY
 
     def describe(self):
-        rows, columns = self.size()
         modes = terminal_modes(self.tty) if self.tty is not None else {}
-        return rows, columns, os.environb.get(b"TERM", b"dumb")[:64], modes
+        return (*self.size(), os.environb.get(b"TERM", b"dumb")[:64], modes)
 
     def size(self):
+        """(rows, columns)"""
         try:
-            columns, rows = os.get_terminal_size(self.tty)
+            return os.get_terminal_size(self.tty)[::-1]
         except (OSError, TypeError):
             return 24, 80
-        return rows, columns
 
     def raw(self):
         """From here on every key goes to the job."""
@@ -5168,7 +5042,7 @@ class HeldSource:
         else:
             if self.length is not None:
                 view = view[:self.length - self.position]
-            size = read_at(self.fd, view, self.start + self.position)
+            size = read_into(self.fd, view, self.start + self.position)
         self.position += size
         return size
 
@@ -8868,11 +8742,11 @@ class Report(collections.namedtuple(
     __slots__ = ()
 
     def line(self):
-        text = ("%s completed by %s for %s exit code %d" if self.verdict == COMPLETED else "%s rats out %s for %s")
-        fields = (self.submitter, self.worker, self.key or "unknown key (%s)" % self.key_id)
-        text %= fields + ((self.status,) if self.verdict == COMPLETED else ())
-        job, proxy = self.job and " job " + self.job, self.proxy and " through " + self.proxy
-        return "%s%s%s%s, %.3f s" % (text, job, proxy, self.reason and ": " + self.reason, self.seconds)
+        completed, key = self.verdict == COMPLETED, self.key or "unknown key (%s)" % self.key_id
+        text = "%s %s %s for %s" % (self.submitter, "completed by" if completed else "rats out", self.worker, key)
+        return "".join((text, " exit code %d" % self.status if completed else "", self.job and " job " + self.job,
+                        self.proxy and " through " + self.proxy, self.reason and ": " + self.reason,
+                        ", %.3f s" % self.seconds))
 
     def json(self):
         import json
@@ -8882,35 +8756,27 @@ class Report(collections.namedtuple(
         return json.dumps(dict(time=round(self.heard, 3), event="completed" if completed else "rats out", **record))
 
 
-class ReplayWindow:
-    """Names seen, at most `limit`.  The oldest is forgotten first, and from then on nothing as old as that is new: so
-    no name is new twice, however much came in between."""
-
-    def __init__(self, limit):
-        self.limit, self.names, self.ages, self.floor = limit, set(), [], -1
-
-    def add(self, name, clock):
-        """Remembers a name that is not in `names`; False if it is older than what was forgotten.  clock is its age."""
-        if clock <= self.floor:
-            return False
-        self.names.add(name)
-        heapq.heappush(self.ages, (clock, name))
-        if len(self.ages) > self.limit:
-            self.floor, oldest = heapq.heappop(self.ages)
-            self.names.discard(oldest)
-        return True
-
-
 class AlertHistory:
     """What a reader of alerts keeps of one key (of all unknown ones together, where key is None): so no holder of one
     key can silence the lines of another."""
 
     def __init__(self, key, rate, burst):
-        self.key = key
-        self.name = printable(key.name) if key else "unknown keys"
-        self.window = ReplayWindow(ALERTS_KEPT)
-        self.bucket = TokenBucket(rate, burst)
-        self.count = 0
+        self.key, self.name = key, printable(key.name) if key else "unknown keys"
+        self.bucket, self.count = TokenBucket(rate, burst), 0
+        self.seen, self.ages, self.floor = set(), [], -1
+
+    def add(self, name, clock):
+        """Remembers an alert that is not among those `seen`, by its age `clock`; False if it is older than what was
+        forgotten.  The oldest goes first, and from then on nothing as old as that is new: so no alert is new twice,
+        however much came in between."""
+        if clock <= self.floor:
+            return False
+        self.seen.add(name)
+        heapq.heappush(self.ages, (clock, name))
+        if len(self.ages) > ALERTS_KEPT:
+            self.floor, oldest = heapq.heappop(self.ages)
+            self.seen.discard(oldest)
+        return True
 
 
 class AlertReader:
@@ -8948,11 +8814,14 @@ class AlertReader:
             refusal = self._refusal(datagram.key_id, alert, history, now)
             if refusal is None:
                 submitter, (worker, _, proxy) = alert.submitter, alert.worker.partition(" by ")
+                job = alert.job
+                if not (job.isascii() and job.replace("-", "").replace(".", "").isalnum() and len(job) <= 64):
+                    job = ""        # that is no id
                 reports.append(Report(
                     now, alert.verdict, submitter if parse_address(submitter) else source,
                     worker if parse_address(worker) else "?", proxy if parse_address(proxy) else "",
                     history.name if history.key else None, "0x" + datagram.key_id.hex(), bool(history.key),
-                    alert.status, safe_id(alert.job), printable(alert.words)[:WORDS_MAX], alert.milliseconds / 1000))
+                    alert.status, job, printable(alert.words)[:WORDS_MAX], alert.milliseconds / 1000))
             elif refusal:
                 topic, words = refusal
                 notes.append(((topic, history.name), "not shown from %s for %s: %s" % (source, history.name, words)))
@@ -8962,7 +8831,7 @@ class AlertReader:
         """None if this alert is to be printed, () if it is a repetition, else (topic, words) of a note."""
         # The same alert may come again in a datagram with another nonce or sequence, alone or among others.
         name = hashlib.sha256(key_id + encode_alert(alert)).digest()[:16]
-        if name in history.window.names:
+        if name in history.seen:
             return ()
         ahead, by_clock = alert.clock / 1000 - now, bool(history.key and self.max_skew)
         if by_clock and (abs(ahead) > self.max_skew or now + ahead < self.started - START_SLACK):
@@ -8971,14 +8840,9 @@ class AlertReader:
         if not history.bucket.take(now):
             return "rate", "more than %d alerts a second" % history.bucket.rate
         history.count += 1
-        if not history.window.add(name, alert.clock if by_clock else history.count):
+        if not history.add(name, alert.clock if by_clock else history.count):
             return "old", "an alert older than the last %d, which are all that is remembered" % ALERTS_KEPT
         return None
-
-
-def safe_id(text):
-    """A job's id, if it looks like one."""
-    return text if text.isascii() and text.replace("-", "").replace(".", "").isalnum() and len(text) <= 64 else ""
 
 
 class LineWriter:
@@ -9150,8 +9014,7 @@ class RelayBuffer:
     """Memory for one read, shared by all relays, and the count of the bytes that they hold for slow readers."""
 
     def __init__(self):
-        self.memory = memoryview(bytearray(PIECE))
-        self.held = 0
+        self.memory, self.held = memoryview(bytearray(PIECE)), 0
 
     def free(self):
         return self.memory if self.held < HELD_MAX else self.memory[:SMALL_PIECE]
@@ -9166,11 +9029,9 @@ class Pump:
     __slots__ = ("source", "sink", "buffer", "pending", "moved", "ended", "over", "at")
 
     def __init__(self, source, sink, buffer, pending=b"", moved=0):
-        self.source, self.sink, self.buffer = source, sink, buffer
-        self.at = source
-        self.pending = b""          # read and not yet sent: while there is any, it waits for the sink
-        self.moved = moved          # bytes sent
-        self.ended = self.over = False      # the source has ended; the sink has been told so
+        self.source, self.sink, self.buffer, self.at = source, sink, buffer, source
+        self.pending, self.moved = b"", moved   # read and not yet sent, what waits for the sink; bytes sent
+        self.ended = self.over = False          # the source has ended; the sink has been told so
         self.hold(memoryview(pending))
 
     def pump(self):
@@ -9183,17 +9044,13 @@ class Pump:
             if self.ended:
                 self.over, self.at = True, self.sink
                 return self.sink.shutdown(socket.SHUT_WR)
+            self.at, memory = self.source, self.buffer.free()
             try:
-                self._read()
+                size = self.source.recv_into(memory)
             except BlockingIOError:
                 return
-
-    def _read(self):
-        """Bytes from the source, on to the sink as far as it takes them; BlockingIOError when there are none yet."""
-        self.at, memory = self.source, self.buffer.free()
-        size = self.source.recv_into(memory)
-        self.ended = not size
-        self.hold(memoryview(bytes(self._send(memory[:size]) if size else b"")))
+            self.ended = not size
+            self.hold(memoryview(bytes(self._send(memory[:size]) if size else b"")))
 
     def _send(self, data):
         """What is left of it after the sink has taken what it takes at once."""
@@ -9220,16 +9077,12 @@ class ProxyListener:
 
     def __init__(self, datagram, source, secret, listening):
         self.key_id, self.nonce, self.secret = datagram.key_id, datagram.nonce, secret
-        self.submitter = (source[0], datagram.port, *source[2:])
-        self.asker = source
-        self.listening = listening          # None where nobody is asked to connect
+        self.submitter, self.asker, self.heard = (source[0], datagram.port, *source[2:]), source, 0.0
+        self.listening = listening                  # None where nobody is asked to connect
         self.port = listening.getsockname()[1] if listening else 0
-        self.heard = 0.0
-        self.connections = {}               # ProxyRelays as keys, in the order of arrival
-        self.waiting = {}                   # those of them that wait for their turn
-        self.turns = collections.Counter()  # {worker's address: how many turns it has had}
-        self.active = set()
-        self.chosen = 0                     # how many were told to go on
+        self.connections, self.waiting = {}, {}     # ProxyRelays as keys, in the order of arrival; who waits for a turn
+        self.turns = collections.Counter()          # {worker's address: how many turns it has had}
+        self.active, self.chosen = set(), 0         # how many were told to go on
 
     def fileno(self):
         return self.listening.fileno() if self.listening else -1
@@ -9249,10 +9102,8 @@ class ProxyRelay:
     def __init__(self, proxy, number, listener, worker, address):
         self.proxy, self.loop, self.number, self.listener, self.worker = proxy, proxy.loop, number, listener, worker
         self.address, self.names = address[0], "%s to %s" % (place_text(address), place_text(listener.submitter))
-        self.submitter = None
+        self.submitter, self.pumps, self.since = None, (), time.monotonic()
         self.preamble = self.go = b""
-        self.pumps = ()
-        self.since = time.monotonic()
         self._enter("preamble", PREAMBLE_SECONDS)
         worker.setblocking(False)
         self.loop.watch(worker.fileno(), read=self._read_preamble)
@@ -9430,8 +9281,7 @@ class Cproxy:
             self.loop.run()
         finally:
             self.draining = False       # nothing more to wait for
-            for name in list(self.listeners):
-                self._close_listener(name)
+            self._close_listeners(lambda *_: True)
             for relay in list(self.relays):
                 relay.end("cproxy was stopped")
             for each in self.inside, self.outside, self.loop:
@@ -9446,8 +9296,7 @@ class Cproxy:
         self.draining = True
         self.loop.watch(self.inside.fileno())
         self.loop.watch(self.outside.fileno())
-        for name in list(self.listeners):
-            self._close_listener(name)
+        self._close_listeners(lambda *_: True)
         self.log("stopping: waits for %d relays" % passing)
 
     # -- datagrams
@@ -9477,8 +9326,8 @@ class Cproxy:
             if not listener:
                 return
             data = with_port(data, listener.port)
-        elif kind == TAKEN:
-            self._taken(datagram, source)
+        elif kind == TAKEN:     # believed only where the announcement came from
+            self._close_listeners(lambda name, _: name[:4] == (source[0], source[3:], datagram.key_id, datagram.nonce))
         problems = self.outside.send(data)
         if problems:
             self.log.note("send", "cannot send to %s: %s" % (self.target, ", ".join(problems)))
@@ -9542,6 +9391,11 @@ class Cproxy:
     def _watch_listener(self, listener):
         self.loop.watch(listener.fileno(), read=lambda: self._accept(listener))
 
+    def _close_listeners(self, unwanted):
+        """Those for which unwanted(name, listener) holds."""
+        for name in [name for name, listener in self.listeners.items() if unwanted(name, listener)]:
+            self._close_listener(name)
+
     def _close_listener(self, name):
         """Whoever has not got through by now gets a reset."""
         listener = self.listeners.pop(name)
@@ -9551,12 +9405,6 @@ class Cproxy:
         for relay in list(listener.connections):
             if relay.state in ("preamble", "waiting"):
                 relay.end("not needed")
-
-    def _taken(self, datagram, source):
-        """The submitter has its worker.  Only what comes from where the announcement came from is believed."""
-        for name in [name for name in self.listeners
-                     if name[:4] == (source[0], source[3:], datagram.key_id, datagram.nonce)]:
-            self._close_listener(name)
 
     # -- connections
     def _accept(self, listener):
@@ -9589,11 +9437,10 @@ class Cproxy:
 
     def _out_of_descriptors(self, listener):
         self.log.note("descriptors", "out of descriptors: workers have to wait")
-        if self.relays:
-            if not self._end_first(self.silent):
-                self.loop.watch(listener.fileno())
-        else:
+        if not self.relays:
             self._close_oldest(self.listeners)
+        elif not self._end_first(self.silent):
+            self.loop.watch(listener.fileno())
 
     def preamble_read(self, relay):
         self.silent.pop(relay, None)
@@ -9632,8 +9479,7 @@ class Cproxy:
         now = time.monotonic()
         for relay in [relay for relay in self.relays if relay.deadline and relay.deadline < now]:
             relay.end(TOO_LONG[relay.state])
-        for name in [name for name, listener in self.listeners.items() if listener.heard < now - LISTENER_SECONDS]:
-            self._close_listener(name)
+        self._close_listeners(lambda _, listener: listener.heard < now - LISTENER_SECONDS)
         for listener in self.listeners.values():
             self._watch_listener(listener)
         self.loop.call_later(SWEEP_SECONDS, self._sweep)
@@ -9692,9 +9538,8 @@ def read_key(path):
 def load_keys(tool, paths):
     """The Keys in these files, either half; what is wrong and no failure is said."""
     loaded = [load_key(path) for path in paths]
-    for _, warning in loaded:
-        if warning:
-            say(tool, warning)
+    for warning in filter(None, [warning for _, warning in loaded]):
+        say(tool, warning)
     return [key for key, _ in loaded]
 
 
@@ -9741,11 +9586,12 @@ def ckeygen(arguments, settings):
     private_path, public_path = (names + [names[0] + ".pub"])[:2]
     if os.path.realpath(private_path) == os.path.realpath(public_path):
         raise Failure("APP and APP.pub are the same file", private_path, status=EXIT_USAGE)
-    found = existing_private(private_path)
+    leave = "it was left as it is; choose another name"
+    found = existing_half(private_path, True, "cannot use %s as a private key", leave, EXIT_BAD_PRIVATE)
     if not found and private_path.endswith(".pub"):
         raise Failure(private_path, "that is the name of a public half, and this would be the private one",
                       "say: ckeygen %s" % private_path[:-4], EXIT_USAGE)
-    replaced = replaced_public(public_path)
+    replaced = existing_half(public_path, False, "cannot replace %s", leave + ", or move it", EXIT_NO_PUBLIC)
     private = found
     if "stdin" in options:
         private = make_keypair(master_from_pieces(standard_input()))[0]
@@ -9753,7 +9599,7 @@ def ckeygen(arguments, settings):
         private = make_keypair(os.urandom(32))[0]
     if found not in (None, private):
         raise Failure("%s exists and is another key" % private_path, "the text given does not lead to it",
-                      "it was left as it is; choose another name", EXIT_OTHER_KEY)
+                      leave, EXIT_OTHER_KEY)
     if not (found or replaced in (None, public_half(private)) or os.path.lexists(private_path)):
         raise Failure("cannot replace %s" % public_path, "it is the public half of another key, perhaps the only copy",
                       "it was left as it is; name another file, or move it away", EXIT_NO_PUBLIC)
@@ -9770,15 +9616,12 @@ def list_keys(paths):
     status = 0
     for path in paths:
         try:
-            key, warning = load_key(path)
-            problem, hint = warning, ""
+            key, = load_keys("ckeygen", [path])
             half = "private" if key.private else "public "
             status = print_out("%s %s %s\n" % (key.fingerprint, half, printable(key.path))) or status
         except Failure as failure:
-            problem, hint, status = str(failure), failure.hint, status or failure.status
-        for prefix, text in ("ckeygen", problem), ("", hint and "  " + hint):
-            if text:
-                say(prefix, text)
+            status = status or failure.status
+            report_failure("ckeygen", failure, None)
     return status
 
 
@@ -9789,39 +9632,23 @@ def standard_input():
     if os.isatty(0):
         say("ckeygen", "type the text, every character of it counts; end it with Enter and Ctrl-D")
     try:
-        while True:
-            piece = os.read(0, 1 << 18)
-            if not piece:
-                return
-            yield piece
+        yield from iter(lambda: os.read(0, 1 << 18), b"")
     except OSError as problem:
         raise Failure("cannot read the text", reason_of(problem)) from None
 
 
-def existing_private(path):
-    """The bytes of the private half in PATH, or None where there is no file; else Failure 101."""
+def existing_half(path, private, what, hint, status):
+    """The bytes of that half in PATH, or None where there is no file; Failure where there is something else."""
     try:
         text, key, warning = read_key(path) or (None, None, None)
-        if key and not key.private:
-            raise Failure("", "it is a public half", status=EXIT_USAGE)
+        if key and key.private != private:
+            raise Failure("", "it is a %s half" % ("private" if key.private else "public"), status=EXIT_USAGE)
     except Failure as problem:
-        raise Failure("cannot use %s as a private key" % path, problem.why, "it was left as it is; choose another name",
-                      EXIT_TEMPORARY if problem.status == EXIT_TEMPORARY else EXIT_BAD_PRIVATE) from None
-    if warning:
+        raise Failure(what % path, problem.why, hint,
+                      EXIT_TEMPORARY if problem.status == EXIT_TEMPORARY else status) from None
+    if warning and private:
         say("ckeygen", warning)
     return text
-
-
-def replaced_public(path):
-    """The public half that is in PATH, or None where there is no file; Failure 102 where there is something else."""
-    try:
-        text, key, _ = read_key(path) or (None, None, None)
-        if key and key.private:
-            raise Failure("", "it is a private half", status=EXIT_USAGE)
-        return text
-    except Failure as problem:
-        raise Failure("cannot replace %s" % path, problem.why, "it was left as it is; choose another name, or move it",
-                      EXIT_TEMPORARY if problem.status == EXIT_TEMPORARY else EXIT_NO_PUBLIC) from None
 
 
 def write_halves(private_path, public_path, private, new):
@@ -10437,22 +10264,18 @@ class Demo:
 
     def __init__(self, command, many):
         self.command = command
-        self.many = many            # whether to show a cmap too
-        self.running = {}           # {pid: name}
-        self.ended = {}             # {name: status as of a shell}
-        self.outputs = {}           # {descriptor: [name, bytes of a line that has no end yet]}
-        self.lines = {}             # {name: what it said}
+        self.many = many                    # whether to show a cmap too
+        self.running, self.ended = {}, {}   # {pid: name}, {name: status as of a shell}
+        self.outputs = {}                   # {descriptor: [name, bytes of a line that has no end yet]}
+        self.lines = {}                     # {name: what it said}
         self.folder, self.key = make_temporary_key()
         self.environment = {name: value for name, value in os.environ.items()
                             if not any(name in setting.names for setting in SETTINGS)}
-        self.environment["GROUP"] = self.group()
-
-    def group(self):
-        """A loopback address that several processes hear, on a port that nobody else has."""
+        # A loopback address that several processes hear, on a port that nobody else has.
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        return ("127.255.255.255:%d" if LINUX else "lo0:224.0.1.87:%d") % port
+            self.environment["GROUP"] = ("127.255.255.255:%d" if LINUX else "lo0:224.0.1.87:%d") % (
+                probe.getsockname()[1])
 
     def tell(self, text):
         say("demo", text)
@@ -10662,7 +10485,7 @@ Example:
 def usage(tool):
     _, synopsis, text = TOOLS[tool]
     lines = ["usage: %s" % synopsis, "", text.rstrip("\n")]
-    options = [("%s" % flag, words) for flag, (_, _, tools, words) in FLAGS.items() if tool in tools]
+    options = [(flag, words) for flag, (_, _, tools, words) in FLAGS.items() if tool in tools]
     for setting in SETTINGS:
         if tool in setting.tools:
             default = " (%s)" % setting.default if setting.default else ""
@@ -10680,10 +10503,10 @@ def overview():
         "  %s\n" % synopsis for _, synopsis, _ in TOOLS.values()) + "\ncexec.py TOOL --help tells more\n"
 
 
-def print_out(text):
+def print_out(text, descriptor=1):
     """Help that cannot be printed is a failure with a status of its own."""
     try:
-        os.write(1, text.encode())
+        os.write(descriptor, text.encode())
         return 0
     except OSError:
         return 255
@@ -10703,20 +10526,13 @@ def tool_of(argv):
 def main(argv, environment=os.environ):
     """Runs the tool that argv names; returns its exit status."""
     tool, arguments = tool_of(argv)
-    if tool is None:
-        if arguments[:1] in (["-h"], ["--help"]):
-            return print_out(overview())
-        if arguments[:1] == ["--version"]:
-            return print_out("cexec %s\n" % VERSION)
-        try:
-            os.write(2, overview().encode())
-        except OSError:
-            pass
-        return EXIT_USAGE
     if arguments[:1] in (["-h"], ["--help"]):
-        return print_out(usage(tool))
+        return print_out(usage(tool) if tool else overview())
     if arguments[:1] == ["--version"]:
-        return print_out("%s (cexec) %s\n" % (tool, VERSION))
+        return print_out("%s %s\n" % (tool + " (cexec)" if tool else "cexec", VERSION))
+    if tool is None:
+        print_out(overview(), 2)
+        return EXIT_USAGE
     return run_tool(tool, arguments, environment)
 
 
