@@ -6858,12 +6858,12 @@ class Cmap:
             self.errors.add(numbered_lines(job.number, errors), functools.partial(self._printed, errors))
 
     def _favour(self):
-        """Outputs have grown to their limit: the job whose turn comes first may go on, or all would wait for ever."""
+        """Outputs have grown to their limit: when all before it are written the job whose turn is next may go on, or all
+        would wait for ever."""
         if self.budget.waiting:
-            runs = (run for job in self.jobs for run in job.runs if run.attempt)
-            for run in runs:
-                run.streams.first = True
-                break
+            runs = [run for job in self.jobs for run in job.runs if run.attempt]
+            if runs and self.printer.is_idle():
+                runs[0].streams.first = True
             self.budget.pay()
 
     # -- the end
