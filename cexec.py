@@ -10328,6 +10328,8 @@ class Demo:
         os.close(writing)
         os.close(source)
         self.show(lambda: word in self.lines[name] or name in self.ended, self.PATIENCE)
+        if name in self.ended:
+            self.show(lambda: reading not in self.outputs, 1)       # its last words
         if word not in self.lines[name]:
             raise Failure("%s did not get ready" % name, "it ended with status %d" % self.ended[name]
                           if name in self.ended else "", "what it said is above")
