@@ -6858,12 +6858,12 @@ class Cmap:
             self.errors.add(numbered_lines(job.number, errors), functools.partial(self._printed, errors))
 
     def _favour(self):
-        """Outputs have grown to their limit: the job whose turn comes first may go on, or all would wait for ever."""
+        """Outputs have grown to their limit: when all before it are written the job whose turn is next may go on, or all
+        would wait for ever."""
         if self.budget.waiting:
-            runs = (run for job in self.jobs for run in job.runs if run.attempt)
-            for run in runs:
-                run.streams.first = True
-                break
+            runs = [run for job in self.jobs for run in job.runs if run.attempt]
+            if runs and self.printer.is_idle():
+                runs[0].streams.first = True
             self.budget.pay()
 
     # -- the end
@@ -10328,6 +10328,8 @@ class Demo:
         os.close(writing)
         os.close(source)
         self.show(lambda: word in self.lines[name] or name in self.ended, self.PATIENCE)
+        if name in self.ended:
+            self.show(lambda: reading not in self.outputs, 1)       # its last words
         if word not in self.lines[name]:
             raise Failure("%s did not get ready" % name, "it ended with status %d" % self.ended[name]
                           if name in self.ended else "", "what it said is above")

@@ -8677,7 +8677,7 @@ def test_what_waits_is_bounded_in_memory_and_on_disk(farm):
     """The first job is slow, the others write much: they wait rather than fill the disk, and all comes out in order."""
     job = start_map(farm, "-q", "-j8", "--spill", "1", "--lines", "APP", "--set", "x=1", stdin=subprocess.DEVNULL)
     assert job.complete() == 2       # an option after the key
-    code = "--set=RUN=read n; test $n = 0 && sleep 2; head -c 8000000 /dev/zero | tr '\\0' $n"
+    code = "--set=RUN=read n; test $n = 0 && sleep 2; head -c 30000000 /dev/zero | tr '\\0' $n"
     job = start_map(farm, "-q", "-j8", "--spill", "1", "--lines", code, "APP",
                     stdin=pipe_in(b"".join(b"%d\n" % n for n in range(8))), stdout=subprocess.PIPE)
     reader, most, held = Reader(os.dup(job.stdout.fileno())), 0, 0
@@ -8686,8 +8686,8 @@ def test_what_waits_is_bounded_in_memory_and_on_disk(farm):
         held = max(held, sum(size_of("/proc/%d/fd/%d" % (job.pid, fd)) for fd, what in open_fds_of(job.pid).items()
                              if "(deleted)" in what))
         time.sleep(0.05)
-    assert reader.done() == b"".join(b"%d" % n * 8000000 for n in range(8)) and job.wait() == 0
-    assert held < 40 * MB and most < 120 * MB, (held, most)
+    assert reader.done() == b"".join(b"%d" % n * 30000000 for n in range(8)) and job.wait() == 0
+    assert held < 55 * MB and most < 120 * MB, (held, most)
 
 
 def size_of(path):
