@@ -7593,31 +7593,32 @@ def test_cexec_exits_with_128_and_the_signal_that_ended_the_job(shell, name):
     assert (done.returncode, done.stdout, done.stderr) == (128 + getattr(signal, "SIG" + name), b"out\n", b"")
 
 
-def test_a_command_that_vanished_is_refused_in_words(room, tmp_path):
+@pytest.fixture
+def unfit(tmp_path):
+    """The path of a command that can be executed as far as one can see, and cannot: its interpreter is not there."""
     path = tmp_path / "command"
-    path.write_text("#!/bin/sh\n")
+    path.write_text("#!/no/such/interpreter\n")
     path.chmod(0o755)
-    worker = room.serve(path)
-    path.unlink()
+    return path
+
+
+def test_a_command_that_cannot_be_run_is_refused_in_words(room, unfit):
+    worker = room.serve(unfit)
     done = room.cexec(env={"CEXEC_TIMEOUT_ACCEPT": 1})
     assert done.returncode == 111
-    said = "127.0.0.1 refused the job: %s: No such file or directory" % path
+    said = "127.0.0.1 refused the job: %s: No such file or directory" % unfit
     lines = done.stderr.decode().split("\n")
     assert lines[0] == "cexec: " + said and lines[1].startswith("cexec: no worker: ") and said in lines[1], lines
-    worker.log.wait("refused to 127.0.0.1: %s: No such file or directory" % path)
+    worker.log.wait("refused to 127.0.0.1: %s: No such file or directory" % unfit)
 
 
-def test_a_job_that_one_worker_refuses_runs_on_another(room, tmp_path):
+def test_a_job_that_one_worker_refuses_runs_on_another(room, unfit):
     """R6: with all of its input, and one line says why it moved."""
-    path = tmp_path / "command"
-    path.write_text("#!/bin/sh\n")
-    path.chmod(0o755)
-    refusing = room.serve(path, BOOST=0)
-    path.unlink()
+    refusing = room.serve(unfit, BOOST=0)
     room.serve("cat", BOOST=30000)
     data = random_octets(300000)
     done = room.cexec(input=data)
-    line = "cexec: 127.0.0.1 refused the job: %s: No such file or directory\n" % path
+    line = "cexec: 127.0.0.1 refused the job: %s: No such file or directory\n" % unfit
     assert (done.returncode, done.stdout == data, done.stderr) == (0, True, line.encode())
     refusing.log.wait("refused to 127.0.0.1")
 
