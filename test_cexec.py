@@ -8357,7 +8357,7 @@ def test_a_worker_whose_command_has_gone_answers_nobody_until_it_is_back(room, t
     command.unlink()
     done = room.cexec(input=b"x", env={"CEXEC_TIMEOUT_ACCEPT": 2.5})
     assert done.returncode == 111 and b"(vetoed: COMMAND is missing)" in done.stderr, done.stderr
-    assert done.stderr.count(b"refused the job") == 1 == len(worker.log.having("refused to"))
+    assert done.stderr.count(b"cexec: 127.0.0.1 refused the job") == 1 == len(worker.log.having("refused to"))
     assert len(worker.log.having("missing or not executable")) == 1
     make()
     worker.log.wait("there again, takes jobs again")
