@@ -11898,7 +11898,7 @@ class InTurn:
             loop.run()
 
     def connections(self):
-        return len([step for step in self.steps if " was chosen of " in step])
+        return len([step for step in self.steps if " was chosen: " in step])
 
 
 ECHO = "cat; cat <&3 >&4; cat <&5 >&5; echo $CEXEC_JOB >&2; exit %d"
@@ -12455,7 +12455,7 @@ def test_the_firewall_that_is_at_work_is_the_one_that_is_advised(tmp_path, monke
     (tmp_path / tool).write_text("#!/bin/sh\necho '%s'\n" % says)
     (tmp_path / tool).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert cexec.firewall_commands("tcp", cexec.ADVISED_PORTS) == [command]
+    assert cexec.firewall_commands("tcp", cexec.ADVISED_PORTS, True) == [command]
 
 
 @pytest.mark.parametrize("arguments, words", [
