@@ -3100,6 +3100,14 @@ class GroupSocket:
                 return data, source, index
         return None
 
+    def received(self):
+        """Yields what receive() returns until there is no more for now, RECEIVE_ROUND at most."""
+        for _ in range(RECEIVE_ROUND):
+            datagram = self.receive()
+            if datagram is None:
+                break
+            yield datagram
+
     def _note(self, notes):
         """The interface number in what came beside a datagram; keeps the count of the dropped."""
         index = 0
@@ -4723,8 +4731,8 @@ class Discovery:
     # -- what the connections report
     def connected(self, connection, random):
         answer = connection.answer
-        self.trace("%s connected: cost %.2f%s" % (connection.name, answer.cost, ", it had no free slot when its turn came"
-                                                  if answer.queued else ""))
+        self.trace("%s connected: cost %.2f%s" % (
+            connection.name, answer.cost, ", it had no free slot when its turn came" if answer.queued else ""))
         self.selection.connected(now_ms(), connection, connection.address, answer, random)
         self.on_heard(connection.name, connection.address, None, None)
         self._act()
@@ -5757,7 +5765,7 @@ class Engine:
                               kept.name, words))
 
     def heard_since(self, when):
-        """([Here of each worker that is there, None for one that has only connected], [words of each that is of no use])"""
+        """([Here of each worker that is there, None for one that has only connected], [words of each of no use])"""
         heard = [each for at, *each in self.workers.values() if at >= when]
         told = {name for name, here, _ in heard if here}
         trouble = ["%s %s%s" % (name, "" if here else "failed: ", words) for name, here, words in heard
@@ -5802,8 +5810,8 @@ class Engine:
         hint = ("CEXEC_TIMEOUT_ACCEPT=0 waits for ever" if alive else
                 "a firewall here or on the way keeps out what workers connect to; --listen-ports names ports to open"
                 if trouble and self.unreachable() else
-                "is cservice running with this key (%s) in this network?  do firewalls pass UDP port %d to it and TCP back?"
-                % (self.key.fingerprint, self.settings.group.port))
+                "is cservice running with this key (%s) in this network?  do firewalls pass UDP port %d to it and TCP "
+                "back?" % (self.key.fingerprint, self.settings.group.port))
         return NoWorker("no worker", why, hint + "; cwho --check %s finds out more" % self.key.name)
 
     def unreachable(self):
@@ -8288,17 +8296,14 @@ class RollCall:
         self.sequence += 1
         self.quiet += 1
         body = encode_ask(ASK_SPREAD, self.flags, heard_filter(self.nonce, self.sequence, self.heard))
-        self.problems = self.socket.send(encode_datagram(self.key.udp, ASK, self.key.id, self.nonce, self.sequence, body,
-                                                         self.port))
+        self.problems = self.socket.send(encode_datagram(
+            self.key.udp, ASK, self.key.id, self.nonce, self.sequence, body, self.port))
         self.loop.call_later(ASK_ROUND, self._ask)
 
     def _read(self):
-        for _ in range(RECEIVE_ROUND):
-            received = self.socket.receive()
-            if received is None:
-                break
+        for data, source, _ in self.socket.received():
             try:
-                self.hear(parse_datagram(received[0]), received[1][0])
+                self.hear(parse_datagram(data), source[0])
             except ProtocolError:
                 pass        # a stranger's
 
@@ -8318,40 +8323,39 @@ class RollCall:
                                               time.monotonic(), by_group)
 
 
-COLUMNS = (     # head, format, value of a Present
+COLUMNS = (     # head, format of a cell of some width, the Present's text
     ("WORKER", "%-*s", lambda worker: worker.name), ("NAME", "%-*s", lambda worker: worker.here.host),
     ("STATE", "%-*s", lambda worker: STATE_NAMES[worker.here.state]),
     ("JOBS", "%*s", lambda worker: "%d/%d" % (worker.here.running, worker.here.slots)),
-    ("WAIT", "%*s", lambda worker: "%d" % worker.here.waiting), ("DONE", "%*s", lambda worker: "%d" % worker.here.done),
-    ("LOAD", "%*s", lambda worker: "%.1f" % worker.here.load), ("CPUS", "%*s", lambda worker: "%d" % worker.here.cpus),
-    ("SPEED", "%*s", lambda worker: "%.2f" % worker.here.speed), ("VERSION", "%-*s", lambda worker: worker.here.version),
-    ("COMMAND", "%-*s", lambda worker: worker.here.command + (" (%s)" % worker.here.error if worker.here.error else "")))
+    ("WAIT", "%*s", lambda worker: str(worker.here.waiting)), ("DONE", "%*s", lambda worker: str(worker.here.done)),
+    ("LOAD", "%*s", lambda worker: "%.1f" % worker.here.load), ("CPUS", "%*s", lambda worker: str(worker.here.cpus)),
+    ("SPEED", "%*s", lambda worker: "%.2f" % worker.here.speed),
+    ("VERSION", "%-*s", lambda worker: worker.here.version),
+    ("COMMAND", "%-*s", lambda worker: worker.here.command + (" (%s)" % worker.here.error) * bool(worker.here.error)))
 
 
 def table(workers):
     """The lines of a table of these Presents, a line that sums them up behind it."""
-    rows = [[head for head, _, _ in COLUMNS]] + [[printable(value(worker)) for _, _, value in COLUMNS]
-                                                 for worker in workers]
+    heads, forms, texts = zip(*COLUMNS)
+    rows = [heads] + [[printable(text(worker)) for text in texts] for worker in workers]
     widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(form % (width, text) for (_, form, _), width, text in zip(COLUMNS, widths, row)).rstrip()
-             for row in rows]
-    return lines + ["%s, %s, %d free" % (count_text(len(workers), "worker"), count_text(
-        sum(worker.here.slots for worker in workers), "slot"), sum(worker.free for worker in workers))]
+    total = "%s, %s, %d free" % (count_text(len(workers), "worker"), count_text(
+        sum(worker.here.slots for worker in workers), "slot"), sum(worker.free for worker in workers))
+    return ["  ".join(form % cell for form, cell in zip(forms, zip(widths, row))).rstrip() for row in rows] + [total]
 
 
 def differences(workers):
     """A warning where workers of one key are not alike."""
     warnings = []
-    for what, same, shown in (("program versions", lambda here: here.version, lambda here: here.version),
-                              ("commands", lambda here: here.digest, lambda here: here.command)):
+    for what, sort in (("program versions", lambda here: (here.version, here.version)),
+                       ("commands", lambda here: (here.digest, here.command))):
         alike = {}
         for worker in workers:
-            alike.setdefault(same(worker.here), []).append(worker)
-        if len(alike) > 1:
-            groups = sorted(alike.values(), key=len, reverse=True)
-            warnings.append("warning: workers of this key run different %s: %s" % (what, "; ".join(
-                "%s on %s" % (shown(group[0].here), ", ".join(worker.name for worker in group[:3])
-                              + (" and %d more" % (len(group) - 3) if len(group) > 3 else "")) for group in groups[:5])))
+            alike.setdefault(sort(worker.here), []).append(worker.name)
+        groups = ["%s on %s%s" % (shown, ", ".join(names[:3]), " and %d more" % (len(names) - 3) if names[3:] else "")
+                  for (_, shown), names in sorted(alike.items(), key=lambda item: -len(item[1]))]
+        if len(groups) > 1:
+            warnings.append("warning: workers of this key run different %s: %s" % (what, "; ".join(groups[:5])))
     return warnings
 
 
@@ -8396,7 +8400,7 @@ class Who:
                 self.settings.group, self.key.fingerprint, "".join("; " + problem for problem in self.call.problems)),
                 "cwho --check %s finds out why" % self.key.name)
         self._print(workers)
-        for warning in differences(workers):
+        for warning in differences(workers) if not self.settings.slots else ():
             say(CWHO, warning)
         return 0
 
@@ -8414,11 +8418,8 @@ class Who:
         self.loop.call_later(WATCH_EVERY - ASK_ROUND, self.draw)
 
     def _alerts(self):
-        for _ in range(RECEIVE_ROUND):
-            received = self.ear.receive()
-            if received is None:
-                break
-            for report in self.reader.read(received[0], received[1][0], time.time())[0]:
+        for data, source, _ in self.ear.received():
+            for report in self.reader.read(data, source[0], time.time())[0]:
                 if report.known:
                     self.ended.append(time.strftime("%H:%M:%S ", time.localtime(report.heard)) + report.line())
 
@@ -8444,13 +8445,11 @@ class Screen:
         self.loop, self.redraw, self.modes = loop, redraw, None
 
     def open(self):
-        import termios
+        import termios, tty
         self.termios, self.modes = termios, None
         if os.isatty(0):
             self.modes = termios.tcgetattr(0)
-            modes = termios.tcgetattr(0)
-            modes[3] &= ~(termios.ICANON | termios.ECHO)
-            termios.tcsetattr(0, termios.TCSADRAIN, modes)
+            tty.setcbreak(0)
             self.loop.watch(0, read=self._typed)
         os.write(1, b"\x1b[?1049h\x1b[?25l\x1b[2J")
         self.loop.on_signal(signal.SIGWINCH, lambda number: self.redraw())
@@ -8458,12 +8457,12 @@ class Screen:
 
     def close(self):
         """Gives the terminal back as it was."""
-        for step in (lambda: os.write(1, b"\x1b[?25h\x1b[?1049l"),
-                     lambda: self.modes and self.termios.tcsetattr(0, self.termios.TCSADRAIN, self.modes)):
-            try:
-                step()
-            except (OSError, self.termios.error):
-                pass        # the terminal has gone
+        try:
+            os.write(1, b"\x1b[?25h\x1b[?1049l")
+            if self.modes:
+                self.termios.tcsetattr(0, self.termios.TCSADRAIN, self.modes)
+        except (OSError, self.termios.error):
+            pass        # the terminal has gone
 
     def _typed(self):
         try:
@@ -8507,19 +8506,16 @@ class Check:
         self.port = self.listener.getsockname()[1]
         self.arrived = collections.Counter()        # connections, by address
         self.foreign = {}                           # {address: words} of what is heard and not understood
-        self.known = RollCall(self.loop, key, self.group, CHECK, on_over=self._maybe_over)
+        self.known = RollCall(self.loop, key, self.group, CHECK)
         self.connect = RollCall(self.loop, key, self.group, CHECK | CONNECT, self.port)
-        self.others = [RollCall(self.loop, key, group, CHECK) for group in self._other_groups()]
+        groups = {parse_group("%s:%d" % (ALL_HOSTS, port)) for port in (PORT, self.group.port)}
+        self.others = [RollCall(self.loop, key, group, CHECK) for group in sorted(groups) if not self.group.loopback
+                       and (group.address, group.port) != (self.group.address, self.group.port)]
         try:
             self.ear = GroupSocket(self.group, listen=True)
         except Failure as failure:
             self.ear = None
             say(CWHO, "%s; what is said to all is not heard" % failure)
-
-    def _other_groups(self):
-        texts = {ALL_HOSTS, "%s:%d" % (ALL_HOSTS, self.group.port)} if not self.group.loopback else ()
-        groups = [parse_group(text) for text in sorted(texts)]
-        return [group for group in groups if (group.address, group.port) != (self.group.address, self.group.port)]
 
     def run(self):
         self.loop.watch(self.listener.fileno(), read=self._accept)
@@ -8531,6 +8527,7 @@ class Check:
         self._look()
         self.loop.run()
         lines, advice = self.findings()
+        advice = ["    " * line.startswith(COMMANDS) + line for line in advice]
         print_out("\n".join([*lines, *(["", "What to do:"] if advice else []), *advice, ""]))
         return EXIT_TEMPORARY if advice else 0
 
@@ -8543,42 +8540,31 @@ class Check:
         self.arrived[source[0]] += 1
 
     def _overhear(self):
-        for _ in range(RECEIVE_ROUND):
-            received = self.ear.receive()
-            if received is None:
-                break
-            data, (address, *_), _ = received
+        for data, (address, *_), _ in self.ear.received():
+            words = None
             try:
                 datagram = parse_datagram(data)
                 for call in self.known, self.connect:
                     call.hear(datagram, address, by_group=True)
                 if datagram.key_id != self.key.id and datagram.kind != HERE:
-                    self._foreign(address, "sends %s for another key (id 0x%s)" % (
-                        DATAGRAM_NAMES[datagram.kind], datagram.key_id.hex()))
+                    words = "sends %s for another key (id 0x%s)" % (
+                        DATAGRAM_NAMES[datagram.kind], datagram.key_id.hex())
             except ProtocolError as error:
-                if data[:4] == MAGIC:
-                    self._foreign(address, "sends %s" % error)
-
-    def _foreign(self, address, words):
-        if len(self.foreign) < STRANGERS_MAX:
-            self.foreign[address] = words
+                words = "sends %s" % error if data[:4] == MAGIC else None
+            if words and len(self.foreign) < STRANGERS_MAX:
+                self.foreign[address] = words
 
     def _look(self):
-        self._maybe_over()
-        self.loop.call_later(ASK_ROUND, self._look)
-
-    def _maybe_over(self):
         """Nothing more can come when each worker has said whether it could connect, or none is there."""
         if self.known.over and set(self.known.present) <= set(self.connect.present):
-            self.loop.stop()
+            return self.loop.stop()
+        self.loop.call_later(ASK_ROUND, self._look)
 
     # -- what was found
-    def workers(self):
-        return sorted(dict(self.known.present, **self.connect.present).values(), key=lambda worker: worker.order)
-
     def findings(self):
         """(lines about what was found, lines of advice: none where a job could run)"""
-        workers, problems = self.workers(), self.known.problems
+        present, problems = dict(self.known.present, **self.connect.present), self.known.problems
+        workers = sorted(present.values(), key=lambda worker: worker.order)
         ways = ["%s from %s" % (each.name, each.addresses[0]) if each and each.addresses else each.name if each else
                 "the system's choice from %s" % address_towards((self.group.address, self.group.port))
                 for each in self.known.socket.targets]
@@ -8587,18 +8573,20 @@ class Check:
         lines += ["not sent:  " + problem for problem in problems]
         lines += ["listened:  on TCP port %d for workers that connect back" % self.port]
         for worker in workers:
-            back = ("heard, could not connect within %.0f s" % CHECK_PATIENCE if not worker.here.port else
-                    worker.here.text() if worker.here.state == UNREACHABLE else
-                    "connected back; " + worker.here.text() + ", %d of %d slots in use" % (
-                        worker.here.running, worker.here.slots))
-            lines.append("worker:    %s (%s): %s%s" % (worker.name, worker.here.host, back, (
-                "; it has no way to answer but to all" if worker.by_group else "")))
+            here = worker.here
+            back = ("heard, could not connect within %.0f s" % CHECK_PATIENCE if not here.port else
+                    here.text() if here.state == UNREACHABLE else
+                    "connected back; %s, %d of %d slots in use" % (here.text(), here.running, here.slots))
+            lines.append("worker:    %s (%s): %s%s" % (
+                worker.name, here.host, back, "; it has no way to answer but to all" if worker.by_group else ""))
         silent = [address for address in self.arrived if address not in {worker.address for worker in workers}]
         lines += ["connected: from %s, of which no datagram came" % address for address in silent]
-        elsewhere = self._elsewhere()
+        others = {instance: (call.socket.group, worker) for call in self.others
+                  for instance, worker in call.present.items() if instance not in present}
+        elsewhere = [others[instance] for instance in sorted(others)]
         lines += ["elsewhere: worker %s (%s) hears %s" % (worker.name, worker.here.host, group)
                   for group, worker in elsewhere]
-        strangers = self._strangers()
+        strangers = dict(pair for call in [self.known, self.connect] + self.others for pair in call.strangers.items())
         lines += ["stranger:  a worker of another key (id %s) is at %s" % (key_id, address)
                   for address, key_id in sorted(strangers.items())]
         lines += ["stranger:  %s %s" % item for item in sorted(self.foreign.items()) if item[0] not in strangers]
@@ -8610,76 +8598,61 @@ class Check:
         lines.append("result:    no job can run")
         return [printable(line) for line in lines], self._advice(workers, elsewhere, strangers, problems)
 
-    def _elsewhere(self):
-        """[(group, Present)] of workers that hear another group only."""
-        here, found = set(self.known.present) | set(self.connect.present), []
-        for call in self.others:
-            for instance, worker in sorted(call.present.items()):
-                if instance not in here:
-                    here.add(instance)
-                    found.append((call.socket.group, worker))
-        return found
-
-    def _strangers(self):
-        return dict(pair for call in [self.known, self.connect] + self.others for pair in call.strangers.items())
-
     def _advice(self, workers, elsewhere, strangers, problems):
-        ports = self.settings.listen_ports or ADVISED_PORTS
-        inward = ["let workers connect to this machine:"] + ["    " + line for line in firewall_commands("tcp", ports)]
+        mouth, ports = self.known.socket, self.settings.listen_ports or ADVISED_PORTS
+        inward = ["let workers connect to this machine:", *firewall_commands("tcp", ports, True)]
         if not self.settings.listen_ports:
-            inward += ["and keep to these ports:", "    export CEXEC_LISTEN_PORTS=" + ports_text(ports)]
+            inward += ["and keep to these ports:", "export CEXEC_LISTEN_PORTS=" + ports_text(ports)]
         lost = next((worker for worker in workers if worker.by_group), None)
         if lost:
-            own = next((each.addresses[0] for each in self.known.socket.targets if each and each.addresses), "ADDRESS")
+            own = next((each.addresses[0] for each in mouth.targets if each and each.addresses), "ADDRESS")
             return ["worker %s has no route to this machine; there, with the name of its interface:" % lost.name,
-                    "    ip route add %s dev eth0" % own,
-                    "and here, if there is none either:", "    ip route add %s dev eth0" % lost.address,
-                    "or let a machine that both can reach run cproxy with its address on the workers' side:",
-                    "    cproxy ADDRESS"]
+                    "ip route add %s dev eth0" % own,
+                    "and here, if there is none either:", "ip route add %s dev eth0" % lost.address,
+                    "or let a machine that both can reach run this, with its address on the workers' side:",
+                    "cproxy ADDRESS"]
         if any(worker.here.state == UNREACHABLE or not worker.here.port for worker in workers):
             return inward
         if workers:
             return ["wait: the workers that are there take no jobs at the moment (%s)" % ", ".join(
                 sorted({worker.here.text() for worker in workers}))]
-        if self.known.socket.advice() or len(problems) >= max(1, len(self.known.socket.targets)):
-            return [self.known.socket.advice() or "mend this machine's network: nothing could be sent"]
+        if mouth.advice() or len(problems) >= max(1, len(mouth.targets)):
+            return [mouth.advice() or "mend this machine's network: nothing could be sent"]
         if elsewhere:
             return ["workers of this key hear another group; here, or the other way round there:",
-                    "    export CEXEC_GROUP=%s" % (elsewhere[0][0],)]
+                    "export CEXEC_GROUP=%s" % (elsewhere[0][0],)]
         if strangers:
-            return ["if one of these workers should serve this key, copy the right file here: %s is of key id 0x%s; there:"
-                    % (self.key.name, self.key.id.hex()), "    ckeygen -l APP"]
-        advice = ["nobody has answered.  On the worker, is cservice running with key %s and group %s?" % (
-            self.key.fingerprint, self.group), "    pgrep -a cservice",
-            "does a firewall there keep UDP port %d out?  By its kind, one of:" % self.group.port]
-        advice += ["    " + form(None, "udp", self.group.port, self.group.port) for form in FIREWALLS.values()]
-        return advice + ["does one here keep its answers out?"] + inward + [
-            "is it in another network?  On a machine in both, with its address on the workers' side:", "    cproxy ADDRESS"]
+            return ["should one of these workers serve this key?  Then copy the right file here: %s has id 0x%s; there:" %
+                    (self.key.name, self.key.id.hex()), "ckeygen -l APP"]
+        return ["nobody has answered.  On the worker, is cservice running with key %s and group %s?" % (
+                    self.key.fingerprint, self.group), "pgrep -a cservice",
+                "does a firewall there keep UDP port %d out?  By its kind, one of:" % self.group.port,
+                *firewall_commands("udp", [(self.group.port, self.group.port)], False),
+                "does one here keep its answers out?", *inward,
+                "is it in another network?  On a machine in both, with its address on the workers' side:",
+                "cproxy ADDRESS"]
 
 
-FIREWALLS = {       # {program: the command that lets a port in; place: of an nft rule}
-    "ufw": lambda place, protocol, low, high: "ufw allow %s/%s" % (
-        low if low == high else "%d:%d" % (low, high), protocol),
-    "firewall-cmd": lambda place, protocol, low, high: "firewall-cmd --add-port=%s/%s" % (
-        low if low == high else "%d-%d" % (low, high), protocol),
-    "nft": lambda place, protocol, low, high: "nft insert rule %s %s dport %s accept" % (
-        place or "inet filter input", protocol, low if low == high else "%d-%d" % (low, high))}
+COMMANDS = "ufw ", "firewall-cmd ", "nft ", "export ", "ip ", "cproxy ", "ckeygen ", "pgrep "    # how commands begin
+FIREWALLS = {       # {program: (the command that lets ports in, what stands between the first and the last)}
+    "ufw": ("ufw allow {ports}/{protocol}", ":"),
+    "firewall-cmd": ("firewall-cmd --add-port={ports}/{protocol}", "-"),
+    "nft": ("nft insert rule {place} {protocol} dport {ports} accept", "-")}
 
 
-def firewall_commands(protocol, ports):
-    """The commands that let these ports into this machine, for the firewall that is at work here; all where that cannot
-    be told."""
-    places = [None]
-    if run_quietly("ufw", "status").startswith("Status: active"):
+def firewall_commands(protocol, ports, here):
+    """The commands that let these ports in: for the firewall that is at work here, or one for each kind there is."""
+    kinds, places = list(FIREWALLS), ["inet filter input"]
+    chains = input_chains(run_quietly("nft", "list", "chains")) if here else []
+    if here and run_quietly("ufw", "status").startswith("Status: active"):
         kinds = ["ufw"]
-    elif run_quietly("firewall-cmd", "--state").startswith("running"):
+    elif here and run_quietly("firewall-cmd", "--state").startswith("running"):
         kinds = ["firewall-cmd"]
-    else:
-        kinds = ["nft"]
-        places = input_chains(run_quietly("nft", "list", "chains"))
-        if not places:
-            kinds, places = list(FIREWALLS), [None]
-    return [FIREWALLS[kind](place, protocol, low, high) for kind in kinds for place in places for low, high in ports]
+    elif chains:
+        kinds, places = ["nft"], chains
+    return [FIREWALLS[kind][0].format(place=place, protocol=protocol, ports=str(low) + (
+        FIREWALLS[kind][1] + str(high) if high > low else "")) for kind in kinds for place in (
+            places if kind == "nft" else places[:1]) for low, high in ports]
 
 
 def input_chains(text):
@@ -8698,10 +8671,10 @@ def input_chains(text):
 def run_quietly(*argv):
     """What this command of the system prints; "" where it is not there or may not be used."""
     import subprocess
-    path = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
+    environment = dict(os.environ, PATH=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin", LC_ALL="C")
     try:
-        return subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=5,
-                              env=dict(os.environ, PATH=path, LC_ALL="C")).stdout.decode("utf-8", "replace")
+        return subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                              timeout=5, env=environment).stdout.decode("utf-8", "replace")
     except (OSError, subprocess.SubprocessError):
         return ""
 
@@ -8927,11 +8900,7 @@ class Crat:
         self.loop.call_later(REFRESH_EVERY, self._refresh)
 
     def _hear(self):
-        for _ in range(RECEIVE_ROUND):
-            heard = self.socket.receive()
-            if heard is None:
-                break
-            data, source, _ = heard
+        for data, source, _ in self.socket.received():
             reports, notes = self.reader.read(data, source[0], time.time())
             for report in reports:
                 line = report.json() if self.settings.json else report.line()

@@ -12897,7 +12897,7 @@ def test_the_firewall_that_is_at_work_is_the_one_that_is_advised(tmp_path, monke
     (tmp_path / tool).write_text("#!/bin/sh\necho '%s'\n" % says)
     (tmp_path / tool).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert cexec.firewall_commands("tcp", cexec.ADVISED_PORTS) == [command]
+    assert cexec.firewall_commands("tcp", cexec.ADVISED_PORTS, True) == [command]
 
 
 @pytest.mark.parametrize("arguments, words", [
