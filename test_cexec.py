@@ -27,9 +27,11 @@ import contextlib
 import errno
 import fcntl
 import functools
+import gc
 import glob
 import hashlib
 import heapq
+import inspect
 import itertools
 import json
 import math
@@ -51,6 +53,7 @@ import subprocess
 import sys
 import tempfile
 import termios
+import textwrap
 import threading
 import time
 import tty
@@ -8485,6 +8488,459 @@ def test_a_cluster_of_three_hosts_encodes_sound(net, tools, tmp_path):
                            stdout=output)
         assert (done.returncode, done.stderr) == (0, b"")
         assert (tmp_path / "output.ogg").read_bytes() == local
+
+
+# ---------------------------------------------------------------- the Python API
+
+@pytest.fixture
+def api(shell):
+    """A cexec.Room for the worker of `shell`; nothing of it may be left at the end."""
+    before = threading.active_count()
+    with cexec.Room(shell.pub, group=shell.group, timeout_accept=20) as made:
+        yield made
+    wait_until(lambda: equal(threading.active_count(), before))
+
+
+def equal(one, two):
+    assert one == two
+
+
+def nap(number):
+    """(names of a job that says `ready` and sleeps, what wait_until takes to see that all of those have ended)"""
+    mark = "%d.%d" % (os.getpid(), number)
+    return {"RUN": "echo ready; exec sleep 1000", "NAP": mark}, lambda: equal(marked("PEER_NAP=" + mark), [])
+
+
+@pytest.mark.parametrize("text", [
+    "exit 0", "exit 1", "exit 255", "kill -TERM $$", "kill -KILL $$", "kill -USR1 $$", "echo out; echo err >&2; exit 3",
+    "cat; cat >&2", "wc -c", "exec <&-; exit 4", "exec >&- 2>&-; exit 5"])
+def test_run_is_as_subprocess_runs_it(api, text):
+    local = subprocess.run(["sh", "-c", text], input=b"some\n" * 100, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    found = api.run(b"some\n" * 100, {"RUN": text})
+    assert found[:3] == (local.returncode, local.stdout, local.stderr)
+    assert found.worker == "127.0.0.1" and 0 < found.seconds < 60
+
+
+def test_check_and_timeout_are_those_of_subprocess(api):
+    assert api.run(names={"RUN": "exit 0"}, check=True).status == 0
+    with pytest.raises(cexec.JobError, match="^the job ended with status 7 on 127.0.0.1$") as caught:
+        api.run(names={"RUN": "echo out; exit 7"}, check=True)
+    assert caught.value.result[:2] == (7, b"out\n")
+    names, all_ended = nap(1)
+    with pytest.raises(subprocess.TimeoutExpired) as caught:
+        api.run(names=names, timeout=2)
+    assert caught.value.output in (b"ready\n", b"") and caught.value.timeout == 2
+    wait_until(all_ended)
+    assert api.run(b"x", {"RUN": "cat"}, timeout=60).stdout == b"x"
+
+
+def test_every_kind_of_input(api, tmp_path):
+    path = tmp_path / "input"
+    path.write_bytes(b"0123456789")
+    reading, writing = os.pipe()
+    os.write(writing, b"piped")
+    os.close(writing)
+    near, far = socket.socketpair()
+    far.send(b"sent")
+    far.close()
+    cat = {"RUN": "cat"}
+    with open(str(path), "rb", buffering=0) as file, open(reading, "rb") as pipe, near:
+        file.seek(4)
+        inputs = [b"", b"bytes", bytearray(b"array"), memoryview(b"view"), path, str(path), file, pipe, near]
+        found = [result.stdout for result in api.map(inputs, cat)]
+        assert found == [b"", b"bytes", b"array", b"view", b"0123456789", b"0123456789", b"456789", b"piped", b"sent"]
+        assert file.tell() == 4
+        future = api.submit(file, {"RUN": "sleep 0.2; cat"})
+    assert future.result().stdout == b"456789"      # it was closed here meanwhile
+    for wrong, error in [(5, TypeError), (None, TypeError), ([1], TypeError), (tmp_path / "none", FileNotFoundError),
+                         (tmp_path, cexec.Failure)]:
+        with pytest.raises(error):
+            api.run(wrong, cat)
+    for names in {"A B": 1}, {"": 1}, {"A": "x\0"}:
+        with pytest.raises(ValueError, match="environment variable"):
+            api.run(names=names)
+    with pytest.raises(cexec.Failure, match="^NAME=VALUE: "):
+        api.run(path, {"A": "x" * 70000})
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGHUP, signal.SIGUSR1])
+def test_signals_to_a_process_are_as_those_to_a_local_one(api, number):
+    names, all_ended = nap(2)
+    local = subprocess.Popen(["sh", "-c", names["RUN"]], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE)
+    with local, api.popen(names) as process:
+        found = []
+        for each in local, process:
+            assert each.stdout.readline() == b"ready\n" and each.poll() is None
+            with pytest.raises(subprocess.TimeoutExpired):
+                each.wait(0.05)
+            each.send_signal(number)
+            found += [each.wait(20), each.poll()]
+            each.send_signal(number)        # it has ended: nothing happens
+    assert found == [-number] * 4 and process.status == -number
+    wait_until(all_ended)
+    with pytest.raises(ValueError, match="signal SEGV cannot be sent"):
+        process.send_signal(signal.SIGSEGV)
+
+
+def both(api, text):
+    """The same job here and there."""
+    return (subprocess.Popen(["sh", "-c", text], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE),
+            api.popen({"RUN": text}))
+
+
+def status_of(process):
+    return process.status if isinstance(process, cexec.Process) else process.returncode
+
+
+@pytest.mark.parametrize("text", ["cat; head -c 1000000 /dev/zero >&2", "exit 3", "exec <&-; sleep 0.1; echo late",
+                                  "head -c 10", "exec >&-; cat >&2"])
+def test_communicate_with_much_data_and_closed_pipes(api, text):
+    data, found = random_octets(5 * MB), []
+    for process in both(api, text):
+        with process:
+            outputs = process.communicate(data)
+        found.append((status_of(process), *outputs))
+    assert found[0] == found[1]
+
+
+def test_communicate_loses_nothing_to_its_timeout(api, tmp_path):
+    go, data = tmp_path / "go", random_octets(3 * MB)
+    with api.popen({"RUN": "until [ -e '%s' ]; do sleep 0.02; done; cat; echo end >&2" % go}) as process:
+        process.stdin.write(b"first ")
+        for _ in range(2):
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.communicate(data, timeout=0.1)
+        go.touch()
+        assert process.communicate(timeout=60) == (b"first " + data, b"end\n")
+        assert process.communicate() == (b"first " + data, b"end\n")
+
+
+def test_a_reader_that_goes_ends_the_job_and_its_writer(api):
+    found = []
+    for process in both(api, "exec yes"):
+        with process:
+            assert process.stdout.readline() == b"y\n"
+        found.append(status_of(process))
+    assert found == [-signal.SIGPIPE] * 2
+    for process in both(api, "exec sleep 1000"):
+        with pytest.raises(ZeroDivisionError), process:
+            if isinstance(process, subprocess.Popen):
+                process.kill()      # for which `with` there would wait
+            1 / 0
+        assert status_of(process) == -signal.SIGKILL
+
+
+def test_map_takes_its_inputs_lazily_and_yields_in_order(room):
+    jobs, slots, taken, most = 5000, 4, 0, 0
+    room.serve("cat", CONCURRENCY=slots)
+
+    def inputs():
+        nonlocal taken
+        for taken in range(1, jobs + 1):
+            yield b"%d" % taken
+    with cexec.Room(room.pub, group=room.group) as api:
+        for number, result in enumerate(api.map(inputs()), 1):
+            assert result.stdout == b"%d" % number
+            most = max(most, taken - number)
+    assert number == jobs and most <= slots + 2 * cexec.AHEAD
+
+
+def test_map_takes_inputs_while_its_first_job_runs(api, tmp_path):
+    """The last of them ends the first one."""
+    texts = ["until [ -e '%s/go' ]; do sleep 0.05; done" % tmp_path] + ["sleep 0.1"] * 18 + ["> '%s/go'" % tmp_path]
+    inputs = (b"eval '%s'" % text.replace("'", "'\\''").encode() for text in texts)
+    assert [result.status for result in api.map(inputs, {"RUN": "exec sh -s"})] == [0] * 20
+
+
+def test_a_map_that_is_dropped_or_fails_ends_its_jobs(api):
+    names, all_ended = nap(3)
+    names["RUN"] = 'read x; [ "$x" = sleep ] || exit "$x"; ' + names["RUN"]
+    inputs = [b"0\n"] + [b"sleep\n"] * 9
+    results = api.map(inputs, names)
+    assert next(results).status == 0
+    results.close()
+    wait_until(all_ended)
+    results = api.map([b"3\n"] + inputs, names, check=True)
+    with pytest.raises(cexec.JobError):
+        next(results)
+    wait_until(all_ended)
+    results = api.map(iter([b"0\n", b"sleep\n", None]), names)
+    with pytest.raises(TypeError):
+        list(results)
+    wait_until(all_ended)
+    assert list(api.map([])) == []
+
+
+def test_cancelled_futures_end_their_jobs(api):
+    names, all_ended = nap(4)
+    running = [api.submit(names=names) for _ in range(4)]
+    wait_until(lambda: equal(len(marked("PEER_NAP=" + names["NAP"])), 4))
+    assert [future.cancel() for future in running] == [True] * 4 and all(future.cancelled() for future in running)
+    wait_until(all_ended)
+    future = api.submit(b"x", {"RUN": "cat"})
+    assert future.result().stdout == b"x" and not future.cancel()
+
+
+def test_many_threads_use_one_room_while_a_worker_is_killed(room):
+    """2,000 jobs in eight threads; half of the way one of two workers is gone, and the results are the same."""
+    script = 'read x; echo "$x" "$PEER_T"'
+    lost, _ = [room.serve("sh", "-c", script, CONCURRENCY=8) for _ in range(2)]
+    failed, half = [], threading.Event()
+
+    def thread(number):
+        try:
+            inputs = (b"%d\n" % each for each in range(250))
+            for each, result in enumerate(api.map(inputs, {"T": number})):
+                assert result[:3] == (0, b"%d %d\n" % (each, number), b"")
+                if each == 125:
+                    half.set()
+        except BaseException as error:
+            failed.append(error)
+            raise
+    with cexec.Room(room.pub, group=room.group) as api:
+        threads = [threading.Thread(target=thread, args=(number,)) for number in range(8)]
+        for each in threads:
+            each.start()
+        assert half.wait(DEADLINE)
+        lost.kill()
+        for each in threads:
+            each.join()
+    assert failed == []
+
+
+def test_rooms_that_are_closed_leave_nothing(shell):
+    def left():
+        gc.collect()
+        return len(open_fds(os.getpid())), threading.active_count(), len(gc.get_objects())
+
+    def use():
+        with cexec.Room(shell.pub, group=shell.group) as api:
+            assert api.run(b"x", {"RUN": "cat"}).stdout == b"x"
+    for _ in range(3):
+        use()
+    before = left()
+    for _ in range(97):
+        use()
+    after = left()
+    assert after[:2] == before[:2] and after[2] < before[2] + 97
+
+
+def test_a_room_that_is_closed_ends_its_jobs_and_takes_no_more(shell):
+    names, all_ended = nap(5)
+    api = cexec.Room(shell.pub, group=shell.group)
+    future, process = api.submit(names=names), api.popen(names)
+    assert process.stdout.readline() == b"ready\n"
+    api.close()
+    api.close()
+    for call in future.result, process.wait, process.poll:
+        with pytest.raises(cexec.Failure, match="^the job: its Room was closed$"):
+            call()
+    assert process.stdout.read() == b""
+    process.kill()
+    with process:
+        pass
+    for call in api.run, api.submit, api.popen, lambda: next(api.map([b""])):
+        with pytest.raises(cexec.Failure, match="^this Room: it is closed$"):
+            call()
+    wait_until(all_ended)
+    with cexec.Room(shell.pub, group=shell.group) as api:       # closed in its own thread
+        future = api.submit(names={"RUN": "exit 0"})
+        future.add_done_callback(lambda future: api.close())
+        assert future.result().status == 0
+    with cexec.Room(shell.pub):
+        pass            # never used: no thread
+
+
+def test_an_error_in_the_rooms_thread_ends_its_jobs_and_not_the_room(api):
+    names, all_ended = nap(6)
+    future, process = api.submit(names=names), api.popen(names)
+    assert process.stdout.readline() == b"ready\n"
+    api._thread.call(lambda: {}["missing"])
+    with pytest.raises(cexec.Failure, match="^internal error: KeyError: 'missing'$") as caught:
+        future.result()
+    assert isinstance(caught.value.__cause__, KeyError)
+    with pytest.raises(cexec.Failure, match="^internal error"), process:
+        process.wait()
+    wait_until(all_ended)
+    assert api.run(b"x", {"RUN": "cat"}).stdout == b"x"
+
+
+def test_a_room_without_workers_fails_in_time(key):
+    with cexec.Room(key, group="127.255.255.255:%d" % free_port(), timeout_accept=1) as api:
+        began = time.monotonic()
+        futures = [api.submit() for _ in range(3)]
+        with api.popen() as process, pytest.raises(cexec.Failure, match="^no worker: nobody answered within 1 s"):
+            process.communicate(b"x")
+        for future in futures:
+            with pytest.raises(cexec.Failure, match="^no worker: nobody answered within 1 s"):
+                future.result()
+        with pytest.raises(cexec.Failure, match="^no worker"):
+            list(api.map([b""] * 100))
+        assert time.monotonic() - began >= 2
+    with cexec.Room(key, group="nodevice0:224.0.1.87") as api, pytest.raises(cexec.Failure, match="nodevice0"):
+        api.run()
+
+
+def test_the_settings_of_a_room(key, monkeypatch):
+    monkeypatch.setenv("GROUP", "10.1.2.3")
+    given = cexec.room_settings({"group": None, "reject_servers": ["10.0.0.1", "10.0.0.2"], "retries": 5})
+    assert (given.group.address, given.retries, sorted(given.reject_servers)) == ("10.1.2.3", 5, ["10.0.0.1", "10.0.0.2"])
+    assert cexec.room_settings({"group": "10.1.2.4:99"}).group.port == 99
+    for name in "concurrency", "groups", "self":
+        with pytest.raises(TypeError, match="a Room has no setting '%s'; it has: .*timeout_accept" % name):
+            cexec.room_settings({name: 1})
+    with pytest.raises(cexec.Failure, match="^CEXEC_TIMEOUT_ACCEPT=soon: not accepted"):
+        cexec.Room(key, timeout_accept="soon")
+    with pytest.raises(cexec.Failure, match="no key /nowhere"):
+        cexec.Room("/nowhere")
+
+
+def run_script(room, text, *arguments, python=sys.executable, options=()):
+    """Runs a program that imports cexec and has the path of the key; it must say nothing on standard error."""
+    place = os.path.dirname(compiled_for(python)[-1])       # where its bytecode is
+    text = "import sys; sys.path.insert(0, %r)\n" % place + text
+    done = run_command(python, "-IS", *options, "-c", text, room.pub, *arguments, env=room.settings({}), timeout=60)
+    assert (done.returncode, done.stderr) == (0, b""), done.stderr.decode()
+    return done.stdout.decode()
+
+
+def test_the_import_alone_does_nothing(room):
+    found = run_script(room, """
+import gc, os, signal, threading
+def state():
+    return ([signal.getsignal(number) for number in range(1, signal.NSIG)], signal.set_wakeup_fd(-1), gc.isenabled(),
+            threading.active_count(), os.listdir("/dev/fd"), sys.path[:], sys.flags, sys.excepthook, os.umask(0o22),
+            dict(os.environ), sys.dont_write_bytecode)
+os.umask(0o22)
+before = state()
+import cexec
+print(before == state(), sorted(cexec.__all__))
+print([name for name in ("ssl", "threading", "subprocess", "concurrent", "asyncio") if name in sys.modules])
+""")
+    assert found == "True ['Failure', 'JobError', 'Process', 'Result', 'Room']\n['threading']\n"
+
+
+EVERYTHING = """
+import gc, subprocess, cexec
+with cexec.Room(sys.argv[1]) as room:
+    assert room.run(b"x", {"RUN": "cat"}).stdout == b"x"
+    assert [each.status for each in room.map([b""] * 20, {"RUN": "exit 2"})] == [2] * 20
+    dropped = room.map([b""] * 20, {"RUN": "exit 0"})
+    next(dropped)
+    del dropped
+    room.submit(names={"RUN": "sleep 1000"}).cancel()
+    with room.popen({"RUN": "cat; echo err >&2"}) as process:
+        assert process.communicate(b"data") == (b"data", b"err\\n")
+    for call, error in [(lambda: room.run(sys.executable, {"RUN": "exit 1"}, check=True), cexec.JobError),
+                        (lambda: room.run(names={"RUN": "sleep 1000"}, timeout=0.5), subprocess.TimeoutExpired),
+                        (lambda: room.run("/nowhere"), FileNotFoundError)]:
+        try:
+            call()
+        except error:
+            pass
+    with room.popen({"RUN": "sleep 1000"}) as process:
+        process.kill()
+    left = room.submit(names={"RUN": "sleep 1000"})
+assert isinstance(left.exception(), cexec.Failure)
+del room, process, left
+gc.collect()
+import os, threading
+print(threading.active_count(), len(os.listdir("/dev/fd")))
+"""
+
+
+@pytest.mark.parametrize("version", ["3.8", "3.9", "3.10", "3.11", "3.12", "3.13", "3.14"])
+def test_nothing_is_left_for_python_to_warn_of(shell, version):
+    if version not in interpreters():
+        skip("no Python %s" % version)
+    found = run_script(shell, EVERYTHING, python=interpreters()[version], options=("-X", "dev", "-W", "error"))
+    assert found == "1 4\n"
+
+
+def test_a_room_that_is_dropped_is_warned_of_and_closed(shell):
+    api = cexec.Room(shell.pub, group=shell.group)
+    future = api.submit(names={"RUN": "sleep 1000"})
+    with pytest.warns(ResourceWarning, match="unclosed <cexec.Room"):
+        del api
+    with pytest.raises(cexec.Failure, match="closed"):
+        future.result()
+
+
+def test_a_forked_child_makes_a_room_of_its_own(shell):
+    found = run_script(shell, """
+import os, warnings, cexec
+warnings.simplefilter("ignore", DeprecationWarning)
+with cexec.Room(sys.argv[1]) as room:
+    room.run(names={"RUN": "exit 0"})
+    child = os.fork()
+    if not child:
+        try:
+            room.run()
+        except cexec.Failure as failure:
+            print(failure)
+        room.close()
+        with cexec.Room(sys.argv[1]) as own:
+            print(own.run(b"of its own", {"RUN": "cat"}).stdout)
+        sys.stdout.flush()
+        os._exit(0)
+    os.waitpid(child, 0)
+    print(room.run(b"of the parent", {"RUN": "cat"}).stdout)
+""")
+    assert found == "this Room: it belongs to another process\nb'of its own'\nb'of the parent'\n"
+
+
+def test_asyncio_awaits_its_jobs(shell):
+    found = run_script(shell, """
+import asyncio, cexec
+async def main():
+    with cexec.Room(sys.argv[1]) as room:
+        jobs = [asyncio.wrap_future(room.submit(b"%d" % number, {"RUN": "cat"})) for number in range(20)]
+        print(b" ".join(result.stdout for result in await asyncio.gather(*jobs)))
+        try:
+            await asyncio.wait_for(asyncio.wrap_future(room.submit(names={"RUN": "sleep 1000"})), 0.5)
+        except asyncio.TimeoutError:
+            print("timeout")
+asyncio.run(main())
+""", options=("-X", "dev", "-W", "error"))
+    assert found == "%r\ntimeout\n" % b" ".join(b"%d" % number for number in range(20))
+
+
+def test_the_api_is_documented(tmp_path):
+    for name in cexec.__all__:
+        public = vars(cexec)[name]
+        assert public.__doc__, name
+        for method in vars(public).values():
+            if isinstance(method, types.FunctionType) and not method.__name__.startswith("_") and name != "Result":
+                assert method.__doc__, (name, method.__name__)
+    done = run_command(sys.executable, "-m", "pydoc", CEXEC, cwd=str(tmp_path))
+    text = done.stdout.decode()
+    assert "class Room(" in text and "class EngineThread" not in text and "popen(self" in text
+    manual = document("cexec.1").replace("\\-", "-")
+    assert ".Sh PYTHON" in manual
+    for name in "Room", "Result", "JobError", "Failure", "run", "submit", "map", "popen", "communicate":
+        assert re.search(r"\b%s\b" % name, manual[manual.index(".Sh PYTHON"):]), name
+
+
+def python_examples():
+    """The programs of the README's section on Python; where it has none, that of Room's own text."""
+    section = re.search("^## From Python\n(.*?)(?=^## |\\Z)", document("README.md"), re.M | re.S)
+    blocks = re.findall("(?:^    .*\n|^\n)+", section.group(1) if section else inspect.getdoc(cexec.Room), re.M)
+    return ["import cexec\n" + textwrap.dedent(block) for block in blocks if "Room(" in block]
+
+
+def test_the_examples_run_as_they_stand(room, tmp_path):
+    room.serve("gzip")
+    shutil.copy(room.pub, str(tmp_path / "app.pub"))
+    (tmp_path / "sounds").mkdir()
+    for number in range(5):
+        (tmp_path / "sounds" / ("%d.wav" % number)).write_bytes(random_octets(10000 * number))
+    path = os.path.dirname(compiled_for(sys.executable)[-1])
+    assert python_examples()
+    for text in python_examples():
+        done = run_command(sys.executable, "-c", text, cwd=str(tmp_path), env=room.settings({"PYTHONPATH": path}))
+        assert (done.returncode, done.stderr) == (0, b"") and done.stdout + b"".join(
+            each.name.encode() for each in (tmp_path / "sounds").glob("*.gz")), text
 
 
 # ---------------------------------------------------------------- cmap
