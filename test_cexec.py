@@ -9180,6 +9180,20 @@ def test_the_quick_start_works_when_pasted(readme_room):
             assert data.startswith(b"OggS"), name
 
 
+def test_the_readmes_programs_run(readme_room):
+    readme_room.keys("app.pub")
+    readme_room.serve("alpha", "cservice app gzip")
+    here = readme_room.place / "gamma"
+    (here / "sounds").mkdir()
+    for number in range(5):
+        (here / "sounds" / ("%d.wav" % number)).write_bytes(random_octets(100000))
+    for _, text in readme_blocks("python"):
+        (here / "program.py").write_text(text)
+        told, status = readme_room.run("%s program.py" % sys.executable)
+        assert status == 0 and "Traceback" not in told and "Warning" not in told, told
+    assert len(list((here / "sounds").glob("*.gz"))) == 5
+
+
 def test_the_unit_in_the_readme_is_one(tmp_path):
     need("systemd-analyze")
     (_, text), = readme_blocks("ini")
