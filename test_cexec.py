@@ -9489,11 +9489,12 @@ def test_the_man_page_names_every_tool_setting_and_option():
     for setting in cexec.SETTINGS:
         for name in setting.names:
             assert re.search(r"\b%s\b" % name, text), name
-        assert re.search(re.escape(setting.option.lstrip("-")) + r"\b", text), setting.option
+        assert re.search(r"\bFl %s\b" % setting.option[1:], text), setting.option
     for option in list(cexec.FLAGS) + ["-stdin", "--help", "--version"]:
-        assert option.lstrip("-") in text, option
-    for status in 2, 101, 102, 103, 104, 111, 255:
-        assert re.search(r"\b%d\b" % status, text), status
+        assert re.search(r"\bFl %s\b" % option[1:], text), option
+    statuses = text[text.index(".Sh EXIT STATUS"):text.index(".Sh OUTPUT FORMATS")]
+    for status in 0, 1, 2, 101, 102, 103, 104, 111, 126, 127, 255:
+        assert re.search(r"\b%d\b" % status, statuses), status
 
 
 def test_the_man_page_is_clean():
@@ -9687,6 +9688,20 @@ def test_the_quick_start_works_when_pasted(readme_room):
         if name.endswith(".wav"):
             data = (readme_room.place / "gamma" / (name[:-4] + ".ogg")).read_bytes()
             assert data.startswith(b"OggS"), name
+
+
+def test_the_readmes_programs_run(readme_room):
+    readme_room.keys("app.pub")
+    readme_room.serve("alpha", "cservice app gzip")
+    here = readme_room.place / "gamma"
+    (here / "sounds").mkdir()
+    for number in range(5):
+        (here / "sounds" / ("%d.wav" % number)).write_bytes(random_octets(100000))
+    for _, text in readme_blocks("python"):
+        (here / "program.py").write_text(text)
+        told, status = readme_room.run("%s program.py" % sys.executable)
+        assert status == 0 and "Traceback" not in told and "Warning" not in told, told
+    assert len(list((here / "sounds").glob("*.gz"))) == 5
 
 
 def test_the_unit_in_the_readme_is_one(tmp_path):
