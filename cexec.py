@@ -5586,7 +5586,7 @@ class Engine:
             kept.run(submission)
         except OSError as error:
             kept.leave()
-            return self._fail(submission, Failure("the input", "it cannot be read again: %s" % reason_of(error)))
+            return self.fail(submission, Failure("the input", "it cannot be read again: %s" % reason_of(error)))
         if getattr(self.settings, "ratout_test", False):        # which cmap does not have
             self._alert(submission.attempt, RATTED_OUT, 0, "test")
 
@@ -5599,7 +5599,7 @@ class Engine:
         for submission in list(self.queue):
             since = max(submission.waiting_since, self.served_at)
             if limit is None and now - max(since, self.heard_at) > NOBODY or limit and now - since > limit:
-                self._fail(submission, self.nobody(submission, now))
+                self.fail(submission, self.nobody(submission, now))
         if self.searches and now - self.searches[0].began > SLOW_SEARCH:
             self.parallel = 1
         self._pump()
@@ -5703,7 +5703,7 @@ class Engine:
             submission.streams.moved()
             submission.on_event(submission.last_loss + "; it starts again elsewhere", True)
             return self._again(submission)
-        self._fail(submission, Failure("worker %s" % kept.name, words, advice))
+        self.fail(submission, Failure("worker %s" % kept.name, words, advice))
 
     def _avoid(self, submission, instance):
         """Another worker first; when nobody else has come by then it may try again."""
@@ -5721,9 +5721,6 @@ class Engine:
         if submission.signalled:
             return self._finish(submission, 128 + SIGNAL_NAMES[submission.signalled], None)
         self.submit(submission, first=True)
-
-    def _fail(self, submission, failure):
-        self._finish(submission, None, failure)
 
     def _finish(self, submission, status, failure):
         if submission.done:
@@ -5745,11 +5742,11 @@ class Engine:
         submission.streams.ended(submission.report)
 
     def fail(self, submission, failure):
-        """Something here broke for this job: an output that cannot be written, an input that cannot be read."""
-        self._fail(submission, failure)
+        """Also for its owner: something here broke for this job, as an output that cannot be written."""
+        self._finish(submission, None, failure)
 
     def _alert(self, attempt, verdict, status, words):
-        took = min(int((time.monotonic() - attempt.offered) * 1000), 0xffffffff)
+        took = int((time.monotonic() - attempt.offered) * 1000)
         kept = attempt.kept
         if not self.alerts:
             self.alerts = AlertSender(self.loop, self.key, GroupSocket(self.settings.group, listen=False))
@@ -8060,6 +8057,8 @@ class Handler:
         except (OSError, ValueError) as error:
             words = "%s: %s" % (self.daemon.path, reason_of(error))
             self.log("job %s: refused to %s: %s" % (job.id, self.remote_text(), words))
+            self.channel.reset_streams()
+            self.running.abandon(self.board.end)    # it may have been started already
             self.running = None
             self._tell(b"failed")
             self.channel.session.refuse(words)
