@@ -7839,13 +7839,13 @@ class RunningJob:
             return
         sent = all(stream.state == "ended" for stream in self.session.sending.values())
         if self.slave is not None and not self.cleared:
-            self._kill_group(True, self._terminal_cleared)
+            self._kill_group(True, self._group_gone)
         elif sent and not self.cleared:
             self._reap()
             if signal_group(self.pid, 0):
-                self._kill_group(False, self._all_cleared)
+                self._kill_group(False, self._group_gone)
             else:
-                self._all_cleared()
+                self._group_gone()
         elif sent:
             self._report()
 
@@ -7863,16 +7863,13 @@ class RunningJob:
         else:
             self.loop.call_later(KILL_LOOK, lambda: self._look(done))
 
-    def _terminal_cleared(self):
-        self.cleared = True
+    def _group_gone(self):
+        """What its terminal holds now is all."""
+        self.cleared = self.ended = True
         for number, source in list(self.channel.sources.items()):
             if isinstance(source, TerminalSource):
                 source.ending = True
                 self.channel.source_ready(number)
-        self.maybe_over()
-
-    def _all_cleared(self):
-        self.cleared = True
         self.maybe_over()
 
     def _report(self):
@@ -7911,11 +7908,7 @@ class RunningJob:
         if self.group_kill:
             self.group_kill.kill()
         elif self.pid and not self.cleared:
-            self._kill_group(True, self._killed)
-
-    def _killed(self):
-        self.cleared = self.ended = True
-        self.maybe_over()
+            self._kill_group(True, self._group_gone)
 
     def abandon(self, done):
         """The submitter has gone: ends the job and then calls done()."""

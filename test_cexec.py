@@ -12154,6 +12154,15 @@ def test_a_limit_ends_a_job_and_the_log_names_it(room, tmp_path, limit, text, st
     assert worker.stop() == 0
 
 
+@pytest.mark.parametrize("text", ["echo begun; exec sleep 60", "echo begun; sleep 60 & wait"])
+def test_a_limit_of_time_ends_a_job_with_a_terminal(room, text):
+    worker = room.tool("cservice", "--limit", "wall=1", room.key, *RUN_SHELL).ready()
+    done = run("cexec", "-tt", room.pub, "RUN=" + text, env=room.settings({}))
+    assert (done.returncode, done.stdout) == (143, b"begun\r\n")
+    assert end_of(worker) == "signal 15 (its limit of wall)"
+    assert worker.stop() == 0
+
+
 def test_a_limit_of_processes_holds_for_the_jobs_user(room):
     """Root's processes know no such limit."""
     only_root()
