@@ -5594,7 +5594,7 @@ class Engine:
             kept.run(submission)
         except OSError as error:
             kept.leave()
-            return self._fail(submission, Failure("the input", "it cannot be read again: %s" % reason_of(error)))
+            return self.fail(submission, Failure("the input", "it cannot be read again: %s" % reason_of(error)))
         if getattr(self.settings, "ratout_test", False):        # which cmap does not have
             self._alert(submission.attempt, RATTED_OUT, 0, "test")
 
@@ -5607,7 +5607,7 @@ class Engine:
         for submission in list(self.queue):
             since = max(submission.waiting_since, self.served_at)
             if limit is None and now - max(since, self.heard_at) > NOBODY or limit and now - since > limit:
-                self._fail(submission, self.nobody(submission, now))
+                self.fail(submission, self.nobody(submission, now))
         if self.searches and now - self.searches[0].began > SLOW_SEARCH:
             self.parallel = 1
         self._pump()
@@ -5711,7 +5711,7 @@ class Engine:
             submission.streams.moved()
             submission.on_event(submission.last_loss + "; it starts again elsewhere", True)
             return self._again(submission)
-        self._fail(submission, Failure("worker %s" % kept.name, words, advice))
+        self.fail(submission, Failure("worker %s" % kept.name, words, advice))
 
     def _avoid(self, submission, instance):
         """Another worker first; when nobody else has come by then it may try again."""
@@ -5729,9 +5729,6 @@ class Engine:
         if submission.signalled:
             return self._finish(submission, 128 + SIGNAL_NAMES[submission.signalled], None)
         self.submit(submission, first=True)
-
-    def _fail(self, submission, failure):
-        self._finish(submission, None, failure)
 
     def _finish(self, submission, status, failure):
         if submission.done:
@@ -5753,11 +5750,11 @@ class Engine:
         submission.streams.ended(submission.report)
 
     def fail(self, submission, failure):
-        """Something here broke for this job: an output that cannot be written, an input that cannot be read."""
-        self._fail(submission, failure)
+        """Also for its owner: something here broke for this job, as an output that cannot be written."""
+        self._finish(submission, None, failure)
 
     def _alert(self, attempt, verdict, status, words):
-        took = min(int((time.monotonic() - attempt.offered) * 1000), 0xffffffff)
+        took = int((time.monotonic() - attempt.offered) * 1000)
         kept = attempt.kept
         if not self.alerts:
             self.alerts = AlertSender(self.loop, self.key, GroupSocket(self.settings.group, listen=False))
@@ -7850,13 +7847,13 @@ class RunningJob:
             return
         sent = all(stream.state == "ended" for stream in self.session.sending.values())
         if self.slave is not None and not self.cleared:
-            self._kill_group(True, self._terminal_cleared)
+            self._kill_group(True, self._group_gone)
         elif sent and not self.cleared:
             self._reap()
             if signal_group(self.pid, 0):
-                self._kill_group(False, self._all_cleared)
+                self._kill_group(False, self._group_gone)
             else:
-                self._all_cleared()
+                self._group_gone()
         elif sent:
             self._report()
 
@@ -7874,16 +7871,13 @@ class RunningJob:
         else:
             self.loop.call_later(KILL_LOOK, lambda: self._look(done))
 
-    def _terminal_cleared(self):
-        self.cleared = True
+    def _group_gone(self):
+        """What its terminal holds now is all."""
+        self.cleared = self.ended = True
         for number, source in list(self.channel.sources.items()):
             if isinstance(source, TerminalSource):
                 source.ending = True
                 self.channel.source_ready(number)
-        self.maybe_over()
-
-    def _all_cleared(self):
-        self.cleared = True
         self.maybe_over()
 
     def _report(self):
@@ -7922,11 +7916,7 @@ class RunningJob:
         if self.group_kill:
             self.group_kill.kill()
         elif self.pid and not self.cleared:
-            self._kill_group(True, self._killed)
-
-    def _killed(self):
-        self.cleared = self.ended = True
-        self.maybe_over()
+            self._kill_group(True, self._group_gone)
 
     def abandon(self, done):
         """The submitter has gone: ends the job and then calls done()."""
@@ -8068,6 +8058,8 @@ class Handler:
         except (OSError, ValueError) as error:
             words = "%s: %s" % (self.daemon.path, reason_of(error))
             self.log("job %s: refused to %s: %s" % (job.id, self.remote_text(), words))
+            self.channel.reset_streams()
+            self.running.abandon(self.board.end)    # it may have been started already
             self.running = None
             self._tell(b"failed")
             self.channel.session.refuse(words)

@@ -12376,6 +12376,32 @@ def test_a_worker_is_passed_over_for_a_while_and_then_may_have_the_job_again(sha
         assert gap <= two - one < gap + 1
 
 
+def test_a_job_that_started_but_could_not_be_connected_is_refused_and_ended(monkeypatch):
+    started = []
+
+    def no_descriptors(job):
+        started.append(job.pid)
+        raise OSError(errno.EMFILE, "Too many open files")
+    monkeypatch.setattr(cexec.RunningJob, "_attach", no_descriptors)
+    settings = types.SimpleNamespace(user=None, limits=[])
+    daemon = types.SimpleNamespace(settings=settings, log=Listed(), path="/bin/sleep", command=["sleep", "600"],
+                                   environment={})
+    link, far = socket.socketpair()
+    handler = cexec.Handler(daemon, None, link, cexec.Board())
+    handler.peer = handler.local = ("127.0.0.1", 5000)
+    handler.remote = "127.0.0.1"
+    session = cexec.Session(cexec.WORKER, 60.0, 0.0)
+    handler.channel = types.SimpleNamespace(session=session, tick=int, flush=int, reset_streams=int, closed=False)
+    handler.timer = handler.loop.call_later(600, int)
+    handler._start(cexec.Job("0123456789abcdef", {0: cexec.IN, 1: cexec.OUT}, [], 60.0, None))
+    assert os.WTERMSIG(os.waitpid(started[0], 0)[1]) == signal.SIGTERM
+    assert session.phase is cexec.OVER and b"Too many open files" in session.outbox
+    assert far.recv(99).split() == [b"won", b"failed", b"over"]
+    handler.loop.close()
+    link.close()
+    far.close()
+
+
 # -- a daemon that hears what the test says, without a network
 
 class Listed(list):
@@ -12650,6 +12676,15 @@ def test_a_limit_ends_a_job_and_the_log_names_it(room, tmp_path, limit, text, st
     if limit == "file=8k":
         assert (tmp_path / "file").stat().st_size == 8192
     assert room.cexec("RUN=cat", input=b"next").stdout == b"next"       # the limits are each job's own
+    assert worker.stop() == 0
+
+
+@pytest.mark.parametrize("text", ["echo begun; exec sleep 60", "echo begun; sleep 60 & wait"])
+def test_a_limit_of_time_ends_a_job_with_a_terminal(room, text):
+    worker = room.tool("cservice", "--limit", "wall=1", room.key, *RUN_SHELL).ready()
+    done = run("cexec", "-tt", room.pub, "RUN=" + text, env=room.settings({}))
+    assert (done.returncode, done.stdout) == (143, b"begun\r\n")
+    assert end_of(worker) == "signal 15 (its limit of wall)"
     assert worker.stop() == 0
 
 
