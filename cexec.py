@@ -2136,18 +2136,16 @@ class Selection:
     def connected(self, now, who, source, answer, random):
         """A worker has connected from this address; answer and random are those of its preamble."""
         if random in self.randoms:
-            self.actions.append((EVICT, who, "a copy of another worker's first bytes"))
-            return
+            return self.actions.append((EVICT, who, "a copy of another worker's first bytes"))
         self.randoms[random] = None
         if len(self.randoms) > RANDOMS_MOST:
             self.randoms.popitem(last=False)
         self.connections += 1
-        if self.winner:
-            self.actions.append((EVICT, who, "slower than another"))
-        elif self._admits(source):
+        if not self.winner and self._admits(source):
             self.candidates[who] = Candidate(who, source, answer)
         else:
-            self.actions.append((EVICT, who, "too many others from its address"))
+            self.actions.append((EVICT, who, "slower than another" if self.winner else
+                                 "too many others from its address"))
         if now - self.spoke >= SPEAK_GAP:
             self._speak(now)
 
@@ -2195,10 +2193,8 @@ class Selection:
 
     def next_due(self):
         """When to call poll() again, or None."""
-        if self.actions:
-            return self.since
-        if self.winner:
-            return self.repeats[0] if self.repeats else None
+        if self.actions or self.winner:
+            return self.since if self.actions else min(self.repeats, default=None)
         times = [self.again]
         if any(candidate.proven for candidate in self.candidates.values()):
             times.append(self.choose_by)
@@ -2296,8 +2292,7 @@ class Selection:
     def _flags(self, now):
         """TELL_BUSY, until enough have answered or the time for answers is over; and again some seconds later."""
         if self.asking:
-            self.asking = not self.busy_heard or (self.busy_heard < BUSY_ENOUGH
-                                                  and now - self.busy_first <= BUSY_SPREAD)
+            self.asking = not self.busy_heard or self.busy_heard < BUSY_ENOUGH and now - self.busy_first <= BUSY_SPREAD
         elif now - self.busy_last >= BUSY_AGAIN:
             self.asking, self.busy_heard = True, 0
         return TELL_BUSY if self.asking else 0
@@ -2789,6 +2784,7 @@ PKTINFO = struct.Struct("@i4s4s")       # interface, source address, -
 PKTINFO6 = struct.Struct("@16sI")       # source address, interface
 HOPS = 31                   # multicast: across a campus, not across the world
 RECEIVE_BUFFER = 1 << 20    # bytes the kernel may keep for us, if its own limit lets it: a burst of 1,000 datagrams
+RECEIVE_ROUND = 256         # datagrams taken in a row
 REJECTS_MAX = 64            # unwanted datagrams passed over in one call: a flood of them must not hold the loop
 REFRESH_EVERY = 10.0        # seconds between two looks at the interfaces
 REFRESH_PAUSE = 1.0         # seconds between two looks at the interfaces that failed sends ask for
@@ -3100,13 +3096,13 @@ class GroupSocket:
                 return data, source, index
         return None
 
-    def received(self):
-        """Yields what receive() returns until there is no more for now, RECEIVE_ROUND at most."""
+    def datagrams(self):
+        """Those that have come, as receive() has them, up to a number: signals and timers must get their turn."""
         for _ in range(RECEIVE_ROUND):
-            datagram = self.receive()
-            if datagram is None:
-                break
-            yield datagram
+            received = self.receive()
+            if received is None:
+                return
+            yield received
 
     def _note(self, notes):
         """The interface number in what came beside a datagram; keeps the count of the dropped."""
@@ -3666,7 +3662,7 @@ class Sink:
     consumed(n) is called when bytes have left this process, failed(error) once when nobody takes any more.
     finish() ends it behind what is still queued, then calls finished()."""
     KEEP = BUFFER // 2      # a view at least this long is kept, a shorter one copied: it would pin a whole buffer
-    JOIN = 1 << 16          # short pieces become one, up to here: each by itself would cost 60 bytes more
+    join = 1 << 16          # short pieces become one, up to here: each by itself would cost 60 bytes more
 
     def __init__(self, loop, fd, consumed, failed, finished):
         self.loop, self.fd = loop, fd
@@ -3693,7 +3689,7 @@ class Sink:
             return False
         rest = view[sent:]
         kept = len(rest) >= self.KEEP
-        if not kept and len(self.queue) > 1 and len(self.queue[-1]) + len(rest) <= self.JOIN:
+        if not kept and len(self.queue) > 1 and len(self.queue[-1]) + len(rest) <= self.join:
             self.queue[-1] += rest
         else:
             self.queue.append(rest if kept else bytearray(rest))
@@ -4127,8 +4123,7 @@ def spawn(path, command, environment, ends, terminal=None, limits=()):
 
 def _spawn_at_once(path, command, environment, ends):
     """posix_spawn copies no page tables: 0.2 ms where fork takes 2.5.  It sets neither terminal nor limits."""
-    above = max(max(ends, default=0), 2) + 1
-    moved = {}
+    above, moved = max(max(ends, default=0), 2) + 1, {}
     try:
         for fd, end in ends.items():        # first out of the way of the numbers that the job wants
             moved[fd] = end if end >= above else duplicate(end, above)
@@ -4271,11 +4266,8 @@ class GroupKill:
     """
 
     def __init__(self, leader, whole=True):
-        self.leader = leader
-        self.whole = whole
-        self.deadline = time.monotonic() + KILL_GRACE
-        self.killed = False
-        self.seen = True
+        self.leader, self.whole = leader, whole
+        self.deadline, self.killed, self.seen = time.monotonic() + KILL_GRACE, False, True
         self._send(signal.SIGTERM, signal.SIGHUP, signal.SIGCONT)
 
     def _send(self, *numbers):
@@ -7174,11 +7166,8 @@ class Daemon:
     # -- datagrams
     def _heard(self):
         changed = False
-        for _ in range(256):
-            received = self.group.receive()
-            if received is None:
-                break
-            changed = self._datagram(*received[:2]) or changed
+        for data, source, _ in self.group.datagrams():
+            changed = self._datagram(data, source) or changed
         if changed:
             self.consider()
 
@@ -8293,7 +8282,7 @@ class RollCall:
         self.loop.call_later(ASK_ROUND, self._ask)
 
     def _read(self):
-        for data, source, _ in self.socket.received():
+        for data, source, _ in self.socket.datagrams():
             try:
                 self.hear(parse_datagram(data), source[0])
             except ProtocolError:
@@ -8410,7 +8399,7 @@ class Who:
         self.loop.call_later(WATCH_EVERY - ASK_ROUND, self.draw)
 
     def _alerts(self):
-        for data, source, _ in self.ear.received():
+        for data, source, _ in self.ear.datagrams():
             for report in self.reader.read(data, source[0], time.time())[0]:
                 if report.known:
                     self.ended.append(time.strftime("%H:%M:%S ", time.localtime(report.heard)) + report.line())
@@ -8532,7 +8521,7 @@ class Check:
         self.arrived[source[0]] += 1
 
     def _overhear(self):
-        for data, (address, *_), _ in self.ear.received():
+        for data, (address, *_), _ in self.ear.datagrams():
             words = None
             try:
                 datagram = parse_datagram(data)
@@ -8684,13 +8673,12 @@ def cwho(arguments, settings):
 # ---------------------------------------------------------------- crat
 
 ALERTS_KEPT = 1 << 16       # alerts of a key remembered, so that none is printed twice; about 10 MB when full
-LINES_KEPT = 10000          # lines kept for a reader that is slow: some seconds of a very busy room, at most 5 MB
+OUTPUT_KEPT = 1 << 21       # bytes kept for a reader that is slow: some seconds of a very busy room
 WRITE_MAX = 4096            # bytes written at once: POSIX's pipes do not mix so many with another writer's
 KEY_RATE, KEY_BURST = 4000, 8000        # lines a second for each key, and for all where none is given
 STRANGERS_RATE, STRANGERS_BURST = 10, 100       # beside keys: nothing vouches for these, so they must not fill a disk
 START_SLACK = 1.0           # seconds by which an alert may be older than this crat: clocks of one network agree so far
 WORDS_MAX = 200             # characters of a reason that are shown
-RECEIVE_ROUND = 256         # datagrams taken in a row before signals and timers get their turn
 
 
 class Report(collections.namedtuple(
@@ -8810,55 +8798,6 @@ class AlertReader:
         return None
 
 
-class LineWriter:
-    """Writes lines to a descriptor at once, from a thread: so a reader that stops reading stops nothing else, and no
-    flag of a descriptor that others share is changed.
-
-    on_error(OSError) is called once, in the thread.  put() gives up lines beyond LINES_KEPT.
-    """
-
-    def __init__(self, descriptor, on_error):
-        import threading
-        self.descriptor, self.on_error = descriptor, on_error
-        self.lines, self.changed, self.busy, self.failed = collections.deque(), threading.Condition(), False, False
-        threading.Thread(target=self._work, daemon=True).start()
-
-    def put(self, line):
-        """Whether there was room for it."""
-        with self.changed:
-            if len(self.lines) >= LINES_KEPT:
-                return False
-            self.lines.append((line + "\n").encode("utf-8", "backslashreplace"))
-            self.changed.notify_all()
-        return True
-
-    def _work(self):
-        try:
-            while True:
-                with self.changed:
-                    self.busy = False
-                    self.changed.notify_all()
-                    self.changed.wait_for(lambda: self.lines)
-                    data, self.busy = self.lines.popleft(), True
-                    while self.lines and len(data) + len(self.lines[0]) <= WRITE_MAX:
-                        data += self.lines.popleft()
-                while data:
-                    try:
-                        data = data[os.write(self.descriptor, data):]
-                    except BlockingIOError:
-                        wait_for(self.descriptor, select.POLLOUT)       # somebody who shares it made it non-blocking
-        except OSError as error:
-            with self.changed:
-                self.failed = True
-                self.changed.notify_all()
-            self.on_error(error)
-
-    def finish(self, seconds):
-        """Waits until all is written, or no longer."""
-        with self.changed:
-            self.changed.wait_for(lambda: self.failed or not (self.lines or self.busy), seconds)
-
-
 class Crat:
     """Hears alerts and prints them until it is told to stop."""
 
@@ -8869,37 +8808,49 @@ class Crat:
         self.names = ", ".join("%s (%s)" % (key.name, key.fingerprint) for key in keys) or "none"
         self.reader = AlertReader(keys, settings.max_skew, time.time())
         self.socket, self.loop = GroupSocket(settings.group, listen=True), Loop()
-        self.writer = LineWriter(1, lambda error: self.loop.call_soon_threadsafe(lambda: self.loop.stop(error)))
+        self.output = open_sink(self.loop, 1, self._written, self._failed, self.loop.stop)
+        self.output.join = WRITE_MAX
+        self.unwritten, self.error = 0, None        # bytes that wait; why standard output takes no more
 
     def run(self):
         """Returns None when told to stop, or the error of standard output."""
         try:
             for number in (signal.SIGTERM, signal.SIGINT):
-                self.loop.on_signal_unless_ignored(number, lambda number: self.loop.stop(None))
+                self.loop.on_signal_unless_ignored(number, self._finish)
             self.loop.watch(self.socket.fileno(), read=self._hear)
-            self.loop.call_later(REFRESH_EVERY, self._refresh)
+            self.loop.call_every(REFRESH_EVERY, self.socket.refresh)
             self.log("ready: hears %s, keys: %s" % (self.settings.group, self.names))
-            error = self.loop.run()
-            if error is None:
-                self.writer.finish(self.FINISH)
-            return error
+            self.loop.run()
+            return self.error
         finally:
-            self.socket.close()
-            self.loop.close()
+            for each in self.output, self.socket, self.loop:
+                each.close()
 
-    def _refresh(self):
-        self.socket.refresh()
-        self.loop.call_later(REFRESH_EVERY, self._refresh)
+    def _finish(self, number):
+        self.loop.watch(self.socket.fileno())
+        self.loop.call_later(self.FINISH, self.loop.stop)
+        self.output.finish()
+
+    def _written(self, size):
+        self.unwritten -= size
+
+    def _failed(self, error):
+        self.error = error
+        self.loop.stop()
 
     def _hear(self):
-        for data, source, _ in self.socket.received():
+        for data, source, _ in self.socket.datagrams():
             reports, notes = self.reader.read(data, source[0], time.time())
             for report in reports:
                 line = report.json() if self.settings.json else report.line()
                 if self.settings.time and not self.settings.json:
                     line = time.strftime("%Y-%m-%dT%H:%M:%S ", time.localtime(report.heard)) + line
-                if not self.writer.put(line):
+                data = (line + "\n").encode("utf-8", "backslashreplace")
+                if self.unwritten + len(data) > OUTPUT_KEPT:
                     notes.append(("full", "standard output is not read: lines lost"))
+                else:
+                    self.unwritten += len(data)
+                    self.output.feed(memoryview(data))
             for topic, text in notes:
                 self.log.note(topic, text)
         self.log.datagrams_lost(self.socket.dropped)
@@ -8908,7 +8859,7 @@ class Crat:
 def crat(arguments, settings):
     """crat [APP.pub...]: prints a line for every alert until SIGTERM or SIGINT, then returns 0.
 
-    Up to LINES_KEPT lines wait for a slow reader; what is lost beyond that is said on standard error.  When the reader
+    Up to OUTPUT_KEPT bytes wait for a slow reader; what is lost beyond that is said on standard error.  When the reader
     of standard output is gone it ends as a filter does that dies of SIGPIPE, but by its exit status; with any other
     error of standard output it fails.
     """
@@ -9128,12 +9079,6 @@ class ProxyRelay:
         self.listener.chosen += 1
         self.pumps = (Pump(self.worker, self.submitter, self.proxy.buffer, moved=PREAMBLE_SIZE),
                       Pump(self.submitter, self.worker, self.proxy.buffer, self.go))
-        self._pump_down()
-
-    def _pump_up(self):
-        self._pump(self.pumps[0])
-
-    def _pump_down(self):
         self._pump(self.pumps[1])
 
     def _pump(self, pump):
@@ -9148,11 +9093,10 @@ class ProxyRelay:
         if down.ended:
             # The submitter has done with this one: a worker that does not notice must not keep others waiting.
             self.proxy.released(self)
-        watch = self.loop.watch
-        watch(self.worker.fileno(), None if up.over or up.pending else self._pump_up,
-              self._pump_down if down.pending else None)
-        watch(self.submitter.fileno(), None if down.over or down.pending else self._pump_down,
-              self._pump_up if up.pending else None)
+        for side, reading, writing in (self.worker, up, down), (self.submitter, down, up):
+            self.loop.watch(side.fileno(),
+                            None if reading.over or reading.pending else lambda pump=reading: self._pump(pump),
+                            (lambda pump=writing: self._pump(pump)) if writing.pending else None)
 
     def _broken(self, pump, error):
         """One direction is broken.  What the other has in hand came before that, and still goes where it can."""
@@ -9236,8 +9180,9 @@ class Cproxy:
                 self.loop.on_signal_unless_ignored(number, self._drain)
             self.loop.watch(self.inside.fileno(), read=lambda: self._hear(self.inside, self._forward))
             self.loop.watch(self.outside.fileno(), read=lambda: self._hear(self.outside, self._bring_back))
-            self.loop.call_later(REFRESH_EVERY, self._refresh)
-            self.loop.call_later(SWEEP_SECONDS, self._sweep)
+            self.loop.call_every(REFRESH_EVERY, self.inside.refresh)
+            self.loop.call_every(REFRESH_EVERY, self.outside.refresh)
+            self.loop.call_every(SWEEP_SECONDS, self._sweep)
             self.log("ready: " + words, always=True)
             self.loop.run()
         finally:
@@ -9262,12 +9207,9 @@ class Cproxy:
 
     # -- datagrams
     def _hear(self, group, act):
-        for _ in range(RECEIVE_ROUND):
-            heard = group.receive()
-            if heard is None:
-                break
+        for data, source, index in group.datagrams():
             try:
-                act(parse_datagram(heard[0]), *heard[1:])
+                act(parse_datagram(data), source, index)
             except ProtocolError:
                 pass
         self.log.datagrams_lost(self.inside.dropped)
@@ -9431,11 +9373,6 @@ class Cproxy:
             self.loop.stop()
 
     # -- time
-    def _refresh(self):
-        self.inside.refresh()
-        self.outside.refresh()
-        self.loop.call_later(REFRESH_EVERY, self._refresh)
-
     def _sweep(self):
         now = time.monotonic()
         for relay in [relay for relay in self.relays if relay.deadline and relay.deadline < now]:
@@ -9443,7 +9380,6 @@ class Cproxy:
         self._close_listeners(lambda _, listener: listener.heard < now - LISTENER_SECONDS)
         for listener in self.listeners.values():
             self._watch_listener(listener)
-        self.loop.call_later(SWEEP_SECONDS, self._sweep)
 
 
 def cproxy(arguments, settings):
