@@ -3480,6 +3480,12 @@ def in_background(fd):
         return False        # no terminal, or not that of this session
 
 
+def stop_reading_group():
+    """What the system does to the process group of one that reads its terminal from the background."""
+    if signal.getsignal(signal.SIGTTIN) is not signal.SIG_IGN:
+        os.kill(0, signal.SIGTTIN)
+
+
 class Source:
     """Something to read.  read_into(view) returns bytes read, 0 at the end, or None when there is nothing now and
     `ready` will be called once there is."""
@@ -3603,7 +3609,7 @@ class SharedSource(Source):
             return
         self.asked = True
         if self.terminal and in_background(self.fd):
-            os.kill(0, signal.SIGTTIN)      # as the system does to who reads it; but a thread would then ask on and on
+            stop_reading_group()        # the system would do it to a thread that reads on and on
             self.loop.call_later(self.LOOK, self._arrived)
             return
         if self.wanted is None:
@@ -6201,7 +6207,7 @@ class Run:
     def _resume(self):
         self.room.signal(self.submission, "CONT")
         if any(stream_kind(fd) is TERMINAL and in_background(fd) for fd in self.streams.sources):
-            os.kill(0, signal.SIGTTIN)      # a read that has begun would stop it as well
+            stop_reading_group()        # a read that has begun would do it as well
         attempt = self.submission.attempt
         if self.terminal and attempt and attempt.is_running():
             self.terminal.raw()
