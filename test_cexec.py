@@ -10733,7 +10733,7 @@ def test_a_worker_short_of_descriptors_refuses_politely_and_goes_on(room, forker
         os.close(fd)
     assert status == 111
     said = r"127\.0\.0\.1 refused the job: /\S+: (Too many open files|descriptor \d+ is too high .*)"
-    assert re.match(r"cexec: %s\ncexec: no worker: .*%s\n  .*\n\Z" % (said, said), text), text
+    assert re.match(r"cexec: %s\ncexec: no worker: %s; since then .*\n  .*\n\Z" % (said, said), text), text
     assert_serving(forker, room)
     assert b"refused to 127.0.0.1" in worker.errors.data
     drained(worker)
@@ -10804,7 +10804,7 @@ def test_a_job_that_cannot_be_forked_is_refused(room, forker):
     status, output, errors = quick(forker, room, "DO=true", env={"CEXEC_TIMEOUT_ACCEPT": 2})
     assert (status, output) == (111, b"")
     said = r"127\.0\.0\.1 refused the job: /\S+: Resource temporarily unavailable"
-    assert re.match(r"cexec: %s\ncexec: no worker: .*%s\n  .*\n\Z" % (said, said), errors), errors
+    assert re.match(r"cexec: %s\ncexec: no worker: %s; since then .*\n  .*\n\Z" % (said, said), errors), errors
     import resource
     resource.prlimit(worker.pid, resource.RLIMIT_NPROC, (1000, resource.getrlimit(resource.RLIMIT_NPROC)[1]))
     assert_serving(forker, room)
