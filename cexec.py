@@ -5804,14 +5804,11 @@ class Engine:
                 why += "; %s: %s" % (name, words)
         hint = ("CEXEC_TIMEOUT_ACCEPT=0 waits for ever" if alive else
                 "a firewall here or on the way keeps out what workers connect to; --listen-ports names ports to open"
-                if trouble and self.unreachable() else
+                if any(here and here.state == UNREACHABLE for _, _, here, _ in self.workers.values()) else
+                "-v tells what each worker did" if trouble else
                 "is cservice running with this key (%s) in this network?  do firewalls pass UDP port %d to it and TCP "
                 "back?" % (self.key.fingerprint, self.settings.group.port))
         return NoWorker("no worker", why, hint + "; cwho --check %s finds out more" % self.key.name)
-
-    def unreachable(self):
-        """Whether a worker has said that it could not connect back."""
-        return any(here and here.state == UNREACHABLE for _, _, here, _ in self.workers.values())
 
 
 # ---------------------------------------------------------------- cexec
@@ -8402,7 +8399,7 @@ class Who:
     def _watch(self):
         self.call.begin()
         self.loop.call_later(WATCH_EVERY, self._watch)
-        self.loop.call_later(WATCH_EVERY - ASK_ROUND, self.draw)
+        self.loop.call_later(ASK_QUIET * ASK_ROUND, self.draw)
 
     def _alerts(self):
         for data, source, _ in self.ear.datagrams():
