@@ -9678,7 +9678,11 @@ class Room:
         its callbacks do holds up the other jobs.  asyncio.wrap_future() makes it one to await."""
         from concurrent.futures import Future
         future = Future()
-        job = HeldJob(self._thread, input, names, check, timeout, functools.partial(settle_future, future))
+
+        def settle(job):
+            if future.set_running_or_notify_cancel():       # unless it was cancelled
+                (future.set_exception if job.error else future.set_result)(job.error or job.result)
+        job = HeldJob(self._thread, input, names, check, timeout, settle)
         future.add_done_callback(lambda future: future.cancelled() and job.cancel())
         return future
 
@@ -9689,7 +9693,7 @@ class Room:
         from queue import SimpleQueue
         thread, inputs, pending, news = self._thread, iter(inputs), collections.deque(), SimpleQueue()
         more = True
-        thread.maps.add(news)
+        thread.maps.add(news)           # hears of ended jobs, and of new slots
         try:
             while more or pending:
                 if more and len(pending) < 2 * AHEAD + thread.slots:
@@ -9699,7 +9703,10 @@ class Room:
                     else:
                         pending.append(HeldJob(thread, input, names, check, timeout, news.put))
                 elif pending[0].over:
-                    yield pending.popleft().outcome()
+                    job = pending.popleft()
+                    if job.error:
+                        raise job.error
+                    yield job.result
                 else:
                     news.get()
         finally:
@@ -9837,8 +9844,8 @@ def job_names(names):
     return pairs
 
 
-def status_of(report):
-    """As subprocess gives it."""
+def returncode(report):
+    """The status as subprocess gives it."""
     return -SIGNAL_NAMES.get(report.name, report.number) if report.signalled else report.number
 
 
@@ -9854,14 +9861,6 @@ def job_input(input):
     source = HeldSource(os.dup(fd), os.lseek(fd, 0, os.SEEK_CUR))
     source.own = source.fd
     return source
-
-
-def settle_future(future, job):
-    if future.set_running_or_notify_cancel():
-        try:
-            future.set_result(job.outcome())
-        except Exception as error:
-            future.set_exception(error)
 
 
 class HeldJob:
@@ -9895,7 +9894,7 @@ class HeldJob:
     def _done(self, status, failure, submission):
         self.error = failure
         if not failure:
-            self.result = Result(status_of(submission.report), bytes(self.streams.output), bytes(self.streams.errors),
+            self.result = Result(returncode(submission.report), bytes(self.streams.output), bytes(self.streams.errors),
                                  submission.worker, time.monotonic() - self.began)
             if self.check and self.result.status:
                 self.error = JobError(self.result)
@@ -9916,12 +9915,6 @@ class HeldJob:
         self.streams.close()
         self.source.end()
         self.on_end(self)
-
-    def outcome(self):
-        """The Result, once it is over; what went wrong is raised."""
-        if self.error:
-            raise self.error
-        return self.result
 
     def cancel(self):
         """From any thread: nobody wants it any more."""
@@ -9995,8 +9988,8 @@ class Process:
         self._thread = thread
         self._over = threading.Event()
         self._failure = None
-        self._unsent = None
-        self._outputs = None
+        self._unsent = None             # of the input of communicate()
+        self._outputs = bytearray(), bytearray()
         self.status = None
         self.worker = None
         names, fds = job_names(names), []
@@ -10022,7 +10015,7 @@ class Process:
         self.worker = submission.worker
         self._failure = failure
         if not failure:
-            self.status = status_of(submission.report)
+            self.status = returncode(submission.report)
         self._over.set()
 
     def poll(self):
@@ -10042,45 +10035,38 @@ class Process:
         """Writes input and closes stdin, reads both outputs to their ends, waits; returns (stdout, stderr).  When
         subprocess.TimeoutExpired was raised it may be called again, and nothing is lost."""
         until = math.inf if timeout is None else time.monotonic() + timeout
-        if self._outputs is None:
-            self._outputs = {self.stdout: bytearray(), self.stderr: bytearray()}
-            self._unsent = memoryview(input or b"")
-            self._flush_input()
-        files = {file.fileno(): file for file in (self.stdin, self.stdout, self.stderr) if not file.closed}
-        poll = select.poll()
-        for fd, file in files.items():
-            poll.register(fd, select.POLLOUT if file is self.stdin else select.POLLIN)
-        while files:
-            found = poll.poll(None if timeout is None else max(0, math.ceil((until - time.monotonic()) * 1000)))
-            if not found:
-                import subprocess
-                raise subprocess.TimeoutExpired(self._thread.key.name, timeout, *map(bytes, self._outputs.values()))
-            for fd, _ in found:
-                if self._move(fd, files[fd]):
-                    poll.unregister(fd)
-                    files.pop(fd).close()
-        self.wait(None if timeout is None else max(0, until - time.monotonic()))
-        return tuple(map(bytes, self._outputs.values()))
-
-    def _flush_input(self):
-        """What the user has written already goes first."""
         try:
             if not self.stdin.closed:
                 self.stdin.flush()
-                os.set_blocking(self.stdin.fileno(), False)
         except BrokenPipeError:
-            self._unsent = b""
+            pass        # the job reads no more, which the first write finds as well
+        if self._unsent is None:
+            self._unsent = memoryview(input or b"")
+        files = {file.fileno(): file for file in (self.stdin, self.stdout, self.stderr) if not file.closed}
+        while files:
+            found = select.poll()
+            for fd, file in files.items():
+                found.register(fd, select.POLLOUT if file is self.stdin else select.POLLIN)
+            found = found.poll(None if timeout is None else max(0, math.ceil((until - time.monotonic()) * 1000)))
+            if not found:
+                import subprocess
+                raise subprocess.TimeoutExpired(self._thread.key.name, timeout, *map(bytes, self._outputs))
+            for fd, _ in found:
+                if self._move(fd, files[fd]):
+                    files.pop(fd).close()
+        self.wait(None if timeout is None else max(0, until - time.monotonic()))
+        return tuple(map(bytes, self._outputs))
 
     def _move(self, fd, file):
         """Moves some bytes for communicate(); returns whether the file is at its end."""
         if file is not self.stdin:
             part = os.read(fd, BUFFER)
-            self._outputs[file] += part
+            self._outputs[file is self.stderr].extend(part)
             return not part
         try:
-            self._unsent = self._unsent[os.write(fd, self._unsent[:BUFFER]):] if self._unsent else b""
+            self._unsent = self._unsent[os.write(fd, self._unsent[:select.PIPE_BUF]):] if self._unsent else b""
         except BrokenPipeError:
-            self._unsent = b""      # the job reads no more
+            self._unsent = b""
         return not self._unsent
 
     def send_signal(self, number):
