@@ -9544,12 +9544,13 @@ def readme_blocks(*kinds):
 
 
 def shown_pattern(lines):
-    """A pattern for output as the README shows it: what holds a digit, the hosts' names and spaces may differ, and
-    `...` stands for any lines."""
+    """A pattern for output as the README shows it: what holds a digit, but for a status, the hosts' names and
+    spaces may differ, and `...` stands for any lines."""
     text = re.escape("\n".join(lines)).replace("\\\n", "\n")
     text = re.sub(r"(?m)^\\\.\\\.\\\.$", "(?s:.*)", text)
     text = re.sub(r"(?:\\ )+", " +", text)
-    text = re.sub(r"[0-9a-f]*(?:\\[.:-])?[0-9](?:[0-9a-f:T]|\\[.:-])*", r"[0-9a-f.:T-]+", text)
+    text = re.sub(r"(status \+)?[0-9a-f]*(?:\\[.:-])?[0-9](?:[0-9a-f:T]|\\[.:-])*",
+                  lambda found: found[0] if found[1] else "[0-9a-f.:T-]+", text)
     text = re.sub(r"\b(alpha|beta|gamma)\b", r"\\S+", text).replace(" +on +eth[0-9a-f.:T-]+", "(?: on [^,]*)?")
     return re.sub(r"\b(worker|slot|job)s?\b", r"\1s?", text)
 
