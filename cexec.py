@@ -2512,6 +2512,11 @@ NOTE_PAUSE = 10.0           # seconds between two notes on one topic: strangers 
 TOPICS_MAX = 1000           # topics remembered; an address may be part of one, and strangers have many
 
 
+def has_room():
+    """Whether a line can be written to standard error without waiting for who reads it."""
+    return bool(select.select([], [2], [], 0)[1])
+
+
 class TokenBucket:
     """So many a second on average, so many at once."""
     __slots__ = ("rate", "burst", "left", "when")
@@ -2573,11 +2578,6 @@ class Log:
 
 
 # ---------------------------------------------------------------- loop
-
-def has_room():
-    """Whether a line can be written to standard error without waiting for who reads it."""
-    return bool(select.select([], [2], [], 0)[1])
-
 
 class Timer:
     """One call in the future; cancel() is for ever and may be repeated."""
@@ -4559,10 +4559,12 @@ class WorkerConnection:
             size = self.connection.read_into(buffer)
             if size == 0:
                 return self.close("closed in the handshake")
-            # All of it before the job is offered: nothing may follow the hello unasked.
-            for kind, _, body in list(self.session.receive(buffer[:size or 0], time.monotonic())):
-                if kind == HELLO:
-                    self._hello(body)
+            # All of it before the job is offered: nothing but an abort may follow the hello unasked.
+            said = {kind: body for kind, _, body in self.session.receive(buffer[:size or 0], time.monotonic())}
+            if ABORT in said:
+                self.close(printable(said[ABORT]))
+            elif HELLO in said:
+                self._hello(said[HELLO])
         except (OSError, ValueError) as error:
             self.close(loss_of(error).words)
         except ProtocolError as error:
@@ -6966,7 +6968,7 @@ def check_map_inputs(settings, operands):
 
 class SubmitterConnection:
     """A connection to a submitter that has not said GO yet.  The Daemon makes it; it ends with
-    daemon.on_go(self) or daemon.on_no_job(self, refused)."""
+    daemon.on_go(self) or daemon.on_no_job(self)."""
     CONNECT = 5.0           # seconds to connect
     GO = 15.0               # seconds to be told to go ahead or away
 
@@ -7931,8 +7933,9 @@ class Handler:
     """One connection on the worker, in a process of its own: the channel, and the jobs that come by it in turn.
 
     The daemon's child makes it and ends with it.  It tells the daemon by the link, a line each: `won` when the first
-    job has come, `over` when the slot is free.  The daemon says `leave` when this connection shall take no more jobs,
-    `stay` when it may again.  The end of the link means that the daemon was killed.
+    job has come, `failed` when a job could not be started, `over` when the slot is free.  The daemon says `leave` when
+    this connection shall take no more jobs, `stay` when it may again.  The end of the link means that the daemon was
+    killed.
     """
     PATIENCE = 15.0         # seconds for handshake and first job
     IDLE = 1.0              # seconds without a job after which a connection gives its slot back
@@ -8079,12 +8082,11 @@ class Handler:
         self.timer = self.loop.call_later(self.IDLE, self._leave)
         self.channel.flush()
 
-    def _leave(self):
+    def _leave(self, words="no more jobs here"):
         """Takes no more jobs on this connection.  A job that is on its way here is not started, and its submitter
         learns that from the same words."""
-        if self.channel.session.phase is ENDED:
-            self.channel.session.abort("no more jobs here")
-            self._give_slot_back()
+        self.channel.session.abort(words)
+        self._give_slot_back()
 
     def _give_slot_back(self):
         """The last words are said: a submitter that is slow, or asleep, still gets all that the job wrote."""
@@ -8094,7 +8096,8 @@ class Handler:
             self._tell(b"over")
         self.channel.on_ended = self._finish
         self.channel.flush()
-        self.timer = self.loop.call_later(max(self.LINGER, 2 * self.channel.session.timeout), self._finish)
+        patience = max(self.LINGER, 2 * self.channel.session.timeout) if self.board.jobs else self.LINGER
+        self.timer = self.loop.call_later(patience, self._finish)
 
     # -- the end
     def give_up(self, words):
@@ -8102,8 +8105,8 @@ class Handler:
             self.log("job %s: %s; the job ends" % (self.running.job.id, words))
             self.channel.session.abort(words)
             self.channel.flush()
-        elif self.channel.session.phase is ENDED:
-            return self._leave()
+        elif self.channel.session.phase is not OVER:
+            return self._leave(words)
         self._end_job()
 
     def _end_job(self):
