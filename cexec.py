@@ -898,7 +898,7 @@ class FrameReader:
                 if self.left > (FRAME_MAX if kind == DATA else CONTROL_MAX):
                     raise ProtocolError("a %s message of %d bytes" % (MESSAGE_NAMES[kind], self.left))
                 self.kind = kind
-                if self.kind == DATA:
+                if kind == DATA:
                     yield DATA, self.number, b"", self.left
             part = view[:self.left]
             view = view[len(part):]
@@ -1847,7 +1847,7 @@ class Responder:
         self.answered = collections.OrderedDict()   # and for those that have had one, or need none
         self.offset = OFFSET_UNSET + PER_COST * math.log(speed)
         self.offset_high = self.offset_at = None
-        self.outside, self.outside_at = 0.0, None
+        self.outside, self.outside_at = 0.0, -math.inf      # so the first sample counts fully
         self.penalty_until = self.next_connect_at = self.next_busy_at = -math.inf
 
     @property
@@ -1856,9 +1856,8 @@ class Responder:
 
     def load(self, now, outside):
         """Take one sample, each second, of how many processes, the own jobs left out, want a processor."""
-        blend = 1.0 if self.outside_at is None else 1 - math.exp((self.outside_at - now) / LOAD_LAG)
-        self.outside += blend * (clamp(outside, 0.0, 1e6) - self.outside)
-        self.outside_at = now
+        blend = 1 - math.exp((self.outside_at - now) / LOAD_LAG)
+        self.outside, self.outside_at = self.outside + blend * (clamp(outside, 0.0, 1e6) - self.outside), now
         self._forget_silent(now)
 
     def penalise(self, now, ms):
@@ -2508,6 +2507,11 @@ NOTE_PAUSE = 10.0           # seconds between two notes on one topic: strangers 
 TOPICS_MAX = 1000           # topics remembered; an address may be part of one, and strangers have many
 
 
+def has_room():
+    """Whether a line can be written to standard error without waiting for who reads it."""
+    return bool(select.select([], [2], [], 0)[1])
+
+
 class TokenBucket:
     """So many a second on average, so many at once."""
     __slots__ = ("rate", "burst", "left", "when")
@@ -2534,8 +2538,7 @@ class Log:
     BURST, PER_SECOND = 200, 50
 
     def __init__(self, tool, clock=time.monotonic):
-        self.tool = tool
-        self.clock = clock
+        self.tool, self.clock = tool, clock
         self.bucket = TokenBucket(self.PER_SECOND, self.BURST)
         self.dropped = 0        # lines since the last one that was written
         self.topics = {}        # {topic: (when it was noted, how many have not been since)}, the oldest first
@@ -2569,11 +2572,6 @@ class Log:
 
 
 # ---------------------------------------------------------------- loop
-
-def has_room():
-    """Whether a line can be written to standard error without waiting for who reads it."""
-    return bool(select.select([], [2], [], 0)[1])
-
 
 class Timer:
     """One call in the future; cancel() is for ever and may be repeated."""
@@ -2716,17 +2714,19 @@ class Loop:
 
     def _happened(self):
         """The calls of one round.  Each is looked up when its turn comes: an earlier one may have taken it back."""
-        for calls, ready in zip((self.reads, self.writes), self._ready(self._patience())):
+        while self.timers and self.timers[0].callback is None:
+            heapq.heappop(self.timers)
+        patience = max(0, self.timers[0].when - time.monotonic()) if self.timers else None
+        for calls, ready in zip((self.reads, self.writes), self._ready(0 if self.calls else patience)):
             for fd in ready:
                 call = calls.get(fd)
                 if call:
                     yield call
-        if self.timers:
-            now = time.monotonic()
-            while self.timers and self.timers[0].when <= now:
-                callback = heapq.heappop(self.timers).callback
-                if callback:
-                    yield callback
+        now = time.monotonic()
+        while self.timers and self.timers[0].when <= now:
+            callback = heapq.heappop(self.timers).callback
+            if callback:
+                yield callback
         for _ in range(len(self.calls)):    # what these add waits until descriptors and timers have had their turn
             yield self.calls.popleft()
 
@@ -2737,13 +2737,6 @@ class Loop:
         found = self.poll.poll(None if patience is None else math.ceil(patience * 1000))
         return ([fd for fd, events in found if events & ~select.POLLOUT],
                 [fd for fd, events in found if events & ~select.POLLIN])
-
-    def _patience(self):
-        while self.timers and self.timers[0].callback is None:
-            heapq.heappop(self.timers)
-        if self.calls:
-            return 0
-        return max(0, self.timers[0].when - time.monotonic()) if self.timers else None
 
     def close(self):
         """Gives back signals and descriptors; in a forked child it touches nothing the parent still uses."""
@@ -3039,7 +3032,7 @@ class GroupSocket:
 
     def _send(self, data, interface):
         group, index, notes = self.group, interface.index if interface else 0, []
-        place = (group.address, group.port) + ((0, index) if group.family == socket.AF_INET6 else ())
+        place = (group.address, group.port, 0, index)[:4 if group.family == socket.AF_INET6 else 2]
         if interface and not LINUX:
             self._steer(interface)
             if group.kind == "broadcast" and not MACOS and interface.broadcast:
@@ -3684,6 +3677,8 @@ class Sink:
         self.queue = collections.deque()        # bytearrays and kept views; nobody changes the first one
         self.ending = self.done = self.enlarged = False
         self.written = 0                        # bytes that the system has taken
+        # A pipe's writing end becomes readable, on Linux, when its last reader has gone.
+        self.tells = LINUX and stream_kind(fd) is PIPE and access_of(fd) is OUT
 
     def feed(self, view):
         """Returns whether the view was kept: then its buffer must not be used again."""
@@ -3751,9 +3746,7 @@ class Sink:
             self.watch_other_side()
 
     def watch_other_side(self):
-        """A pipe's writing end becomes readable, on Linux, when its last reader has gone."""
-        tells = LINUX and stream_kind(self.fd) is PIPE and access_of(self.fd) is OUT
-        self.loop.watch(self.fd, read=self._reader_gone if tells else None)
+        self.loop.watch(self.fd, read=self._reader_gone if self.tells else None)
 
     def _reader_gone(self):
         if not self.queue:
@@ -3789,9 +3782,6 @@ class FileSink(Sink):
             sent += os.write(self.fd, view[sent:])
         return sent
 
-    def watch_other_side(self):
-        pass
-
 
 class SocketSink(Sink):
     def __init__(self, loop, fd, *calls):
@@ -3801,9 +3791,6 @@ class SocketSink(Sink):
 
     def _write(self, view):
         return self.socket.send(view, socket.MSG_DONTWAIT)
-
-    def watch_other_side(self):
-        self.loop.watch(self.fd)
 
     def close(self):
         super().close()
@@ -8142,9 +8129,6 @@ class TerminalSink(Sink):
             end = modes[6][termios.VEOF]
             self.feed(end if self.last in (b"\n", b"\r", end) else end * 2)
         super().finish()
-
-    def watch_other_side(self):
-        self.loop.watch(self.fd)
 
     def close(self):
         if not self.done:

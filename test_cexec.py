@@ -4577,7 +4577,7 @@ def test_a_regular_file_is_read_from_where_it_stands(loop, tmp_path, size):
     assert bytes(drain.data) == OCTETS[:size] and (source.start, source.position) == (4, 4 + size)
     assert os.lseek(fd, 0, os.SEEK_CUR) == 4
     source.settle(3)
-    assert os.lseek(fd, 0, os.SEEK_CUR) == 7
+    assert os.lseek(fd, 0, os.SEEK_CUR) == 4 + min(3, size)
     source.settle(None)
     assert os.lseek(fd, 0, os.SEEK_CUR) == 4 + size
     os.close(fd)
