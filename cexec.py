@@ -42,9 +42,9 @@ __doc__ = """cexec: ad-hoc clusters in one file.
 
 Copy this file to every machine of a room.  `ckeygen app` makes a key once; `cservice app COMMAND` on the workers serves
 jobs; `cexec app.pub < in > out` runs COMMAND on the best of them as if it were local: every descriptor, the exit
-status, Ctrl-C.  `cmap` runs it for each of many inputs, `cwho` calls the roll, `crat` logs what happened, `cproxy` joins
-networks, `demo` shows it all on one machine.  The tool is the name the file is called by (a symbolic link) or its first
-argument.  `import cexec` gives programs the same: see Room.
+status, Ctrl-C.  `cmap` runs it for each of many inputs, `cwho` calls the roll, `crat` logs what happened, `cproxy`
+joins networks, `demo` shows it all on one machine.  The tool is the name the file is called by (a symbolic link) or its
+first argument.  `import cexec` gives programs the same: see Room.
 
 How a job flows:
 
@@ -891,8 +891,14 @@ class FrameReader:
                 self.head += part
                 if len(self.head) < HEAD_SIZE:
                     return
-                self._open()
-                if self.kind == DATA:
+                kind, zero, self.number, self.left = FRAME_HEAD.unpack(self.head)
+                self.head.clear()
+                if kind not in MESSAGE_NAMES or zero:
+                    raise ProtocolError("a message of unknown type %d" % kind)
+                if self.left > (FRAME_MAX if kind == DATA else CONTROL_MAX):
+                    raise ProtocolError("a %s message of %d bytes" % (MESSAGE_NAMES[kind], self.left))
+                self.kind = kind
+                if kind == DATA:
                     yield DATA, self.number, b"", self.left
             part = view[:self.left]
             view = view[len(part):]
@@ -908,15 +914,6 @@ class FrameReader:
                 yield self.kind, self.number, bytes(self.body), 0
                 self.body.clear()
             self.kind = None
-
-    def _open(self):
-        kind, zero, self.number, self.left = FRAME_HEAD.unpack(self.head)
-        self.head.clear()
-        if kind not in MESSAGE_NAMES or zero:
-            raise ProtocolError("a message of unknown type %d" % kind)
-        if self.left > (FRAME_MAX if kind == DATA else CONTROL_MAX):
-            raise ProtocolError("a %s message of %d bytes" % (MESSAGE_NAMES[kind], self.left))
-        self.kind = kind
 
 
 def pack_texts(texts):
@@ -1850,7 +1847,7 @@ class Responder:
         self.answered = collections.OrderedDict()   # and for those that have had one, or need none
         self.offset = OFFSET_UNSET + PER_COST * math.log(speed)
         self.offset_high = self.offset_at = None
-        self.outside, self.outside_at = 0.0, None
+        self.outside, self.outside_at = 0.0, -math.inf      # so the first sample counts fully
         self.penalty_until = self.next_connect_at = self.next_busy_at = -math.inf
 
     @property
@@ -1859,9 +1856,8 @@ class Responder:
 
     def load(self, now, outside):
         """Take one sample, each second, of how many processes, the own jobs left out, want a processor."""
-        blend = 1.0 if self.outside_at is None else 1 - math.exp((self.outside_at - now) / LOAD_LAG)
-        self.outside += blend * (clamp(outside, 0.0, 1e6) - self.outside)
-        self.outside_at = now
+        blend = 1 - math.exp((self.outside_at - now) / LOAD_LAG)
+        self.outside, self.outside_at = self.outside + blend * (clamp(outside, 0.0, 1e6) - self.outside), now
         self._forget_silent(now)
 
     def penalise(self, now, ms):
@@ -1872,8 +1868,7 @@ class Responder:
     def concerned(self, kind, nonce):
         """Whether a datagram can matter here: most are about jobs of others, and not worth an HMAC."""
         record = self._find(nonce)
-        return (nonce in self.pending if kind == HOLD else
-                kind != TAKEN or record is None or not record.learnt)
+        return nonce in self.pending if kind == HOLD else kind != TAKEN or record is None or not record.learnt
 
     def announced(self, now, nonce, source, announcement, sequence, port):
         """Heard an Announcement.  source: the address it came from, as the kernel gives it; port: TCP, to connect to.
@@ -2543,8 +2538,7 @@ class Log:
     BURST, PER_SECOND = 200, 50
 
     def __init__(self, tool, clock=time.monotonic):
-        self.tool = tool
-        self.clock = clock
+        self.tool, self.clock = tool, clock
         self.bucket = TokenBucket(self.PER_SECOND, self.BURST)
         self.dropped = 0        # lines since the last one that was written
         self.topics = {}        # {topic: (when it was noted, how many have not been since)}, the oldest first
@@ -2720,17 +2714,19 @@ class Loop:
 
     def _happened(self):
         """The calls of one round.  Each is looked up when its turn comes: an earlier one may have taken it back."""
-        for calls, ready in zip((self.reads, self.writes), self._ready(self._patience())):
+        while self.timers and self.timers[0].callback is None:
+            heapq.heappop(self.timers)
+        patience = max(0, self.timers[0].when - time.monotonic()) if self.timers else None
+        for calls, ready in zip((self.reads, self.writes), self._ready(0 if self.calls else patience)):
             for fd in ready:
                 call = calls.get(fd)
                 if call:
                     yield call
-        if self.timers:
-            now = time.monotonic()
-            while self.timers and self.timers[0].when <= now:
-                callback = heapq.heappop(self.timers).callback
-                if callback:
-                    yield callback
+        now = time.monotonic()
+        while self.timers and self.timers[0].when <= now:
+            callback = heapq.heappop(self.timers).callback
+            if callback:
+                yield callback
         for _ in range(len(self.calls)):    # what these add waits until descriptors and timers have had their turn
             yield self.calls.popleft()
 
@@ -2741,13 +2737,6 @@ class Loop:
         found = self.poll.poll(None if patience is None else math.ceil(patience * 1000))
         return ([fd for fd, events in found if events & ~select.POLLOUT],
                 [fd for fd, events in found if events & ~select.POLLIN])
-
-    def _patience(self):
-        while self.timers and self.timers[0].callback is None:
-            heapq.heappop(self.timers)
-        if self.calls:
-            return 0
-        return max(0, self.timers[0].when - time.monotonic()) if self.timers else None
 
     def close(self):
         """Gives back signals and descriptors; in a forked child it touches nothing the parent still uses."""
@@ -2775,7 +2764,7 @@ IP_ONESBCAST = 23                                   # FreeBSD
 IP_BOUND_IF, IPV6_BOUND_IF = 25, 125                # macOS
 IP_MULTICAST_ALL, IPV6_MULTICAST_ALL = 49, 29       # Linux
 IPV6_RECVPKTINFO, IPV6_PKTINFO = getattr(socket, "IPV6_RECVPKTINFO", 61), getattr(socket, "IPV6_PKTINFO", 46)   # macOS
-SO_RXQ_OVFL = 40                                    # Linux
+SO_RXQ_OVFL, SO_REUSEPORT = 40, getattr(socket, "SO_REUSEPORT", None)       # Linux; not on Linux
 TENTATIVE, DUPLICATE = 0x40, 0x08                   # flags of an IPv6 address that cannot be used
 TRUNCATED = int(socket.MSG_TRUNC)                   # the enumeration's own arithmetic is slow
 PRIVATE_LINKS = ("awdl", "llw", "anpi")             # macOS's own: AirDrop and the like
@@ -2903,35 +2892,35 @@ class GroupSocket:
 
     # -- making
     def _options(self):
-        ip, ip6, own, bsd = socket.IPPROTO_IP, socket.IPPROTO_IPV6, socket.SOL_SOCKET, not (LINUX or MACOS)
+        own, ip, ip6 = socket.SOL_SOCKET, socket.IPPROTO_IP, socket.IPPROTO_IPV6
+        listen, six, bsd = self.listen, self.group.family == socket.AF_INET6, not (LINUX or MACOS)
         self.socket.setblocking(False)
-        needed, wished = [(own, socket.SO_BROADCAST, 1)], []
-        if self.group.family == socket.AF_INET6:
-            needed += [(ip6, socket.IPV6_V6ONLY, 1),        # a listener for IPv4 may share the port
-                       (ip6, socket.IPV6_MULTICAST_HOPS, HOPS), (ip6, socket.IPV6_MULTICAST_LOOP, 1),
-                       (ip6, IPV6_RECVPKTINFO, 1)]
-            wished += [(ip6, IPV6_MULTICAST_ALL, 0)] * LINUX        # not before Linux 4.20
-        else:
-            needed += [(ip, socket.IP_MULTICAST_TTL, bytes([HOPS])),        # OpenBSD takes one byte only
-                       (ip, socket.IP_MULTICAST_LOOP, bytes([1]))]
-            needed += [(ip, IP_MULTICAST_ALL, 0)] * LINUX           # else it hears what others on this host have joined
-            needed += [(ip, IP_PKTINFO, 1)] * (not bsd)
-            # On FreeBSD a network's own broadcast then goes out as 255.255.255.255.
-            wished += [(ip, IP_ONESBCAST, 1)] * sys.platform.startswith("freebsd")
-            if bsd and not self._try(ip, IP_RECVIF, 1) and self.group.only and self.listen:
-                raise Failure(str(self.group), "this system does not tell which device a datagram came in by")
-        if self.listen:
-            size = RECEIVE_BUFFER
-            while not self._try(own, socket.SO_RCVBUF, size) and size > DATAGRAM_MAX:
-                size //= 2      # NetBSD refuses what is above its limit, where others take the limit
-            needed += [(own, socket.SO_REUSEADDR, 1)] + [(own, SO_RXQ_OVFL, 1)] * LINUX
-            if not LINUX and hasattr(socket, "SO_REUSEPORT"):
+        for wanted, *option in (
+                (True, own, socket.SO_BROADCAST, 1),
+                (six, ip6, socket.IPV6_V6ONLY, 1),              # a listener for IPv4 may share the port
+                (six, ip6, socket.IPV6_MULTICAST_HOPS, HOPS),
+                (six, ip6, socket.IPV6_MULTICAST_LOOP, 1),
+                (six, ip6, IPV6_RECVPKTINFO, 1),
+                (not six, ip, socket.IP_MULTICAST_TTL, bytes([HOPS])),      # OpenBSD takes one byte only
+                (not six, ip, socket.IP_MULTICAST_LOOP, bytes([1])),
+                (not six and LINUX, ip, IP_MULTICAST_ALL, 0),   # else it hears what others on this host have joined
+                (not six and not bsd, ip, IP_PKTINFO, 1),
+                (listen, own, socket.SO_REUSEADDR, 1),
+                (listen and LINUX, own, SO_RXQ_OVFL, 1),
                 # The BSDs share a port among listeners only so; on Linux it would share out what must reach all.
-                needed.append((own, socket.SO_REUSEPORT, 1))
-        for option in needed:
-            self.socket.setsockopt(*option)
-        for option in wished:
-            self._try(*option)
+                (listen and not LINUX and SO_REUSEPORT, own, SO_REUSEPORT, 1)):
+            if wanted:
+                self.socket.setsockopt(*option)
+        if six and LINUX:
+            self._try(ip6, IPV6_MULTICAST_ALL, 0)       # not before Linux 4.20
+        if not six and bsd:
+            if not self._try(ip, IP_RECVIF, 1) and self.group.only and listen:
+                raise Failure(str(self.group), "this system does not tell which device a datagram came in by")
+            if sys.platform.startswith("freebsd"):
+                self._try(ip, IP_ONESBCAST, 1)          # a network's own broadcast then goes out as 255.255.255.255
+        size = RECEIVE_BUFFER
+        while listen and not self._try(own, socket.SO_RCVBUF, size) and size > DATAGRAM_MAX:
+            size //= 2          # NetBSD refuses what is above its limit, where others take the limit
 
     def _try(self, *option):
         """Whether the system takes this option."""
@@ -3043,7 +3032,7 @@ class GroupSocket:
 
     def _send(self, data, interface):
         group, index, notes = self.group, interface.index if interface else 0, []
-        place = (group.address, group.port) + ((0, index) if group.family == socket.AF_INET6 else ())
+        place = (group.address, group.port, 0, index)[:4 if group.family == socket.AF_INET6 else 2]
         if interface and not LINUX:
             self._steer(interface)
             if group.kind == "broadcast" and not MACOS and interface.broadcast:
@@ -3566,6 +3555,36 @@ def wait_for(fd, events, seconds=None):
     return bool(poll.poll(None if seconds is None else math.ceil(seconds * 1000)))
 
 
+class Helper:
+    """A thread for what may block: does one thing after another, and hands over what came of it in the loop."""
+
+    def __init__(self, loop):
+        self.loop, self.tasks, self.count = loop, collections.deque(), None
+
+    def call(self, work, done):
+        """done(work()), work() in the thread and done() in the loop."""
+        if self.count is None:
+            import threading
+            self.count = threading.Semaphore(0)
+            threading.Thread(target=self._run, daemon=True).start()
+        self.tasks.append((work, done))
+        self.count.release()
+
+    def _run(self):
+        while True:
+            self.count.acquire()
+            work, done = self.tasks.popleft()
+            if work is None:
+                return
+            self.loop.call_soon_threadsafe(functools.partial(done, work()))
+
+    def end(self):
+        """After what it has to do."""
+        if self.count:
+            self.tasks.append((None, None))
+            self.count.release()
+
+
 class SharedSource(Source):
     """A pipe, terminal or device that others may read too: ready one moment and empty the next.
 
@@ -3579,7 +3598,7 @@ class SharedSource(Source):
         super().__init__(loop, fd, ready)
         kind = stream_kind(fd)
         self.terminal, self.threaded = kind is TERMINAL, kind is not PIPE or RWF_NOWAIT is None
-        self.wanted, self.asked = None, False   # counts the reads that the thread is to do; whether it has or gets one
+        self.helper, self.asked = Helper(loop), False       # whether it reads, or will
         self.result = None          # bytes or an OSError
 
     def read_into(self, view):
@@ -3612,18 +3631,7 @@ class SharedSource(Source):
             stop_reading_group()        # the system would do it to a thread that reads on and on
             self.loop.call_later(self.LOOK, self._arrived)
             return
-        if self.wanted is None:
-            import threading
-            self.wanted = threading.Semaphore(0)
-            threading.Thread(target=self._run, daemon=True).start()
-        self.wanted.release()
-
-    def _run(self):
-        while True:
-            self.wanted.acquire()
-            if self.closed:
-                return
-            self.loop.call_soon_threadsafe(lambda result=self._fetch(): self._arrived(result))
+        self.helper.call(self._fetch, self._arrived)
 
     def _fetch(self):
         """None when the terminal has become somebody else's while this waited."""
@@ -3647,8 +3655,7 @@ class SharedSource(Source):
 
     def close(self):
         super().close()
-        if self.wanted:
-            self.wanted.release()
+        self.helper.end()
 
 
 def open_source(loop, fd, ready):
@@ -3676,6 +3683,8 @@ class Sink:
         self.queue = collections.deque()        # bytearrays and kept views; nobody changes the first one
         self.ending = self.done = self.enlarged = False
         self.written = 0                        # bytes that the system has taken
+        # A pipe's writing end becomes readable, on Linux, when its last reader has gone.
+        self.tells = LINUX and stream_kind(fd) is PIPE and access_of(fd) is OUT
 
     def feed(self, view):
         """Returns whether the view was kept: then its buffer must not be used again."""
@@ -3743,9 +3752,7 @@ class Sink:
             self.watch_other_side()
 
     def watch_other_side(self):
-        """A pipe's writing end becomes readable, on Linux, when its last reader has gone."""
-        tells = LINUX and stream_kind(self.fd) is PIPE and access_of(self.fd) is OUT
-        self.loop.watch(self.fd, read=self._reader_gone if tells else None)
+        self.loop.watch(self.fd, read=self._reader_gone if self.tells else None)
 
     def _reader_gone(self):
         if not self.queue:
@@ -3781,9 +3788,6 @@ class FileSink(Sink):
             sent += os.write(self.fd, view[sent:])
         return sent
 
-    def watch_other_side(self):
-        pass
-
 
 class SocketSink(Sink):
     def __init__(self, loop, fd, *calls):
@@ -3793,9 +3797,6 @@ class SocketSink(Sink):
 
     def _write(self, view):
         return self.socket.send(view, socket.MSG_DONTWAIT)
-
-    def watch_other_side(self):
-        self.loop.watch(self.fd)
 
     def close(self):
         super().close()
@@ -3809,8 +3810,7 @@ class SharedSink(Sink):
 
     def __init__(self, loop, fd, *calls):
         super().__init__(loop, fd, *calls)
-        self.threaded = RWF_NOWAIT is None
-        self.work = None            # of the thread: what to write, and how many there are
+        self.threaded, self.helper = RWF_NOWAIT is None, Helper(loop)
         self.watch_other_side()
 
     def _write(self, view):
@@ -3827,20 +3827,7 @@ class SharedSink(Sink):
         if not self.threaded:
             return super()._wait()
         self.loop.watch(self.fd)
-        if self.work is None:
-            import threading
-            self.work = collections.deque(), threading.Semaphore(0)
-            threading.Thread(target=self._run, args=self.work, daemon=True).start()
-        self.work[0].append(self.queue[0])
-        self.work[1].release()
-
-    def _run(self, items, counter):
-        while True:
-            counter.acquire()
-            view = items.popleft()
-            if view is None:
-                return
-            self.loop.call_soon_threadsafe(lambda error=self._write_all(view): self._thread_wrote(error))
+        self.helper.call(functools.partial(self._write_all, self.queue[0]), self._thread_wrote)
 
     def _write_all(self, view):
         view = memoryview(view)
@@ -3869,10 +3856,7 @@ class SharedSink(Sink):
 
     def close(self):
         super().close()
-        if self.work:
-            self.work[0].append(None)
-            self.work[1].release()
-            self.work = None
+        self.helper.end()
 
 
 def open_sink(loop, fd, *calls):
@@ -6075,7 +6059,7 @@ class InheritedStreams(JobStreams):
             os.close(self.owned.pop(fd))
         if self.descriptors[fd] == TTY or stream_kind(fd) not in (PIPE, SOCKET):
             return
-        if error_descriptor(self.settings) in self.numbers[fd]:
+        if errors_place(self.settings) in self.numbers[fd]:
             return          # cexec's own last line may have to go there; it ends with the process
         writing = fd in self.sinks and fd not in self.delivered
         reading = fd in self.sources and fd not in self.stopped
@@ -6105,7 +6089,7 @@ class Run:
         self.terminal = terminal
         self.began = time.monotonic()
         self.passed_on = set()          # names of the signals that this process got for the job
-        self.status = StatusLine(-1 if settings.quiet or settings.verbose else error_descriptor(settings))
+        self.status = StatusLine(-1 if settings.quiet or settings.verbose else errors_place(settings))
         self.room = Engine(self.loop, key, settings, trace=self.trace)
         self.streams = InheritedStreams(self.loop, settings, descriptors, terminal, self)
         self.submission = Submission(self.streams, names, settings.retries, self._done, self.tell)
@@ -6150,12 +6134,12 @@ class Run:
 
     def trace(self, text):
         if self.settings.verbose:
-            say(CEXEC, "%5d ms: %s" % ((time.monotonic() - self.began) * 1000, text), error_descriptor(self.settings))
+            say(CEXEC, "%5d ms: %s" % ((time.monotonic() - self.began) * 1000, text), errors_place(self.settings))
 
     def tell(self, text, always=False):
         self.status.clear()
         if always and not self.settings.verbose:
-            say(CEXEC, text, error_descriptor(self.settings))
+            say(CEXEC, text, errors_place(self.settings))
         self.trace(text)
 
     # -- what streams say
@@ -6265,7 +6249,7 @@ def cexec(arguments, settings):
     names = [parse_name(word) for word in arguments[1:]]
     key, warning = load_key(arguments[0], "public")
     if warning:
-        say(CEXEC, warning, error_descriptor(settings))
+        say(CEXEC, warning, errors_place(settings))
     terminal = LocalTerminal(settings, inherited) if settings.terminal else None
     if terminal and not terminal.is_ours():
         os.kill(0, signal.SIGTTOU)      # started in the background: stops until it gets the terminal, as editors do
@@ -6296,10 +6280,6 @@ def check_errors_fd(settings):
                       "the job would share it", EXIT_USAGE)
     if not is_open(settings.errors_fd):
         raise Failure("CEXEC_FD_FOR_ERRORS=%d" % settings.errors_fd, "not open", "", EXIT_USAGE)
-
-
-def error_descriptor(settings):
-    return 2 if settings.errors_fd is None else settings.errors_fd
 
 
 def parse_name(word):
@@ -8156,9 +8136,6 @@ class TerminalSink(Sink):
             self.feed(end if self.last in (b"\n", b"\r", end) else end * 2)
         super().finish()
 
-    def watch_other_side(self):
-        self.loop.watch(self.fd)
-
     def close(self):
         if not self.done:
             super().close()
@@ -8408,7 +8385,7 @@ class Who:
         for data, source, _ in self.ear.datagrams():
             for report in self.reader.read(data, source[0], time.time())[0]:
                 if report.known:
-                    self.ended.append(time.strftime("%H:%M:%S ", time.localtime(report.heard)) + report.line())
+                    self.ended.append(time.strftime("%H:%M:%S ", time.localtime(report.time)) + report.line())
 
     def draw(self):
         workers = self.workers()
@@ -8688,31 +8665,29 @@ WORDS_MAX = 200             # characters of a reason that are shown
 
 
 class Report(collections.namedtuple(
-        "Report", "heard verdict submitter worker proxy key key_id known status job reason seconds")):
-    """One line of crat, safe to print.  With --json its fields are:
+        "Report", "time event submitter worker proxy key key_id known status job reason seconds")):
+    """One line of crat, safe to print.
 
     time       UNIX time at which it was heard     event      "completed" or "rats out"
     submitter  address                             worker     address, or "?"
-    key        name as given, null if unknown      key_id     "0x" and eight hexadecimal digits
-    known      whether a given key vouches for it  status     exit status; null unless completed
+    key        name as given, None if unknown      key_id     "0x" and eight hexadecimal digits
+    known      whether a given key vouches for it  status     exit status; None unless completed
     job        id, "" if it had none               reason     words, "" if none
     proxy      address it came through, "" if none seconds    from the choice of the worker to the end
     """
     __slots__ = ()
 
     def line(self):
-        completed, key = self.verdict == COMPLETED, self.key or "unknown key (%s)" % self.key_id
-        text = "%s %s %s for %s" % (self.submitter, "completed by" if completed else "rats out", self.worker, key)
-        return "".join((text, " exit code %d" % self.status if completed else "", self.job and " job " + self.job,
-                        self.proxy and " through " + self.proxy, self.reason and ": " + self.reason,
-                        ", %.3f s" % self.seconds))
+        happened, status = (("rats out", "") if self.status is None else
+                            ("completed by", " exit code %d" % self.status))
+        return "%s %s %s for %s%s%s%s%s, %.3f s" % (
+            self.submitter, happened, self.worker, self.key or "unknown key (%s)" % self.key_id, status,
+            self.job and " job " + self.job, self.proxy and " through " + self.proxy,
+            self.reason and ": " + self.reason, self.seconds)
 
     def json(self):
         import json
-        record, completed = self._asdict(), self.verdict == COMPLETED
-        del record["heard"], record["verdict"]
-        record["status"] = self.status if completed else None
-        return json.dumps(dict(time=round(self.heard, 3), event="completed" if completed else "rats out", **record))
+        return json.dumps(self._asdict())
 
 
 class AlertHistory:
@@ -8776,11 +8751,12 @@ class AlertReader:
                 job = alert.job
                 if not (job.isascii() and job.replace("-", "").replace(".", "").isalnum() and len(job) <= 64):
                     job = ""        # that is no id
+                event, status = ("completed", alert.status) if alert.verdict == COMPLETED else ("rats out", None)
                 reports.append(Report(
-                    now, alert.verdict, submitter if parse_address(submitter) else source,
+                    round(now, 3), event, submitter if parse_address(submitter) else source,
                     worker if parse_address(worker) else "?", proxy if parse_address(proxy) else "",
                     history.name if history.key else None, "0x" + datagram.key_id.hex(), bool(history.key),
-                    alert.status, job, printable(alert.words)[:WORDS_MAX], alert.milliseconds / 1000))
+                    status, job, printable(alert.words)[:WORDS_MAX], alert.milliseconds / 1000))
             elif refusal:
                 topic, words = refusal
                 notes.append(((topic, history.name), "not shown from %s for %s: %s" % (source, history.name, words)))
@@ -8850,7 +8826,7 @@ class Crat:
             for report in reports:
                 line = report.json() if self.settings.json else report.line()
                 if self.settings.time and not self.settings.json:
-                    line = time.strftime("%Y-%m-%dT%H:%M:%S ", time.localtime(report.heard)) + line
+                    line = time.strftime("%Y-%m-%dT%H:%M:%S ", time.localtime(report.time)) + line
                 data = (line + "\n").encode("utf-8", "backslashreplace")
                 if self.unwritten + len(data) > OUTPUT_KEPT:
                     notes.append(("full", "standard output is not read: lines lost"))
@@ -10118,17 +10094,14 @@ DEMO_TEXT = b"one job, the best machine in the room, and every byte of it comes 
 def make_temporary_key():
     """(folder, path of a private key in it): the public half beside it ends with .pub; nobody else can read them."""
     folder = os.path.join(os.environ.get("TMPDIR") or "/tmp", "cexec-" + os.urandom(8).hex())
-    mask = os.umask(0o077)
+    os.mkdir(folder, 0o700)
     try:
-        os.mkdir(folder)
         for name, half in zip(("app", "app.pub"), make_keypair(os.urandom(32))):
-            with open(os.path.join(folder, name), "wb") as file:
+            with open(os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
                 file.write(half)
     except OSError:
         remove_temporary_key(folder)
         raise
-    finally:
-        os.umask(mask)
     return folder, os.path.join(folder, "app")
 
 
@@ -10480,7 +10453,7 @@ def failure_of(error):
 def errors_place(settings):
     """The descriptor for lines of our own: the one of --fd-for-errors, where it is open and the job's are others."""
     fd = getattr(settings, "errors_fd", None)
-    return 2 if fd is None or fd <= settings.max_fd or fd not in open_descriptors(fd) else fd
+    return 2 if fd is None or fd <= settings.max_fd or not is_open(fd) else fd
 
 
 def report_failure(tool, failure, settings):
