@@ -8973,7 +8973,7 @@ def test_replacement_strings(text, expected):
     (["--from", "-", "--set", "N={}"], b"one\n\n-two\n", b"one|1|-two|2|"),
     (["-0", "--from", "-"], b"one\0new\nline\0", b"|1||3|"),
 ])
-def test_every_kind_of_input(farm, tmp_path, argv, given, output):
+def test_cmap_takes_every_kind_of_input(farm, tmp_path, argv, given, output):
     for name, data in ("one", b"1"), ("-two", b"2"), ("new\nline", b"3"):
         (tmp_path / name).write_bytes(data)
     done = mapped(farm, "-q", *argv, "APP", input=given, cwd=str(tmp_path))
