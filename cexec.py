@@ -4559,10 +4559,12 @@ class WorkerConnection:
             size = self.connection.read_into(buffer)
             if size == 0:
                 return self.close("closed in the handshake")
-            # All of it before the job is offered: nothing may follow the hello unasked.
-            for kind, _, body in list(self.session.receive(buffer[:size or 0], time.monotonic())):
-                if kind == HELLO:
-                    self._hello(body)
+            # All of it before the job is offered: nothing but an abort may follow the hello unasked.
+            said = {kind: body for kind, _, body in self.session.receive(buffer[:size or 0], time.monotonic())}
+            if ABORT in said:
+                self.close(printable(said[ABORT]))
+            elif HELLO in said:
+                self._hello(said[HELLO])
         except (OSError, ValueError) as error:
             self.close(loss_of(error).words)
         except ProtocolError as error:
@@ -8079,12 +8081,11 @@ class Handler:
         self.timer = self.loop.call_later(self.IDLE, self._leave)
         self.channel.flush()
 
-    def _leave(self):
+    def _leave(self, words="no more jobs here"):
         """Takes no more jobs on this connection.  A job that is on its way here is not started, and its submitter
         learns that from the same words."""
-        if self.channel.session.phase is ENDED:
-            self.channel.session.abort("no more jobs here")
-            self._give_slot_back()
+        self.channel.session.abort(words)
+        self._give_slot_back()
 
     def _give_slot_back(self):
         """The last words are said: a submitter that is slow, or asleep, still gets all that the job wrote."""
@@ -8094,7 +8095,8 @@ class Handler:
             self._tell(b"over")
         self.channel.on_ended = self._finish
         self.channel.flush()
-        self.timer = self.loop.call_later(max(self.LINGER, 2 * self.channel.session.timeout), self._finish)
+        patience = max(self.LINGER, 2 * self.channel.session.timeout) if self.board.jobs else self.LINGER
+        self.timer = self.loop.call_later(patience, self._finish)
 
     # -- the end
     def give_up(self, words):
@@ -8102,8 +8104,8 @@ class Handler:
             self.log("job %s: %s; the job ends" % (self.running.job.id, words))
             self.channel.session.abort(words)
             self.channel.flush()
-        elif self.channel.session.phase is ENDED:
-            return self._leave()
+        elif self.channel.session.phase is not OVER:
+            return self._leave(words)
         self._end_job()
 
     def _end_job(self):

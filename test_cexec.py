@@ -12364,16 +12364,24 @@ def test_a_worker_is_passed_over_for_a_while_and_then_may_have_the_job_again(sha
         assert gap <= two - one < gap + 1
 
 
-def test_a_job_that_started_but_could_not_be_connected_is_refused_and_ended(monkeypatch):
-    started = []
+@LINUX_ONLY
+def test_a_worker_that_is_told_to_stop_before_its_first_job_is_not_lost(shared_room, private_key):
+    room, forker = shared_room
+    with Impostor(room) as impostor:
+        job, heard = submit_and_hear(forker, room, impostor, "DO=cat", input=b"data")
+        leaving = impostor.apply(heard, private_key)
+        leaving.sendall(OWN_HELLO + message("ABORT", 0, b"told to stop"))
+        assert leaving.recv(1 << 16) == b""
+        worker = forked_worker(forker, room)
+        assert job.result() == (0, b"data", "")
+        drained(worker)
 
-    def no_descriptors(job):
-        started.append(job.pid)
-        raise OSError(errno.EMFILE, "Too many open files")
-    monkeypatch.setattr(cexec.RunningJob, "_attach", no_descriptors)
+
+@contextlib.contextmanager
+def lone_handler(*command):
+    """(a Handler without a network, the daemon's end of its link), its first job on its way."""
     settings = types.SimpleNamespace(user=None, limits=[])
-    daemon = types.SimpleNamespace(settings=settings, log=Listed(), path="/bin/sleep", command=["sleep", "600"],
-                                   environment={})
+    daemon = types.SimpleNamespace(settings=settings, log=Listed(), path=command[0], command=command, environment={})
     link, far = socket.socketpair()
     handler = cexec.Handler(daemon, None, link, cexec.Board())
     handler.peer = handler.local = ("127.0.0.1", 5000)
@@ -12381,13 +12389,36 @@ def test_a_job_that_started_but_could_not_be_connected_is_refused_and_ended(monk
     session = cexec.Session(cexec.WORKER, 60.0, 0.0)
     handler.channel = types.SimpleNamespace(session=session, tick=int, flush=int, reset_streams=int, closed=False)
     handler.timer = handler.loop.call_later(600, int)
-    handler._start(cexec.Job("0123456789abcdef", {0: cexec.IN, 1: cexec.OUT}, [], 60.0, None))
-    assert os.WTERMSIG(os.waitpid(started[0], 0)[1]) == signal.SIGTERM
-    assert session.phase is cexec.OVER and b"Too many open files" in session.outbox
-    assert far.recv(99).split() == [b"won", b"failed", b"over"]
-    handler.loop.close()
-    link.close()
-    far.close()
+    try:
+        yield handler, far
+    finally:
+        handler.loop.close()
+        link.close()
+        far.close()
+
+
+def test_a_handler_that_is_told_to_stop_says_so_before_its_first_job():
+    with lone_handler("/bin/true") as (handler, far):
+        handler.give_up("the worker was told to stop")
+        session = handler.channel.session
+        assert session.phase is cexec.OVER and session.outbox == message("ABORT", 0, b"the worker was told to stop")
+        assert far.recv(99) == b"over\n"
+        assert handler.timer.when <= time.monotonic() + handler.LINGER
+
+
+def test_a_job_that_started_but_could_not_be_connected_is_refused_and_ended(monkeypatch):
+    started = []
+
+    def no_descriptors(job):
+        started.append(job.pid)
+        raise OSError(errno.EMFILE, "Too many open files")
+    monkeypatch.setattr(cexec.RunningJob, "_attach", no_descriptors)
+    with lone_handler("/bin/sleep", "600") as (handler, far):
+        session = handler.channel.session
+        handler._start(cexec.Job("0123456789abcdef", {0: cexec.IN, 1: cexec.OUT}, [], 60.0, None))
+        assert os.WTERMSIG(os.waitpid(started[0], 0)[1]) == signal.SIGTERM
+        assert session.phase is cexec.OVER and b"Too many open files" in session.outbox
+        assert far.recv(99).split() == [b"won", b"failed", b"over"]
 
 
 # -- a daemon that hears what the test says, without a network
