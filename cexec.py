@@ -2512,6 +2512,11 @@ NOTE_PAUSE = 10.0           # seconds between two notes on one topic: strangers 
 TOPICS_MAX = 1000           # topics remembered; an address may be part of one, and strangers have many
 
 
+def has_room():
+    """Whether a line can be written to standard error without waiting for who reads it."""
+    return bool(select.select([], [2], [], 0)[1])
+
+
 class TokenBucket:
     """So many a second on average, so many at once."""
     __slots__ = ("rate", "burst", "left", "when")
@@ -2573,11 +2578,6 @@ class Log:
 
 
 # ---------------------------------------------------------------- loop
-
-def has_room():
-    """Whether a line can be written to standard error without waiting for who reads it."""
-    return bool(select.select([], [2], [], 0)[1])
-
 
 class Timer:
     """One call in the future; cancel() is for ever and may be repeated."""
