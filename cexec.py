@@ -6968,7 +6968,7 @@ def check_map_inputs(settings, operands):
 
 class SubmitterConnection:
     """A connection to a submitter that has not said GO yet.  The Daemon makes it; it ends with
-    daemon.on_go(self) or daemon.on_no_job(self, refused)."""
+    daemon.on_go(self) or daemon.on_no_job(self)."""
     CONNECT = 5.0           # seconds to connect
     GO = 15.0               # seconds to be told to go ahead or away
 
@@ -7933,8 +7933,9 @@ class Handler:
     """One connection on the worker, in a process of its own: the channel, and the jobs that come by it in turn.
 
     The daemon's child makes it and ends with it.  It tells the daemon by the link, a line each: `won` when the first
-    job has come, `over` when the slot is free.  The daemon says `leave` when this connection shall take no more jobs,
-    `stay` when it may again.  The end of the link means that the daemon was killed.
+    job has come, `failed` when a job could not be started, `over` when the slot is free.  The daemon says `leave` when
+    this connection shall take no more jobs, `stay` when it may again.  The end of the link means that the daemon was
+    killed.
     """
     PATIENCE = 15.0         # seconds for handshake and first job
     IDLE = 1.0              # seconds without a job after which a connection gives its slot back
