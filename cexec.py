@@ -1841,9 +1841,11 @@ class Responder:
         self.slots, self.cores, self.speed, self.uniform, self.boost = slots, cores, speed, uniform, boost
         self.running = 0
         self.held = collections.Counter()           # {room: slots that it has here}
+        self.silent = collections.Counter()         # {address: connections to it that were given up as silent}
         self.stopped = False
         self.pending = collections.OrderedDict()    # {nonce: PendingAnnouncement}, the least recently heard first
         self.connecting = {}                        # the same for connections under way
+        self.parked = {}                            # and for silent ones, which have no slot any more
         self.answered = collections.OrderedDict()   # and for those that have had one, or need none
         self.offset = OFFSET_UNSET + PER_COST * math.log(speed)
         self.offset_high = self.offset_at = None
@@ -1884,7 +1886,7 @@ class Responder:
         record.room = record.room or announcement.room
         record.until = now + FORGET * clamp(announcement.interval, *INTERVAL_RANGE)
         record.wants_busy = bool(announcement.flags & TELL_BUSY)
-        if nonce in self.connecting:
+        if nonce in self.connecting or nonce in self.parked:
             return
         if nonce not in self.pending:
             self._make_room(now, source[0])
@@ -1922,7 +1924,7 @@ class Responder:
             above = 0.0 if self.offset_at is None else max(0.0, self.offset_high - self.offset) * 2 ** (
                 (self.offset_at - now) / HIGH_HALF_LIFE)
             self.offset_high, self.offset_at = self.offset + above, now
-        if nonce not in self.connecting:
+        if nonce not in self.connecting and nonce not in self.parked:
             self._remember(record)
 
     # -- connections
@@ -1932,7 +1934,8 @@ class Responder:
         fired = [record for record in self._timed() if record.fire <= now]
         self.next_connect_at = max(self.next_connect_at, now - CONNECT_BURST * CONNECT_GAP)
         answers = []
-        for record in sorted(fired, key=lambda record: (self.held[record.room], record.since)):
+        for record in sorted(fired, key=lambda record: (
+                self.silent[record.newest_place().source[0]], self.held[record.room], record.since)):
             if self.full:
                 record.queued = True
                 self._plan_busy(now, record)
@@ -1980,12 +1983,42 @@ class Responder:
     def gives_way(self, nonce, proven=False):
         """Whether a connection that has been silent for long is to be given up: others wait for its slot, or, if it has
         not proven itself by its GO, its submitter is heard from another place."""
-        return nonce in self.connecting and (not proven and self.connecting[nonce].moved()
-                                             or self.full and self.waiting() > 0)
+        return nonce in self.connecting and (not proven and self.connecting[nonce].moved() or self.crowded())
+
+    def crowded(self):
+        """Whether somebody waits for a slot and there is none."""
+        return self.full and self.waiting() > 0
+
+    def park(self, nonce):
+        """The connection under way has been silent while others wait: its slot is theirs, but it may still speak.  When
+        it does so resume() tells whether there is a slot for it; it ends with forget()."""
+        self.place_failed(nonce)
+        record = self.connecting[nonce]
+        if len(self.silent) >= FAILURES_MOST:
+            self.silent.clear()
+        self.silent[record.current.source[0]] += 1
+        if record.moved():
+            return self.lost(nonce)
+        self.parked[nonce] = self.connecting.pop(nonce)
+        self.freed(record.room)
+
+    def resume(self, nonce):
+        if self.full or nonce not in self.parked or self.parked[nonce].over:
+            return False
+        record = self.connecting[nonce] = self.parked.pop(nonce)
+        self.running += 1
+        self.held[record.room] += 1
+        return True
+
+    def forget(self, nonce):
+        if nonce in self.parked:
+            self._remember(self.parked.pop(nonce))
 
     def won(self, nonce):
         """The connection for nonce has become a job, which keeps the slot until freed()."""
         record = self.connecting.pop(nonce)
+        if record.current:
+            self.silent.pop(record.current.source[0], None)
         record.over = True
         self._remember(record)
 
@@ -2043,7 +2076,8 @@ class Responder:
 
     # -- the rule
     def _find(self, nonce):
-        return self.pending.get(nonce) or self.connecting.get(nonce) or self.answered.get(nonce)
+        return (self.pending.get(nonce) or self.connecting.get(nonce) or self.parked.get(nonce)
+                or self.answered.get(nonce))
 
     def cost(self, now):
         """What this worker is worth at the moment, as the preamble says it."""
@@ -2402,6 +2436,8 @@ class TlsConnection:
         if self.emptied:
             self.emptied = False
             return False
+        if self.outgoing.pending > TLS_PIECE:       # what was to be sent is in `unsent`
+            raise OSError(errno.EPROTO, "it asks TLS for answers without reading them")
         try:
             size = self.socket.recv_into(self.buffer)
         except BlockingIOError:
@@ -6961,6 +6997,7 @@ class SubmitterConnection:
         self.preamble = encode_preamble(daemon.key.udp, answer, os.urandom(8))
         self.go = b""
         self.over = False
+        self.parked = False         # it has been silent, and others have its slot
         self.error = None           # why the connection could not be made
         self.socket, problem = connect_to(place)
         self.timer = self.loop.call_later(self.CONNECT, lambda: self._failed(errno.ETIMEDOUT))
@@ -7072,6 +7109,8 @@ class Daemon:
     """
     PROVEN = 512            # jobs of ended handlers that an alert may still speak of
     STALE = 1.0             # seconds after which a silent submitter makes room for those that wait
+    SILENT = 0.1            # after which its connection does, if it has not proven itself; less while many do so
+    PARKED_MAX = 64         # of such connections, which may still speak
     TURN = 0.5              # seconds that a submitter keeps a connection while others wait
     MUTE = 10000.0          # milliseconds that a ratted out worker holds back
     LOOK = 0.5              # seconds between two looks at load, waiting submitters and turns
@@ -7265,13 +7304,14 @@ class Daemon:
             self.timer = None
         if self.draining:
             return
+        self._park_silent()
         for answer in self.responder.due(now_ms()):
             self._connect(answer)
         for nonce in self.responder.busy_due(now_ms()):
             self.send_here(nonce, self.responder.sender(nonce))
-        due = self.responder.next_due()
-        if due is not None:
-            self.timer = self.loop.call_at(due / 1000, self.consider)
+        due = min(self._park_silent(), (self.responder.next_due() or math.inf) / 1000)
+        if due < math.inf:
+            self.timer = self.loop.call_at(due, self.consider)
         self._take_turns()
 
     def _connect(self, answer):
@@ -7283,6 +7323,8 @@ class Daemon:
     def on_no_job(self, connection):
         """The submitter has taken another worker, or cannot be reached."""
         self.connecting.discard(connection)
+        if connection.parked:
+            return self.responder.forget(connection.answer.nonce)
         nonce, refused = connection.answer.nonce, connection.error == errno.ECONNREFUSED
         failures = self.responder.place_failed(nonce)
         # One whose job has been taken refuses too; one that refuses again is still looking.
@@ -7306,6 +7348,12 @@ class Daemon:
     def on_go(self, connection):
         """The submitter has proven itself and wants this worker: a process of its own goes on from here."""
         self.connecting.discard(connection)
+        if connection.parked:
+            if self.responder.full and self._oldest():
+                self._park(self._oldest())
+            if not self.responder.resume(connection.answer.nonce):
+                self.responder.forget(connection.answer.nonce)
+                return connection.socket.close()
         address = connection.place[0]
         try:
             board, (link, far) = Board(), socket.socketpair()
@@ -7444,9 +7492,31 @@ class Daemon:
         for nonce in set(self.responder.connecting) - owned:
             self.responder.lost(nonce)
 
+    def _park_silent(self):
+        """While others wait, who was called and gives no word loses his slot, and the more of these there are, the
+        sooner; but he may still speak.  Returns when to look again."""
+        while self.responder.crowded():
+            oldest = self._oldest()
+            silent_at = oldest.began + self.SILENT / (
+                1 + sum(each.parked for each in self.connecting)) if oldest else math.inf
+            if time.monotonic() < silent_at:
+                return silent_at
+            self._park(oldest)
+        return math.inf
+
+    def _oldest(self, parked=False):
+        """The connection that has been silent for longest, of those that have lost their slot or have one; or None."""
+        return min((each for each in self.connecting if each.parked == parked), key=lambda each: each.began, default=None)
+
+    def _park(self, connection):
+        connection.parked = True
+        self.responder.park(connection.answer.nonce)
+        if sum(each.parked for each in self.connecting) > self.PARKED_MAX:
+            self._oldest(parked=True).end()
+
     def _drop_stale(self, now):
         """Who was called a while ago and gives no word keeps no slot from those who wait."""
-        for connection in [each for each in self.connecting if now - each.began > self.STALE]:
+        for connection in [each for each in self.connecting if not each.parked and now - each.began > self.STALE]:
             if self.responder.gives_way(connection.answer.nonce):
                 connection.end()
         for handler in self.handlers.values():

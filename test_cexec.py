@@ -4148,6 +4148,31 @@ def test_bytes_that_are_no_tls_break_the_connection_behind_what_was_good(pair):
         pair.server.read_into(view)
 
 
+@pytest.mark.skipif(sys.implementation.name != "cpython" or not sys.platform.startswith("linux"),
+                    reason="looks into the ssl module")
+def test_new_keys_that_are_asked_for_without_end_and_not_read_break_the_connection(key):
+    """S23: TLS answers each such request, which takes 27 bytes."""
+    import ctypes
+    pair = Pair(key, 4096).shake()
+    with open("/proc/self/maps") as file:
+        library = next((line.split()[-1] for line in file if "libssl" in line), None)
+    if not library:
+        skip("the ssl module has its library inside")
+    library = ctypes.CDLL(library)
+    ssl_of_server = ctypes.c_void_p(ctypes.c_void_p.from_address(id(pair.server.tls._sslobj) + 24).value)
+    view = memoryview(bytearray(1 << 16))
+    with pytest.raises(OSError, match="without reading"):
+        for _ in range(20000):      # half a megabyte
+            assert library.SSL_key_update(ssl_of_server, 1) == 1
+            library.SSL_do_handshake(ssl_of_server)
+            if not pair.server.flush():
+                pair.client.read_into(view)
+            pair.client.read_into(view)
+            pair.client.flush()
+    assert pair.client.outgoing.pending < 2 * cexec.TLS_PIECE
+    pair.close()
+
+
 def test_a_handshake_that_the_peer_does_not_go_on_with_is_given_up(pair):
     began = time.monotonic()
     with pytest.raises(OSError) as caught:
@@ -12504,8 +12529,8 @@ def test_a_daemon_without_room_for_another_process_goes_on(monkeypatch, number):
     answer, = daemon.responder.due(1e3)
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        connection = collections.namedtuple("SubmitterConnection", "place socket answer")
-        daemon.on_go(connection(("10.0.0.9", 4000), ours, answer))
+        connection = collections.namedtuple("SubmitterConnection", "place socket answer parked")
+        daemon.on_go(connection(("10.0.0.9", 4000), ours, answer, False))
         assert theirs.recv(1) == b""
     assert daemon.responder.running == 0
     assert daemon.log == ["no process for a job from 10.0.0.9: %s" % cexec.fork_reason(OSError(number, os.strerror(number)))]
@@ -12665,6 +12690,24 @@ def test_submitters_that_never_take_the_last_words_are_few(room, forker):
         wait_until(lambda: must(len(children(worker.pid)) <= 2))
         assert_serving(forker, room)
     drained(worker)
+
+
+@LINUX_ONLY
+def test_silent_submitters_take_no_slot_from_one_that_waits_but_may_still_speak(room, forker):
+    """S3, S4: as many old announcements that a stranger sends again; and one whose GO was late."""
+    worker = room.serve(*DOER, CONCURRENCY=2)
+    with Impostor(room) as impostor:
+        impostor.announce()
+        connection, go = impostor.accept()
+        for _ in range(30):
+            impostor.announce()
+        began = time.monotonic()
+        assert_serving(forker, room)
+        assert time.monotonic() - began < 5     # half a second; in turn, they would take a quarter of a minute
+        assert impostor.public and len(children(worker.pid)) <= 2
+        connection.sendall(go)
+        impostor.secure(connection, impostor.public, True).sendall(a_job({}))
+        worker.log.wait("end, status 0", count=2)
 
 
 def assert_one_handler(worker):
@@ -15047,6 +15090,147 @@ def test_what_was_captured_does_nothing_when_it_is_sent_again(net, key, tmp_path
     known = [line for line in added if line and " unknown key " not in line]
     assert len(known) == 1 and known[0].split(" job ")[0].endswith("exit code 6")
     assert len(worker.log.having("ratted out")) == muted and jobs_of(worker) == jobs + 1
+
+
+# Knows preambles, as who has overheard one or holds APP.pub.  Once told to, it sends old announcements again from all its
+# addresses, with ports of its own, and copies of each new one and of each hold; holds connections to whoever announces,
+# 70 silent ones, and from one address 64 with copies of one preamble and 64 with one each; and tells each worker that
+# comes to go on, with a wrong word or with none.
+ATTACKER = r"""
+import collections, os, resource, select, socket, sys, time
+sys.path.insert(0, sys.argv[1])
+import cexec
+own, counts, key = sys.argv[2].split(","), collections.Counter(visits=0, beyond=0), cexec.load_key(sys.argv[3])[0]
+resource.setrlimit(resource.RLIMIT_NOFILE, (1020, 1020))
+ear = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+ear.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+ear.bind(("", 3010))
+mouths, listeners = [], []
+for address in own:
+    mouth = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    mouth.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+    mouth.bind((address, 0))
+    listeners.append(socket.create_server((address, 0), backlog=512))
+    listeners[-1].setblocking(False)
+    mouths.append(mouth)
+old, attacking, again, turn = [], False, 0, 0
+held, visitors, searches = collections.deque(), {}, set()
+
+def hold(connection):
+    held.append(connection)
+    if len(held) > 900:
+        held.popleft().close()
+
+def preamble(nonce):
+    return cexec.encode_preamble(key.udp, cexec.Answer(nonce, -3.0, 0.0, 1.0, False), os.urandom(8))
+
+def besiege(place, nonce):
+    copy = preamble(nonce)
+    for number, data in enumerate([b""] * 70 + [copy] * 64 + [preamble(nonce) for _ in range(64)]):
+        made = socket.socket()
+        made.bind((own[0 if data else number % len(own)], 0))
+        made.settimeout(1)
+        try:
+            made.connect(place)
+            made.sendall(data)
+            counts["connections"] += 1
+        except OSError:
+            pass
+        hold(made)
+
+def shout(data, *which):
+    for mouth, listener in [(mouths[number], listeners[number]) for number in which or range(len(own))]:
+        mouth.sendto(cexec.with_port(data, listener.getsockname()[1]), ("255.255.255.255", 3010))
+
+print("ready", flush=True)
+while True:
+    ready = select.select([0, ear, *listeners, *visitors], [], [], 0.05)[0]
+    if attacking and time.monotonic() >= again:
+        again, turn = time.monotonic() + 0.2, turn + 1
+        for data in old:
+            shout(data, turn % len(own))
+            counts["old"] += 1
+    for each in ready:
+        if each == 0:
+            if not os.read(0, 100):
+                print(*("%s=%d" % item for item in counts.items()), flush=True)
+                os._exit(0)
+            attacking = True
+        elif each is ear:
+            data, (address, _) = ear.recvfrom(2000)
+            try:
+                heard = cexec.parse_datagram(data)
+            except cexec.ProtocolError:
+                continue
+            if address in own or heard.kind not in (cexec.ANNOUNCE, cexec.HOLD):
+                pass
+            elif not attacking:
+                old.append(data)
+            else:
+                shout(data)
+                counts["copies"] += len(own)
+                if heard.kind == cexec.ANNOUNCE and heard.nonce not in searches:
+                    searches.add(heard.nonce)
+                    besiege((address, heard.port), heard.nonce)
+        elif each in listeners:
+            try:
+                visitor = each.accept()[0]
+            except OSError:
+                continue
+            visitors[visitor] = b""
+            counts["visits"] += 1
+        else:
+            try:
+                part = each.recv(1000)
+            except OSError:
+                part = b""
+            visitors[each] += part
+            if not part:
+                del visitors[each]
+                each.close()
+            elif len(visitors[each]) >= cexec.PREAMBLE_SIZE:
+                counts["beyond"] += len(visitors.pop(each)) - cexec.PREAMBLE_SIZE
+                if counts["visits"] % 2:
+                    each.send(bytes(16))
+                hold(each)
+"""
+
+
+@pytest.mark.parametrize("way", ["direct", "proxy"])
+def test_a_job_under_attack_starts_within_two_seconds(joined, key, way):
+    """S4, S16: old announcements, stalled copies of preambles, idle connections and copies of what is live, all at once,
+    by a neighbour without a key on each side."""
+    net, attackers = joined, []
+    for name, network, switch in ("left", "10.99.0", "left"), ("right", "10.98.0", "right"):
+        own = ["%s.%d" % (network, number) for number in range(60, 70)]
+        net.host("x" + name, *[address + "/24" for address in own], switch=switch)
+        attackers.append(net.start("x" + name, sys.executable, "-c", ATTACKER, HERE, ",".join(own), key + ".pub",
+                                   stdin=subprocess.PIPE, stdout=LINES))
+        attackers[-1].out.wait("ready")
+    for proxy in net.proxies(CPROXY_KEY=key + ".pub") if way == "proxy" else ():
+        proxy.ready()
+    for search in [net.tool("s", "cexec", "-q", key + ".pub", env={"CEXEC_TIMEOUT_ACCEPT": "0.3"}) for _ in range(20)]:
+        assert search.wait(20) == 111       # recorded, and not known to the worker
+    worker = net.tool("w" if way == "proxy" else "s", "cservice", key, *EVAL,
+                      env={"CONCURRENCY": 2, "BOOST": 50000}).ready()
+    for attacker in attackers:
+        attacker.popen.stdin.write(b"now")
+        attacker.popen.stdin.flush()
+    waits, processes = [], []
+    for _ in range(5):
+        done = net.run_tool("s", "cexec", "-v", key + ".pub", "C=echo done; exit 3", timeout=60)
+        assert (done.returncode, done.stdout) == (3, b"done\n"), done.stderr.decode()
+        waits.append(int(re.search(rb"(\d+) ms: job \w+ started", done.stderr).group(1)))
+        processes.append(len(children(worker.pid)))
+    assert sorted(waits)[2] < 2000 and max(waits) < 2000 + 10000 * start_up(), waits
+    assert max(processes) <= 2 and jobs_of(worker) == 5
+    visits = 0
+    for attacker in attackers:
+        attacker.popen.stdin.close()
+        counts = dict(word.split("=") for word in attacker.out.wait("visits=").split())
+        assert counts["beyond"] == "0"      # a worker says its preamble, and to a stranger nothing more
+        visits += int(counts["visits"])
+    assert visits <= 20 + 5 * 3     # one for each old search, and few for each live one
 
 
 def test_a_restarted_crat_is_not_told_the_past(net, key, tmp_path):
