@@ -9729,6 +9729,12 @@ def test_the_unit_in_the_readme_is_one(tmp_path):
     assert done.returncode == 0 and b"cexec-test" not in done.stderr, done.stderr.decode()
 
 
+def test_the_readmes_map_has_every_section_in_order():
+    sections = re.findall(r"(?m)^# -{60,} ([^:\n]+)", document("cexec.py"))
+    mapped = re.findall(r"(?m)^\| (?!section |\*|---)([^|]+) \|", document("README.md").partition("## Map of the code")[2])
+    assert [name for row in mapped[1:] for name in row.split(", ")] == [
+        name for name, _ in itertools.groupby(sections)]
+
 def test_the_licence_is_named():
     assert "SPDX-License-Identifier: MIT" in document("cexec.py") and "MIT License" in document("LICENSE")
 
