@@ -8396,7 +8396,7 @@ class Who:
     def _watch(self):
         self.call.begin()
         self.loop.call_later(WATCH_EVERY, self._watch)
-        self.loop.call_later(WATCH_EVERY - ASK_ROUND, self.draw)
+        self.loop.call_later(ASK_QUIET * ASK_ROUND, self.draw)
 
     def _alerts(self):
         for data, source, _ in self.ear.datagrams():

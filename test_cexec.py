@@ -7331,7 +7331,7 @@ def test_jobs_that_wait_for_slots_of_their_own_room_do_not_fail(shell):
 
 # ---------------------------------------------------------------- the tools by every name
 
-NAMES = "ckeygen", "cexec", "cmap", "cservice", "crat", "cproxy", "demo"
+NAMES = "ckeygen", "cexec", "cmap", "cservice", "cwho", "crat", "cproxy", "demo"
 VERSION_LINE = "%s (cexec) " + cexec.VERSION + "\n"
 
 
@@ -13284,17 +13284,24 @@ def serve_on(net, host, key, *options, group="255.255.255.255", **env):
                                           ("meta l4proto tcp reject with tcp reset", "Connection refused"),
                                           ("meta l4proto tcp reject with icmp admin-prohibited", "No route to host")])
 def test_a_firewall_here_that_keeps_workers_out_is_found_and_opened(street, key, rule, reason):
-    """Also the submitter's last line and the worker's log name it, the log once for many tries."""
+    """Also the submitter's waiting line, its last line and the worker's log name it, the log once for many tries."""
     guard(street, "anna", rule)
     worker = serve_on(street, "bert", key)
-    job = street.tool("anna", "cexec", "--timeout-accept", "7", key + ".pub")
+    master, slave = os.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 200, 0, 0))
+    job = street.tool("anna", "cexec", "--timeout-accept", "7", key + ".pub", stderr=slave)
     status, found, commands = checked(street, "anna", key)
     assert status == 111 and "asked:     on 255.255.255.255:3010 by eth0 from 10.99.0.1" in found
     assert re.search(r"worker:    10\.99\.0\.2 \(.*\): could not connect back to port \d+: %s" % reason, found), found
     assert job.complete(20) == 111
-    line = job.log.wait("no worker: of the workers that answered none was of use within 7 s")
-    assert re.search(r"10\.99\.0\.2: could not connect back to port \d+: %s" % reason, line), line
-    assert "firewall" in job.log.lines[-1] and "cwho --check" in job.log.lines[-1]
+    with os.fdopen(master, "rb", 0) as told:
+        shown = told.read(1 << 16).decode()
+    os.close(slave)
+    back = r"could not connect back to port \d+: %s" % reason
+    assert re.search(r"\r\x1b\[Kcexec: 10\.99\.0\.2 %s, [2-7] s" % back, shown), shown
+    line, hint = shown.rpartition("\x1b[K")[2].splitlines()
+    assert line.startswith("cexec: no worker: of the workers that answered none was of use within 7 s")
+    assert re.search(r"10\.99\.0\.2: " + back, line) and "firewall" in hint and "cwho --check" in hint
     noted = worker.log.having("no connection back to 10.99.0.1")
     assert len(noted) == 1 and reason in noted[0], worker.log
     works(street, key, follow(street, "anna", commands))
