@@ -5798,14 +5798,11 @@ class Engine:
                 why += "; %s: %s" % (name, words)
         hint = ("CEXEC_TIMEOUT_ACCEPT=0 waits for ever" if alive else
                 "a firewall here or on the way keeps out what workers connect to; --listen-ports names ports to open"
-                if trouble and self.unreachable() else
+                if any(here and here.state == UNREACHABLE for _, _, here, _ in self.workers.values()) else
+                "-v tells what each worker did" if trouble else
                 "is cservice running with this key (%s) in this network?  do firewalls pass UDP port %d to it and TCP "
                 "back?" % (self.key.fingerprint, self.settings.group.port))
         return NoWorker("no worker", why, hint + "; cwho --check %s finds out more" % self.key.name)
-
-    def unreachable(self):
-        """Whether a worker has said that it could not connect back."""
-        return any(here and here.state == UNREACHABLE for _, _, here, _ in self.workers.values())
 
 
 # ---------------------------------------------------------------- cexec
