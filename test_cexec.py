@@ -8559,7 +8559,7 @@ def test_check_and_timeout_are_those_of_subprocess(api):
     assert api.run(b"x", {"RUN": "cat"}, timeout=60).stdout == b"x"
 
 
-def test_every_kind_of_input(api, tmp_path):
+def test_a_room_takes_every_kind_of_input(api, tmp_path):
     path = tmp_path / "input"
     path.write_bytes(b"0123456789")
     reading, writing = os.pipe()
