@@ -9735,6 +9735,14 @@ def test_the_readmes_map_has_every_section_in_order():
     assert [name for row in mapped[1:] for name in row.split(", ")] == [
         name for name, _ in itertools.groupby(sections)]
 
+
+def test_no_definition_of_the_tests_hides_another():
+    """A second test of the same name would leave the first one out."""
+    defined = collections.Counter(node.name for node in ast.parse(document("test_cexec.py")).body
+                                  if isinstance(node, (ast.FunctionDef, ast.ClassDef)))
+    assert [name for name, count in defined.items() if count > 1] == []
+
+
 def test_the_licence_is_named():
     assert "SPDX-License-Identifier: MIT" in document("cexec.py") and "MIT License" in document("LICENSE")
 
