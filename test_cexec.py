@@ -15083,7 +15083,8 @@ def test_what_was_captured_does_nothing_when_it_is_sent_again(net, key, tmp_path
     done = net.run_tool("s", "cexec", key + ".pub", "C=cat; exit 5", "SECRET=" + secret, input=secret.encode())
     assert done.returncode == 5
     crat.out.wait("exit code 5", 10)
-    failed = net.run_tool("s", "cexec", key + ".pub", "C=echo x; kill -9 $PPID", timeout=60)
+    failed = net.run_tool("s", "cexec", key + ".pub", "C=echo x; kill -9 $PPID",
+                          env={"CEXEC_RETRIES": 0}, timeout=60)
     assert failed.returncode == 111
     crat.out.wait("rats out", 10)
     worker.log.wait("ratted out", 10)
