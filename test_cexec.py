@@ -8559,7 +8559,7 @@ def test_check_and_timeout_are_those_of_subprocess(api):
     assert api.run(b"x", {"RUN": "cat"}, timeout=60).stdout == b"x"
 
 
-def test_every_kind_of_input(api, tmp_path):
+def test_a_room_takes_every_kind_of_input(api, tmp_path):
     path = tmp_path / "input"
     path.write_bytes(b"0123456789")
     reading, writing = os.pipe()
@@ -9734,6 +9734,14 @@ def test_the_readmes_map_has_every_section_in_order():
     mapped = re.findall(r"(?m)^\| (?!section |\*|---)([^|]+) \|", document("README.md").partition("## Map of the code")[2])
     assert [name for row in mapped[1:] for name in row.split(", ")] == [
         name for name, _ in itertools.groupby(sections)]
+
+
+def test_no_definition_of_the_tests_hides_another():
+    """A second test of the same name would leave the first one out."""
+    defined = collections.Counter(node.name for node in ast.parse(document("test_cexec.py")).body
+                                  if isinstance(node, (ast.FunctionDef, ast.ClassDef)))
+    assert [name for name, count in defined.items() if count > 1] == []
+
 
 def test_the_licence_is_named():
     assert "SPDX-License-Identifier: MIT" in document("cexec.py") and "MIT License" in document("LICENSE")
@@ -15075,7 +15083,8 @@ def test_what_was_captured_does_nothing_when_it_is_sent_again(net, key, tmp_path
     done = net.run_tool("s", "cexec", key + ".pub", "C=cat; exit 5", "SECRET=" + secret, input=secret.encode())
     assert done.returncode == 5
     crat.out.wait("exit code 5", 10)
-    failed = net.run_tool("s", "cexec", key + ".pub", "C=echo x; kill -9 $PPID", timeout=60)
+    failed = net.run_tool("s", "cexec", key + ".pub", "C=echo x; kill -9 $PPID",
+                          env={"CEXEC_RETRIES": 0}, timeout=60)
     assert failed.returncode == 111
     crat.out.wait("rats out", 10)
     worker.log.wait("ratted out", 10)
