@@ -1848,7 +1848,7 @@ class Responder:
         self.parked = {}                            # and for silent ones, which have no slot any more
         self.answered = collections.OrderedDict()   # and for those that have had one, or need none
         self.offset = OFFSET_UNSET + PER_COST * math.log(speed)
-        self.offset_high = self.offset_at = None
+        self.offset_high = self.offset_at = -math.inf
         self.outside, self.outside_at = 0.0, -math.inf      # so the first sample counts fully
         self.penalty_until = self.next_connect_at = self.next_busy_at = -math.inf
 
@@ -1893,7 +1893,7 @@ class Responder:
             self.answered.pop(nonce, None)
             self.pending[nonce] = record
             record.source, record.since, record.queued = source[0], now - clamp(announcement.waited, 0.0, 1e9), False
-            if self.offset_at is not None and now - self.offset_at > QUIET:
+            if now - self.offset_at > QUIET:
                 self.offset = max(self.offset, self.offset_high - QUIET_REST)
             self._wait(now, now, record)
         self._plan_busy(now, record)
@@ -1921,8 +1921,7 @@ class Responder:
         record.over = True
         if offset is not None and offset == offset and not record.learnt:
             record.learnt, self.offset = True, clamp(offset, *OFFSET_RANGE)
-            above = 0.0 if self.offset_at is None else max(0.0, self.offset_high - self.offset) * 2 ** (
-                (self.offset_at - now) / HIGH_HALF_LIFE)
+            above = max(0.0, self.offset_high - self.offset) * 2 ** ((self.offset_at - now) / HIGH_HALF_LIFE)
             self.offset_high, self.offset_at = self.offset + above, now
         if nonce not in self.connecting and nonce not in self.parked:
             self._remember(record)
@@ -2152,7 +2151,7 @@ class Selection:
         self.uniform, self.since = uniform, now
         self.attempt, self.again = 0, now
         self.candidates, self.connections = {}, 0       # {who: Candidate}, in the order of arrival; of all that came
-        self.winner = self.choose_by = None
+        self.winner, self.choose_by = None, math.inf
         self.patience = PATIENCE
         self.failures = collections.Counter()   # {address: handshakes that came to nothing}
         self.randoms = collections.OrderedDict()
@@ -2182,8 +2181,7 @@ class Selection:
         """The handshake is done and the worker is one of ours."""
         if who in self.candidates:
             self.candidates[who].proven = True
-            if self.choose_by is None:
-                self.choose_by = now + PREFER_WAIT
+            self.choose_by = min(self.choose_by, now + PREFER_WAIT)
 
     def closed(self, now, who):
         """The connection is gone, whoever ended it."""
@@ -3187,8 +3185,9 @@ def open_listener(group, ports=None):
 def listen_at(place, family, ports=None, backlog=BACKLOG):
     """A non-blocking listening TCP socket at this address, on the first free one of the ports."""
     for port in (port for low, high in ports or [(0, 0)] for port in range(low, high + 1)):
-        made = socket.socket(family, socket.SOCK_STREAM)
+        made = None
         try:
+            made = socket.socket(family, socket.SOCK_STREAM)
             made.setblocking(False)
             if family == socket.AF_INET6:
                 made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
@@ -3198,8 +3197,9 @@ def listen_at(place, family, ports=None, backlog=BACKLOG):
             made.listen(backlog)
             return made
         except OSError as error:
-            made.close()
             why = error
+            if made:
+                made.close()
             if error.errno != errno.EADDRINUSE:
                 break
     raise Failure("cannot listen on TCP port " + ports_text(ports) if ports else "cannot listen", reason_of(why),
