@@ -7605,7 +7605,12 @@ class ConnectionTest:
             daemon.loop.watch(self.socket.fileno(), write=self._connected)
 
     def _connected(self):
-        self._over(self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+        problem = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        try:
+            self.socket.send(encode_preamble(self.daemon.key.udp, Answer(self.nonce, 0, 0, 0, False), os.urandom(8)))
+        except OSError:
+            pass        # it shows who has connected, where nothing else may
+        self._over(problem)
 
     def _over(self, problem):
         self.timer.cancel()
@@ -8389,7 +8394,7 @@ def differences(workers):
         groups = ["%s on %s%s" % (shown, ", ".join(names[:3]), " and %d more" % (len(names) - 3) if names[3:] else "")
                   for (_, shown), names in sorted(alike.items(), key=lambda item: -len(item[1]))]
         if len(groups) > 1:
-            warnings.append("warning: workers of this key run different %s: %s" % (what, "; ".join(groups[:5])))
+            warnings.append(printable("warning: workers of this key run different %s: %s" % (what, "; ".join(groups[:5]))))
     return warnings
 
 
@@ -8538,7 +8543,8 @@ class Check:
         self.loop, self.key, self.settings, self.group = Loop(), key, settings, settings.group
         self.listener = open_listener(self.group, settings.listen_ports)
         self.port = self.listener.getsockname()[1]
-        self.arrived = collections.Counter()        # connections, by address
+        self.silent = []                            # connections that have said nothing yet
+        self.arrived = collections.Counter()        # those of workers, by address
         self.foreign = {}                           # {address: words} of what is heard and not understood
         self.known = RollCall(self.loop, key, self.group, CHECK)
         self.connect = RollCall(self.loop, key, self.group, CHECK | CONNECT, self.port)
@@ -8570,8 +8576,25 @@ class Check:
             connection, source = self.listener.accept()
         except OSError:
             return
+        connection.settimeout(0)
+        self.silent.append(connection)
+        if len(self.silent) > CONNECTIONS_MAX:
+            self._close(self.silent[0])
+        self.loop.watch(connection.fileno(), read=lambda: self._came(connection, source[0]))
+
+    def _close(self, connection):
+        self.silent.remove(connection)
+        self.loop.watch(connection.fileno())
         connection.close()
-        self.arrived[source[0]] += 1
+
+    def _came(self, connection, address):
+        """Anybody can connect: only who says a worker's first words counts."""
+        try:
+            parse_preamble(self.key.udp, self.connect.nonce, connection.recv(PREAMBLE_SIZE))
+            self.arrived[address] += 1
+        except (OSError, ProtocolError):
+            pass
+        self._close(connection)
 
     def _overhear(self):
         for data, (address, *_), _ in self.ear.datagrams():
@@ -8628,9 +8651,10 @@ class Check:
         reached = [worker for worker in workers if worker.here.state in (FREE, BUSY) and worker.here.port]
         if reached or silent:
             busy = reached and not any(worker.free for worker in reached)
-            return lines + ["result:    a job could run" + (" as soon as a slot is free" if busy else "")], []
+            lines.append("result:    a job could run" + (" as soon as a slot is free" if busy else ""))
+            return list(map(printable, lines)), []
         lines.append("result:    no job can run")
-        return [printable(line) for line in lines], self._advice(workers, elsewhere, strangers, problems)
+        return list(map(printable, lines)), self._advice(workers, elsewhere, strangers, problems)
 
     def _advice(self, workers, elsewhere, strangers, problems):
         mouth, ports = self.known.socket, self.settings.listen_ports or ADVISED_PORTS

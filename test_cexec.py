@@ -13455,6 +13455,33 @@ def test_without_workers_and_without_a_network_the_check_says_so(net, key):
     assert status == 111 and "no network interface but loopback is up" in found, found
 
 
+@pytest.mark.parametrize("who", ["stranger", "holder"])
+def test_a_check_believes_no_strangers_connection_and_shows_no_control_characters(room, who):
+    """S14, S17: whoever connects to its port without a worker's first words; and a worker with an odd name."""
+    with Impostor(room) as impostor, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as ear:
+        ear.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        ear.bind(("", room.port))
+        ear.settimeout(20)
+        check, flags = room.tool("cwho", "--check", room.pub, stdout=LINES), 0
+        while not flags & cexec.CONNECT:
+            data, source = ear.recvfrom(2000)
+            heard = cexec.parse_datagram(data)
+            flags = cexec.parse_ask(heard)[1]
+        if who == "stranger":
+            for said in b"", b"x", bytes(cexec.PREAMBLE_SIZE):
+                impostor._hold(socket.create_connection((source[0], heard.port), 10)).sendall(said)
+        for name in ("one", "two") if who == "holder" else ():
+            here = a_here(name, state=cexec.FREE, port=heard.port, host="\x1b[2J", version="\x1b]0;" + name)
+            impostor.udp.sendto(cexec.encode_datagram(impostor.public.udp, cexec.HERE, impostor.public.id, heard.nonce, 1,
+                                                      cexec.encode_here(here)), source)
+        status = check.complete(30)
+    assert "\x1b" not in str(check.out) + str(check.log)
+    if who == "stranger":
+        assert status == 111 and "no job can run" in str(check.out)
+    else:
+        assert status == 0 and "\\x1b[2J" in str(check.out)
+
+
 def test_only_a_check_is_answered_by_workers_of_another_key_and_once_a_second(room, tmp_path):
     assert run("ckeygen", tmp_path / "other").returncode == 0
     room.serve("cat", key=tmp_path / "other")
