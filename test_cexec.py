@@ -15966,6 +15966,8 @@ def bench_tiny(lab):
         link: lambda: lambda: lab.timed(direct, env=env),
         compiled: lambda: lambda: lab.timed([lab.python, script, "cexec", *direct[1:]], env=env),
         imports: lambda: lambda: lab.timed([lab.python, "-I", "-S", "-c", IMPORTS]),
+        "import cexec": lambda: lambda: lab.timed([lab.python, "-ISc", "import sys; sys.path.append(sys.argv[1]); "
+                                                   "import cexec", lab.bin]),
         "python3 -I -S": lambda: lambda: lab.timed([lab.python, "-I", "-S", "-c", ""]),
         "ssh, cold": cold, "ssh, ControlMaster": warm}, runs=lab.options.runs * 5)
     time_results(lab, "tiny", found, link, path.name)
