@@ -119,7 +119,8 @@ DESCRIPTOR_MAX = 1 << 15    # highest descriptor number a job may have: the wire
 # ---------------------------------------------------------------- errors
 
 class Failure(Exception):
-    """What the user must hear: what failed, why, and what to do.  Caught in main only."""
+    """What the user must hear: what failed, why, and what to do: `what`, `why`, `hint`.  The tools catch it in main
+    only."""
 
     def __init__(self, what, why="", hint="", status=EXIT_TEMPORARY):
         super().__init__(what, why, hint, status)
