@@ -8285,9 +8285,8 @@ ASK_QUIET = 6               # questions that bring nobody new, after which all h
 STRANGERS_MAX = 50          # addresses remembered of those that are not ours
 WATCH_EVERY = 2.0           # seconds between two roll calls of --watch
 WATCH_KEPT = 5.0            # seconds for which --watch shows a worker that does not answer
-ENDED_KEPT = 100            # jobs that have ended, which --watch remembers
 CHECK_PATIENCE = SubmitterConnection.CONNECT + 1.5      # seconds until a worker has said that it could not connect
-ADVISED_PORTS = [(40000, 40100)]        # below those that Linux gives to connections it makes itself in old defaults
+ADVISED_PORTS = [(20000, 20100)]        # for a hundred jobs at once; below those that systems give out by themselves
 
 
 class Present(collections.namedtuple("Present", "here name address heard by_group")):
@@ -8406,7 +8405,7 @@ class Who:
         self.loop, self.key, self.settings = Loop(), key, settings
         self.call = RollCall(self.loop, key, settings.group, on_over=None if settings.watch else self.loop.stop)
         self.screen = Screen(self.loop, self.draw) if settings.watch and os.isatty(1) else None
-        self.ended = collections.deque(maxlen=ENDED_KEPT)       # lines about jobs
+        self.ended = collections.deque(maxlen=100)      # lines about the last jobs
         self.reader = self.ear = None
 
     def workers(self):
@@ -8423,23 +8422,23 @@ class Who:
         self.loop.watch(self.ear.fileno(), read=self._alerts)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             self.loop.on_signal_unless_ignored(number, lambda number: self.loop.stop(0))
-        if self.screen:
-            self.screen.open()
+        if not self.screen:
+            self._watch()
+            return self.loop.run()
         try:
+            self.screen.open()
             self._watch()
             return self.loop.run()
         finally:
-            if self.screen:
-                self.screen.close()
+            self.screen.close()
 
     def _once(self, workers):
+        if self.settings.slots or workers:
+            self._print(workers)
         if not workers:
-            if self.settings.slots:
-                print_out("0\n")
             raise Failure("nobody answered", "asked on %s for key %s%s" % (
                 self.settings.group, self.key.fingerprint, "".join("; " + problem for problem in self.call.problems)),
                 "cwho --check %s finds out why" % self.key.name)
-        self._print(workers)
         for warning in differences(workers) if not self.settings.slots else ():
             say(CWHO, warning)
         return 0
@@ -8447,7 +8446,7 @@ class Who:
     def _print(self, workers, behind=()):
         lines = ([str(sum(worker.free for worker in workers))] if self.settings.slots else
                  [worker.json() for worker in workers] if self.settings.json else table(workers) + list(behind))
-        data = ("\n".join(lines) + "\n").encode("utf-8", "replace") if lines else b""
+        data = "".join(line + "\n" for line in lines).encode("utf-8", "replace")
         while data:
             data = data[os.write(1, data):]
 
@@ -8466,12 +8465,11 @@ class Who:
     def draw(self):
         workers = self.workers()
         if not self.screen:
-            jobs, warnings = list(self.ended), differences(workers)
-            self.ended.clear()
             try:
-                return self._print(workers, warnings + jobs + [""])
+                self._print(workers, differences(workers) + list(self.ended) + [""])
             except BrokenPipeError:
-                return self.loop.stop(128 + signal.SIGPIPE)
+                self.loop.stop(128 + signal.SIGPIPE)
+            return self.ended.clear()
         lines = ["%s  key %s (%s), group %s; q ends" % (time.strftime("%H:%M:%S"), self.key.name, self.key.fingerprint,
                                                        self.settings.group)] + self.call.problems
         lines += differences(workers) + [""] + (table(workers) if workers else ["nobody has answered"])
@@ -8482,13 +8480,13 @@ class Screen:
     """A terminal's whole screen, drawn again without being cleared; whoever opens it closes it."""
 
     def __init__(self, loop, redraw):
-        self.loop, self.redraw, self.modes = loop, redraw, None
+        import termios
+        self.loop, self.redraw, self.termios, self.modes = loop, redraw, termios, None
 
     def open(self):
-        import termios, tty
-        self.termios, self.modes = termios, None
+        import tty
         if os.isatty(0):
-            self.modes = termios.tcgetattr(0)
+            self.modes = self.termios.tcgetattr(0)
             tty.setcbreak(0)
             self.loop.watch(0, read=self._typed)
         os.write(1, b"\x1b[?1049h\x1b[?25l\x1b[2J")
@@ -8623,9 +8621,9 @@ class Check:
         """(lines about what was found, lines of advice: none where a job could run)"""
         present, problems = dict(self.known.present, **self.connect.present), self.known.problems
         workers = sorted(present.values(), key=lambda worker: worker.order)
-        ways = ["%s from %s" % (each.name, each.addresses[0]) if each and each.addresses else each.name if each else
-                "the system's choice from %s" % address_towards((self.group.address, self.group.port))
-                for each in self.known.socket.targets]
+        towards = address_towards((self.group.address, self.group.port))
+        ways = ["%s from %s" % (each.name, (each.addresses or [towards])[0]) if each else
+                "the system's choice from %s" % towards for each in self.known.socket.targets]
         lines = ["asked:     on %s by %s, for key %s" % (self.group, ", ".join(ways) or "no interface",
                                                         self.key.fingerprint)]
         lines += ["not sent:  " + problem for problem in problems]
@@ -8662,34 +8660,32 @@ class Check:
         inward = ["let workers connect to this machine:", *firewall_commands("tcp", ports, True)]
         if not self.settings.listen_ports:
             inward += ["and keep to these ports:", "export CEXEC_LISTEN_PORTS=" + ports_text(ports)]
+        beyond = ["or, where networks differ, on a machine in both, with its address on the workers' side:",
+                  "cproxy ADDRESS"]
         lost = next((worker for worker in workers if worker.by_group), None)
         if lost:
             own = next((each.addresses[0] for each in mouth.targets if each and each.addresses), "ADDRESS")
             return ["worker %s has no route to this machine; there, with the name of its interface:" % lost.name,
-                    "ip route add %s dev eth0" % own,
-                    "and here, if there is none either:", "ip route add %s dev eth0" % lost.address,
-                    "or let a machine that both can reach run this, with its address on the workers' side:",
-                    "cproxy ADDRESS"]
+                    "ip route add %s dev eth0" % own, "and here, if there is none either:",
+                    "ip route add %s dev eth0" % lost.address, *beyond]
         if any(worker.here.state == UNREACHABLE or not worker.here.port for worker in workers):
             return inward
         if workers:
-            return ["wait: the workers that are there take no jobs at the moment (%s)" % ", ".join(
-                sorted({worker.here.text() for worker in workers}))]
+            states = ", ".join(sorted({worker.here.text() for worker in workers}))
+            return ["wait: the workers that are there take no jobs at the moment (%s)" % states]
         if mouth.advice() or len(problems) >= max(1, len(mouth.targets)):
             return [mouth.advice() or "mend this machine's network: nothing could be sent"]
         if elsewhere:
             return ["workers of this key hear another group; here, or the other way round there:",
                     "export CEXEC_GROUP=%s" % (elsewhere[0][0],)]
         if strangers:
-            return ["should one of these workers serve this key?  Then copy the right file here: %s has id 0x%s; there:" %
-                    (self.key.name, self.key.id.hex()), "ckeygen -l APP"]
+            return ["should one of these workers serve this key?  Copy the right file: the id of %s is 0x%s; there:"
+                    % (self.key.name, self.key.id.hex()), "ckeygen -l APP"]
         return ["nobody has answered.  On the worker, is cservice running with key %s and group %s?" % (
                     self.key.fingerprint, self.group), "pgrep -a cservice",
                 "does a firewall there keep UDP port %d out?  By its kind, one of:" % self.group.port,
                 *firewall_commands("udp", [(self.group.port, self.group.port)], False),
-                "does one here keep its answers out?", *inward,
-                "is it in another network?  On a machine in both, with its address on the workers' side:",
-                "cproxy ADDRESS"]
+                "does one here keep its answers out?", *inward, *beyond]
 
 
 COMMANDS = "ufw ", "firewall-cmd ", "nft ", "export ", "ip ", "cproxy ", "ckeygen ", "pgrep "    # how commands begin

@@ -13503,8 +13503,8 @@ def test_the_chains_of_a_firewall_are_found_in_its_list():
 
 
 @pytest.mark.parametrize("tool, says, command", [
-    ("ufw", "Status: active", "ufw allow 40000:40100/tcp"),
-    ("firewall-cmd", "running", "firewall-cmd --add-port=40000-40100/tcp")])
+    ("ufw", "Status: active", "ufw allow 20000:20100/tcp"),
+    ("firewall-cmd", "running", "firewall-cmd --add-port=20000-20100/tcp")])
 def test_the_firewall_that_is_at_work_is_the_one_that_is_advised(tmp_path, monkeypatch, tool, says, command):
     (tmp_path / tool).write_text("#!/bin/sh\necho '%s'\n" % says)
     (tmp_path / tool).chmod(0o755)
