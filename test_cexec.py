@@ -11478,9 +11478,12 @@ def test_a_job_that_stops_its_handler_keeps_no_slot(room, forker, user):
         only_root()
     options = ["--user", user] if user else []
     worker = room.tool("cservice", *options, "--limit", "wall=60", room.key, *DOER, env={"CONCURRENCY": 1}).ready()
-    job = forker.submit("cexec", room.pub, "DO=kill -STOP $PPID; sleep 60", env=room.settings({"CEXEC_RETRIES": 0}))
+    job = room.submit("DO=read go; kill -STOP $PPID; sleep 60", env={"CEXEC_RETRIES": 0}, stdin=subprocess.PIPE)
+    pid = int(worker.log.wait("start from").rpartition(" ")[2])
+    with job.popen.stdin as go:
+        go.write(b"go\n")
     assert job.wait() == 111
-    assert_gone(int(worker.log.wait("start from").rpartition(" ")[2]))
+    assert_gone(pid)
     assert_serving(forker, room)
     assert_no_handlers(worker)
 
