@@ -1587,7 +1587,7 @@ class Session:
 
     # -- to the peer
     def open_streams(self, descriptors):
-        """New streams, for a job's descriptors, as {number: kind}.  The windows of one direction have a bound in sum."""
+        """New streams for a job's descriptors, {number: kind}.  The windows of one direction are bounded in sum."""
         upward = [fd for fd, kind in descriptors.items() if kind in UPWARD]
         downward = [fd for fd, kind in descriptors.items() if kind in DOWNWARD]
         sending, receiving = (upward, downward) if self.role is SUBMITTER else (downward, upward)
@@ -5167,7 +5167,7 @@ class HeldStreams(JobStreams):
     def broken(self, failure):
         """Something that belongs to the job cannot be read or written here."""
         if self.attempt:
-            self.attempt.room.fail(self.attempt.submission, failure)
+            self.attempt.engine.fail(self.attempt.submission, failure)
 
     def close(self):
         """Throws away the outputs.  May be called again."""
@@ -5231,9 +5231,9 @@ class Attempt:
     on_job_refused, on_job_lost and on_job_not_started.
     """
 
-    def __init__(self, room, kept, submission):
-        self.room = room
-        self.loop = room.loop
+    def __init__(self, engine, kept, submission):
+        self.engine = engine
+        self.loop = engine.loop
         self.kept = kept
         self.submission = submission
         self.streams = submission.streams
@@ -5247,7 +5247,7 @@ class Attempt:
 
     def start(self):
         """Offers the job.  OSError when its input cannot be read again."""
-        streams, submission, settings = self.streams, self.submission, self.room.settings
+        streams, submission, settings = self.streams, self.submission, self.engine.settings
         streams.begin(self)
         terminal = streams.terminal.describe() if streams.terminal else None
         job = Job(submission.id, streams.descriptors, submission.names, settings.timeout_pingpong, terminal)
@@ -5280,11 +5280,11 @@ class Attempt:
         elif kind == EXIT:
             self._exited(body)
         elif kind == REFUSED:
-            self._over(self.room.on_job_refused, printable(body))
+            self._over(self.engine.on_job_refused, printable(body))
         elif kind == ABORT and self.report:
             self.kept.close()       # it takes no more jobs; what this one wrote is here
         elif kind == ABORT and self.start_timer:
-            self._over(self.room.on_job_not_started, printable(body))
+            self._over(self.engine.on_job_not_started, printable(body))
         elif kind == ABORT:
             self._lost("gave the job up: %s" % printable(body))
 
@@ -5314,7 +5314,7 @@ class Attempt:
             self.session.signal(name)
         submission.waiting_signals = []
         if submission.timeout is not None:
-            self.limit_timer = self.loop.call_later(submission.timeout, lambda: self.room.on_job_timeout(self))
+            self.limit_timer = self.loop.call_later(submission.timeout, lambda: self.engine.on_job_timeout(self))
         self.streams.accepted()
         terminal = self.streams.terminal
         if terminal and terminal.number in self.streams.sources:
@@ -5359,16 +5359,16 @@ class Attempt:
         self._commit()
         self.channel.reset_streams()
         self.channel.owner = self.kept      # what becomes of the connection changes nothing for this job any more
-        self.room.on_exit(self, report)
+        self.engine.on_exit(self, report)
         self._maybe_over()
 
     def _maybe_over(self):
         if self.report and self.streams.all_delivered():
-            self._over(self.room.on_job_ended)
+            self._over(self.engine.on_job_ended)
 
     def _lost(self, words):
         self.channel.close()
-        self._over(self.room.on_job_lost, words)
+        self._over(self.engine.on_job_lost, words)
 
     def give_up(self):
         """Nobody wants the job any more: the worker ends it when the connection goes."""
@@ -5396,8 +5396,8 @@ class KeptConnection:
     """A worker's proven connection, on which jobs run one after another; the channel's owner between them.  The Engine
     makes it, and it is gone when its channel is closed."""
 
-    def __init__(self, room, found):
-        self.room = room
+    def __init__(self, engine, found):
+        self.engine = engine
         self.name = found.name
         self.address = found.address
         self.instance = found.instance
@@ -5405,20 +5405,20 @@ class KeptConnection:
         self.submitter = connection.socket.getsockname()[0].partition("%")[0]
         self.leaving = False
         self.timer = None
-        self.channel = Channel(room.loop, connection, found.session, self)
+        self.channel = Channel(engine.loop, connection, found.session, self)
         self.channel.on_ended = self.close
 
     def run(self, submission):
         """OSError when its input cannot be read again."""
         if self.timer:
             self.timer.cancel()
-        submission.attempt = Attempt(self.room, self, submission)
+        submission.attempt = Attempt(self.engine, self, submission)
         submission.worker = self.name
         submission.attempt.start()
 
     def rest(self):
         """There is no job for it at the moment."""
-        self.timer = self.room.loop.call_later(KEEP, self.leave)
+        self.timer = self.engine.loop.call_later(KEEP, self.leave)
 
     def leave(self):
         """Says goodbye."""
@@ -5432,7 +5432,7 @@ class KeptConnection:
         if self.timer:
             self.timer.cancel()
         self.channel.close()
-        self.room.on_connection_gone(self)
+        self.engine.on_connection_gone(self)
 
     def on_message(self, kind, number, body):
         self.close()            # an abort: the worker takes no more jobs here
@@ -6127,7 +6127,7 @@ class Run:
         self.began = time.monotonic()
         self.passed_on = set()          # names of the signals that this process got for the job
         self.status = StatusLine(-1 if settings.quiet or settings.verbose else errors_place(settings))
-        self.room = Engine(self.loop, key, settings, trace=self.trace)
+        self.engine = Engine(self.loop, key, settings, trace=self.trace)
         self.streams = InheritedStreams(self.loop, settings, descriptors, terminal, self)
         self.submission = Submission(self.streams, names, settings.retries, self._done, self.tell)
 
@@ -6144,13 +6144,13 @@ class Run:
         self.loop.call_later(COLLECT_AFTER, gc.enable)
         if self.status.usable:
             self.loop.call_later(WAITING_AFTER, self._show_waiting)
-        self.room.submit(self.submission)
+        self.engine.submit(self.submission)
         return self.loop.run()
 
     def _show_waiting(self):
         """Tells a user at a terminal what is waited for, until the job has been started."""
         if not self.submission.attempt:
-            self.status.show("cexec: %s" % self.room.waiting_text(self.submission))
+            self.status.show("cexec: %s" % self.engine.waiting_text(self.submission))
             self.loop.call_later(1.0, self._show_waiting)
 
     def _done(self, status, failure, submission):
@@ -6166,7 +6166,7 @@ class Run:
 
     def _stop(self, status, failure=None, number=None):
         self.status.clear()
-        self.room.close()
+        self.engine.close()
         self.loop.stop((status, failure, number))
 
     def trace(self, text):
@@ -6181,12 +6181,12 @@ class Run:
 
     # -- what streams say
     def on_local_failure(self, failure):
-        self.room.fail(self.submission, failure)
+        self.engine.fail(self.submission, failure)
 
     def on_command(self, name):
         """What the user told cexec itself, behind the escape character."""
         if name == "end":
-            self.room.fail(self.submission, Failure("the job", "ended by the escape sequence"))
+            self.engine.fail(self.submission, Failure("the job", "ended by the escape sequence"))
         else:
             self._suspend(signal.SIGTSTP, 0)        # the whole foreground group, as the key does elsewhere
 
@@ -6200,18 +6200,18 @@ class Run:
     def _signal(self, name, number):
         """It goes to the job; a second INT or TERM, or a job that ignores it, ends cexec all the same."""
         self.passed_on.add(name)
-        if not self.room.signal(self.submission, name):
+        if not self.engine.signal(self.submission, name):
             self._die_of(number)
         elif name in ("INT", "TERM"):
             self.loop.call_later(SIGNAL_GRACE, lambda: self._die_of(number))
 
     def _die_of(self, number):
-        self.room.cancel(self.submission)
+        self.engine.cancel(self.submission)
         self._stop(128 + number, None, number)
 
     def _suspend(self, number, whom=None):
         """Stops this process, or whom, as if nothing had caught the signal; a job without a terminal stops too."""
-        self.room.signal(self.submission, "TSTP")
+        self.engine.signal(self.submission, "TSTP")
         if self.terminal:
             self.terminal.restore()
         if number == signal.SIGTSTP or has_lost_terminal():
@@ -6225,7 +6225,7 @@ class Run:
         self._resume()
 
     def _resume(self):
-        self.room.signal(self.submission, "CONT")
+        self.engine.signal(self.submission, "CONT")
         if any(stream_kind(fd) is TERMINAL and in_background(fd) for fd in self.streams.sources):
             stop_reading_group()        # a read that has begun would do it as well
         attempt = self.submission.attempt
@@ -6653,13 +6653,12 @@ class MapLog:
             self._write(LOG_HEAD)
 
     def _read(self, resume):
-        with open(self.path, encoding="utf-8", errors="replace", newline="\n") as file:
+        with open(self.path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
             if file.readline() != LOG_HEAD:
                 raise Failure(self.path, "not a log of cmap", "its first line is not cmap's", EXIT_USAGE)
-            whole = len(LOG_HEAD)
             for line in file:
                 if not line.endswith("\n"):     # it was cut when its writer was
-                    os.ftruncate(self.fd, os.fstat(self.fd).st_size - len(line.encode()))
+                    os.ftruncate(self.fd, os.fstat(self.fd).st_size - len(line.encode("utf-8", "surrogateescape")))
                     break
                 fields = line[:-1].split("\t")
                 if resume and len(fields) == LOG_HEAD.count("\t") + 1:
@@ -6691,7 +6690,7 @@ class Cmap:
     def __init__(self, key, settings, operands):
         self.loop = Loop()
         self.settings = settings
-        self.room = Engine(self.loop, key, settings, most=settings.jobs, keep=True)
+        self.engine = Engine(self.loop, key, settings, most=settings.jobs, keep=True)
         self.budget = Budget(math.inf if settings.out else settings.spill << 20)
         self.log = MapLog(settings.log, settings.resume) if settings.log else None
         self.total = None if settings.list or settings.lines or settings.value else len(operands) or None
@@ -6723,7 +6722,7 @@ class Cmap:
         finally:
             self.status.clear()
             self.stopping = True
-            self.room.close()
+            self.engine.close()
             for job in self.jobs:
                 for run in job.runs:
                     run.streams.close()
@@ -6750,7 +6749,7 @@ class Cmap:
         self._maybe_over()
 
     def _has_room(self):
-        return (len(self.jobs) < self.settings.jobs and len(self.room.queue) < AHEAD
+        return (len(self.jobs) < self.settings.jobs and len(self.engine.queue) < AHEAD
                 and len(self.outputs) < WAITING_MAX and self.budget.held < self.budget.limit
                 and self.budget.memory < 2 * Spool.ALL)
 
@@ -6777,14 +6776,14 @@ class Cmap:
         if avoid:
             run.avoid[avoid] = math.inf
         job.runs.append(run)
-        self.room.submit(run)
+        self.engine.submit(run)
 
     def _hedge(self):
         """Nothing is left to begin: the jobs that have run for longest start a second time, as slots come free."""
         if self.stopping:
             return
         for job in list(self.jobs):
-            if len(self.room.queue) >= AHEAD or len(self.room.running) >= self.settings.jobs:
+            if len(self.engine.queue) >= AHEAD or len(self.engine.running) >= self.settings.jobs:
                 break
             attempt = job.runs[0].attempt if len(job.runs) == 1 else None
             if attempt and attempt.is_running():
@@ -6811,7 +6810,7 @@ class Cmap:
 
     def _cancel(self, job):
         for run in job.runs:
-            self.room.cancel(run)
+            self.engine.cancel(run)
             run.streams.close()
         job.runs = []
 
@@ -6877,8 +6876,8 @@ class Cmap:
             self.errors.add(numbered_lines(job.number, errors), functools.partial(self._printed, errors))
 
     def _favour(self):
-        """Outputs have grown to their limit: when all before it are written the job whose turn is next may go on, or all
-        would wait for ever."""
+        """Outputs have grown to their limit: when all before it are written the job whose turn is next may go on, or
+        all would wait for ever."""
         if self.budget.waiting:
             runs = [run for job in self.jobs for run in job.runs if run.attempt]
             if runs and self.printer.is_idle():
@@ -6920,8 +6919,8 @@ class Cmap:
         if self.total and self.done:
             rest = (self.total - self.done - self.left_out) * took / self.done
         self.status.show("%d done, %d failed, %d running on %s, %.1f a second%s" % (
-            self.done, self.failed, len(self.room.running),
-            count_text(len({kept.name for kept in self.room.connections}), "worker"), self.done / took,
+            self.done, self.failed, len(self.engine.running),
+            count_text(len({kept.name for kept in self.engine.connections}), "worker"), self.done / took,
             ", %.0f s left" % rest if rest is not None else ""))
 
     def summary(self):
@@ -7052,7 +7051,7 @@ class SubmitterConnection:
 class Board:
     """What a handler posts for the daemon to read when it is killed: in shared memory, so that neither has to wake the
     other for each of a thousand jobs a second."""
-    FORM = struct.Struct("@q16sq")      # process group of the job in hand, STARTING or 0; id of the last job; jobs so far
+    FORM = struct.Struct("@q16sq")      # group of the job in hand, STARTING or 0; id of the last job; jobs so far
     STARTING = -1                       # its group is not known yet
 
     def __init__(self):
@@ -7507,7 +7506,8 @@ class Daemon:
 
     def _oldest(self, parked=False):
         """The connection that has been silent for longest, of those that have lost their slot or have one; or None."""
-        return min((each for each in self.connecting if each.parked == parked), key=lambda each: each.began, default=None)
+        return min((each for each in self.connecting if each.parked == parked), key=lambda each: each.began,
+                   default=None)
 
     def _park(self, connection):
         connection.parked = True
@@ -8394,7 +8394,8 @@ def differences(workers):
         groups = ["%s on %s%s" % (shown, ", ".join(names[:3]), " and %d more" % (len(names) - 3) if names[3:] else "")
                   for (_, shown), names in sorted(alike.items(), key=lambda item: -len(item[1]))]
         if len(groups) > 1:
-            warnings.append(printable("warning: workers of this key run different %s: %s" % (what, "; ".join(groups[:5]))))
+            text = "warning: workers of this key run different %s: %s" % (what, "; ".join(groups[:5]))
+            warnings.append(printable(text))
     return warnings
 
 
@@ -9717,8 +9718,8 @@ class Room:
 
     An input is bytes, an open file with a descriptor, which is read from its offset on, or the path (str or PathLike)
     of a file.  A regular file is not read before the job needs it, and the offset stays where it is; it may be closed
-    after the call.  names: {NAME: VALUE}, which the job finds as PEER_NAME.  check: whether a job that ends with another
-    status than 0 is a JobError.  timeout: seconds from the call after which a job is ended, for which
+    after the call.  names: {NAME: VALUE}, which the job finds as PEER_NAME.  check: whether a job that ends with
+    another status than 0 is a JobError.  timeout: seconds from the call after which a job is ended, for which
     subprocess.TimeoutExpired is raised.
 
     What a job writes is held until it has ended.  A worker that is lost costs time and no result: its jobs run again
