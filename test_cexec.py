@@ -6898,7 +6898,7 @@ class Searching:
         settings = settings_of("cexec", GROUP=room.group)
         self.discovery = cexec.Discovery(
             self.loop, self.key, settings, bytes(8), lambda: cexec.tls_context(self.key, True), (), self.found.append,
-            lambda *heard: self.heard.append(heard))
+            lambda *heard: self.heard.append(heard), lambda text: None)
 
     def until(self, condition, seconds=20):
         end = time.monotonic() + seconds
