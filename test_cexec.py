@@ -13183,8 +13183,7 @@ for number in range(int(sys.argv[3])):
     daemon = cexec.Daemon(key, settings, ["cat"], log)
     daemon.loop.close()
     daemon.loop = loop
-    daemon.responder.stopped = sys.argv[5] == "busy"
-    daemon.responder.running = int(daemon.responder.stopped)
+    daemon.responder.running = int(sys.argv[5] == "busy")
     loop.watch(daemon.group.fileno(), read=daemon._heard)
 cexec.say("", "ready")
 loop.run()
