@@ -13163,30 +13163,27 @@ CROWD = """
 import random, sys
 sys.path.insert(0, %r)
 import cexec
-class Lossy:
-    def __init__(self, group):
-        self.group, self.fileno, self.send, self.heard_on = group, group.fileno, group.send, group.heard_on
+class Lossy(cexec.GroupSocket):
     def receive(self):
-        got = self.group.receive()
+        got = super().receive()
         while got and random.random() < loss:
-            got = self.group.receive()
+            got = super().receive()
         return got
     def send_to(self, data, place):
-        return random.random() < loss or self.group.send_to(data, place)
+        return random.random() < loss or super().send_to(data, place)
+cexec.GroupSocket = Lossy
 loss, loop, log = int(sys.argv[4]) / 100, cexec.Loop(), cexec.Log("crowd")
 key, _ = cexec.load_key(sys.argv[1], "private")
 settings, _ = cexec.read_settings("cservice", [], {"GROUP": sys.argv[2], "CONCURRENCY": "1"})
 cexec.raise_descriptor_limit(4096)
-cexec.TokenBucket.__init__.__defaults__ = None
 context = cexec.tls_context(key, False)
 cexec.tls_context = lambda key, server_side: context
 cexec.measured_speed = lambda: 1.0
 for number in range(int(sys.argv[3])):
     daemon = cexec.Daemon(key, settings, ["cat"], log)
     daemon.loop.close()
-    daemon.loop, daemon.group = loop, Lossy(daemon.group)
-    daemon.responder.stopped = sys.argv[5] == "busy"
-    daemon.responder.running = int(daemon.responder.stopped)
+    daemon.loop = loop
+    daemon.responder.running = int(sys.argv[5] == "busy")
     loop.watch(daemon.group.fileno(), read=daemon._heard)
 cexec.say("", "ready")
 loop.run()
