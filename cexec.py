@@ -7409,6 +7409,7 @@ class Daemon:
             if len(lingering) > self.LINGERING:
                 signal_process(lingering[0].pid, signal.SIGKILL)
         if b"failed" in words:
+            self.proven[handler.board.read()[1]] = False        # that it ends well elsewhere is no credit to this one
             self._look_for_command()
         self.consider()
 
