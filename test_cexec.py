@@ -144,10 +144,47 @@ def run_tests(arguments):
     os.environ.pop("CEXEC_TEST_INSIDE", None)
     # Plugins that happen to be installed slow the start and some write to the directory; "" lets them in.
     os.environ.setdefault("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    if "CEXEC_TEST_HALF" not in os.environ and (os.cpu_count() or 1) > 1 and not selects(arguments):
+        return run_halves(arguments)
     import pytest
     this = os.path.abspath(__file__)
     named = any(os.path.abspath(argument.split("::")[0]) == this for argument in arguments)
-    return pytest.main(["-p", "no:cacheprovider", *([] if named else [this]), *arguments])
+    return pytest.main(["-p", "no:cacheprovider", *([] if named else [this]), *arguments], [Half()])
+
+
+def selects(arguments):
+    """Whether these arguments choose some of the tests, or want to watch or stop them."""
+    chosen = ("-k", "-m", "-x", "-s", "-h", "--help", "--version", "--lf", "--ff", "--sw", "--co", "--pdb", "--maxfail")
+    return any(argument.startswith(chosen) or "::" in argument or argument.endswith(".py") for argument in arguments)
+
+
+class Half:
+    """A plugin for pytest: with CEXEC_TEST_HALF=0 every other test from the first on, with 1 the others, else all."""
+
+    def pytest_collection_modifyitems(self, items):
+        half = os.environ.get("CEXEC_TEST_HALF")
+        items[:] = items if half is None else items[int(half)::2]
+
+
+def run_halves(arguments):
+    """Two processes run half of the tests each: most tests wait more than they compute.  What the second prints comes
+    behind what the first does, and a cache directory of pytest gets a second one beside it."""
+    commands = [[sys.executable, os.path.abspath(__file__), *arguments],
+                [sys.executable, os.path.abspath(__file__),
+                 *(argument + "-1" if argument.startswith("cache_dir=") else argument for argument in arguments)]]
+    with tempfile.TemporaryFile() as second:
+        halves = [subprocess.Popen(command, env=dict(os.environ, CEXEC_TEST_HALF=str(number)),
+                                   **({"stdout": second, "stderr": subprocess.STDOUT} if number else {}))
+                  for number, command in enumerate(commands)]
+        try:
+            statuses = [half.wait() for half in halves]
+        except KeyboardInterrupt:
+            statuses = [half.wait() for half in halves]     # they have had it too
+        second.seek(0)
+        sys.stdout.flush()
+        shutil.copyfileobj(second, sys.stdout.buffer)
+        sys.stdout.buffer.flush()
+    return max(statuses, key=abs)
 
 
 if __name__ == "__main__" and sys.argv[1:2] != ["bench"]:
