@@ -2226,9 +2226,11 @@ class Selection:
         times = [self.again]
         if any(candidate.proven for candidate in self.candidates.values()):
             times.append(self.choose_by)
-        waiting = self._next_to_shake()
+        waiting, shaking = self._next_to_shake(), self._shaking()
         if waiting:
-            times.extend(map(self._deadline(waiting), self._shaking()))
+            times.extend(map(self._deadline(waiting), shaking))
+        elif len(shaking) >= HANDSHAKES:
+            times.append(shaking[0].began + PATIENCE_MOST)
         return min(times)
 
     def _choose(self, now):
@@ -2274,8 +2276,9 @@ class Selection:
         return True
 
     def _shaking(self):
-        return [candidate for candidate in self.candidates.values()
-                if candidate.began is not None and not candidate.proven]
+        """The handshakes under way, the oldest first."""
+        return sorted((candidate for candidate in self.candidates.values()
+                       if candidate.began is not None and not candidate.proven), key=lambda candidate: candidate.began)
 
     def _next_to_shake(self):
         """Whose handshake comes next: addresses take turns, those with failed handshakes come last."""
@@ -2294,6 +2297,8 @@ class Selection:
         while True:
             waiting, shaking = self._next_to_shake(), self._shaking()
             if not waiting:
+                if len(shaking) >= HANDSHAKES and now >= shaking[0].began + PATIENCE_MOST:
+                    self._evict(shaking[0], "slower than another")      # a proxy may keep others waiting meanwhile
                 return
             if len(shaking) >= HANDSHAKES:
                 deadline = self._deadline(waiting)

@@ -6380,6 +6380,16 @@ def arrives(selection, now, *names, cost=0.0, queued=False, source=None, offset=
     return selection.poll(now)
 
 
+def test_four_stalled_handshakes_make_room_though_nobody_is_seen_to_wait():
+    """S16: behind a proxy, which lets four through at once, the others wait out of sight."""
+    selection = submitter()
+    arrives(selection, 1.0, "a", "b", "c", "d", source="proxy")
+    assert selection.next_due() <= 1.0 + cexec.PATIENCE_MOST
+    assert evicts("a") not in selection.poll(1000.0)
+    assert evicts("a") in selection.poll(1.0 + cexec.PATIENCE_MOST)
+    assert shakes("real") in arrives(selection, 1002.0, "real", source="proxy")
+
+
 def test_announcements_are_repeated_ever_more_slowly():
     selection = submitter()
     times = []
