@@ -10192,14 +10192,17 @@ DEMO_TEXT = b"one job, the best machine in the room, and every byte of it comes 
 def make_temporary_key():
     """(folder, path of a private key in it): the public half beside it ends with .pub; nobody else can read them."""
     folder = os.path.join(os.environ.get("TMPDIR") or "/tmp", "cexec-" + os.urandom(8).hex())
-    os.mkdir(folder, 0o700)
+    mask = os.umask(0o77)       # the user's own may take even this user's rights
     try:
+        os.mkdir(folder)
         for name, half in zip(("app", "app.pub"), make_keypair(os.urandom(32))):
-            with open(os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
+            with open(os.path.join(folder, name), "wb") as file:
                 file.write(half)
     except OSError:
         remove_temporary_key(folder)
         raise
+    finally:
+        os.umask(mask)
     return folder, os.path.join(folder, "app")
 
 
