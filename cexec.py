@@ -3442,6 +3442,12 @@ def park(fd):
         os.close(null)
 
 
+def park_standard():
+    """Occupies those of standard input, output and error that are closed."""
+    for fd in set((0, 1, 2)) - set(open_descriptors(2)):
+        park(fd)
+
+
 def is_memory(fd):
     """Whether a device is /dev/null or one of its kin, which never block (Linux gives them the major number 1)."""
     return LINUX and os.major(os.fstat(fd).st_rdev) == 1
@@ -6282,8 +6288,7 @@ def has_lost_terminal():
 def cexec(arguments, settings):
     """cexec APP[.pub] [NAME=VALUE...]"""
     inherited = carried_descriptors(settings.max_fd)
-    for fd in set((0, 1, 2)) - set(open_descriptors(2)):
-        park(fd)
+    park_standard()
     if settings.errors_fd is not None:
         check_errors_fd(settings)
     if not arguments:
@@ -6707,7 +6712,7 @@ class Cmap:
         self.errors = Printer(self.loop, 2, lambda error: None)
         self.status = StatusLine(-1 if settings.quiet else 2)
         self.began = time.monotonic()
-        self.taken = self.done = self.failed = self.left_out = self.lost = self.timeouts = 0
+        self.taken = self.done = self.failed = self.left_out = self.lost = 0
         self.trouble = None             # the first job that the cluster failed, and the Failure
         self.stopping = False           # no more jobs are begun
         self.inputs_over = False
@@ -6944,8 +6949,7 @@ def cmap(arguments, settings):
     check_map_inputs(settings, arguments[1:])
     if not is_open(1) and not settings.out:
         raise Failure("standard output", os.strerror(errno.EBADF), status=EXIT_USAGE)
-    for fd in set((0, 1, 2)) - set(open_descriptors(2)):
-        park(fd)
+    park_standard()
     key, warning = load_key(arguments[0], "public")
     if warning:
         say(CMAP, warning)
@@ -7080,6 +7084,16 @@ class Board:
         """No job is in hand."""
         _, job, jobs = self.read()
         self.FORM.pack_into(self.memory, 0, 0, job.encode(), jobs)
+
+
+def link_words(link):
+    """Words that daemon and handler have said to each other: none at the link's end, None when nothing is there now."""
+    try:
+        return link.recv(4096).split()
+    except BlockingIOError:
+        return None
+    except OSError:
+        return []
 
 
 class HandlerProcess:
@@ -7396,12 +7410,9 @@ class Daemon:
             os._exit(status)
 
     def _told(self, handler):
-        try:
-            words = handler.link.recv(4096).split()
-        except BlockingIOError:
+        words = link_words(handler.link)
+        if words is None:
             return
-        except OSError:
-            words = []
         if not words:
             self.loop.watch(handler.link.fileno())
             return
@@ -8055,12 +8066,9 @@ class Handler:
             pass        # the daemon has gone; the link's end says so too
 
     def _told(self):
-        try:
-            words = self.link.recv(4096).split()
-        except BlockingIOError:
+        words = link_words(self.link)
+        if words is None:
             return
-        except OSError:
-            words = []
         if not words:
             self.loop.watch(self.link.fileno())
             return self.give_up("the worker was killed")
@@ -8254,8 +8262,7 @@ def cservice(arguments, settings):
         raise Failure("--user", "only root can change user", "", EXIT_USAGE)
     find_command(arguments[1])
     key, warning = load_key(arguments[0], "private")
-    for fd in set((0, 1, 2)) - set(open_descriptors(2)):
-        park(fd)
+    park_standard()
     close_strays()
     import pty, resource, mmap      # noqa: what handlers need: after --user they may not be allowed to read it
     if settings.user:
@@ -10386,8 +10393,7 @@ def demo(arguments, settings):
     """demo [COMMAND [ARG...]]"""
     command = arguments or ["tr", "a-z", "A-Z"]
     find_command(command[0])
-    for fd in set((0, 1, 2)) - set(open_descriptors(2)):
-        park(fd)
+    park_standard()
     for number in DEMO_SIGNALS:
         signal.signal(number, end_demo)
     show = Demo(command, many=not arguments)
