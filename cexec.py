@@ -1482,6 +1482,7 @@ class Session:
         self.pinged = now
         self.ticked = now
         self.round_trip = None          # the shortest that was seen, seconds
+        self.offered = now              # submitter: when the job in hand was
         self.paused = False             # the peer has said that it will be silent
 
     # -- from the peer
@@ -1511,6 +1512,10 @@ class Session:
         self.open_streams(job.descriptors)
         self.timeout = job.timeout
         return kind, number, job
+
+    def _accepted(self, kind, number, body, size, now):
+        self._round_trip_seen(now - self.offered)       # and the start of a process, which is a millisecond or two
+        return kind, number, body
 
     def _exit(self, kind, number, body, size, now):
         report = parse_exit(body)
@@ -1577,11 +1582,13 @@ class Session:
 
     def _pong(self, kind, number, body, size, now):
         if len(body) == 8:
-            trip = now - struct.unpack(">d", body)[0]
-            if trip >= 0:
-                self.round_trip = trip if self.round_trip is None else min(trip, self.round_trip)
+            self._round_trip_seen(now - struct.unpack(">d", body)[0])
 
-    RECEIVED = {WELCOME: _pass_on, HELLO: _pass_on, JOB: _job, ACCEPTED: _pass_on, REFUSED: _pass_on, ABORT: _pass_on,
+    def _round_trip_seen(self, seconds):
+        if seconds >= 0:
+            self.round_trip = seconds if self.round_trip is None else min(seconds, self.round_trip)
+
+    RECEIVED = {WELCOME: _pass_on, HELLO: _pass_on, JOB: _job, ACCEPTED: _accepted, REFUSED: _pass_on, ABORT: _pass_on,
                 BYE: _pass_on, DATA: _data, END: _end, STOP: _stop, CREDIT: _credit, SIGNAL: _signal, WINDOW: _window,
                 PING: _ping, PONG: _pong, EXIT: _exit}
 
@@ -1601,8 +1608,9 @@ class Session:
         """The worker's first words."""
         self.outbox += frame(HELLO, 0, encode_greeting(address, instance))
 
-    def offer(self, job, address):
+    def offer(self, job, address, now):
         """The submitter's choice falls on this worker: for its first job, or for the next one."""
+        self.offered = now
         if not self.welcomed:
             self.welcomed = True
             self.outbox += frame(WELCOME, 0, encode_greeting(address))
@@ -5263,7 +5271,7 @@ class Attempt:
         terminal = streams.terminal.describe() if streams.terminal else None
         job = Job(submission.id, streams.descriptors, submission.names, settings.timeout_pingpong, terminal)
         self.channel.owner = self
-        self.session.offer(job, self.kept.submitter)
+        self.session.offer(job, self.kept.submitter, self.offered)
         for number in streams.delivered:
             self.session.stop(number)       # its reader went while another worker had the job
         patience = START_PATIENCE * 2 ** submission.lost if submission.retries else settings.timeout_pingpong

@@ -3684,7 +3684,7 @@ class Sides:
         self.heard = {role: [] for role in ROLES}
         self.worker.hello("10.0.0.2", "00112233")
         self.pump()
-        self.submitter.offer(job_of(descriptors), "10.0.0.1")
+        self.submitter.offer(job_of(descriptors), "10.0.0.1", self.now)
         self.pump()
         self.worker.accept(self.now)
         self.pump()
@@ -3748,7 +3748,7 @@ def test_what_is_late_for_one_job_is_not_the_next_ones():
         say()
     sides.pump()
     assert sides.take("submitter")[-1] == ("exit", 0, ended(consumed={0: 4})) and sides.take("worker") == []
-    sides.submitter.offer(job_of({0: cexec.IN, 5: cexec.OUT}), "10.0.0.1")
+    sides.submitter.offer(job_of({0: cexec.IN, 5: cexec.OUT}), "10.0.0.1", sides.now)
     sides.pump()
     assert [name for name, _, _ in sides.take("worker")] == ["job"], "the welcome is said once"
     sides.worker.accept(sides.now)
@@ -3768,7 +3768,7 @@ def test_a_worker_that_takes_no_more_jobs_says_so_whether_or_not_one_is_under_wa
         sides.worker.exit(ended())
         sides.pump()
         if offered:
-            sides.submitter.offer(job_of({0: cexec.IN}), "10.0.0.1")
+            sides.submitter.offer(job_of({0: cexec.IN}), "10.0.0.1", sides.now)
         sides.worker.abort("no more jobs here")
         sides.heard["submitter"] = events_of(sides.submitter, bytes(sides.worker.outbox))
         assert sides.take("submitter") == [("abort", 0, b"no more jobs here")] and sides.submitter.phase == "over"
@@ -3919,9 +3919,7 @@ def fast_transfer(sides, rounds):
 
 def test_a_window_grows_on_a_long_path_up_to_its_cap():
     sides = Sides({1: cexec.OUT}, trip=0.1)
-    sides.submitter.ping(sides.now)
-    sides.pump()
-    assert sides.submitter.round_trip == pytest.approx(0.1)
+    assert sides.submitter.round_trip == pytest.approx(0.1) == sides.worker.round_trip, "the start of a job tells it"
     windows = fast_transfer(sides, 20)
     assert windows[-1] == cexec.WINDOW_MAX and windows == sorted(windows)
 
