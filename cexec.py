@@ -2813,6 +2813,9 @@ IP_BOUND_IF, IPV6_BOUND_IF = 25, 125                # macOS
 IP_MULTICAST_ALL, IPV6_MULTICAST_ALL = 49, 29       # Linux
 IPV6_RECVPKTINFO, IPV6_PKTINFO = getattr(socket, "IPV6_RECVPKTINFO", 61), getattr(socket, "IPV6_PKTINFO", 46)   # macOS
 SO_RXQ_OVFL, SO_REUSEPORT = 40, getattr(socket, "SO_REUSEPORT", None)       # Linux; not on Linux
+SO_ATTACH_FILTER = 26                               # Linux
+BPF_LOAD = {1: 0x30, 4: 0x20}                       # by bytes: a load from a fixed place
+BPF_JUMP_IF_EQUAL, BPF_RETURN = 0x15, 0x06          # with a constant
 TENTATIVE, DUPLICATE = 0x40, 0x08                   # flags of an IPv6 address that cannot be used
 TRUNCATED = int(socket.MSG_TRUNC)                   # the enumeration's own arithmetic is slow
 PRIVATE_LINKS = ("awdl", "llw", "anpi")             # macOS's own: AirDrop and the like
@@ -2977,6 +2980,31 @@ class GroupSocket:
         except OSError:
             return False
         return True
+
+    def hear_only(self, key_id):
+        """Asks the kernel (Linux) to pass what a worker of this key acts on and no more: every job of another key in
+        the room would else wake it five times.  That is the key's own datagrams, roll calls of all keys, and what speaks
+        another version, which is worth a note.  `dropped` counts what is held back as well.
+
+        The filter is a program of struct sock_filter (linux/filter.h), to which a datagram begins with its 8 bytes of
+        UDP header, and which drops one that is too short for a load.
+        """
+        def step(code, value, if_true=0, if_false=0):
+            return struct.pack("@HBBI", code, if_true, if_false, value)
+
+        def check(place, size, value, if_true, if_false):
+            return (step(BPF_LOAD[size], 8 + place)
+                    + step(BPF_JUMP_IF_EQUAL, int.from_bytes(value, "big"), if_true, if_false))
+        program = b"".join((
+            check(0, 4, MAGIC, 0, 7),
+            check(4, 1, bytes([WIRE_VERSION]), 0, 4),
+            check(5, 1, bytes([ASK]), 2, 0),
+            check(8, 4, key_id, 0, 1),
+            step(BPF_RETURN, 1 << 16),      # so many of its bytes pass
+            step(BPF_RETURN, 0)))
+        import array
+        place = array.array("B", program)
+        self._try(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("@HP", len(program) // 8, place.buffer_info()[0]))
 
     def _bind(self):
         group = self.group
@@ -7156,6 +7184,8 @@ class Daemon:
         self.environment = job_environment(settings.user)
         self.context = tls_context(key, server_side=False)
         self.group = GroupSocket(settings.group, listen=True)
+        if LINUX:
+            self.group.hear_only(key.id)
         self.responder = Responder(settings.concurrency, usable_cpus(), measured_speed(), uniform, settings.boost)
         self.meter = LoadMeter()
         self.instance = os.urandom(8).hex()

@@ -2755,6 +2755,32 @@ def test_what_is_too_long_is_passed_over():
         assert [len(hear(ear)[0]) for _ in range(4)] == [0, 1, cexec.DATAGRAM_MAX, 7]
 
 
+@pytest.mark.parametrize("text", ["127.0.0.1:%d", "[::1]:%d"])
+def test_the_kernel_drops_what_is_for_another_key(text):
+    if sys.platform != "linux":
+        skip("Linux's socket filters")
+    group = cexec.parse_group(text % free_port())
+    secret, own, other = bytes(32), b"ownk", b"ownl"
+
+    def datagram(kind, key_id, version=cexec.WIRE_VERSION):
+        data = bytearray(cexec.encode_datagram(secret, kind, key_id, bytes(8), 0, bytes(30)))
+        data[4] = version
+        return bytes(data)
+    wanted = [datagram(kind, own) for kind in cexec.DATAGRAM_NAMES]
+    wanted += [datagram(cexec.ASK, other), datagram(cexec.ANNOUNCE, other, cexec.WIRE_VERSION + 1),
+               wanted[0] + bytes(cexec.DATAGRAM_MAX - len(wanted[0]))]
+    unwanted = [datagram(kind, other) for kind in cexec.DATAGRAM_NAMES if kind != cexec.ASK]
+    unwanted += [b"", bytes(11), b"cxed" + wanted[0][4:], wanted[0][:11], b"hello" * 20]
+    with contextlib.closing(cexec.GroupSocket(group, True)) as ear, \
+            contextlib.closing(cexec.GroupSocket(group, False)) as mouth:
+        ear.hear_only(own)
+        for pair in itertools.zip_longest(unwanted, wanted, fillvalue=unwanted[0]):
+            for each in pair:
+                mouth.socket.sendto(each, (group.address, group.port))
+        assert [hear(ear)[0] for _ in wanted] == wanted
+        assert ear.receive() is None
+
+
 def test_a_flood_of_unwanted_datagrams_does_not_hold_the_caller():
     group = cexec.parse_group("127.0.0.1:%d" % free_port())
     with contextlib.closing(cexec.GroupSocket(group, True)) as ear, socket.socket(type=socket.SOCK_DGRAM) as mouth:
