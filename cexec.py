@@ -110,6 +110,7 @@ WINDOWS_MAX = 1 << 24       # sum of one receiver's windows; what a blocked read
 RECORD = 1 << 14            # the most that one record of TLS carries
 TLS_PIECE = 1 << 16         # bytes given to TLS at a time: larger ones make a sender that paces (bbr) wait
 BUFFER = 1 << 18            # one read or one write of the channel: sixteen TLS records
+BUFFER_START = 1 << 14      # of a channel whose first one has not been full yet: a small job needs no more
 LONG_TRIP = 0.005           # seconds: a path whose window may grow to WINDOW_MAX
 FAST_QUARTER = 0.005        # seconds in which a fast flow consumes a quarter of its window
 FD_SETSIZE = 1024           # select(2) takes no descriptor from here on
@@ -2381,7 +2382,7 @@ class TlsConnection:
         self.socket = connection
         self.encrypted, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.tls = context.wrap_bio(self.encrypted, self.outgoing, server_side)
-        self.buffer = memoryview(bytearray(BUFFER + RECORD))    # sixteen records, each with its head and tag, fit
+        self.buffer = memoryview(bytearray(BUFFER_START))
         self.unsent = memoryview(b"")       # encrypted, and not taken by the system yet
         self.emptied = False                # the last read from the socket was short: asking again would be in vain
         self.failure = None                 # what ended the connection behind the bytes that were returned last
@@ -2457,6 +2458,8 @@ class TlsConnection:
         if size:
             self.encrypted.write(self.buffer[:size])
             self.emptied = size < len(self.buffer)
+            if not self.emptied and size == BUFFER_START:
+                self.buffer = memoryview(bytearray(BUFFER + RECORD))    # sixteen records with their heads and tags fit
         else:
             self.encrypted.write_eof()
         return True
@@ -3970,9 +3973,9 @@ class Channel:
     def __init__(self, loop, connection, session, owner):
         self.loop, self.connection, self.session, self.owner = loop, connection, session, owner
         self.fd = connection.fileno()
-        self.incoming = memoryview(bytearray(BUFFER))
-        self.outgoing = bytearray(BUFFER)
-        self.pending = memoryview(b"")                  # of `outgoing`: not given to TLS yet
+        self.incoming = memoryview(bytearray(BUFFER_START))
+        self.outgoing = bytearray(BUFFER_START)
+        self.pending = memoryview(b"")                  # of `outgoing`, or the one before: not given to TLS yet
         self.sources = {}
         self.ready = collections.OrderedDict()          # numbers of sources that may have something to read, in turn
         self.starved = set()                            # numbers of sources that wait for credit
@@ -4054,17 +4057,19 @@ class Channel:
         self.filling = True         # a source's end must not start a second filling inside this one
         try:
             at = self._take_control(0)
-            while self.ready and BUFFER - at >= 4096:      # a short input and its end go out together
+            while self.ready and len(self.outgoing) - at >= 4096:      # a short input and its end go out together
                 at = self._take_data(self.ready.popitem(last=False)[0], at)
-            if session.outbox and at < BUFFER:
+            if session.outbox and at < len(self.outgoing):
                 at = self._take_control(at)     # ends that the sources came to
         finally:
             self.filling = False
         self.pending = memoryview(self.outgoing)[:at]
+        if BUFFER_START == len(self.outgoing) < at + 4096:
+            self.outgoing = bytearray(BUFFER)
         return at
 
     def _take_control(self, at):
-        part = self.session.outbox[:BUFFER - at]
+        part = self.session.outbox[:len(self.outgoing) - at]
         self.outgoing[at:at + len(part)] = part
         del self.session.outbox[:len(part)]
         return at + len(part)
@@ -4072,7 +4077,7 @@ class Channel:
     def _take_data(self, number, at):
         """One read of one source behind its header's place; returns where the next message begins."""
         start = at + HEAD_SIZE
-        room = min(self.session.may_send(number), BUFFER - start)
+        room = min(self.session.may_send(number), len(self.outgoing) - start)
         if room <= 0:
             self.starved.add(number)
             return at
@@ -4098,6 +4103,7 @@ class Channel:
         if self.closed:
             return
         for _ in range(self.ROUNDS // 2):
+            whole = len(self.incoming)
             try:
                 size = self.connection.read_into(self.incoming)
             except (OSError, ValueError) as error:
@@ -4106,7 +4112,7 @@ class Channel:
                 return self.lost(Loss(CLOSED, "the connection was closed"))
             if size and not self._process(size):
                 return
-            if not size or (size < BUFFER and not self.connection.failure):
+            if not size or (size < whole and not self.connection.failure):
                 break
         else:
             self.loop.call_soon_threadsafe(self._readable)      # what TLS holds wakes no select
@@ -4136,7 +4142,7 @@ class Channel:
             return False
         finally:
             self.processing = False
-        if kept:
+        if kept or size == len(self.incoming) == BUFFER_START:
             self.incoming = memoryview(bytearray(BUFFER))
         return True
 

@@ -5252,6 +5252,27 @@ def test_a_channel_carries_sources_both_ways_and_their_ends(linked):
     assert (near.sent_total, far.received_total) == (6 * MB + 7, 6 * MB + 7)
 
 
+@pytest.mark.parametrize("size", [-cexec.HEAD_SIZE - 4096, -cexec.HEAD_SIZE - 1, -cexec.HEAD_SIZE, -1, 0, 1, 3])
+def test_buffers_are_small_until_one_was_full(linked, size):
+    """A small job costs little memory; nothing is lost or doubled where a buffer makes room for a larger one."""
+    (_, worker), (near, far) = linked.owners, linked.channels
+
+    def memory():
+        return [len(each) for channel in linked.channels
+                for each in (channel.incoming, channel.outgoing, channel.connection.buffer)]
+    few, data = random_octets(1000), random_octets(cexec.BUFFER_START + size)
+    near.add_source(4, Ended(few))
+    near.flush()
+    linked.until(lambda: ("end", 4) in worker.messages)
+    assert set(memory()) == {cexec.BUFFER_START} and bytes(worker.data[4]) == few
+    near.add_source(3, Ended(data, random_octets(MB) if not size else b""))
+    near.flush()
+    linked.until(lambda: ("end", 3) in worker.messages)
+    assert bytes(worker.data[3][:len(data)]) == data and len(worker.data[3]) == len(data) + MB * (not size)
+    if not size:
+        assert len(near.outgoing) == len(far.incoming) == cexec.BUFFER
+
+
 def test_a_source_that_cannot_be_read_ends_as_the_owner_says(linked):
     (submitter, worker), (near, _) = linked.owners, linked.channels
     near.add_source(3, Ended(b"before", OSError(errno.EIO, "broken")))
