@@ -8094,6 +8094,7 @@ class Handler:
         self.link.setblocking(False)
         self.loop.watch(self.link.fileno(), read=self._told)
         self.timer = self.loop.call_later(self.PATIENCE, self._finish)
+        self.channel.flush()        # the hello
         return self.loop.run()
 
     def _shake_hands(self):
@@ -8173,9 +8174,9 @@ class Handler:
             self._tell(b"failed")
             self.channel.session.refuse(words)
             return self._give_slot_back()
-        self.log("job %s: start from %s, pid %d" % (job.id, self.remote_text(), self.running.pid))
         self.channel.session.accept(time.monotonic())
         self.channel.flush()
+        self.log("job %s: start from %s, pid %d" % (job.id, self.remote_text(), self.running.pid))
 
     def remote_text(self):
         peer = self.peer[0].partition("%")[0]
@@ -8185,16 +8186,18 @@ class Handler:
         """All of its output is on its way, and its group is gone."""
         job, limit_met, self.running = self.running.job, self.running.limit_met, None
         met = " (its limit of %s)" % limit_met if limit_met else ""
-        self.log("job %s: end, %s %d%s, %.3f s, %d bytes in, %d out" % (
+        words = "job %s: end, %s %d%s, %.3f s, %d bytes in, %d out" % (
             job.id, "signal" if report.signalled else "status", report.number, met, report.milliseconds / 1000,
-            self.channel.received_total, self.channel.sent_total))
+            self.channel.received_total, self.channel.sent_total)
         self.board.end()
         self.channel.reset_streams()
         self.channel.session.exit(report._replace(last=self.told_to_leave))
         if self.told_to_leave:
-            return self._give_slot_back()
-        self.timer = self.loop.call_later(self.IDLE, self._leave)
-        self.channel.flush()
+            self._give_slot_back()
+        else:
+            self.timer = self.loop.call_later(self.IDLE, self._leave)
+            self.channel.flush()
+        self.log(words)         # behind what the submitter waits for
 
     def _leave(self, words="no more jobs here"):
         """Takes no more jobs on this connection.  A job that is on its way here is not started, and its submitter
