@@ -135,6 +135,9 @@ def say(text):
 
 def run_tests(arguments):
     """Runs pytest over this file, here if it is installed, else in an environment of its own."""
+    # A script's background job ignores these two, and what the tests start and interrupt would as well.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
     if importlib.util.find_spec("pytest") is None:
         if os.environ.get("CEXEC_TEST_INSIDE"):
             sys.exit("test_cexec.py: the virtual environment has no pytest: remove %s" % sys.prefix)
