@@ -2986,8 +2986,8 @@ class GroupSocket:
 
     def hear_only(self, key_id):
         """Asks the kernel (Linux) to pass what a worker of this key acts on and no more: every job of another key in
-        the room would else wake it five times.  That is the key's own datagrams, roll calls of all keys, and what speaks
-        another version, which is worth a note.  `dropped` counts what is held back as well.
+        the room would else wake it five times.  It passes the key's own datagrams, roll calls of all keys, and what
+        speaks another version, which is worth a note.  `dropped` counts what is held back as well.
 
         The filter is a program of struct sock_filter (linux/filter.h), to which a datagram begins with its 8 bytes of
         UDP header, and which drops one that is too short for a load.
