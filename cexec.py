@@ -7841,8 +7841,7 @@ class RunningJob:
 
     def _make_terminal(self):
         """Its slave stays open here: what the job makes of its own descriptors must not look like the end."""
-        import pty
-        self.master, self.slave = pty.openpty()
+        self.master, self.slave = os.openpty()
         os.set_blocking(self.master, False)
         rows, columns, _, modes = self.job.terminal
         set_terminal(self.slave, rows, columns, modes)
@@ -8311,7 +8310,7 @@ def cservice(arguments, settings):
     key, warning = load_key(arguments[0], "private")
     park_standard()
     close_strays()
-    import pty, resource, mmap      # noqa: what handlers need: after --user they may not be allowed to read it
+    import termios, resource, mmap      # noqa: what handlers need: after --user they may not be allowed to read it
     if settings.user:
         check_user(settings.user)
     check_tls()
