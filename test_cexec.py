@@ -10146,7 +10146,7 @@ def test_the_jobs_terminal_has_the_size_of_the_users_at_any_time(room, terminal)
 
 
 def test_a_signal_key_acts_on_what_runs_in_the_jobs_shell(room, terminal):
-    serve_bash(room)
+    worker = serve_bash(room)
     modes = terminal.modes()
     cexec = terminal.cexec()
     terminal.wait("there> ")
@@ -10164,6 +10164,13 @@ def test_a_signal_key_acts_on_what_runs_in_the_jobs_shell(room, terminal):
     assert "sleep 99" in terminal.ask("jobs")
     terminal.type("fg\r")
     terminal.wait("sleep 99'")
+
+    def goes_on():
+        """It has the terminal, which the shell gives it behind the words and before it lets it go on."""
+        (shell,), = [children(handler) for handler in children(worker.pid)]
+        stopped, = children(shell)
+        return stat_fields(stopped)[0] != "T"
+    wait_until(lambda: must(goes_on()))
     terminal.type("\x03")
     terminal.wait("there> ")
     assert terminal.ask("sleep 0 & wait; jobs; echo $?")[-1] == "0"
