@@ -1708,8 +1708,7 @@ class Session:
         asleep, self.ticked = now - self.ticked > self.timeout / 2, now
         if self.paused or asleep:       # a peer that was suspended, or this process itself was: silence proves nothing
             self.heard = now
-            if self.paused:
-                return False
+            return False
         quiet = now - self.heard
         if quiet > self.timeout / 4 and now - self.pinged > self.timeout / 4:
             self.ping(now)
