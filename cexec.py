@@ -1659,7 +1659,7 @@ class Session:
     def may_send(self, number):
         """How many bytes of data the peer takes on this descriptor now."""
         stream = self.sending[number]
-        return min(stream.credit, FRAME_MAX) if stream.state == "open" else 0
+        return stream.credit if stream.state == "open" else 0
 
     def data(self, buffer, at, number, size):
         """Writes the header of a data message into the buffer; its `size` bytes follow there already."""
