@@ -2418,29 +2418,25 @@ class TlsConnection:
         """Returns how many bytes were read, 0 when the peer has ended the connection, or None when there is nothing
         now.  Fewer than the view holds means that there is no more now, unless `failure` is set."""
         filled = 0
-        while filled < len(view):
-            try:
+        try:
+            while filled < len(view):
                 if self.failure:
                     raise self.failure
-                size = self.tls.read(len(view) - filled, view[filled:])
-            except ssl.SSLWantReadError:
                 try:
-                    if self._fetch():
-                        continue
-                    return filled or None
-                except OSError as error:
-                    self.failure = error
-            except ssl.SSLZeroReturnError:
-                return filled
-            except OSError as error:
-                self.failure = error
-                if not filled:
-                    raise
-                return filled
-            else:
+                    size = self.tls.read(len(view) - filled, view[filled:])
+                except ssl.SSLWantReadError:
+                    if not self._fetch():
+                        return filled or None
+                    continue
                 if not size:
-                    return filled
+                    break
                 filled += size
+        except ssl.SSLZeroReturnError:
+            pass
+        except OSError as error:
+            self.failure = error
+            if not filled:
+                raise
         return filled
 
     def _fetch(self):
