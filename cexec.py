@@ -2453,7 +2453,7 @@ class TlsConnection:
         if size:
             self.encrypted.write(self.buffer[:size])
             self.emptied = size < len(self.buffer)
-            if not self.emptied and size == BUFFER_START:
+            if size == len(self.buffer) == BUFFER_START:
                 self.buffer = memoryview(bytearray(BUFFER + RECORD))    # sixteen records with their heads and tags fit
         else:
             self.encrypted.write_eof()
