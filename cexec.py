@@ -4103,11 +4103,13 @@ class Channel:
                 size = self.connection.read_into(self.incoming)
             except (OSError, ValueError) as error:
                 return self.lost(loss_of(error))
+            if size is None:
+                break
             if size == 0:
                 return self.lost(Loss(CLOSED, "the connection was closed"))
-            if size and not self._process(size):
+            if not self._process(size):
                 return
-            if not size or (size < whole and not self.connection.failure):
+            if size < whole and not self.connection.failure:
                 break
         else:
             self.loop.call_soon_threadsafe(self._readable)      # what TLS holds wakes no select
