@@ -4025,7 +4025,10 @@ class Channel:
                 if not taken:
                     break
                 if not self.pending and not self._fill():
-                    return self._flushed()
+                    if self.on_flushed:
+                        callback, self.on_flushed = self.on_flushed, None
+                        callback()
+                    return
                 while taken and self.pending:
                     piece, self.pending = self.pending[:TLS_PIECE], self.pending[TLS_PIECE:]
                     taken = self.connection.send(piece)
@@ -4040,11 +4043,6 @@ class Channel:
         self.blocked = False
         self.loop.watch(self.fd, read=self._readable)
         self.flush()
-
-    def _flushed(self):
-        if self.on_flushed and not self.session.outbox:
-            callback, self.on_flushed = self.on_flushed, None
-            callback()
 
     def _fill(self):
         """Gathers messages into the buffer: control first, then data of the descriptors in turn."""
