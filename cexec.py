@@ -8072,7 +8072,10 @@ class Handler:
     def run(self):
         """Returns the process's exit status."""
         try:
-            connection = self._shake_hands()
+            self.peer, self.local = self.raw.getpeername(), self.raw.getsockname()
+            connection = TlsConnection(self.raw, self.daemon.context, server_side=False)
+            connection.handshake_within(self.PATIENCE)
+            check_peer(connection.tls, self.daemon.key)
         except (OSError, ValueError) as error:
             loss = loss_of(error)
             if loss.kind is BROKEN and isinstance(error, ssl.SSLError):
@@ -8090,13 +8093,6 @@ class Handler:
         self.timer = self.loop.call_later(self.PATIENCE, self._finish)
         self.channel.flush()        # the hello
         return self.loop.run()
-
-    def _shake_hands(self):
-        self.peer, self.local = self.raw.getpeername(), self.raw.getsockname()
-        connection = TlsConnection(self.raw, self.daemon.context, server_side=False)
-        connection.handshake_within(self.PATIENCE)
-        check_peer(connection.tls, self.daemon.key)
-        return connection
 
     def _tell(self, word):
         try:
