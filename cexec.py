@@ -8279,6 +8279,9 @@ def is_hung_up(fd):
     return True
 
 
+PR_SET_DUMPABLE = 4         # linux/prctl.h
+
+
 def hide_memory():
     """Keeps this process's memory, and so the key, from other processes of its user, such as its jobs (Linux)."""
     try:
@@ -8286,9 +8289,6 @@ def hide_memory():
         ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     except (ImportError, OSError, AttributeError):
         pass        # the manual tells to use --user
-
-
-PR_SET_DUMPABLE = 4
 
 
 def cservice(arguments, settings):
