@@ -110,7 +110,7 @@ WINDOWS_MAX = 1 << 24       # sum of one receiver's windows; what a blocked read
 RECORD = 1 << 14            # the most that one record of TLS carries
 TLS_PIECE = 1 << 16         # bytes given to TLS at a time: larger ones make a sender that paces (bbr) wait
 BUFFER = 1 << 18            # one read or one write of the channel: sixteen TLS records
-BUFFER_START = 1 << 14      # of a channel whose first one has not been full yet: a small job needs no more
+BUFFER_START = 1 << 14      # at first, until one was full: a small job needs no more
 LONG_TRIP = 0.005           # seconds: a path whose window may grow to WINDOW_MAX
 FAST_QUARTER = 0.005        # seconds in which a fast flow consumes a quarter of its window
 FD_SETSIZE = 1024           # select(2) takes no descriptor from here on
@@ -1483,7 +1483,6 @@ class Session:
         self.pinged = now
         self.ticked = now
         self.round_trip = None          # the shortest that was seen, seconds
-        self.offered = now              # submitter: when the job in hand was
         self.paused = False             # the peer has said that it will be silent
 
     # -- from the peer
@@ -1515,7 +1514,7 @@ class Session:
         return kind, number, job
 
     def _accepted(self, kind, number, body, size, now):
-        self._round_trip_seen(now - self.offered)       # and the start of a process, which is a millisecond or two
+        self._learn_round_trip(now)
         return kind, number, body
 
     def _exit(self, kind, number, body, size, now):
@@ -1583,11 +1582,9 @@ class Session:
 
     def _pong(self, kind, number, body, size, now):
         if len(body) == 8:
-            self._round_trip_seen(now - struct.unpack(">d", body)[0])
-
-    def _round_trip_seen(self, seconds):
-        if seconds >= 0:
-            self.round_trip = seconds if self.round_trip is None else min(seconds, self.round_trip)
+            trip = now - struct.unpack(">d", body)[0]
+            if trip >= 0:
+                self.round_trip = trip if self.round_trip is None else min(trip, self.round_trip)
 
     RECEIVED = {WELCOME: _pass_on, HELLO: _pass_on, JOB: _job, ACCEPTED: _accepted, REFUSED: _pass_on, ABORT: _pass_on,
                 BYE: _pass_on, DATA: _data, END: _end, STOP: _stop, CREDIT: _credit, SIGNAL: _signal, WINDOW: _window,
@@ -1609,9 +1606,8 @@ class Session:
         """The worker's first words."""
         self.outbox += frame(HELLO, 0, encode_greeting(address, instance))
 
-    def offer(self, job, address, now):
+    def offer(self, job, address):
         """The submitter's choice falls on this worker: for its first job, or for the next one."""
-        self.offered = now
         if not self.welcomed:
             self.welcomed = True
             self.outbox += frame(WELCOME, 0, encode_greeting(address))
@@ -1622,6 +1618,10 @@ class Session:
     def accept(self, now):
         self.outbox += frame(ACCEPTED)
         self.phase = RUNNING
+        self._learn_round_trip(now)
+
+    def _learn_round_trip(self, now):
+        """By a ping of each side, for the window of what it receives: to start a job takes longer than many a trip."""
         if self.round_trip is None:
             self.ping(now)
 
@@ -2915,7 +2915,7 @@ class GroupSocket:
     source   local address to send from, as parse_address gives it, for a host that stands in several networks
     home     the interface that was named, or that has the source address; None if there is none
     tried    names of the interfaces that the last send used, "" for the system's own choice
-    dropped  datagrams that the kernel threw away because nobody fetched them
+    dropped  datagrams that the kernel threw away: nobody fetched them, or hear_only() did not want them
     """
 
     def __init__(self, group, listen, source=None):
@@ -2982,7 +2982,7 @@ class GroupSocket:
     def hear_only(self, key_id):
         """Asks the kernel (Linux) to pass what a worker of this key acts on and no more: every job of another key in
         the room would else wake it five times.  It passes the key's own datagrams, roll calls of all keys, and what
-        speaks another version, which is worth a note.  `dropped` counts what is held back as well.
+        speaks another version, which is worth a note.
 
         The filter is a program of struct sock_filter (linux/filter.h), to which a datagram begins with its 8 bytes of
         UDP header, and which drops one that is too short for a load.
@@ -3001,8 +3001,8 @@ class GroupSocket:
             step(BPF_RETURN, 1 << 16),      # so many of its bytes pass
             step(BPF_RETURN, 0)))
         import array
-        place = array.array("B", program)
-        self._try(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("@HP", len(program) // 8, place.buffer_info()[0]))
+        memory = array.array("B", program)      # the kernel copies it during the call
+        self._try(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("@HP", len(program) // 8, memory.buffer_info()[0]))
 
     def _bind(self):
         group = self.group
@@ -5300,7 +5300,7 @@ class Attempt:
         terminal = streams.terminal.describe() if streams.terminal else None
         job = Job(submission.id, streams.descriptors, submission.names, settings.timeout_pingpong, terminal)
         self.channel.owner = self
-        self.session.offer(job, self.kept.submitter, self.offered)
+        self.session.offer(job, self.kept.submitter)
         for number in streams.delivered:
             self.session.stop(number)       # its reader went while another worker had the job
         patience = START_PATIENCE * 2 ** submission.lost if submission.retries else settings.timeout_pingpong
@@ -8091,7 +8091,6 @@ class Handler:
         self.link.setblocking(False)
         self.loop.watch(self.link.fileno(), read=self._told)
         self.timer = self.loop.call_later(self.PATIENCE, self._finish)
-        self.channel.flush()        # the hello
         return self.loop.run()
 
     def _tell(self, word):
@@ -8183,11 +8182,11 @@ class Handler:
         self.channel.reset_streams()
         self.channel.session.exit(report._replace(last=self.told_to_leave))
         if self.told_to_leave:
-            self._give_slot_back()
-        else:
-            self.timer = self.loop.call_later(self.IDLE, self._leave)
-            self.channel.flush()
-        self.log(words)         # behind what the submitter waits for
+            self.log(words)         # before the next job of this slot has a line
+            return self._give_slot_back()
+        self.timer = self.loop.call_later(self.IDLE, self._leave)
+        self.channel.flush()
+        self.log(words)             # behind what the submitter waits for
 
     def _leave(self, words="no more jobs here"):
         """Takes no more jobs on this connection.  A job that is on its way here is not started, and its submitter
@@ -8301,7 +8300,7 @@ def cservice(arguments, settings):
     key, warning = load_key(arguments[0], "private")
     park_standard()
     close_strays()
-    import termios, resource, mmap      # noqa: what handlers need: after --user they may not be allowed to read it
+    import termios, resource, mmap      # noqa: what handlers need: after --user they may not be allowed to read them
     if settings.user:
         check_user(settings.user)
     check_tls()
