@@ -58,7 +58,7 @@ How a job flows:
 
 The order of the sections: numbers, errors, groups, settings, the wire, keys, the session, the choice of a worker (all
 of them pure: bytes, times and chance come in as arguments); then, touching the world: TLS, log, loop, group sockets,
-TCP listeners, this machine, streams, channel, children, terminals, discovery, room, and the tools: cexec, cmap,
+TCP listeners, this machine, streams, channel, children, terminals, discovery, pool, and the tools: cexec, cmap,
 cservice, cwho, crat, cproxy, ckeygen, the Python API, demo; at the end the table of tools and main.
 """
 
@@ -4879,9 +4879,9 @@ def uniform():
     return (int.from_bytes(os.urandom(7), "big") + 1) / (1 << 56)
 
 
-# ---------------------------------------------------------------- room
+# ---------------------------------------------------------------- pool
 #
-# An Engine finds workers for jobs and runs them.  It knows no signals, no standard descriptors and no exit(): cexec is
+# A Pool finds workers for jobs and runs them.  It knows no signals, no standard descriptors and no exit(): cexec is
 # one with one job, cmap and the Python API give it many.  What a job reads and writes here is its JobStreams.
 
 SEARCHES = 4                # searches for a worker at once while the room answers quickly
@@ -5005,8 +5005,8 @@ class Spool:
     """Bytes that are held here: in memory, and many of them in a file, which comes from `files`, a TemporaryFile.
     Whoever makes it clears it.  LocalFailure when the file cannot be written."""
     __slots__ = ("budget", "files", "memory", "fd", "size")
-    ONE = 1 << 18               # bytes of one that stay in memory
-    ALL = 1 << 24               # bytes of all of a Budget in memory, from which on each has only a sixteenth of that
+    MEMORY_EACH = 1 << 18       # bytes of one that stay in memory
+    MEMORY_ALL = 1 << 24        # bytes of all of a Budget in memory, from which on each has only a sixteenth of that
 
     def __init__(self, budget, files=None):
         self.budget = budget
@@ -5017,7 +5017,8 @@ class Spool:
 
     def append(self, data):
         size, budget = len(data), self.budget
-        if self.fd is None and self.size + size > (self.ONE if budget.memory < self.ALL else self.ONE >> 4):
+        if self.fd is None and self.size + size > (
+                self.MEMORY_EACH if budget.memory < self.MEMORY_ALL else self.MEMORY_EACH >> 4):
             self.to_file()
         if self.fd is None:
             self.memory += data
@@ -5215,7 +5216,7 @@ class HeldStreams(JobStreams):
     def broken(self, failure):
         """Something that belongs to the job cannot be read or written here."""
         if self.attempt:
-            self.attempt.engine.fail(self.attempt.submission, failure)
+            self.attempt.pool.fail(self.attempt.submission, failure)
 
     def close(self):
         """Throws away the outputs.  May be called again."""
@@ -5275,13 +5276,13 @@ class Submission:
 class Attempt:
     """One submission on one worker's connection: the channel's owner while the job runs there.
 
-    A KeptConnection makes it; it tells the Engine of its end, once, by exactly one of room.on_job_ended,
+    A PooledConnection makes it; it tells the Pool of its end, once, by exactly one of pool.on_job_ended,
     on_job_refused, on_job_lost and on_job_not_started.
     """
 
-    def __init__(self, engine, kept, submission):
-        self.engine = engine
-        self.loop = engine.loop
+    def __init__(self, pool, kept, submission):
+        self.pool = pool
+        self.loop = pool.loop
         self.kept = kept
         self.submission = submission
         self.streams = submission.streams
@@ -5295,7 +5296,7 @@ class Attempt:
 
     def start(self):
         """Offers the job.  OSError when its input cannot be read again."""
-        streams, submission, settings = self.streams, self.submission, self.engine.settings
+        streams, submission, settings = self.streams, self.submission, self.pool.settings
         streams.begin(self)
         terminal = streams.terminal.describe() if streams.terminal else None
         job = Job(submission.id, streams.descriptors, submission.names, settings.timeout_pingpong, terminal)
@@ -5328,11 +5329,11 @@ class Attempt:
         elif kind == EXIT:
             self._exited(body)
         elif kind == REFUSED:
-            self._over(self.engine.on_job_refused, printable(body))
+            self._over(self.pool.on_job_refused, printable(body))
         elif kind == ABORT and self.report:
             self.kept.close()       # it takes no more jobs; what this one wrote is here
         elif kind == ABORT and self.start_timer:
-            self._over(self.engine.on_job_not_started, printable(body))
+            self._over(self.pool.on_job_not_started, printable(body))
         elif kind == ABORT:
             self._lost("gave the job up: %s" % printable(body))
 
@@ -5362,7 +5363,7 @@ class Attempt:
             self.session.signal(name)
         submission.waiting_signals = []
         if submission.timeout is not None:
-            self.limit_timer = self.loop.call_later(submission.timeout, lambda: self.engine.on_job_timeout(self))
+            self.limit_timer = self.loop.call_later(submission.timeout, lambda: self.pool.on_job_timeout(self))
         self.streams.accepted()
         terminal = self.streams.terminal
         if terminal and terminal.number in self.streams.sources:
@@ -5407,16 +5408,16 @@ class Attempt:
         self._commit()
         self.channel.reset_streams()
         self.channel.owner = self.kept      # what becomes of the connection changes nothing for this job any more
-        self.engine.on_exit(self, report)
+        self.pool.on_exit(self, report)
         self._maybe_over()
 
     def _maybe_over(self):
         if self.report and self.streams.all_delivered():
-            self._over(self.engine.on_job_ended)
+            self._over(self.pool.on_job_ended)
 
     def _lost(self, words):
         self.channel.close()
-        self._over(self.engine.on_job_lost, words)
+        self._over(self.pool.on_job_lost, words)
 
     def give_up(self):
         """Nobody wants the job any more: the worker ends it when the connection goes."""
@@ -5440,12 +5441,12 @@ class Attempt:
                 timer.cancel()
 
 
-class KeptConnection:
-    """A worker's proven connection, on which jobs run one after another; the channel's owner between them.  The Engine
+class PooledConnection:
+    """A worker's proven connection, on which jobs run one after another; the channel's owner between them.  The Pool
     makes it, and it is gone when its channel is closed."""
 
-    def __init__(self, engine, found):
-        self.engine = engine
+    def __init__(self, pool, found):
+        self.pool = pool
         self.name = found.name
         self.address = found.address
         self.instance = found.instance
@@ -5453,20 +5454,20 @@ class KeptConnection:
         self.submitter = connection.socket.getsockname()[0].partition("%")[0]
         self.leaving = False
         self.timer = None
-        self.channel = Channel(engine.loop, connection, found.session, self)
+        self.channel = Channel(pool.loop, connection, found.session, self)
         self.channel.on_ended = self.close
 
     def run(self, submission):
         """OSError when its input cannot be read again."""
         if self.timer:
             self.timer.cancel()
-        submission.attempt = Attempt(self.engine, self, submission)
+        submission.attempt = Attempt(self.pool, self, submission)
         submission.worker = self.name
         submission.attempt.start()
 
     def rest(self):
         """There is no job for it at the moment."""
-        self.timer = self.engine.loop.call_later(KEEP, self.leave)
+        self.timer = self.pool.loop.call_later(KEEP, self.leave)
 
     def leave(self):
         """Says goodbye."""
@@ -5480,7 +5481,7 @@ class KeptConnection:
         if self.timer:
             self.timer.cancel()
         self.channel.close()
-        self.engine.on_connection_gone(self)
+        self.pool.on_connection_gone(self)
 
     def on_message(self, kind, number, body):
         self.close()            # an abort: the worker takes no more jobs here
@@ -5534,7 +5535,7 @@ class AlertSender:
         self.timer = None
 
 
-class Engine:
+class Pool:
     """All the workers of one key, as one submitter uses them.
 
     on_ready, if given, is called whenever a job has ended or a slot may be free, so that the owner may submit more.
@@ -5690,7 +5691,7 @@ class Engine:
         self.loop.call_later(LAST_WORDS, functools.partial(self._last_words_said, search))
         self.parallel = min(self.parallel + 1, SEARCHES)
         self.heard_at = time.monotonic()
-        kept = KeptConnection(self, found)
+        kept = PooledConnection(self, found)
         self.connections.add(kept)
         self.idle.append(kept)
         self._pump()
@@ -6165,8 +6166,8 @@ def name_of(fd):
     return ("standard input", "standard output", "standard error")[fd] if fd < 3 else "descriptor %d" % fd
 
 
-class Run:
-    """One cexec: an Engine with one job, this process's descriptors and its signals."""
+class CexecRun:
+    """One cexec: a Pool with one job, this process's descriptors and its signals."""
 
     def __init__(self, key, settings, descriptors, names, terminal):
         self.loop = Loop()
@@ -6175,7 +6176,7 @@ class Run:
         self.began = time.monotonic()
         self.passed_on = set()          # names of the signals that this process got for the job
         self.status = StatusLine(-1 if settings.quiet or settings.verbose else errors_place(settings))
-        self.engine = Engine(self.loop, key, settings, trace=self.trace)
+        self.pool = Pool(self.loop, key, settings, trace=self.trace)
         self.streams = InheritedStreams(self.loop, settings, descriptors, terminal, self)
         self.submission = Submission(self.streams, names, settings.retries, self._done, self.tell)
 
@@ -6192,13 +6193,13 @@ class Run:
         self.loop.call_later(COLLECT_AFTER, gc.enable)
         if self.status.usable:
             self.loop.call_later(WAITING_AFTER, self._show_waiting)
-        self.engine.submit(self.submission)
+        self.pool.submit(self.submission)
         return self.loop.run()
 
     def _show_waiting(self):
         """Tells a user at a terminal what is waited for, until the job has been started."""
         if not self.submission.attempt:
-            self.status.show("cexec: %s" % self.engine.waiting_text(self.submission))
+            self.status.show("cexec: %s" % self.pool.waiting_text(self.submission))
             self.loop.call_later(1.0, self._show_waiting)
 
     def _done(self, status, failure, submission):
@@ -6214,7 +6215,7 @@ class Run:
 
     def _stop(self, status, failure=None, number=None):
         self.status.clear()
-        self.engine.close()
+        self.pool.close()
         self.loop.stop((status, failure, number))
 
     def trace(self, text):
@@ -6229,12 +6230,12 @@ class Run:
 
     # -- what streams say
     def on_local_failure(self, failure):
-        self.engine.fail(self.submission, failure)
+        self.pool.fail(self.submission, failure)
 
     def on_command(self, name):
         """What the user told cexec itself, behind the escape character."""
         if name == "end":
-            self.engine.fail(self.submission, Failure("the job", "ended by the escape sequence"))
+            self.pool.fail(self.submission, Failure("the job", "ended by the escape sequence"))
         else:
             self._suspend(signal.SIGTSTP, 0)        # the whole foreground group, as the key does elsewhere
 
@@ -6248,18 +6249,18 @@ class Run:
     def _signal(self, name, number):
         """It goes to the job; a second INT or TERM, or a job that ignores it, ends cexec all the same."""
         self.passed_on.add(name)
-        if not self.engine.signal(self.submission, name):
+        if not self.pool.signal(self.submission, name):
             self._die_of(number)
         elif name in ("INT", "TERM"):
             self.loop.call_later(SIGNAL_GRACE, lambda: self._die_of(number))
 
     def _die_of(self, number):
-        self.engine.cancel(self.submission)
+        self.pool.cancel(self.submission)
         self._stop(128 + number, None, number)
 
     def _suspend(self, number, whom=None):
         """Stops this process, or whom, as if nothing had caught the signal; a job without a terminal stops too."""
-        self.engine.signal(self.submission, "TSTP")
+        self.pool.signal(self.submission, "TSTP")
         if self.terminal:
             self.terminal.restore()
         if number == signal.SIGTSTP or has_lost_terminal():
@@ -6273,7 +6274,7 @@ class Run:
         self._resume()
 
     def _resume(self):
-        self.engine.signal(self.submission, "CONT")
+        self.pool.signal(self.submission, "CONT")
         if any(stream_kind(fd) is TERMINAL and in_background(fd) for fd in self.streams.sources):
             stop_reading_group()        # a read that has begun would do it as well
         attempt = self.submission.attempt
@@ -6338,7 +6339,7 @@ def cexec(arguments, settings):
     if terminal and not terminal.is_ours():
         os.kill(0, signal.SIGTTOU)      # started in the background: stops until it gets the terminal, as editors do
     try:
-        status, failure, number = Run(key, settings, inherited, names, terminal).run()
+        status, failure, number = CexecRun(key, settings, inherited, names, terminal).run()
     finally:
         if terminal:
             terminal.restore()
@@ -6380,7 +6381,7 @@ def parse_name(word):
 
 # ---------------------------------------------------------------- cmap
 #
-# An Engine with many jobs.  What a job writes is held until it has ended, so a lost worker costs time and nothing else.
+# A Pool with many jobs.  What a job writes is held until it has ended, so a lost worker costs time and nothing else.
 # Inputs are read only as slots come free; outputs leave whole, one after another.
 
 AHEAD = SEARCHES            # jobs that wait for a slot, as many as are searched for at once
@@ -6633,7 +6634,7 @@ class OutputFile(TemporaryFile):
         self.partial = None
 
 
-class Printer:
+class OrderedWriter:
     """Writes to a descriptor, which may be slow or shared, one thing after another, each whole."""
 
     def __init__(self, loop, fd, on_failed):
@@ -6732,12 +6733,12 @@ class MapLog:
 
 
 class Cmap:
-    """One run: takes inputs, gives them to the Engine, and makes one result of what comes back."""
+    """One run: takes inputs, gives them to the Pool, and makes one result of what comes back."""
 
     def __init__(self, key, settings, operands):
         self.loop = Loop()
         self.settings = settings
-        self.engine = Engine(self.loop, key, settings, most=settings.jobs, keep=True)
+        self.pool = Pool(self.loop, key, settings, most=settings.jobs, keep=True)
         self.budget = Budget(math.inf if settings.out else settings.spill << 20)
         self.log = MapLog(settings.log, settings.resume) if settings.log else None
         self.total = None if settings.list or settings.lines or settings.value else len(operands) or None
@@ -6745,8 +6746,8 @@ class Cmap:
         self.jobs = {}                  # {MapJob: None} of those that have begun, in the order of their numbers
         self.outputs = {}               # {number: Spool or None} of ended jobs, until those before have been written
         self.next = 1                   # the number whose output is next
-        self.printer = None if settings.out else Printer(self.loop, 1, self._output_failed)
-        self.errors = Printer(self.loop, 2, lambda error: None)
+        self.printer = None if settings.out else OrderedWriter(self.loop, 1, self._output_failed)
+        self.errors = OrderedWriter(self.loop, 2, lambda error: None)
         self.status = StatusLine(-1 if settings.quiet else 2)
         self.began = time.monotonic()
         self.taken = self.done = self.failed = self.left_out = self.lost = 0
@@ -6769,7 +6770,7 @@ class Cmap:
         finally:
             self.status.clear()
             self.stopping = True
-            self.engine.close()
+            self.pool.close()
             for job in self.jobs:
                 for run in job.runs:
                     run.streams.close()
@@ -6796,9 +6797,9 @@ class Cmap:
         self._maybe_over()
 
     def _has_room(self):
-        return (len(self.jobs) < self.settings.jobs and len(self.engine.queue) < AHEAD
+        return (len(self.jobs) < self.settings.jobs and len(self.pool.queue) < AHEAD
                 and len(self.outputs) < WAITING_MAX and self.budget.held < self.budget.limit
-                and self.budget.memory < 2 * Spool.ALL)
+                and self.budget.memory < 2 * Spool.MEMORY_ALL)
 
     def _begin(self, job):
         self.taken += 1
@@ -6823,14 +6824,14 @@ class Cmap:
         if avoid:
             run.avoid[avoid] = math.inf
         job.runs.append(run)
-        self.engine.submit(run)
+        self.pool.submit(run)
 
     def _hedge(self):
         """Nothing is left to begin: the jobs that have run for longest start a second time, as slots come free."""
         if self.stopping:
             return
         for job in list(self.jobs):
-            if len(self.engine.queue) >= AHEAD or len(self.engine.running) >= self.settings.jobs:
+            if len(self.pool.queue) >= AHEAD or len(self.pool.running) >= self.settings.jobs:
                 break
             attempt = job.runs[0].attempt if len(job.runs) == 1 else None
             if attempt and attempt.is_running():
@@ -6857,7 +6858,7 @@ class Cmap:
 
     def _cancel(self, job):
         for run in job.runs:
-            self.engine.cancel(run)
+            self.pool.cancel(run)
             run.streams.close()
         job.runs = []
 
@@ -6966,8 +6967,8 @@ class Cmap:
         if self.total and self.done:
             rest = (self.total - self.done - self.left_out) * took / self.done
         self.status.show("%d done, %d failed, %d running on %s, %.1f a second%s" % (
-            self.done, self.failed, len(self.engine.running),
-            count_text(len({kept.name for kept in self.engine.connections}), "worker"), self.done / took,
+            self.done, self.failed, len(self.pool.running),
+            count_text(len({kept.name for kept in self.pool.connections}), "worker"), self.done / took,
             ", %.0f s left" % rest if rest is not None else ""))
 
     def summary(self):
@@ -8338,7 +8339,7 @@ CHECK_PATIENCE = SubmitterConnection.CONNECT + 1.5      # seconds until a worker
 ADVISED_PORTS = [(20000, 20100)]        # for a hundred jobs at once; below those that systems give out by themselves
 
 
-class Present(collections.namedtuple("Present", "here name address heard by_group")):
+class WorkerRow(collections.namedtuple("WorkerRow", "here name address heard by_group")):
     """A worker that has answered: its Here, what it is called, where the answer came from and when; by_group: that it
     could only be sent to all."""
     __slots__ = ()
@@ -8363,7 +8364,7 @@ class Present(collections.namedtuple("Present", "here name address heard by_grou
 class RollCall:
     """Asks who is there, again and again until all have answered; those that have been heard need not answer again.
 
-    present: {instance: Present}; strangers: {address: key id} of workers of other keys, which no key vouches for.
+    present: {instance: WorkerRow}; strangers: {address: key id} of workers of other keys, which no key vouches for.
     on_over, if given, is called at the end; begin() may then be called for the next one.
     """
 
@@ -8407,11 +8408,11 @@ class RollCall:
         if here.instance not in self.heard:
             self.heard.add(here.instance)
             self.quiet = 0
-        self.present[here.instance] = Present(here, worker_name(own[0], address) if own else address, address,
+        self.present[here.instance] = WorkerRow(here, worker_name(own[0], address) if own else address, address,
                                               time.monotonic(), by_group)
 
 
-COLUMNS = (     # head, format of a cell of some width, the Present's text
+COLUMNS = (     # head, format of a cell of some width, the WorkerRow's text
     ("WORKER", "%-*s", lambda worker: worker.name), ("NAME", "%-*s", lambda worker: worker.here.host),
     ("STATE", "%-*s", lambda worker: STATE_NAMES[worker.here.state]),
     ("JOBS", "%*s", lambda worker: "%d/%d" % (worker.here.running, worker.here.slots)),
@@ -8448,7 +8449,7 @@ def differences(workers):
     return warnings
 
 
-class Who:
+class RollCallView:
     """cwho without --check: one roll call, or with --watch one after another."""
 
     def __init__(self, key, settings):
@@ -8791,7 +8792,7 @@ def cwho(arguments, settings):
     key, warning = load_key(arguments[0])
     if warning:
         say(CWHO, warning)
-    return (Check if settings.check else Who)(key, settings).run()
+    return (Check if settings.check else RollCallView)(key, settings).run()
 
 
 # ---------------------------------------------------------------- crat
@@ -9781,7 +9782,7 @@ class Room:
         if warning:
             import warnings
             warnings.warn(warning, stacklevel=2)
-        self._thread = EngineThread(key, room_settings(settings), max(1, min(256, jobs)))
+        self._thread = PoolThread(key, room_settings(settings), max(1, min(256, jobs)))
 
     def __enter__(self):
         return self
@@ -9850,8 +9851,8 @@ class Room:
             thread.close(wait=False)
 
 
-class EngineThread:
-    """The thread that does the work of one Room: an Engine and its Loop.  It starts with the first call.
+class PoolThread:
+    """The thread that does the work of one Room: a Pool and its Loop.  It starts with the first call.
 
     Whatever goes wrong in it ends the jobs there are with a Failure, and the thread; the next call starts another one.
     """
@@ -9864,7 +9865,7 @@ class EngineThread:
         self.lock = threading.RLock()   # the collector of garbage may close a Room at any moment
         self.thread = None
         self.loop = None
-        self.engine = None
+        self.pool = None
         self.submissions = set()        # those without an end
         self.maps = set()               # queues of those that take inputs
         self.slots = 0                  # connections there are
@@ -9887,7 +9888,7 @@ class EngineThread:
                 self._begin()
             if submission:
                 self.submissions.add(submission)
-            if submission and len(self.engine.queue) >= AHEAD:
+            if submission and len(self.pool.queue) >= AHEAD:
                 self.loop.calls.append(function)        # others wait as well, so the loop looks soon
             else:
                 self.loop.call_soon_threadsafe(function)
@@ -9895,22 +9896,22 @@ class EngineThread:
     def _begin(self):
         import threading
         loop = Loop()
-        engine = Engine(loop, self.key, self.settings, self.most, keep=True, on_ready=self._count_slots)
-        thread = threading.Thread(target=self._run, args=(loop, engine), name="cexec.Room", daemon=True)
+        pool = Pool(loop, self.key, self.settings, self.most, keep=True, on_ready=self._count_slots)
+        thread = threading.Thread(target=self._run, args=(loop, pool), name="cexec.Room", daemon=True)
         try:
             thread.start()
         except RuntimeError as error:
             loop.close()
             raise Failure("this Room", error) from None
-        self.thread, self.loop, self.engine = thread, loop, engine
+        self.thread, self.loop, self.pool = thread, loop, pool
 
     def _count_slots(self):
-        before, self.slots = self.slots, len(self.engine.connections)
+        before, self.slots = self.slots, len(self.pool.connections)
         if self.slots > before:
             for news in list(self.maps):
                 news.put(None)
 
-    def _run(self, loop, engine):
+    def _run(self, loop, pool):
         cause = None
         try:
             loop.run()
@@ -9924,7 +9925,7 @@ class EngineThread:
             each = Failure(*failure.args)
             each.__cause__ = cause
             submission.on_done(None, each, submission)
-        engine.close()
+        pool.close()
         loop.close()
 
     def close(self, wait=True):
@@ -10009,7 +10010,7 @@ class HeldJob:
     def _start(self):
         if self.timeout is not None:
             self.timer = self.thread.loop.call_at(self.began + self.timeout, self._expired)
-        self.thread.engine.submit(self.submission)
+        self.thread.pool.submit(self.submission)
 
     def _done(self, status, failure, submission):
         self.error = failure
@@ -10024,7 +10025,7 @@ class HeldJob:
         import subprocess
         self.error = subprocess.TimeoutExpired(self.thread.key.name, self.timeout, bytes(self.streams.output),
                                                bytes(self.streams.errors))
-        self.thread.engine.cancel(self.submission)
+        self.thread.pool.cancel(self.submission)
         self._end()
 
     def _end(self):
@@ -10046,7 +10047,7 @@ class HeldJob:
     def _cancelled(self):
         if not self.over:
             self.error = Failure("the job", "cancelled")
-            self.thread.engine.cancel(self.submission)
+            self.thread.pool.cancel(self.submission)
             self._end()
 
 
@@ -10127,7 +10128,7 @@ class Process:
 
     def _start(self):
         self._streams.open(self._thread.loop)
-        self._thread.engine.submit(self._submission)
+        self._thread.pool.submit(self._submission)
 
     def _done(self, status, failure, submission):
         self._thread.submissions.discard(submission)
@@ -10198,8 +10199,8 @@ class Process:
             self._thread.call(functools.partial(self._signal, name))
 
     def _signal(self, name):
-        if not self._submission.done and (name == "KILL" or not self._thread.engine.signal(self._submission, name)):
-            self._thread.engine.cancel(self._submission)
+        if not self._submission.done and (name == "KILL" or not self._thread.pool.signal(self._submission, name)):
+            self._thread.pool.cancel(self._submission)
             self._thread.submissions.discard(self._submission)
             self.worker = self._submission.worker
             self.status = -SIGNAL_NAMES[name]

@@ -7295,14 +7295,14 @@ def random_octets(size):
 
 # ---------------------------------------------------------------- room: held streams
 
-@pytest.mark.parametrize("size", [0, 1, cexec.Spool.ONE, cexec.Spool.ONE + 1, 3 * cexec.BUFFER + 7])
+@pytest.mark.parametrize("size", [0, 1, cexec.Spool.MEMORY_EACH, cexec.Spool.MEMORY_EACH + 1, 3 * cexec.BUFFER + 7])
 def test_a_spool_gives_back_what_it_was_given(size):
     budget, data = cexec.Budget(), os.urandom(size)
     spool = cexec.Spool(budget)
     for at in range(0, size, 100000):
         spool.append(memoryview(data)[at:at + 100000])
     assert bytes(spool) == data and len(spool) == budget.held == size
-    assert (spool.fd is not None) == (size > cexec.Spool.ONE) and budget.memory == (0 if spool.fd else size)
+    assert (spool.fd is not None) == (size > cexec.Spool.MEMORY_EACH) and budget.memory == (0 if spool.fd else size)
     for kept in sorted({size, size // 2, size // 3}, reverse=True):
         rest = spool.cut(kept)
         assert bytes(spool) == data[:kept] and bytes(rest) == data[kept:size]
@@ -7317,8 +7317,8 @@ def test_many_spools_together_stay_in_bounds():
     budget = cexec.Budget()
     spools = [cexec.Spool(budget) for _ in range(100)]
     for spool in spools:
-        spool.append(bytes(cexec.Spool.ONE))
-    assert budget.memory <= cexec.Spool.ALL + cexec.Spool.ONE and budget.held == 100 * cexec.Spool.ONE
+        spool.append(bytes(cexec.Spool.MEMORY_EACH))
+    assert budget.memory <= cexec.Spool.MEMORY_ALL + cexec.Spool.MEMORY_EACH and budget.held == 100 * cexec.Spool.MEMORY_EACH
     for spool in spools:
         spool.clear()
 
@@ -7360,7 +7360,7 @@ def test_a_temporary_folder_that_cannot_be_used_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("TMPDIR", str(tmp_path / "missing"))
     spool = cexec.Spool(cexec.Budget())
     with pytest.raises(cexec.LocalFailure, match="a temporary file.*No such file"):
-        spool.append(bytes(cexec.Spool.ONE + 1))
+        spool.append(bytes(cexec.Spool.MEMORY_EACH + 1))
 
 
 def test_cancelled_timers_do_not_gather():
@@ -7372,12 +7372,12 @@ def test_cancelled_timers_do_not_gather():
 
 
 class Held:
-    """A cexec.Engine of this process, and what became of the jobs it was given."""
+    """A cexec.Pool of this process, and what became of the jobs it was given."""
 
     def __init__(self, room, most=4, **settings):
         self.loop = cexec.Loop()
         values, _ = cexec.read_settings("cexec", [], dict({"GROUP": room.group}, **settings))
-        self.room = cexec.Engine(self.loop, cexec.load_key(room.pub)[0], values, most=most, keep=True)
+        self.room = cexec.Pool(self.loop, cexec.load_key(room.pub)[0], values, most=most, keep=True)
         self.ended = []
 
     def submit(self, code, input=b"", retries=3, **options):
@@ -7633,10 +7633,10 @@ def test_a_key_that_others_can_read_is_warned_about(room, tmp_path):
 
 @contextlib.contextmanager
 def room_here(room, most=1, keep=False, trace=None, **environment):
-    """(loop, cexec.Engine) of this process, for the workers of a test's room."""
+    """(loop, cexec.Pool) of this process, for the workers of a test's room."""
     settings = cexec.read_settings("cexec", [], {"GROUP": room.group, "CEXEC_TIMEOUT_ACCEPT": "20", **environment})[0]
     loop = cexec.Loop()
-    made = cexec.Engine(loop, cexec.load_key(room.pub, "public")[0], settings, most, keep, trace=trace)
+    made = cexec.Pool(loop, cexec.load_key(room.pub, "public")[0], settings, most, keep, trace=trace)
     try:
         yield loop, made
     finally:
@@ -8287,7 +8287,7 @@ def test_a_second_signal_ends_cexec_whatever_the_job_does(shell, name):
 def test_a_job_that_ignores_the_signal_is_left_after_a_while(shell, monkeypatch):
     monkeypatch.setattr(cexec, "SIGNAL_GRACE", 0.3)
     settings = cexec.read_settings("cexec", [], {"GROUP": shell.group})[0]
-    run = cexec.Run(cexec.load_key(shell.pub, "public")[0], settings, {},
+    run = cexec.CexecRun(cexec.load_key(shell.pub, "public")[0], settings, {},
                     [(b"RUN", b"trap '' TERM; while :; do sleep 0.02; done")], None)
 
     def send():
@@ -9055,7 +9055,7 @@ def test_the_api_is_documented(tmp_path):
                 assert method.__doc__, (name, method.__name__)
     done = run_command(sys.executable, "-m", "pydoc", CEXEC, cwd=str(tmp_path))
     text = done.stdout.decode()
-    assert "class Room(" in text and "class EngineThread" not in text and "popen(self" in text
+    assert "class Room(" in text and "class PoolThread" not in text and "popen(self" in text
     manual = document("cexec.1").replace("\\-", "-")
     assert ".Sh PYTHON" in manual
     for name in "Room", "Result", "JobError", "Failure", "run", "submit", "map", "popen", "communicate":
@@ -12997,9 +12997,9 @@ class Wide(cexec.HeldStreams):
 
 
 class InTurn:
-    """Jobs that an Engine of this process runs one after another, on connections that it keeps.
+    """Jobs that a Pool of this process runs one after another, on connections that it keeps.
 
-    ended: [(status or Failure, outputs, ExitReport or None)].  steps: what the Engine traces.
+    ended: [(status or Failure, outputs, ExitReport or None)].  steps: what the Pool traces.
     at: {number of a job: what to call when it has started}.
     """
 
@@ -13008,7 +13008,7 @@ class InTurn:
 
     def run(self, jobs, done=None):
         """jobs: (shell text, inputs or None, signal or None) of each.  done(): called behind each; may add to jobs."""
-        with room_here(self.room, keep=True, trace=self.steps.append) as (loop, engine):
+        with room_here(self.room, keep=True, trace=self.steps.append) as (loop, pool):
             def submit():
                 number = len(self.ended)
                 text, inputs, name = jobs[number]
@@ -13018,9 +13018,9 @@ class InTurn:
                     if "started on" in words and number in self.at:
                         self.at.pop(number)()
                     if "started on" in words and name:
-                        loop.call_soon_threadsafe(lambda: engine.signal(submission, name))
+                        loop.call_soon_threadsafe(lambda: pool.signal(submission, name))
                 submission = cexec.Submission(streams, [(b"DO", text.encode())], self.retries, over, event)
-                engine.submit(submission)
+                pool.submit(submission)
 
             def over(status, failure, submission):
                 streams = submission.streams
@@ -13276,7 +13276,7 @@ def test_workers_that_are_not_alike_are_warned_about(room):
 
     def worker(number, **changes):
         address = "10.0.0.%d" % number
-        return cexec.Present(here(instance=str(number), **changes), address, address, 0, False)
+        return cexec.WorkerRow(here(instance=str(number), **changes), address, address, 0, False)
 
     alike = [worker(number) for number in range(1, 6)]
     assert cexec.differences(alike) == [] == cexec.differences([])
@@ -13287,7 +13287,7 @@ def test_workers_that_are_not_alike_are_warned_about(room):
 
 def test_a_table_shows_what_strangers_could_say_safely():
     hostile = here(host="\x1b[2J\n", command="a\tb", error="\x07")
-    for text in cexec.table([cexec.Present(hostile, "10.0.0.1", "10.0.0.1", 0, False)]):
+    for text in cexec.table([cexec.WorkerRow(hostile, "10.0.0.1", "10.0.0.1", 0, False)]):
         assert text.isprintable()
     assert cexec.table([])[-1] == "0 workers, 0 slots, 0 free"
 
