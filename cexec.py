@@ -570,7 +570,7 @@ def unknown_variables(environment):
 # Everything that two machines say to each other, each encoder beside its decoder.  A decoder raises ProtocolError for
 # what no encoder could have made, and nothing else.  Numbers are big-endian.
 
-WIRE_VERSION = 2            # one number for datagrams, preamble and session: they change together
+WIRE_VERSION = 3            # one number for datagrams, preamble and session: they change together
 MAGIC = b"cxec"
 TAG_SIZE = 16
 U32_MAX = 0xffffffff         # what is measured and greater is sent as this
@@ -579,10 +579,11 @@ ANNOUNCE, HOLD, TAKEN, ALERT, ASK, HERE = 1, 2, 3, 4, 5, 6
 DATAGRAM_NAMES = {ANNOUNCE: "announce", HOLD: "hold", TAKEN: "taken", ALERT: "alert", ASK: "ask", HERE: "here"}
 DATAGRAM_MAX = 1200         # bytes; fits every link's packet, so nothing is ever fragmented
 
-(WELCOME, HELLO, JOB, ACCEPTED, REFUSED, DATA, END, STOP,
- CREDIT, SIGNAL, WINDOW, PING, PONG, EXIT, ABORT, BYE) = range(16)
+(WELCOME, HELLO, JOB, ACCEPTED, REFUSED, DATA, END, STOP, CREDIT,
+ SIGNAL, WINDOW, PING, PONG, EXIT, ABORT, BYE, EMPTIED, OTHERS_WAIT) = range(18)
 MESSAGE_NAMES = dict(enumerate(
-    "welcome hello job accepted refused data end stop credit signal window ping pong exit abort bye".split()))
+    "welcome hello job accepted refused data end stop credit signal window ping pong exit abort bye emptied "
+    "others-wait".split()))
 
 
 def tag(secret, *parts):
@@ -622,6 +623,7 @@ def unpack_short_texts(data, at, count):
 #   24+n    16  tag over all but the port
 
 DATAGRAM_HEAD = struct.Struct(">4sBBH4s8sI")
+BODY_MAX = DATAGRAM_MAX - DATAGRAM_HEAD.size - TAG_SIZE
 
 
 class Datagram(collections.namedtuple("Datagram", "kind port key_id nonce sequence body data")):
@@ -664,27 +666,34 @@ def unpack_body(form, datagram):
     return form.unpack_from(datagram.body)
 
 
-ANNOUNCE_BODY = struct.Struct(">HIIB8s")    # attempt; ms waited so far; ms to the next announcement; flags; room
+# Attempt; ms waited so far; ms to the next announcement; flags; submitter; slots wanted.
+ANNOUNCE_BODY = struct.Struct(">HIIB8sH")
 TELL_BUSY = 1               # flag: whoever has no free slot says so
 HOLD_BODY = struct.Struct(">H")             # milliseconds
 TAKEN_BODY = struct.Struct(">f")            # the new shared offset, NaN for none
 ASK_BODY = struct.Struct(">HBH")    # ms over which the answers are to be spread; flags; bytes of the filter behind
 CONNECT = 1                 # flag: try to connect back to the port as well
 CHECK = 2                   # flag: workers of other keys say that they are there
+ASK_JOBS = 4                # flag: tell which jobs run
 FILTER_MAX = 1024           # bytes: of a thousand workers one in a hundred waits for the next round
 
 
-# attempt: counts from 0.  waited, interval: milliseconds.  room: 8 bytes that name the submitting process.
-Announcement = collections.namedtuple("Announcement", "attempt waited interval flags room")
+# attempt: counts from 0.  waited, interval: milliseconds.  submitter: 8 bytes that name the submitting process.
+# wanted: how many slots it can use now.
+Announcement = collections.namedtuple("Announcement", "attempt waited interval flags submitter wanted")
 
 
 def encode_announcement(announcement):
-    attempt, waited, interval, flags, room = announcement
-    return ANNOUNCE_BODY.pack(min(attempt, 65535), int(min(waited, U32_MAX)), int(interval), flags, room)
+    attempt, waited, interval, flags, submitter, wanted = announcement
+    return ANNOUNCE_BODY.pack(min(attempt, 65535), int(min(waited, U32_MAX)), int(interval), flags, submitter,
+                              min(wanted, 65535))
 
 
 def parse_announcement(datagram):
-    return Announcement(*unpack_body(ANNOUNCE_BODY, datagram))
+    announcement = Announcement(*unpack_body(ANNOUNCE_BODY, datagram))
+    if not announcement.wanted:
+        raise ProtocolError("an announcement that wants no slot")
+    return announcement
 
 
 def encode_hold(milliseconds):
@@ -743,7 +752,6 @@ def is_heard(heard, nonce, sequence, instance):
 COMPLETED, RATTED_OUT = 1, 2
 ALERT_BODY = struct.Struct(">BBIQ")     # verdict; exit status; milliseconds the job took; UNIX time in milliseconds
 ALERT_TEXTS = 4
-ALERTS_ROOM = DATAGRAM_MAX - DATAGRAM_HEAD.size - TAG_SIZE
 
 
 # What cexec reports about a worker.  Texts are str; addresses are numeric, without port.
@@ -759,7 +767,7 @@ def pack_alerts(entries):
     """[body of one datagram, ...] that hold these encoded alerts in order, as many in each as fit."""
     bodies = []
     for entry in entries:
-        if not bodies or len(bodies[-1]) + len(entry) > ALERTS_ROOM:
+        if not bodies or len(bodies[-1]) + len(entry) > BODY_MAX:
             bodies.append(b"")
         bodies[-1] += entry
     return bodies
@@ -779,22 +787,30 @@ def parse_alerts(datagram):
     return alerts
 
 
-FREE, BUSY, DRAINING, VETOED, UNREACHABLE = range(5)
-STATE_NAMES = {FREE: "free", BUSY: "busy", DRAINING: "draining", VETOED: "vetoed", UNREACHABLE: "cannot connect"}
+FREE, BUSY, DRAINING, VETOED, UNREACHABLE, UNABLE = range(6)
+STATE_NAMES = {FREE: "free", BUSY: "busy", DRAINING: "draining", VETOED: "vetoed", UNREACHABLE: "cannot connect",
+               UNABLE: "cannot run"}
 # State; slots, running, waiting, CPUs; load, cost, speed; seconds up, jobs done; port it tried to connect to.
 HERE_BODY = struct.Struct(">BHHHHfffIIH")
 HERE_TEXTS = 8
 HERE_TEXT_MAX = 130         # bytes of one of them: all eight fit a datagram at their longest
+HERE_JOBS = struct.Struct(">BH")        # how many jobs follow; how many there was no room for
+HERE_JOB = struct.Struct(">I")          # seconds that a job has run; its texts follow
+
+
+# id: as in Job.  submitter: address.  user: USER@HOST as it says itself.
+RunningNow = collections.namedtuple("RunningNow", "seconds id submitter user")
 
 
 class Here(collections.namedtuple(
         "Here", "state slots running waiting cpus load cost speed up done port "
-                "address instance host version python digest command error")):
+                "address instance host version python digest command error jobs more")):
     """A worker's answer to a roll call, or to an announcement that it cannot serve now.
 
-    state: FREE ... UNREACHABLE.  waiting: submitters it knows of.  load: processes that other work wants to run.
+    state: FREE ... UNABLE.  waiting: submitters it knows of.  load: processes that other work wants to run.
     cost: as in the preamble.  speed: of one CPU, 1.0 is usual.  port: where it has tried to connect back.  error: why
     it could not do that, or why it serves nobody.  digest: of the command's basename and arguments.
+    jobs: a tuple of RunningNow, where they were asked for; more: how many did not fit.
     """
     __slots__ = ()
 
@@ -806,9 +822,18 @@ class Here(collections.namedtuple(
 
 
 def encode_here(here):
+    """As many of the jobs go along as fit; the rest is counted."""
     short = [min(number, 65535) for number in here[1:5]]
-    return HERE_BODY.pack(here.state, *short, here.load, here.cost, here.speed, int(min(here.up, U32_MAX)),
-                          min(here.done, U32_MAX), here.port) + pack_short_texts(here[11:], HERE_TEXT_MAX)
+    body = HERE_BODY.pack(here.state, *short, here.load, here.cost, here.speed, int(min(here.up, U32_MAX)),
+                          min(here.done, U32_MAX), here.port) + pack_short_texts(here[11:11 + HERE_TEXTS],
+                                                                                 HERE_TEXT_MAX)
+    jobs, count = b"", 0
+    for job in here.jobs[:255]:
+        entry = HERE_JOB.pack(int(min(job.seconds, U32_MAX))) + pack_short_texts(job[1:], HERE_TEXT_MAX)
+        if len(body) + HERE_JOBS.size + len(jobs) + len(entry) > BODY_MAX:
+            break
+        jobs, count = jobs + entry, count + 1
+    return body + HERE_JOBS.pack(count, min(len(here.jobs) - count + here.more, 65535)) + jobs
 
 
 def parse_here(datagram):
@@ -817,8 +842,17 @@ def parse_here(datagram):
         raise ProtocolError("a worker in unknown state %d" % fields[0])
     if not all(map(math.isfinite, fields[5:8])):
         raise ProtocolError("a worker whose load is no number")
-    texts, _ = unpack_short_texts(datagram.body, HERE_BODY.size, HERE_TEXTS)
-    return Here(*fields, *texts)
+    texts, at = unpack_short_texts(datagram.body, HERE_BODY.size, HERE_TEXTS)
+    if len(datagram.body) - at < HERE_JOBS.size:
+        raise ProtocolError("a short here datagram")
+    (count, more), at, jobs = HERE_JOBS.unpack_from(datagram.body, at), at + HERE_JOBS.size, []
+    for _ in range(count):
+        if len(datagram.body) - at < HERE_JOB.size:
+            raise ProtocolError("a short here datagram")
+        seconds, = HERE_JOB.unpack_from(datagram.body, at)
+        job, at = unpack_short_texts(datagram.body, at + HERE_JOB.size, 3)
+        jobs.append(RunningNow(seconds, *job))
+    return Here(*fields, *texts, tuple(jobs), more)
 
 
 # The preamble, the first bytes of a worker's connection, in plain: it lets cexec rank the candidates before any of
@@ -936,10 +970,10 @@ def unpack_texts(data):
     return texts
 
 
-def encode_greeting(address, *instance):
-    """What each side says first: its address on the network it speaks from; a worker also which run of cservice it is.
-    """
-    return pack_texts([b"%d" % WIRE_VERSION, *(text.encode() for text in (address, *instance))])
+def encode_greeting(address, *more):
+    """What each side says first: its address on the network it speaks from; a worker also which run of cservice it is,
+    and what it can do."""
+    return pack_texts([b"%d" % WIRE_VERSION, *(text.encode() for text in (address, *more))])
 
 
 def parse_welcome(body):
@@ -951,12 +985,17 @@ def parse_welcome(body):
     return address[0]
 
 
+def encode_hello(address, instance, sees_reading):
+    """sees_reading: whether the worker can tell when a job begins to read an input."""
+    return encode_greeting(address, instance, "reading" if sees_reading else "")
+
+
 def parse_hello(body):
-    """(address, instance) of a worker."""
-    instance = unpack_texts(body)[2:3]
-    if not instance:
+    """(address, instance, whether it can tell when a job begins to read an input) of a worker."""
+    more = unpack_texts(body)[2:4]
+    if len(more) < 2:
         raise ProtocolError("a hello cut short")
-    return parse_welcome(body), instance[0].decode("ascii", "replace")
+    return parse_welcome(body), more[0].decode("ascii", "replace"), b"reading" in more[1].split()
 
 
 # What a job does with a descriptor: reads, writes, both; it is the terminal; it shares another one.
@@ -965,14 +1004,22 @@ UPWARD, DOWNWARD = (IN, BOTH, TTY), (OUT, BOTH, TTY)
 SIGNALS = ("INT", "TERM", "HUP", "QUIT", "USR1", "USR2", "TSTP", "CONT")    # position = number on the wire
 
 
-class Job(collections.namedtuple("Job", "id descriptors names timeout terminal")):
+USER_MAX = 64               # bytes of what a submitter says of itself
+
+
+class Job(collections.namedtuple("Job", "id descriptors names timeout terminal copied user")):
     """What the submitter asks for.
 
     id: 16 hexadecimal digits.  descriptors: {number: IN, OUT, BOTH, TTY, or the lower number it shares}.
     names: [(name, value)] as bytes.  timeout: seconds of silence that mean loss.
     terminal: None, or what the TTY is: (rows, columns, type, {mode: number}), type and modes as bytes.
+    copied: a frozenset of the inputs of which only a copy is sent until the job has read all of it.
+    user: USER@HOST, for people to read and never for a decision.
     """
     __slots__ = ()
+
+    def __new__(cls, id, descriptors, names, timeout, terminal, copied=frozenset(), user=""):
+        return super().__new__(cls, id, descriptors, names, timeout, terminal, copied, user)
 
 
 def encode_job(job):
@@ -983,14 +1030,16 @@ def encode_job(job):
         rows, columns, name, modes = job.terminal
         terminal = [b"%d" % rows, b"%d" % columns, name, b" ".join(b"%s=%d" % mode for mode in sorted(modes.items()))]
     return pack_texts([job.id.encode(), " ".join(descriptors).encode(), b"%d" % round(job.timeout * 1000),
-                       pack_texts(terminal), pack_texts([name + b"=" + value for name, value in job.names])])
+                       pack_texts(terminal), pack_texts([name + b"=" + value for name, value in job.names]),
+                       " ".join(map(str, sorted(job.copied))).encode(),
+                       job.user.encode("utf-8", "replace")[:USER_MAX]])
 
 
 def parse_job(data):
     texts = unpack_texts(data)
-    if len(texts) < 5:
+    if len(texts) < 7:
         raise ProtocolError("a job cut short")
-    identity, descriptors, timeout, terminal, names = texts[:5]
+    identity, descriptors, timeout, terminal, names, copied, user = texts[:7]
     if len(identity) != 16 or identity.strip(b"0123456789abcdef"):
         raise ProtocolError("a job without a proper id")
     names = unpack_texts(names)
@@ -999,8 +1048,12 @@ def parse_job(data):
         if b"=" not in text or not is_name(name) or b"\0" in value:
             raise ProtocolError("a job with an improper NAME=VALUE")
     terminal = _parse_terminal(unpack_texts(terminal))
-    return Job(identity.decode(), _parse_descriptors(descriptors, terminal), pairs,
-               _whole(timeout, 1, 86400000) / 1000, terminal)
+    descriptors = _parse_descriptors(descriptors, terminal)
+    copied = frozenset(_whole(number, 0, DESCRIPTOR_MAX) for number in copied.split())
+    if not all(descriptors.get(number) in (IN, BOTH) for number in copied):
+        raise ProtocolError("a copy of what is no input")
+    return Job(identity.decode(), descriptors, pairs, _whole(timeout, 1, 86400000) / 1000, terminal, copied,
+               printable(user[:USER_MAX].decode("utf-8", "replace")))
 
 
 def is_name(name):
@@ -1047,16 +1100,17 @@ def _parse_terminal(texts):
 
 COUNT = struct.Struct(">Q")             # bytes of an input that the job has read, in a worker's stop
 UNKNOWN = 0xffffffffffffffff            # the worker cannot tell
-EXIT_BODY = struct.Struct(">BBHIII")    # 1 if a signal ended it; 1 if last; status or signal; ms; CPU ms; peak KiB
+EXIT_BODY = struct.Struct(">BBHI")       # 1 if a signal ended it; 1 if last; status or signal; milliseconds
 EXIT_COUNT = struct.Struct(">HQ")       # input, bytes of it that the job has read
 SIGNAL_NAMES = {number.name[3:]: number for number in signal.Signals}
 
 
-class ExitReport(collections.namedtuple("ExitReport", "signalled last number milliseconds cpu peak name consumed")):
+class ExitReport(collections.namedtuple("ExitReport", "signalled last number milliseconds name reason consumed")):
     """How a job ended.
 
     last: whether the worker takes no more jobs on this connection.  number: the status, or the signal's number there.
-    name: the signal's, for systems that number them otherwise.  cpu: milliseconds.  peak: KiB.
+    name: the signal's, for systems that number them otherwise.  reason: why the worker ended it, as "its limit of
+    wall"; "" where it did not.
     consumed: {descriptor: bytes of that input that the job has read, or UNKNOWN}.
     """
     __slots__ = ()
@@ -1068,23 +1122,23 @@ class ExitReport(collections.namedtuple("ExitReport", "signalled last number mil
 
 
 def encode_exit(report):
-    measured = [min(number, U32_MAX) for number in report[3:6]]
-    return (EXIT_BODY.pack(report.signalled, report.last, report.number, *measured) + pack_short_texts([report.name])
+    return (EXIT_BODY.pack(report.signalled, report.last, report.number, min(report.milliseconds, U32_MAX))
+            + pack_short_texts([report.name, report.reason])
             + b"".join(EXIT_COUNT.pack(*item) for item in report.consumed.items()))
 
 
 def parse_exit(data):
     if len(data) < EXIT_BODY.size:
         raise ProtocolError("an exit message cut short")
-    signalled, last, number, *measured = EXIT_BODY.unpack_from(data)
+    signalled, last, number, milliseconds = EXIT_BODY.unpack_from(data)
     if max(signalled, last) > 1 or not signalled <= number <= (127 if signalled else 255):
         raise ProtocolError("an exit message of a status that does not exist")
-    (name,), at = unpack_short_texts(data, EXIT_BODY.size, 1)
+    (name, reason), at = unpack_short_texts(data, EXIT_BODY.size, 2)
     count, rest = divmod(len(data) - at, EXIT_COUNT.size)
     consumed = dict(EXIT_COUNT.iter_unpack(data[at:len(data) - rest]))
     if rest or len(consumed) < count or max(consumed, default=0) > DESCRIPTOR_MAX:
         raise ProtocolError("an exit message with improper counts")
-    return ExitReport(bool(signalled), bool(last), number, *measured, name, consumed)
+    return ExitReport(bool(signalled), bool(last), number, milliseconds, name, reason, consumed)
 
 
 class EscapeFilter:
@@ -1436,7 +1490,7 @@ def _table():
         (WORKER, ENDED, JOB): STARTING,
         (WORKER, ENDED, BYE): OVER,
     }
-    for kind in (DATA, END, STOP, CREDIT, PING, PONG):
+    for kind in (DATA, END, STOP, CREDIT, PING, PONG, EMPTIED, OTHERS_WAIT):
         table[SUBMITTER, RUNNING, kind] = RUNNING
     for kind in (DATA, END, STOP, CREDIT, PING, PONG, SIGNAL, WINDOW):
         for phase in (STARTING, RUNNING, ENDED):    # the submitter goes on until it has heard of the end
@@ -1564,6 +1618,15 @@ class Session:
             raise ProtocolError("credit beyond %d on descriptor %d" % (WINDOW_MAX, number))
         return CREDIT, number, b""
 
+    def _emptied(self, kind, number, body, size, now):
+        self._stream(self.sending, number)
+        return kind, number, None
+
+    def _others_wait(self, kind, number, body, size, now):
+        if number > 1:
+            raise ProtocolError("an others-wait message that says neither yes nor no")
+        return kind, number, bool(number)
+
     def _signal(self, kind, number, body, size, now):
         if number >= len(SIGNALS):
             raise ProtocolError("signal %d, which is not passed on" % number)
@@ -1588,7 +1651,7 @@ class Session:
 
     RECEIVED = {WELCOME: _pass_on, HELLO: _pass_on, JOB: _job, ACCEPTED: _accepted, REFUSED: _pass_on, ABORT: _pass_on,
                 BYE: _pass_on, DATA: _data, END: _end, STOP: _stop, CREDIT: _credit, SIGNAL: _signal, WINDOW: _window,
-                PING: _ping, PONG: _pong, EXIT: _exit}
+                PING: _ping, PONG: _pong, EXIT: _exit, EMPTIED: _emptied, OTHERS_WAIT: _others_wait}
 
     # -- to the peer
     def open_streams(self, descriptors):
@@ -1602,9 +1665,9 @@ class Session:
         self.windows = sum(stream.window for stream in self.receiving.values())
         self.paused = False
 
-    def hello(self, address, instance):
+    def hello(self, address, instance, sees_reading=False):
         """The worker's first words."""
-        self.outbox += frame(HELLO, 0, encode_greeting(address, instance))
+        self.outbox += frame(HELLO, 0, encode_hello(address, instance, sees_reading))
 
     def offer(self, job, address):
         """The submitter's choice falls on this worker: for its first job, or for the next one."""
@@ -1625,8 +1688,9 @@ class Session:
         if self.round_trip is None:
             self.ping(now)
 
-    def refuse(self, words):
-        self.outbox += frame(REFUSED, 0, words.encode("utf-8", "replace")[:1000])
+    def refuse(self, words, final=False):
+        """final: asking this worker again would be in vain."""
+        self.outbox += frame(REFUSED, int(final), words.encode("utf-8", "replace")[:1000])
         self.phase = OVER
 
     def abort(self, words):
@@ -1678,6 +1742,14 @@ class Session:
         if stream.state == "open":
             stream.state = "stopped"
             self.outbox += frame(STOP, number, b"" if self.role is SUBMITTER else COUNT.pack(consumed))
+
+    def emptied(self, number):
+        """The job has read all that it was sent of an input that is copied: from now on it may be sent eagerly."""
+        self.outbox += frame(EMPTIED, number)
+
+    def others_wait(self, waiting):
+        """Whether others wait for this job's slot, or the worker wants it back: a job that can give it back does."""
+        self.outbox += frame(OTHERS_WAIT, int(waiting))
 
     def consumed(self, number, size, now):
         """So much data has left this process: its credit goes back in quarters of the window."""
@@ -1892,7 +1964,7 @@ class Responder:
         if not new:
             return
         record.sequence = sequence
-        record.room = record.room or announcement.room
+        record.room = record.room or announcement.submitter
         record.until = now + FORGET * clamp(announcement.interval, *INTERVAL_RANGE)
         record.wants_busy = bool(announcement.flags & TELL_BUSY)
         if nonce in self.connecting or nonce in self.parked:
@@ -4571,6 +4643,7 @@ class WorkerConnection:
         self.preamble = b""
         self.answer = None          # with it, the key's holder has spoken, or a copy of what he said
         self.instance = None
+        self.sees_reading = False
         self.session = None
         self.closed = False
         connection.setblocking(False)
@@ -4640,7 +4713,7 @@ class WorkerConnection:
             self.close("protocol broken: %s" % error)
 
     def _hello(self, body):
-        own, self.instance = parse_hello(body)
+        own, self.instance, self.sees_reading = parse_hello(body)
         self.name = worker_name(own, self.address)
         if own in self.discovery.settings.reject_servers:
             self.close("excluded by CEXEC_REJECT_SERVERS")
@@ -4836,7 +4909,7 @@ class Discovery:
         self.timer = self.loop.call_at(due / 1000, self._act) if due is not None else None
 
     def _announce(self, *fields):
-        self.send(ANNOUNCE, encode_announcement(Announcement(*fields, self.room_id)), self.port)
+        self.send(ANNOUNCE, encode_announcement(Announcement(*fields, self.room_id, 1)), self.port)
         self.trace("announced%s on %s by %s%s; workers connect back to TCP port %d" % (
             " again" if fields[0] else "", self.settings.group, self.ways(),
             "".join("; not sent: " + problem for problem in self.problems), self.port))
@@ -7335,13 +7408,14 @@ class Daemon:
         if not self.here_bucket.take(time.monotonic()):
             return
         responder, running = self.responder, self.responder.running
-        state = (UNREACHABLE if error else DRAINING if self.draining else VETOED if responder.stopped else
+        state = (UNREACHABLE if error else DRAINING if self.draining else UNABLE if self.missing else
+                 VETOED if responder.stopped else
                  BUSY if running >= self.settings.concurrency else FREE)
         here = Here(state, self.settings.concurrency, running, responder.waiting(), responder.cores, responder.outside,
                     responder.cost(now_ms()), responder.speed, int(time.monotonic() - self.began), self._jobs_done(),
                     port, address_towards(place), self.instance, socket.gethostname(), VERSION,
                     "%d.%d.%d" % sys.version_info[:3], self.command_digest(), os.path.basename(self.path),
-                    error or ("COMMAND is missing" if self.missing else ""))
+                    error or ("COMMAND is missing" if self.missing else ""), (), 0)
         self.sequence += 1
         data = encode_datagram(self.key.udp, HERE, self.key.id, nonce, self.sequence, encode_here(here))
         if not self.group.send_to(data, place):
@@ -7766,7 +7840,7 @@ class RunningJob:
         self.began = time.monotonic()
         self.pid = None
         self.ended = False          # the process has, whether or not it was waited for
-        self.usage = None           # what wait4 told
+        self.wait_status = None     # once it was waited for
         self.ends = {}              # {descriptor in the job: our end of it}
         self.sinks = {}             # {descriptor in the job: Sink}
         self.counts = {}            # {input: InputCount}, of those that are pipes
@@ -7923,7 +7997,7 @@ class RunningJob:
     def signal(self, name):
         """A terminal's job is not stopped when only its user's cexec is suspended.  Another one is stopped for good:
         its group has no parent in its session, and for such an orphan TSTP has no effect."""
-        if self.pid and not self.usage and not (self.job.terminal and name in ("TSTP", "CONT")):
+        if self.pid and self.wait_status is None and not (self.job.terminal and name in ("TSTP", "CONT")):
             signal_group(self.pid, signal.SIGSTOP if name == "TSTP" else SIGNAL_NAMES[name])
 
     def resize(self, size):
@@ -7938,11 +8012,11 @@ class RunningJob:
 
     def _reap(self):
         """Waits for the process, if it has ended; until then its number stays its own."""
-        if not self.usage:
-            pid, status, usage = os.wait4(self.pid, os.WNOHANG)
+        if self.wait_status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
-                self.usage = status, usage
-        return bool(self.usage)
+                self.wait_status = status
+        return self.wait_status is not None
 
     def maybe_over(self):
         """The job is over when its process has ended and every output is at its end and sent.
@@ -7987,7 +8061,7 @@ class RunningJob:
         self.maybe_over()
 
     def _report(self):
-        status, usage = self.usage or (signal.SIGKILL, None)        # None: it cannot even be killed
+        status = signal.SIGKILL if self.wait_status is None else self.wait_status      # None: it cannot even be killed
         signalled = os.WIFSIGNALED(status)
         number = os.WTERMSIG(status) if signalled else os.WEXITSTATUS(status)
         name = next((name for name, known in SIGNAL_NAMES.items() if known == number), "") if signalled else ""
@@ -7995,9 +8069,8 @@ class RunningJob:
         consumed = {fd: self.consumed[fd] if fd in self.consumed else self._read_so_far(fd)
                     for fd, stream in self.session.receiving.items() if stream.state != "stopped"}
         report = ExitReport(
-            signalled, False, number, int((time.monotonic() - self.began) * 1000),
-            int((usage.ru_utime + usage.ru_stime) * 1000) if usage else 0,
-            usage.ru_maxrss // (1024 if MACOS else 1) if usage else 0, name, consumed)
+            signalled, False, number, int((time.monotonic() - self.began) * 1000), name,
+            "its limit of %s" % self.limit_met if self.limit_met else "", consumed)
         self._release()
         self.handler.on_job_over(report)
 

@@ -1411,7 +1411,7 @@ def test_a_proxy_changes_the_port_and_nothing_else():
     (b"", "a datagram of 0 bytes"), (datagram(body=b"")[:39], "a datagram of 39 bytes"),
     (datagram(body=b"x" * 1161), "a datagram of 1201 bytes"),
     (b"X" + datagram()[1:], "a datagram of another program"),
-    (datagram()[:4] + b"\x09" + datagram()[5:], "a datagram of protocol version 9, this program speaks 2"),
+    (datagram()[:4] + b"\x09" + datagram()[5:], "a datagram of protocol version 9, this program speaks 3"),
     (datagram(kind=7), "a datagram of unknown type 7"), (datagram(kind=0), "a datagram of unknown type 0")])
 def test_what_is_no_datagram(data, words):
     with pytest.raises(cexec.ProtocolError) as caught:
@@ -1421,12 +1421,15 @@ def test_what_is_no_datagram(data, words):
 
 def test_wire_numbers_and_names_are_one_table():
     messages = "welcome hello job accepted refused data end stop credit signal window ping pong exit abort bye".split()
+    messages += ["emptied", "others-wait"]
     datagrams = "announce hold taken alert ask here".split()
-    states = "free busy draining vetoed".split() + ["cannot connect"]
+    states = "free busy draining vetoed".split() + ["cannot connect", "cannot run"]
     assert cexec.STATE_NAMES == dict(enumerate(states))
     for table, names, first in (cexec.MESSAGE_NAMES, messages, 0), (cexec.DATAGRAM_NAMES, datagrams, 1):
-        assert table == dict(enumerate(names, first)) == {vars(cexec)[name.upper()]: name for name in names}
-    assert (cexec.FREE, cexec.BUSY, cexec.DRAINING, cexec.VETOED, cexec.UNREACHABLE) == tuple(range(5))
+        assert table == dict(enumerate(names, first)) == {
+            vars(cexec)[name.upper().replace("-", "_")]: name for name in names}
+    assert (cexec.FREE, cexec.BUSY, cexec.DRAINING, cexec.VETOED, cexec.UNREACHABLE, cexec.UNABLE) == tuple(
+        range(6))
 
 
 # ---------------------------------------------------------------- wire: every body, both ways by one table
@@ -1434,17 +1437,17 @@ def test_wire_numbers_and_names_are_one_table():
 U32_MAX = 2 ** 32 - 1
 
 
-def job_of(descriptors=None, names=(), timeout=60.0, terminal=None, identity="0123456789abcdef"):
-    return cexec.Job(identity, descriptors or {}, list(names), timeout, terminal)
+def job_of(descriptors=None, names=(), timeout=60.0, terminal=None, identity="0123456789abcdef", copied=(), user=""):
+    return cexec.Job(identity, descriptors or {}, list(names), timeout, terminal, frozenset(copied), user)
 
 
-def ended(signalled=False, number=0, milliseconds=1, cpu=2, peak=3, name="", consumed=None, last=False):
-    return cexec.ExitReport(signalled, last, number, milliseconds, cpu, peak, name, consumed or {})
+def ended(signalled=False, number=0, milliseconds=1, name="", reason="", consumed=None, last=False):
+    return cexec.ExitReport(signalled, last, number, milliseconds, name, reason, consumed or {})
 
 
 def here(state=cexec.FREE, **changes):
     return cexec.Here(state, 4, 1, 2, 8, 0.25, -1.5, 1.25, 86400, 1234, 0, "10.0.0.3", "00112233aabbccdd", "caf\u00e9",
-                      "1.0", "3.11.7", "0123456789abcdef", "python3", "")._replace(**changes)
+                      "1.0", "3.11.7", "0123456789abcdef", "python3", "", (), 0)._replace(**changes)
 
 
 STANDARD = {0: cexec.IN, 1: cexec.OUT, 2: cexec.OUT}
@@ -1461,10 +1464,11 @@ JOBS = [
     job_of(timeout=0.001), job_of(timeout=1.001), job_of(timeout=86400.0), job_of({cexec.DESCRIPTOR_MAX: cexec.OUT}),
     job_of({0: cexec.TTY, 1: 0, 2: cexec.OUT}, terminal=(24, 80, b"xterm", {b"erase": 127, b"echo": 1})),
     job_of({5: cexec.TTY}, terminal=(0, 65535, b"", {})),
+    job_of({0: cexec.IN, 7: cexec.BOTH, 9: cexec.IN}, copied=(0, 7), user="ann@lab1"), job_of(user="\u00e9" * 32),
 ]
 EXITS = [
-    ended(), ended(number=255, last=True), ended(milliseconds=U32_MAX, cpu=U32_MAX, peak=U32_MAX),
-    ended(True, 9, name="KILL"), ended(True, 64, name="RTMAX"),
+    ended(), ended(number=255, last=True), ended(milliseconds=U32_MAX, reason="x" * 255),
+    ended(True, 9, name="KILL", reason="its limit of wall"), ended(True, 64, name="RTMAX"),
     ended(consumed={0: 0}), ended(True, 15, name="TERM", consumed={0: 5, 3: cexec.UNKNOWN, 32768: 2 ** 63}, last=True),
 ]
 
@@ -1485,8 +1489,9 @@ def message_codec(name, encode, parse, values, later=None, shorter=lambda value:
 
 DATAGRAM_CODECS = [
     datagram_codec(cexec.ANNOUNCE, cexec.encode_announcement, cexec.parse_announcement, [
-        cexec.Announcement(0, 0, 0, 0, bytes(8)), cexec.Announcement(3, 60000, 8000, cexec.TELL_BUSY, b"roomroom"),
-        cexec.Announcement(65535, U32_MAX, U32_MAX, 255, b"\xff" * 8)]),
+        cexec.Announcement(0, 0, 0, 0, bytes(8), 1),
+        cexec.Announcement(3, 60000, 8000, cexec.TELL_BUSY, b"roomroom", 64),
+        cexec.Announcement(65535, U32_MAX, U32_MAX, 255, b"\xff" * 8, 65535)]),
     datagram_codec(cexec.HOLD, cexec.encode_hold, cexec.parse_hold, [15, 0, 65535]),
     datagram_codec(cexec.TAKEN, cexec.encode_taken, cexec.parse_taken, [-12.5, 0.0, None]),
     datagram_codec(cexec.ALERT, lambda alerts: b"".join(map(cexec.encode_alert, alerts)), cexec.parse_alerts,
@@ -1498,13 +1503,15 @@ DATAGRAM_CODECS = [
         here(), here(cexec.BUSY, slots=65535, running=65535, waiting=65535, cpus=65535, up=U32_MAX, done=U32_MAX),
         here(cexec.DRAINING, load=0.0, cost=20.0), here(cexec.VETOED),
         here(cexec.UNREACHABLE, port=65535, error="no route to host"),
-        here()._replace(**{name: name[:1] * 130 for name in cexec.Here._fields[11:]})]),
+        here()._replace(**{name: name[:1] * 130 for name in cexec.Here._fields[11:19]}),
+        here(cexec.UNABLE, jobs=(cexec.RunningNow(0, "", "", ""),), more=65535),
+        here(jobs=tuple(cexec.RunningNow(number, "0123456789abcdef", "10.0.0.5", "a@lab") for number in range(20)))]),
 ]
 MESSAGE_CODECS = [
     message_codec("welcome", cexec.encode_greeting, cexec.parse_welcome, ["10.0.0.1", "fe80::1"],
                   cexec.pack_texts([b"later"])),
-    message_codec("hello", lambda value: cexec.encode_greeting(*value), cexec.parse_hello,
-                  [("10.0.0.2", "00112233aabbccdd"), ("fd00::1", "")], cexec.pack_texts([b"later"])),
+    message_codec("hello", lambda value: cexec.encode_hello(*value), cexec.parse_hello,
+                  [("10.0.0.2", "00112233aabbccdd", True), ("fd00::1", "", False)], cexec.pack_texts([b"later"])),
     message_codec("job", cexec.encode_job, cexec.parse_job, JOBS, cexec.pack_texts([b"later"])),
     message_codec("exit", cexec.encode_exit, cexec.parse_exit, EXITS, None, lambda report: range(
         len(cexec.encode_exit(report._replace(consumed={}))), len(cexec.encode_exit(report)), cexec.EXIT_COUNT.size)),
@@ -1548,45 +1555,47 @@ def test_bytes_behind_a_body_are_a_later_versions_or_refused(codec):
                     codec.decode(codec.encode(value) + tail)
 
 
-def test_the_bytes_of_wire_version_2():
+def test_the_bytes_of_wire_version_3():
     """Who changes any of these has another protocol, and raises WIRE_VERSION."""
     written = {codec.name: codec.encode(codec.values[0]).hex() for codec in CODECS}
-    assert cexec.WIRE_VERSION == 2 and written == {
-        "announce": "00" * 19, "hold": "000f", "taken": "c1480000", "alert": "0100" + "00" * 16,
+    assert cexec.WIRE_VERSION == 3 and written == {
+        "announce": "00" * 20 + "01", "hold": "000f", "taken": "c1480000", "alert": "0100" + "00" * 16,
         "ask": "07d0" "01" "0000",
         "here": "00" "0004" "0001" "0002" "0008" "3e800000" "bfc00000" "3fa00000" "00015180" "000004d2" "0000"
                 "08" "31302e302e302e33" "10" "30303131323233336161626263636464" "05" "636166c3a9" "03" "312e30"
-                "06" "332e31312e37" "10" "30313233343536373839616263646566" "07" "707974686f6e33" "00",
-        "welcome": "00000001" "32" "00000008" "31302e302e302e31",
-        "hello": "00000001" "32" "00000008" "31302e302e302e32" "00000010" "30303131323233336161626263636464",
-        "job": "00000010" "30313233343536373839616263646566" "00000000" "00000005" "3630303030" "00000000" "00000000",
-        "exit": "00" "00" "0000" "00000001" "00000002" "00000003" "00"}
-    assert datagram().hex() == ("63786563" "02" "02" "0fa0" "6b657969" "6e6f6e63656e6f6e" "00000001" "6162"
-                                "fc2e1f8004d745fb32afcf0d4bf0175b")
-    assert preamble().hex() == ("63786563" "02" "6e6f6e63656e6f6e" "3f000000" "c0500000" "41480000" "00"
-                                "72346e64306d2e2e" "1e17abfd987cca611b87cf88e3c221aa")
-    assert cexec.encode_go(SECRET, preamble()).hex() == "eb79f72376355057093eea4df94c0811"
+                "06" "332e31312e37" "10" "30313233343536373839616263646566" "07" "707974686f6e33" "00" "00" "0000",
+        "welcome": "00000001" "33" "00000008" "31302e302e302e31",
+        "hello": "00000001" "33" "00000008" "31302e302e302e32" "00000010" "30303131323233336161626263636464"
+                 "00000007" "72656164696e67",
+        "job": "00000010" "30313233343536373839616263646566" "00000000" "00000005" "3630303030" "00000000" "00000000"
+               "00000000" "00000000",
+        "exit": "00" "00" "0000" "00000001" "00" "00"}
+    assert datagram().hex() == ("63786563" "03" "02" "0fa0" "6b657969" "6e6f6e63656e6f6e" "00000001" "6162"
+                                "91e71d2f3ef43af380e997dab66ccf8a")
+    assert preamble().hex() == ("63786563" "03" "6e6f6e63656e6f6e" "3f000000" "c0500000" "41480000" "00"
+                                "72346e64306d2e2e" "ea545e81ba3ce65e1f23ba7324f16241")
+    assert cexec.encode_go(SECRET, preamble()).hex() == "047142fc7f26dc193f49b6424e96017c"
 
 
 def test_what_is_measured_is_capped_where_its_field_ends():
     much = 2 ** 40
     announce, _, _, alert, _, roll_call = DATAGRAM_CODECS
     for codec, value, found in [
-            (announce, (much, much, 1, 0, bytes(8)), (65535, U32_MAX, 1, 0, bytes(8))),
+            (announce, (much, much, 1, 0, bytes(8), much), (65535, U32_MAX, 1, 0, bytes(8), 65535)),
             (alert, [ALERTS[1]._replace(milliseconds=much)], [ALERTS[1]._replace(milliseconds=U32_MAX)]),
             (roll_call, here(running=much, waiting=much, up=much + 0.5, done=much),
              here(running=65535, waiting=65535, up=U32_MAX, done=U32_MAX)),
-            (MESSAGE_CODECS[3], ended(milliseconds=much, cpu=much, peak=much), EXITS[2])]:
+            (MESSAGE_CODECS[3], ended(milliseconds=much, reason="x" * 999), EXITS[2])]:
         assert codec.decode(codec.encode(value)) == found
 
 
 @pytest.mark.parametrize("character", ["x", "\u00e9", "\u20ac", "\U0001f600", "\udcff"])
 def test_long_texts_are_cut_between_characters_and_fit_a_datagram(character):
     alert, answer = cexec.Alert(1, 255, 0, 0, *[character * 1000] * 4), here()._replace(
-        **{name: character * 1000 for name in cexec.Here._fields[11:]})
+        **{name: character * 1000 for name in cexec.Here._fields[11:19]})
     said = character.encode("utf-8", "replace")
     for codec, value, texts, longest in (DATAGRAM_CODECS[3], [alert], lambda found: found[0][4:], 255), (
-            DATAGRAM_CODECS[5], answer, lambda found: found[11:], cexec.HERE_TEXT_MAX):
+            DATAGRAM_CODECS[5], answer, lambda found: found[11:19], cexec.HERE_TEXT_MAX):
         body = codec.encode(value)
         assert len(datagram(codec.kind, body)) <= cexec.DATAGRAM_MAX
         assert set(texts(codec.decode(body))) == {(said * (longest // len(said))).decode()}
@@ -1633,11 +1642,13 @@ def test_alerts_of_any_length_keep_their_order_and_fill_a_datagram_to_the_last_b
 @pytest.mark.parametrize("codec, body, words", [
     (3, bytes([3]) + bytes(17), "an alert of unknown kind 3"), (3, b"", "a short alert datagram"),
     (3, cexec.encode_alert(ALERTS[1]) + bytes(18), "an alert of unknown kind 0"),
-    (5, b"\x05" + cexec.encode_here(here())[1:], "a worker in unknown state 5"),
+    (5, b"\x06" + cexec.encode_here(here())[1:], "a worker in unknown state 6"),
     (5, cexec.encode_here(here(load=math.nan)), "a worker whose load is no number"),
     (5, cexec.encode_here(here(cost=-math.inf)), "a worker whose load is no number"),
     (5, cexec.encode_here(here(speed=math.inf)), "a worker whose load is no number"),
-    (5, cexec.encode_here(here())[:-1], "a list of texts cut short"), (5, b"", "a short here datagram")])
+    (5, cexec.encode_here(here())[:-4], "a list of texts cut short"), (5, b"", "a short here datagram"),
+    (5, cexec.encode_here(here())[:-1], "a short here datagram"), (0, bytes(21), "an announcement that wants no slot"),
+    (5, cexec.encode_here(here())[:-3] + b"\1\0\0\0", "a short here datagram")])
 def test_bodies_that_no_encoder_makes(codec, body, words):
     with pytest.raises(cexec.ProtocolError) as caught:
         DATAGRAM_CODECS[codec].decode(body)
@@ -1648,7 +1659,8 @@ def test_bodies_that_no_encoder_makes(codec, body, words):
     (cexec.parse_welcome, [b"2"]), (cexec.parse_welcome, [b"2", b""]), (cexec.parse_welcome, [b"2", b"\x1b[2J"]),
     (cexec.parse_welcome, [b"2", b"localhost"]), (cexec.parse_welcome, [b"2", b"0.0.0.0"]),
     (cexec.parse_welcome, [b"2", b"fe80::1%eth0"]), (cexec.parse_hello, [b"2", b"10.0.0.1"]),
-    (cexec.parse_hello, [b"2", b"10.0.0.\xff", b"0011"]), (cexec.parse_hello, [])])
+    (cexec.parse_hello, [b"2", b"10.0.0.\xff", b"0011", b""]), (cexec.parse_hello, []),
+    (cexec.parse_hello, [b"2", b"10.0.0.1", b"0011"])])
 def test_greetings_without_a_proper_address(parse, texts):
     with pytest.raises(cexec.ProtocolError):
         parse(cexec.pack_texts(texts))
@@ -1680,7 +1692,7 @@ def test_every_changed_bit_of_a_preamble_is_refused():
 @pytest.mark.parametrize("data, words", [
     (b"", "not a worker"), (preamble()[:-1], "not a worker"), (preamble() + b"x", "not a worker"),
     (b"GET / HTTP/1.1\r\n".ljust(cexec.PREAMBLE_SIZE), "not a worker"),
-    (preamble()[:4] + b"\x07" + preamble()[5:], "a worker of protocol version 7, this program speaks 2"),
+    (preamble()[:4] + b"\x07" + preamble()[5:], "a worker of protocol version 7, this program speaks 3"),
     (preamble(b"t" * 32), "a worker of another key"),
     (preamble(nonce=b"an older"), "a worker that answers another announcement")])
 def test_what_is_no_preamble(data, words):
@@ -1791,8 +1803,10 @@ def test_lists_of_texts_both_ways(texts):
 
 # ---------------------------------------------------------------- wire: the job's description and its end
 
-def job_texts(identity=b"0123456789abcdef", descriptors=b"0r 1w 2w", timeout=b"60000", terminal=(), names=()):
-    return cexec.pack_texts([identity, descriptors, timeout, cexec.pack_texts(terminal), cexec.pack_texts(names)])
+def job_texts(identity=b"0123456789abcdef", descriptors=b"0r 1w 2w", timeout=b"60000", terminal=(), names=(),
+              copied=b"", user=b""):
+    return cexec.pack_texts([identity, descriptors, timeout, cexec.pack_texts(terminal), cexec.pack_texts(names),
+                             copied, user])
 
 
 TERMINAL = [b"24", b"80", b"xterm", b"echo=1"]
@@ -1811,7 +1825,8 @@ TERMINAL = [b"24", b"80", b"xterm", b"echo=1"]
     job_texts(descriptors=b"0t", terminal=TERMINAL[:3]), job_texts(descriptors=b"0t 1t", terminal=TERMINAL),
     job_texts(terminal=[b"65536"] + TERMINAL[1:]), job_texts(terminal=[b"x"] + TERMINAL[1:]),
     job_texts(terminal=TERMINAL[:2] + [b"x" * 65, b""]), job_texts(terminal=TERMINAL[:2] + [b"a\0b", b""]),
-    job_texts(terminal=TERMINAL[:3] + [b"echo"]), job_texts(terminal=TERMINAL[:3] + [b"erase=256"])])
+    job_texts(terminal=TERMINAL[:3] + [b"echo"]), job_texts(terminal=TERMINAL[:3] + [b"erase=256"]),
+    job_texts(copied=b"1"), job_texts(copied=b"0 9"), job_texts(copied=b"x"), job_texts(copied=b"0 32769")])
 def test_jobs_that_no_submitter_of_this_program_sends(data):
     with pytest.raises(cexec.ProtocolError):
         cexec.parse_job(data)
@@ -1828,7 +1843,7 @@ def test_exits_both_ways(outcome, status):
 
 
 def exit_bytes(signalled=0, last=0, number=0, behind=b"\0"):
-    return cexec.EXIT_BODY.pack(signalled, last, number, 0, 0, 0) + behind
+    return cexec.EXIT_BODY.pack(signalled, last, number, 0) + b"\0" * bool(behind) + behind
 
 
 @pytest.mark.parametrize("data", [
@@ -1837,7 +1852,7 @@ def exit_bytes(signalled=0, last=0, number=0, behind=b"\0"):
     exit_bytes(behind=b"\0" + cexec.EXIT_COUNT.pack(cexec.DESCRIPTOR_MAX + 1, 0)),
     exit_bytes(behind=b"\0" + cexec.EXIT_COUNT.pack(3, 5) * 2)])
 def test_exits_that_do_not_exist(data):
-    assert cexec.parse_exit(exit_bytes()) == ended(milliseconds=0, cpu=0, peak=0)
+    assert cexec.parse_exit(exit_bytes()) == ended(milliseconds=0)
     with pytest.raises(cexec.ProtocolError):
         cexec.parse_exit(data)
 
@@ -3619,7 +3634,7 @@ ALLOWED = {
     ("submitter", "greeting"): "hello:idle", ("submitter", "idle"): "abort:over ping:idle pong:idle",
     ("submitter", "offered"): "accepted:running refused:over abort:over ping:offered pong:offered",
     ("submitter", "running"): "data:running end:running stop:running credit:running ping:running pong:running "
-                              "exit:idle abort:over",
+                              "exit:idle abort:over emptied:running others-wait:running",
     ("worker", "greeting"): "welcome:chosen",
     ("worker", "chosen"): "job:starting bye:over ping:chosen pong:chosen",
     **{("worker", phase): " ".join("%s:%s" % (name, phase) for name in
@@ -3628,7 +3643,7 @@ ALLOWED = {
     ("worker", "ended"): "data:ended end:ended stop:ended credit:ended ping:ended pong:ended signal:ended window:ended "
                          "job:starting bye:over",
 }
-BODY = {"welcome": cexec.pack_texts([b"1", b"10.0.0.1"]), "hello": cexec.pack_texts([b"1", b"10.0.0.2"]),
+BODY = {"welcome": cexec.pack_texts([b"1", b"10.0.0.1"]), "hello": cexec.encode_hello("10.0.0.2", "instance", False),
         "job": cexec.encode_job(job_of({3: cexec.BOTH})), "refused": b"no", "abort": b"stopped", "data": b"x",
         "credit": struct.pack(">I", 1), "window": struct.pack(">HH", 24, 80), "ping": b"12345678",
         "pong": struct.pack(">d", NOW), "exit": cexec.encode_exit(ended())}
@@ -3645,10 +3660,10 @@ def session_in(role, phase, descriptors=None):
 
 def wire(name, number=None, body=None, to=None):
     """A message as bytes.  to: the role that receives it, for whom a stop has a count or not."""
-    number = (3 if name in ("data", "end", "stop", "credit") else 0) if number is None else number
+    number = (3 if name in ("data", "end", "stop", "credit", "emptied") else 0) if number is None else number
     if name == "stop" and to == "submitter":
         body = cexec.COUNT.pack(7)
-    return cexec.frame(getattr(cexec, name.upper()), number, BODY.get(name, b"") if body is None else body)
+    return cexec.frame(getattr(cexec, name.upper().replace("-", "_")), number, BODY.get(name, b"") if body is None else body)
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -5609,7 +5624,7 @@ class Crowd:
     def announce(self, job, *fields):
         job.announced += 1
         self.broadcast(cexec.Responder.announced, job.nonce, (job.source, 40000),
-                       cexec.Announcement(*fields, room=job.name), job.announced, 5000)
+                       cexec.Announcement(*fields, submitter=job.name, wanted=1), job.announced, 5000)
 
     def hold(self, job, ms):
         job.sequence["hold"] += 1
@@ -5905,7 +5920,7 @@ def responder(slots=2, jitter=1.0, **options):
 
 
 def hears(worker, nonce, now=0.0, source="a", attempt=0, waited=0.0, interval=4e3, flags=0, room="room", port=5000):
-    announcement = cexec.Announcement(attempt, waited, interval, flags, room)
+    announcement = cexec.Announcement(attempt, waited, interval, flags, room, 1)
     worker.announced(now, nonce, (source, 40000), announcement, attempt, port)
 
 
@@ -7035,7 +7050,7 @@ class Searching:
 
 def a_here(instance, **changes):
     here = cexec.Here(cexec.BUSY, 4, 4, 1, 2, 0.0, 0.0, 1.0, 9, 3, 0, "10.0.0.7", instance, "host", "2", "3", "", "c",
-                      "")
+                      "", (), 0)
     return here._replace(**changes)
 
 
@@ -7318,7 +7333,8 @@ def test_many_spools_together_stay_in_bounds():
     spools = [cexec.Spool(budget) for _ in range(100)]
     for spool in spools:
         spool.append(bytes(cexec.Spool.MEMORY_EACH))
-    assert budget.memory <= cexec.Spool.MEMORY_ALL + cexec.Spool.MEMORY_EACH and budget.held == 100 * cexec.Spool.MEMORY_EACH
+    assert budget.memory <= cexec.Spool.MEMORY_ALL + cexec.Spool.MEMORY_EACH
+    assert budget.held == 100 * cexec.Spool.MEMORY_EACH
     for spool in spools:
         spool.clear()
 
@@ -8499,7 +8515,7 @@ def test_a_worker_whose_command_has_gone_answers_nobody_until_it_is_back(room, t
     worker = room.serve(command)
     command.unlink()
     done = room.cexec(input=b"x", env={"CEXEC_TIMEOUT_ACCEPT": 2.5})
-    assert done.returncode == 111 and b"(vetoed: COMMAND is missing)" in done.stderr, done.stderr
+    assert done.returncode == 111 and b"(cannot run: COMMAND is missing)" in done.stderr, done.stderr
     assert done.stderr.count(b"cexec: 127.0.0.1 refused the job") == 1 == len(worker.log.having("refused to"))
     assert len(worker.log.having("missing or not executable")) == 1
     make()
@@ -11026,7 +11042,7 @@ class Impostor:
 
     def announce(self, port=None):
         self.nonce = os.urandom(8)
-        body = cexec.encode_announcement(cexec.Announcement(0, 0, 4000, 0, os.urandom(8)))
+        body = cexec.encode_announcement(cexec.Announcement(0, 0, 4000, 0, os.urandom(8), 1))
         data = cexec.encode_datagram(self.public.udp, cexec.ANNOUNCE, self.public.id, self.nonce, 1, body,
                                      port or self.port)
         self.send(data)
@@ -11828,7 +11844,7 @@ def message(name, number=0, body=b""):
     return cexec.frame(vars(cexec)[name], number, body)
 
 
-OWN_HELLO = message("HELLO", 0, cexec.encode_greeting("127.0.0.1", "0123456789abcdef"))
+OWN_HELLO = message("HELLO", 0, cexec.encode_hello("127.0.0.1", "0123456789abcdef", True))
 OWN_WELCOME = message("WELCOME", 0, cexec.encode_greeting("127.0.0.1"))
 TOO_MUCH = bytes(cexec.WINDOW_START + 1)
 ACCEPTED, ENDS = message("ACCEPTED"), message("END", 1) + message("END", 2)
@@ -12450,7 +12466,7 @@ def test_small_messages_to_unread_descriptors_cost_a_handler_little(room, forker
 @LINUX_ONLY
 def test_a_worker_is_whom_its_connection_comes_from(room, forker, private_key):
     """S20: what it says of itself passes no --accept-server, and no line blames another for it."""
-    hello = message("HELLO", 0, cexec.encode_greeting("10.9.9.9", "0123456789abcdef"))
+    hello = message("HELLO", 0, cexec.encode_hello("10.9.9.9", "0123456789abcdef", True))
     for env, words in (({"CEXEC_ACCEPT_SERVER": "10.9.9.9"}, "127.0.0.1: excluded by CEXEC_ACCEPT_SERVER"),
                        ({"CEXEC_REJECT_SERVERS": "10.9.9.9"}, "10.9.9.9 by 127.0.0.1"), ({}, "10.9.9.9 by 127.0.0.1")):
         with Impostor(room) as impostor:
@@ -13551,7 +13567,7 @@ def test_workers_of_another_key_and_another_version_are_named(street, key, tmp_p
     street.start("carl", sys.executable, "-c", OLDER).ready()
     status, found, _ = checked(street, "anna", key)
     assert status == 111 and "stranger:  a worker of another key (id 0x%s) is at 10.99.0.2" % other.id.hex() in found
-    assert "stranger:  10.99.0.3 sends a datagram of protocol version 1, this program speaks 2" in found, found
+    assert "stranger:  10.99.0.3 sends a datagram of protocol version 1, this program speaks 3" in found, found
     assert "ckeygen -l" in found
 
 
@@ -14093,7 +14109,7 @@ def test_crat_hears_on_every_form_of_group(net, key, group):
 # ---------------------------------------------------------------- cproxy: what may pass
 
 def announcement(key, nonce=b"noncenon", sequence=1, port=4000):
-    body = cexec.encode_announcement(cexec.Announcement(0, 0, 20, cexec.TELL_BUSY, bytes(8)))
+    body = cexec.encode_announcement(cexec.Announcement(0, 0, 20, cexec.TELL_BUSY, bytes(8), 1))
     return cexec.encode_datagram(key.udp, cexec.ANNOUNCE, key.id, nonce, sequence, body, port)
 
 
@@ -14111,7 +14127,7 @@ def here_datagram(key, nonce=b"noncenon", sequence=1, error=""):
     """A worker's answer."""
     body = cexec.encode_here(cexec.Here(cexec.BUSY, 2, 2, 0, 2, 0.5, 1.0, 1.0, 60, 7, 0, "10.0.0.3", "instance", "host",
                                         "1",
-                                        "3.8.0", "digest", "cat", error))
+                                        "3.8.0", "digest", "cat", error, (), 0))
     return cexec.encode_datagram(key.udp, cexec.HERE, key.id, nonce, sequence, body)
 
 
@@ -14795,7 +14811,7 @@ mouth, listener, nonce = cexec.GroupSocket(group, False), cexec.open_listener(gr
 def send(kind, body, port=0, sequence=1):
     mouth.send(cexec.encode_datagram(key.udp, kind, key.id, nonce, sequence, body, port))
 for attempt in 1, 2:
-    body = cexec.encode_announcement(cexec.Announcement(attempt, 0, 100, 0, nonce))
+    body = cexec.encode_announcement(cexec.Announcement(attempt, 0, 100, 0, nonce, 1))
     send(cexec.ANNOUNCE, body, listener.getsockname()[1], attempt)
     time.sleep(0.1)
 listener.setblocking(True)
@@ -15009,7 +15025,8 @@ while True:
     got = ear.receive()
     if got and cexec.parse_datagram(got[0]).kind == cexec.ASK:
         heard = cexec.parse_datagram(got[0])
-        body = cexec.encode_here(cexec.Here(0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 0, "", sys.argv[2], "", "", "", "", "", ""))
+        here = cexec.Here(0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 0, "", sys.argv[2], "", "", "", "", "", "", (), 0)
+        body = cexec.encode_here(here)
         ear.send_to(cexec.encode_datagram(key.udp, cexec.HERE, key.id, heard.nonce, 1, body), got[1])
 """ % HERE
 
