@@ -349,6 +349,13 @@ def parse_escape(text):
     return text.encode()
 
 
+def parse_user(text):
+    """None for the empty text; "" for none."""
+    if not text.isprintable() or len(text.encode()) > USER_MAX:
+        raise ValueError("USER@HOST, at most %d bytes, or none" % USER_MAX)
+    return "" if text == "none" else text or None
+
+
 def one_of(*words):
     def parse(text):
         if text not in words:
@@ -441,6 +448,8 @@ SETTINGS = (
             "how much of an input that is no file is kept in memory for starting again"),
     Setting("ratout_test", ("CEXEC_RATOUT_TEST",), (CEXEC,), switch, "", "0|1",
             "send a test alert after finding a worker"),
+    Setting("user", ("CEXEC_USER",), (CEXEC, CMAP), parse_user, "", "USER@HOST",
+            "who the job is from, for people to read, or none (default: user and host as they are)"),
     Setting("escape", ("CEXEC_ESCAPE",), (CEXEC,), parse_escape, "~", "CHAR", "the escape character of -t, or none"),
     Setting("concurrency", ("CONCURRENCY",), (CSERVICE,),
             lambda text: whole_number(1, 10000)(text) if text else usable_cpus(), "", "N",
@@ -3371,6 +3380,18 @@ def raise_descriptor_limit(wanted):
     return min(soft, wanted)
 
 
+def user_here():
+    """USER@HOST of this process, for people to read."""
+    user = os.environ.get("LOGNAME") or os.environ.get("USER")
+    if not user:
+        import pwd
+        try:
+            user = pwd.getpwuid(os.getuid()).pw_name
+        except KeyError:
+            user = str(os.getuid())
+    return "%s@%s" % (user, socket.gethostname())
+
+
 def usable_cpus(root="/"):
     """How many CPUs this process may use: an affinity mask counts, and a quota of its control groups, rounded up."""
     try:
@@ -4958,6 +4979,7 @@ def uniform():
 # one with one job, cmap and the Python API give it many.  What a job reads and writes here is its JobStreams.
 
 SEARCHES = 4                # searches for a worker at once while the room answers quickly
+AHEAD = SEARCHES            # jobs that wait for a slot, as many as are searched for at once
 RECENTLY = 15.0             # seconds for which what a worker said last counts
 LAST_WORDS = 0.02           # seconds for which a search that has found somebody goes on to say so
 SLOW_SEARCH = 0.3           # seconds after which a search waits for a slot: more of them would not help
@@ -5014,8 +5036,18 @@ class JobStreams:
     def visible(self):
         """Something of the job has been seen here: it never starts again."""
 
+    def copied(self):
+        """The inputs of which only a copy is sent until the job has read all of it."""
+        return frozenset()
+
+    def input_emptied(self, number):
+        """The job has read all that was sent of a copied input."""
+
     def input_stopped(self, number, consumed):
         """The job reads it no more, after so many bytes; UNKNOWN if that cannot be told."""
+
+    def others_wait(self, waiting):
+        """Whether others wait for this job's slot: a job that can give it back does."""
 
     def ended(self, report):
         """The job has; report is its ExitReport, or None when the cluster failed."""
@@ -5372,7 +5404,8 @@ class Attempt:
         streams, submission, settings = self.streams, self.submission, self.pool.settings
         streams.begin(self)
         terminal = streams.terminal.describe() if streams.terminal else None
-        job = Job(submission.id, streams.descriptors, submission.names, settings.timeout_pingpong, terminal)
+        job = Job(submission.id, streams.descriptors, submission.names, settings.timeout_pingpong, terminal,
+                  streams.copied() if self.kept.sees_reading else frozenset(), self.pool.user)
         self.channel.owner = self
         self.session.offer(job, self.kept.submitter)
         for number in streams.delivered:
@@ -5399,6 +5432,10 @@ class Attempt:
             self._commit()
             self.channel.drop_source(number)
             self.streams.input_stopped(number, body)
+        elif kind == EMPTIED:
+            self.streams.input_emptied(number)
+        elif kind == OTHERS_WAIT:
+            self.streams.others_wait(body)
         elif kind == EXIT:
             self._exited(body)
         elif kind == REFUSED:
@@ -5523,6 +5560,7 @@ class PooledConnection:
         self.name = found.name
         self.address = found.address
         self.instance = found.instance
+        self.sees_reading = found.sees_reading
         connection = found.take()
         self.submitter = connection.socket.getsockname()[0].partition("%")[0]
         self.leaving = False
@@ -5611,7 +5649,8 @@ class AlertSender:
 class Pool:
     """All the workers of one key, as one submitter uses them.
 
-    on_ready, if given, is called whenever a job has ended or a slot may be free, so that the owner may submit more.
+    on_ready, if given, is called whenever has_capacity() may have become true: a slot came free or was found.
+    more, which the owner sets, is how many further jobs it could submit at once beyond those in the queue.
     trace(text), if given, hears of each step.
     """
 
@@ -5622,8 +5661,10 @@ class Pool:
         self.most = most                # connections at once
         self.keep = keep                # whether connections wait for more jobs
         self.on_ready = on_ready
+        self.more = 0
         self.trace = trace or (lambda text: None)
         self.id = os.urandom(8)
+        self.user = user_here() if settings.user is None else settings.user
         self.queue = collections.deque()    # submissions that wait for a worker
         self.running = set()            # those that have one
         self.connections = set()
@@ -5641,6 +5682,14 @@ class Pool:
         self.closed = False
 
     # -- for the owner
+    def has_capacity(self):
+        """Whether one more job would soon get a slot: then is the time to make it."""
+        return not self.closed and (bool(self.idle) or len(self.queue) < AHEAD)
+
+    def _ready(self):
+        if self.on_ready and self.has_capacity():
+            self.on_ready()
+
     def submit(self, submission, first=False):
         """first: in front of the others that wait."""
         (self.queue.appendleft if first else self.queue.append)(submission)
@@ -5670,6 +5719,7 @@ class Pool:
         if submission.attempt:
             submission.attempt.give_up()
         self._forget(submission)
+        self._ready()
         self._pump()
 
     def close(self):
@@ -5770,8 +5820,7 @@ class Pool:
         self._pump()
         if kept in self.idle:
             kept.rest()
-        if self.on_ready:
-            self.on_ready()
+        self._ready()
 
     def _last_words_said(self, search):
         search.stop()
@@ -5881,8 +5930,7 @@ class Pool:
             submission.attempt.give_up()
         self._forget(submission)
         submission.on_done(status, failure, submission)
-        if self.on_ready and not self.closed:
-            self.on_ready()
+        self._ready()
         self._pump()
 
     def _forget(self, submission):
@@ -6457,7 +6505,6 @@ def parse_name(word):
 # A Pool with many jobs.  What a job writes is held until it has ended, so a lost worker costs time and nothing else.
 # Inputs are read only as slots come free; outputs leave whole, one after another.
 
-AHEAD = SEARCHES            # jobs that wait for a slot, as many as are searched for at once
 WAITING_MAX = 10000         # outputs that may wait for an earlier one
 NAME_MAX = 1 << 16          # bytes of a line that can still be a name
 HASH_AT_ONCE = 1 << 23      # bytes of an input that are hashed before others have their turn
@@ -6811,7 +6858,7 @@ class Cmap:
     def __init__(self, key, settings, operands):
         self.loop = Loop()
         self.settings = settings
-        self.pool = Pool(self.loop, key, settings, most=settings.jobs, keep=True)
+        self.pool = Pool(self.loop, key, settings, most=settings.jobs, keep=True, on_ready=self._pump)
         self.budget = Budget(math.inf if settings.out else settings.spill << 20)
         self.log = MapLog(settings.log, settings.resume) if settings.log else None
         self.total = None if settings.list or settings.lines or settings.value else len(operands) or None
@@ -6870,7 +6917,7 @@ class Cmap:
         self._maybe_over()
 
     def _has_room(self):
-        return (len(self.jobs) < self.settings.jobs and len(self.pool.queue) < AHEAD
+        return (len(self.jobs) < self.settings.jobs and self.pool.has_capacity()
                 and len(self.outputs) < WAITING_MAX and self.budget.held < self.budget.limit
                 and self.budget.memory < 2 * Spool.MEMORY_ALL)
 
@@ -6904,7 +6951,7 @@ class Cmap:
         if self.stopping:
             return
         for job in list(self.jobs):
-            if len(self.pool.queue) >= AHEAD or len(self.pool.running) >= self.settings.jobs:
+            if not self.pool.has_capacity() or len(self.pool.running) >= self.settings.jobs:
                 break
             attempt = job.runs[0].attempt if len(job.runs) == 1 else None
             if attempt and attempt.is_running():

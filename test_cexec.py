@@ -3485,6 +3485,7 @@ def test_defaults(tool, attribute, value):
     ("cexec", "CEXEC_MAXFD", "2", "max_fd", 2), ("cexec", "MAXFD", "4096", "max_fd", 4096),
     ("cexec", "CEXEC_FD_FOR_ERRORS", "40", "errors_fd", 40),
     ("cexec", "CEXEC_RATOUT_TEST", "1", "ratout_test", True), ("cexec", "CEXEC_RATOUT_TEST", "0", "ratout_test", False),
+    ("cexec", "CEXEC_USER", "me@here", "user", "me@here"), ("cmap", "CEXEC_USER", "none", "user", ""),
     ("cexec", "CEXEC_ESCAPE", "none", "escape", b""), ("cexec", "CEXEC_ESCAPE", "%", "escape", b"%"),
     ("cservice", "CONCURRENCY", "50", "concurrency", 50), ("cservice", "BOOST", "2500", "boost", 2500)])
 def test_a_setting_comes_from_the_environment_or_the_option(tool, name, text, attribute, value):
@@ -3508,6 +3509,7 @@ MALFORMED = [
     ("cexec", "CEXEC_MAXFD", "1"), ("cexec", "CEXEC_MAXFD", "4097"), ("cexec", "MAXFD", "many"),
     ("cexec", "MAXFD", "\u0663\u0663"), ("cexec", "CEXEC_FD_FOR_ERRORS", "2"), ("cexec", "CEXEC_FD_FOR_ERRORS", "x"),
     ("cexec", "CEXEC_RATOUT_TEST", "yes"), ("cexec", "CEXEC_ESCAPE", "ab"), ("cexec", "CEXEC_ESCAPE", "\t"),
+    ("cexec", "CEXEC_USER", "a\nb"), ("cmap", "CEXEC_USER", "x" * 65),
     ("cexec", "CEXEC_RETRIES", "-1"), ("cexec", "CEXEC_REPLAY", "1G"), ("cservice", "CSERVICE_LIMIT", "x"),
     ("cservice", "CONCURRENCY", "0"), ("cservice", "CONCURRENCY", "4.5"), ("cservice", "CONCURRENCY", "9" * 20),
     ("cservice", "BOOST", "fast"), ("cservice", "CSERVICE_USER", "no such user"), ("crat", "CRAT_MAX_SKEW", "-5"),
@@ -7660,6 +7662,53 @@ def room_here(room, most=1, keep=False, trace=None, **environment):
         loop.close()
 
 
+class Hooked(cexec.HeldStreams):
+    """Held streams of which standard input is a copy, and what a worker has said to them."""
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.heard = []
+
+    def copied(self):
+        return frozenset([0])
+
+    def input_emptied(self, number):
+        self.heard.append(("emptied", number))
+
+    def others_wait(self, waiting):
+        self.heard.append(("others", waiting))
+
+
+@pytest.mark.parametrize("sees, copied", [(True, {0}), (False, set())])
+def test_streams_hear_what_the_worker_says_of_input_and_slot(room, sees, copied):
+    """A job says what is copied, where the worker can tell, and whom it is from; its streams hear both messages."""
+    jobs = []
+
+    def work():
+        with Impostor(room) as worker:
+            tls = worker.apply(worker.hear(), cexec.load_key(room.key)[0])
+            session = cexec.Session(cexec.WORKER, 60, 0)
+            session.hello("127.0.0.1", "instance", sees)
+            tls.sendall(session.outbox)
+            while not jobs:
+                jobs.extend(body for kind, _, body in session.receive(tls.recv(9999), 0) if kind == cexec.JOB)
+            session.outbox.clear()
+            session.accept(0)
+            session.emptied(0)
+            session.others_wait(True)
+            session.others_wait(False)
+            tls.sendall(session.outbox)
+    with room_here(room, CEXEC_USER="me@here") as (loop, pool):
+        streams = Hooked(cexec.HeldSource(b""))
+        pool.submit(cexec.Submission(streams, [], 0, lambda *ended: loop.stop(ended)))
+        worker = threading.Thread(target=work)
+        worker.start()
+        loop.run()
+        worker.join()
+    assert (jobs[0].copied, jobs[0].user) == (copied, "me@here")
+    assert streams.heard == [("emptied", 0), ("others", True), ("others", False)]
+
+
 def statuses(room, pairs, at_once=8):
     """The exit statuses of many jobs, run by one Room in this process: {pair: status}."""
     found = {}
@@ -9483,6 +9532,17 @@ def test_progress_on_a_terminal(farm):
     shown = os.read(leader, 1 << 16)
     assert b"running on 1 worker, " in shown and shown.endswith(b"a second\r\n") and b"3 jobs, 0 failed" in shown
     os.close(leader)
+
+
+def test_slots_fill_as_they_come_and_not_by_a_timer(room, tmp_path):
+    """Eight jobs that all wait for each other run though cmap's timer never comes."""
+    room.serve("sh", "-c", 'touch "$PEER_N"; while [ $(ls "$PEER_D" | wc -l) -lt 8 ]; do sleep 0.05; done',
+               CONCURRENCY=8)
+    code = "import sys, cexec; cexec.PROGRESS_EVERY = 1e6; sys.exit(cexec.main(['cmap'] + sys.argv[1:]))"
+    done = run_command(sys.executable, "-c", code, "-q", "--set", "D=%s" % tmp_path, "--value", "N", room.pub,
+                       input=b"".join(b"%s/%d\n" % (os.fsencode(str(tmp_path)), n) for n in range(8)),
+                       env=room.settings({"PYTHONPATH": os.path.dirname(CEXEC)}), timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 # ---------------------------------------------------------------- demo
