@@ -3665,7 +3665,8 @@ def wire(name, number=None, body=None, to=None):
     number = (3 if name in ("data", "end", "stop", "credit", "emptied") else 0) if number is None else number
     if name == "stop" and to == "submitter":
         body = cexec.COUNT.pack(7)
-    return cexec.frame(getattr(cexec, name.upper().replace("-", "_")), number, BODY.get(name, b"") if body is None else body)
+    kind = getattr(cexec, name.upper().replace("-", "_"))
+    return cexec.frame(kind, number, BODY.get(name, b"") if body is None else body)
 
 
 @pytest.mark.parametrize("role", ROLES)
