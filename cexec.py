@@ -88,6 +88,9 @@ except ImportError as missing:
                      % missing)
     raise SystemExit(2)
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # until main() can catch it: no traceback, and a shell's loop ends
+
 VERSION = "1.0"
 ssl = None      # tls_context() imports it: it takes as long as all the others, and cexec has announced its job by then
 
@@ -501,12 +504,16 @@ class Settings:
         raise AttributeError("settings are fixed at the start")
 
 
+SHOWN = ("-h", "--help", "--version")       # options in place of which a tool shows a text and does nothing else
 KNOWN_VARIABLES = ("CEXEC_DEBUG", "CEXEC_JOB")      # beside the settings: tracebacks; what a job is told
 
 
 def read_settings(tool, arguments, environment):
-    """(Settings, remaining arguments): options first, then the environment, then the defaults."""
+    """(Settings, remaining arguments): options first, then the environment, then the defaults.  Where a text is to be
+    shown only, the Settings have `shown` alone, one of SHOWN."""
     given, flags, rest = _read_options(tool, list(arguments))
+    if "shown" in flags:
+        return Settings(flags), []
     values = dict({attribute: 0 for attribute, _, _, _ in FLAGS.values()}, **flags)
     for setting in SETTINGS:
         if tool in setting.tools:
@@ -532,6 +539,8 @@ def _read_options(tool, arguments):
         word = arguments.pop(0)
         if word == "--":
             return given, flags, arguments
+        if word in SHOWN:
+            return {}, {"shown": word}, []
         if word[:2] == "-j" and tool == CMAP:
             word = "--jobs" + ("=" + word[2:].lstrip("=") if word[2:] else "")
         name, equals, value = word.partition("=")
@@ -3480,6 +3489,7 @@ RWF_NOWAIT = getattr(os, "RWF_NOWAIT", None) if LINUX else None
 O_PATH = getattr(os, "O_PATH", 0)
 UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS, errno.ESPIPE)
 F_DUPFD_QUERY = 1027        # Linux 6.10: are these two the same open file?
+PTY_MASTER = os.makedev(5, 2)       # Linux: /dev/ptmx
 
 
 def stream_kind(fd):
@@ -3490,14 +3500,37 @@ def stream_kind(fd):
     if mode == stat.S_IFCHR:
         return TERMINAL if os.isatty(fd) else DEVICE
     if mode == stat.S_IFSOCK:
-        with socket.socket(fileno=os.dup(fd)) as probe:
-            try:
-                listens = probe.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-                stream = probe.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE) == socket.SOCK_STREAM
-            except OSError:
-                return None
-        return SOCKET if stream and not listens else None
+        return SOCKET if is_stream_socket(fd) else None
     return {stat.S_IFREG: REGULAR, stat.S_IFBLK: REGULAR, stat.S_IFIFO: PIPE}.get(mode)
+
+
+def is_stream_socket(fd):
+    """Whether bytes flow through this socket: it neither listens nor carries datagrams."""
+    try:
+        with socket.socket(fileno=os.dup(fd)) as probe:
+            return (probe.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE) == socket.SOCK_STREAM
+                    and not probe.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+    except OSError:
+        return False        # a family that Python or the system tells nothing of
+
+
+def offset_of(fd):
+    """Where a file is read and written next; None for one that has no such place, as many of /proc and /sys."""
+    try:
+        return os.lseek(fd, 0, os.SEEK_CUR)
+    except OSError:
+        return None
+
+
+def carries_stream(fd, kind, access):
+    """Whether a job can do anything with this descriptor: a name space is a regular file that nobody can read, and the
+    master of a terminal belongs to the program that shows it, from which it was inherited by mistake."""
+    if access is None or kind is TERMINAL and LINUX and os.fstat(fd).st_rdev == PTY_MASTER:
+        return False
+    try:
+        return kind is not REGULAR or access is not IN or os.read(fd, 0) == b""
+    except OSError:
+        return False
 
 
 def access_of(fd):
@@ -3529,7 +3562,7 @@ def carried_descriptors(highest):
     for fd in open_descriptors(highest):
         kind = stream_kind(fd)
         access = kind and access_of(fd)
-        if access is None:
+        if not kind or not carries_stream(fd, kind, access):
             continue
         status = os.fstat(fd)
         if kind is TERMINAL:
@@ -3539,7 +3572,7 @@ def carried_descriptors(highest):
                 terminals.add(status.st_rdev)
         traits = access, status.st_dev, status.st_ino, status.st_rdev
         if kind is REGULAR:     # opened alike, and at the same place
-            traits += os.lseek(fd, 0, os.SEEK_CUR), fcntl.fcntl(fd, fcntl.F_GETFL)
+            traits += offset_of(fd), fcntl.fcntl(fd, fcntl.F_GETFL)
         others = alike.setdefault(traits, [])
         # To write one file at one place by two openings makes no sense, so they are one; to read it does.
         same = [other for other in others if kind is not REGULAR or access is not IN or is_same_opening(fd, other)]
@@ -3554,9 +3587,11 @@ def is_same_opening(one, two):
     try:
         return fcntl.fcntl(one, F_DUPFD_QUERY, two) == 1
     except OSError:     # a kernel that does not answer: the one is moved, and the other looked at
-        offset = os.lseek(one, 0, os.SEEK_CUR)
+        offset = offset_of(one)
+        if offset is None:
+            return True
         try:
-            return os.lseek(one, offset + 1, os.SEEK_SET) == os.lseek(two, 0, os.SEEK_CUR)
+            return os.lseek(one, offset + 1, os.SEEK_SET) == offset_of(two)
         finally:
             os.lseek(one, offset, os.SEEK_SET)
 
@@ -3834,13 +3869,10 @@ class SharedSource(Source):
 
 
 def open_source(loop, fd, ready):
-    kind = stream_kind(fd)
-    if kind is REGULAR and access_of(fd) is IN:
-        try:
-            return FileSource(loop, fd, ready, os.lseek(fd, 0, os.SEEK_CUR))
-        except OSError:
-            pass        # a file of /proc that cannot seek
-    if kind is REGULAR or kind is DEVICE and is_memory(fd):
+    kind, offset = stream_kind(fd), offset_of(fd)
+    if kind is REGULAR and access_of(fd) is IN and offset is not None:
+        return FileSource(loop, fd, ready, offset)
+    if kind is REGULAR and offset is not None or kind is DEVICE and is_memory(fd):
         return Source(loop, fd, ready)
     return (SocketSource if kind is SOCKET else SharedSource)(loop, fd, ready)
 
@@ -6184,7 +6216,7 @@ class InheritedStreams(JobStreams):
         ready = functools.partial(self.source_ready, fd)
         if kind == TTY:
             self._open_terminal(fd, ready)
-        elif kind == IN and stream_kind(fd) is REGULAR:
+        elif kind == IN and stream_kind(fd) is REGULAR and offset_of(fd) is not None:
             self.sources[fd] = FileInput(self.loop, fd, ready)
         elif kind in (IN, BOTH):
             self.sources[fd] = ReplayableInput(open_source(self.loop, fd, ready))
@@ -6411,28 +6443,28 @@ class CexecRun:
 
 def wake_for_signals():
     """Starts a process that continues this one, while it is stopped, for a signal that ends it: the kernel keeps TERM
-    for a stopped process until then, and with it the worker's slot.  Returns its pid, or None (Linux only)."""
-    if not LINUX:
-        return None
+    for a stopped process until then, and with it the worker's slot.  Returns its pid, or None (Linux only).
+
+    A program of its own: to fork would be wrong where helper threads run."""
     ends = sum(1 << number - 1 for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT))
-    parent = os.getpid()
+    closed = [(os.POSIX_SPAWN_CLOSE, fd) for fd in open_descriptors(FD_SETSIZE)] if LINUX else []
     try:
-        pid = os.fork()
-        if pid:
-            os.setpgid(pid, pid)    # it is not to be stopped with the others
-            return pid
+        return os.posix_spawn(sys.executable or "", [sys.executable, "-ISc", WAKER, str(os.getpid()), str(ends)], {},
+                              file_actions=closed, setpgroup=0) if LINUX else None
     except OSError:
         return None
-    try:
-        os.closerange(0, os.sysconf("SC_OPEN_MAX") if os.sysconf("SC_OPEN_MAX") < FD_SETSIZE else FD_SETSIZE)
-        while os.getppid() == parent:
-            with open("/proc/%d/status" % parent) as file:
-                fields = dict(line.split(":", 1) for line in file if ":" in line)
-            if int(fields["ShdPnd"], 16) & ends:
-                os.kill(parent, signal.SIGCONT)
-            time.sleep(0.1)
-    finally:
-        os._exit(0)
+
+
+WAKER = """\
+import os, signal, sys, time
+stopped, ends = map(int, sys.argv[1:])
+while os.getppid() == stopped:
+    with open("/proc/%d/status" % stopped) as file:
+        pending, = [int(line.split()[1], 16) for line in file if line.startswith("ShdPnd:")]
+    if pending & ends:
+        os.kill(stopped, signal.SIGCONT)
+    time.sleep(0.1)
+"""
 
 
 def has_lost_terminal():
@@ -10654,14 +10686,19 @@ def tool_of(argv):
 def main(argv, environment=os.environ):
     """Runs the tool that argv names; returns its exit status."""
     tool, arguments = tool_of(argv)
-    if arguments[:1] in (["-h"], ["--help"]):
-        return print_out(usage(tool) if tool else overview())
-    if arguments[:1] == ["--version"]:
-        return print_out("%s %s\n" % (tool + " (cexec)" if tool else "cexec", VERSION))
+    if arguments[:1] and arguments[0] in SHOWN:
+        return show(tool, arguments[0])
     if tool is None:
         print_out(overview(), 2)
         return EXIT_USAGE
     return run_tool(tool, arguments, environment)
+
+
+def show(tool, word):
+    """Prints what a word of SHOWN asks for; returns the exit status."""
+    if word == "--version":
+        return print_out("%s %s\n" % (tool + " (cexec)" if tool else "cexec", VERSION))
+    return print_out(usage(tool) if tool else overview())
 
 
 def run_tool(tool, arguments, environment):
@@ -10677,11 +10714,11 @@ def run_tool(tool, arguments, environment):
         if tool not in TOOL_NAMES:
             return TOOLS[tool][0](arguments, None)
         settings, arguments = read_settings(tool, arguments, environment)
+        if hasattr(settings, "shown"):
+            return show(tool, settings.shown)
         for warning in unknown_variables(environment):
             say(tool, warning, errors_place(settings))
         return TOOLS[tool][0](arguments, settings)
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
     except Exception as error:
         if environment.get("CEXEC_DEBUG") == "1":
             import traceback
@@ -10733,4 +10770,6 @@ if __name__ == "__main__":
         code = main(sys.argv)
     except SystemExit as end:
         code = end.code
+    except KeyboardInterrupt:
+        code = die_of(signal.SIGINT)    # or a shell's loop would go on
     os._exit(code)      # helper threads may sit in a read or write that never ends

@@ -5029,6 +5029,8 @@ class Opened:
                                                                       for more in (0, os.O_APPEND, 0)))
         self.file_in, self.file_in2 = self.keep(*(os.open(path, os.O_RDONLY) for _ in range(2)))
         self.null_in, self.null_out = self.keep(*(os.open(os.devnull, mode) for mode in (os.O_RDONLY, os.O_WRONLY)))
+        self.namespace, self.readlike = self.keep(*(os.open("/proc/self/" + name, os.O_RDONLY)
+                                                    for name in ("ns/uts", "mem")))
         self.directory, self.only_path = self.keep(os.open(str(tmp_path), os.O_RDONLY), os.open(path, os.O_PATH))
         self.listener, self.datagrams = self.keep(*(socket.socket(type=kind).detach()
                                                     for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM)))
@@ -5059,6 +5061,7 @@ def opened(tmp_path):
     ({20: "reading", 21: "reading2"}, {20: b"r"}),
     # what carries no stream
     ({3: "directory"}, {}), ({3: "only_path"}, {}), ({3: "listener"}, {}), ({3: "datagrams"}, {}),
+    ({3: "namespace"}, {}), ({3: "leader"}, {}), ({0: "leader", 1: "leader"}, {}), ({3: "readlike"}, {3: b"r"}),
     # one thing under several numbers
     ({1: "writing", 2: "writing"}, {1: b"w", 2: 1}), ({1: "writing", 2: "writing2"}, {1: b"w", 2: b"w"}),
     ({0: "reading", 3: "reading"}, {0: b"r", 3: 0}),
@@ -7510,6 +7513,14 @@ def test_no_tool_is_wrong_usage(argv):
     assert len(done.stderr.splitlines()) < 15 and all(name in done.stderr.decode() for name in NAMES)
 
 
+@pytest.mark.parametrize("words, shown", [
+    (["cexec", "-v", "--help"], "usage: cexec"), (["cexec", "--retries", "0", "-h"], "usage: cexec"),
+    (["cmap", "-j4", "--version"], "cmap (cexec) "), (["cservice", "--boost=7", "--help"], "usage: cservice")])
+def test_help_is_found_among_options(words, shown):
+    done = run(*words, env={"CEXEC_RETRIES": "no number"})
+    assert (done.returncode, done.stderr) == (0, b"") and done.stdout.decode().startswith(shown)
+
+
 @pytest.mark.parametrize("option", ["-h", "--help"])
 def test_help_for_all(option):
     done = run(option)
@@ -8350,6 +8361,27 @@ def test_a_second_signal_ends_cexec_whatever_the_job_does(shell, name):
     wait_until(lambda: no_job_left(shell))
 
 
+@pytest.mark.parametrize("tool", ["cexec", "cmap", "cwho", "crat", "ckeygen"])
+def test_an_interrupt_in_the_first_milliseconds_is_death_by_it(room, tool):
+    """A shell's loop goes on after status 130: it ends when its command has died of the signal."""
+    words = {"cmap": ["--lines", room.pub], "ckeygen": ["-stdin", "new"]}.get(tool, [room.pub])
+    for step in range(12):
+        started = room.tool(tool, *words, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                            env={"CEXEC_TIMEOUT_ACCEPT": 0})
+        time.sleep(step * 0.004)
+        started.signal(signal.SIGINT)
+        status = started.wait()
+        assert status == -signal.SIGINT or tool == "crat" and status == 0, (step, status)
+        started.end()
+
+
+def test_an_interrupt_of_a_program_run_as_a_script_is_death_by_it(room):
+    started = room.start(sys.executable, CEXEC, "ckeygen", "-stdin", "/nowhere/new", stdin=subprocess.PIPE)
+    wait_until(lambda: must("pipe" in proc(started.pid, "wchan").decode() or stat_fields(started.pid)[:1] == ["S"]))
+    started.signal(signal.SIGINT)
+    assert (started.complete(), str(started.log)) == (-signal.SIGINT, "")
+
+
 def test_a_job_that_ignores_the_signal_is_left_after_a_while(shell, monkeypatch):
     monkeypatch.setattr(cexec, "SIGNAL_GRACE", 0.3)
     settings = cexec.read_settings("cexec", [], {"GROUP": shell.group})[0]
@@ -8416,6 +8448,21 @@ def test_a_stopped_cexec_ends_by_a_signal_all_the_same(shell, name):
     job.signal(getattr(signal, "SIG" + name))
     assert job.complete() == -getattr(signal, "SIG" + name)
     wait_until(lambda: no_job_left(shell))
+
+
+@pytest.mark.parametrize("version", sorted(interpreters()))
+def test_a_cexec_whose_helper_thread_reads_is_stopped_without_a_word(shell, version):
+    """Python 3.12 and later warn of a fork beside threads, and rightly so."""
+    leader, follower = pty.openpty()
+    job = shell.submit("RUN=echo ready; read x; exit 4", stdin=follower, stdout=LINES, python=interpreters()[version])
+    job.out.wait("ready")
+    for name in "TSTP", "CONT":
+        job.signal(getattr(signal, "SIG" + name))
+        wait_until(lambda: must((stat_fields(job.pid)[:1] == ["T"]) == (name == "TSTP")))
+    os.write(leader, b"go\n")
+    assert (job.complete(), str(job.log)) == (4, "")
+    os.close(follower)
+    os.close(leader)
 
 
 def test_a_cexec_stopped_for_good_ends_by_the_signal_once_it_goes_on(shell):
