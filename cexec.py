@@ -158,6 +158,20 @@ def reason_of(error):
     return words
 
 
+class Recent(collections.OrderedDict):
+    """A dictionary of at most `most` entries: the one that was set longest ago makes room."""
+
+    def __init__(self, most):
+        super().__init__()
+        self.most = most
+
+    def __setitem__(self, key, value):
+        super().__setitem__(key, value)
+        self.move_to_end(key)
+        if len(self) > self.most:
+            self.popitem(last=False)
+
+
 def say(prefix, text, descriptor=2):
     """Writes one line; an error descriptor that is closed or full costs the line, never the program."""
     line = "%s: %s\n" % (prefix, printable(text)) if prefix else printable(text) + "\n"
@@ -2895,7 +2909,7 @@ else:                                               # macOS and the BSDs: the si
     SIOCGIFFLAGS, SIOCGIFADDR, SIOCGIFBRDADDR = (0xc0006900 + (IFREQ_SIZE << 16) + number for number in (17, 33, 35))
 IFF_UP, IFF_BROADCAST, IFF_LOOPBACK, IFF_POINTOPOINT = 0x1, 0x2, 0x8, 0x10
 IP_PKTINFO = 8 if LINUX else 26
-IP_RECVIF = 30 if sys.platform.startswith("openbsd") else 20        # the BSDs
+IP_RECVIF, IP_RECVDSTADDR = 30 if sys.platform.startswith("openbsd") else 20, 7     # the BSDs
 IP_ONESBCAST = 23                                   # FreeBSD
 IP_BOUND_IF, IPV6_BOUND_IF = 25, 125                # macOS
 IP_MULTICAST_ALL, IPV6_MULTICAST_ALL = 49, 29       # Linux
@@ -2908,14 +2922,15 @@ TENTATIVE, DUPLICATE = 0x40, 0x08                   # flags of an IPv6 address t
 TRUNCATED = int(socket.MSG_TRUNC)                   # the enumeration's own arithmetic is slow
 PRIVATE_LINKS = ("awdl", "llw", "anpi")             # macOS's own: AirDrop and the like
 
-PKTINFO = struct.Struct("@i4s4s")       # interface, source address, -
-PKTINFO6 = struct.Struct("@16sI")       # source address, interface
+PKTINFO = struct.Struct("@i4s4s")       # interface, this machine's address, where it was sent to
+PKTINFO6 = struct.Struct("@16sI")       # address (the source to send from, the destination of what came), interface
 HOPS = 31                   # multicast: across a campus, not across the world
 RECEIVE_BUFFER = 1 << 20    # bytes the kernel may keep for us, if its own limit lets it: a burst of 1,000 datagrams
 RECEIVE_ROUND = 256         # datagrams taken in a row
 REJECTS_MAX = 64            # unwanted datagrams passed over in one call: a flood of them must not hold the loop
 REFRESH_EVERY = 10.0        # seconds between two looks at the interfaces
 REFRESH_PAUSE = 1.0         # seconds between two looks at the interfaces that failed sends ask for
+ANY_PORT_TRIES = 100        # numbers that the system gives for TCP, of which one is free for UDP as well
 BACKLOG = 512               # connections the kernel keeps while we are busy: a cold cluster's first answers
 
 
@@ -2992,34 +3007,43 @@ def socket_address(family, address, port, device=""):
     return address, port, 0, device_index(device) if device else 0
 
 
+class PortTaken(Failure):
+    """A port to listen on is in use; it may become free."""
+
+
 class GroupSocket:
     """A UDP socket for one group.
 
     As a listener it hears the group beside every other listener on this host, and what is sent to this host alone;
-    of several listeners only one hears that.  A group on the loopback network hears nothing from elsewhere.
+    of several listeners only one hears that.  Where the group is a broadcast address it hears any broadcast, and
+    nothing else but that: so groups divide a network.  A group on the loopback network hears nothing from elsewhere.
     Sending to a broadcast or multicast group goes out of every interface that is up, each time from an address of
     that interface, so that whoever hears it can connect back; out of loopback only where there is nothing else.
     On the BSDs that is each network's own broadcast address, since 255.255.255.255 is sent by one interface only, or
     to the default router.  Where no interface is up yet, the socket waits for one: see refresh().
 
     source   local address to send from, as parse_address gives it, for a host that stands in several networks
+    port     the number to send from, 0 for any
+    by       another one of the same family, by whose socket and number this one sends
     home     the interface that was named, or that has the source address; None if there is none
     tried    names of the interfaces that the last send used, "" for the system's own choice
     dropped  datagrams that the kernel threw away: nobody fetched them, or hear_only() did not want them
     """
 
-    def __init__(self, group, listen, source=None):
-        self.group, self.listen, self.source = group, listen, source
+    def __init__(self, group, listen, source=None, port=0, by=None):
+        self.group, self.listen, self.source, self.port = group, listen, source, port
         self.tried, self.dropped, self.joined, self.targets, self.home = [], 0, {}, [], None
-        self.index, self.loopback_indexes, self.refreshed = 0, set(), 0.0
+        self.index, self.loopback_indexes, self.broadcasts, self.refreshed = 0, set(), set(), 0.0
+        self.packed = socket.inet_pton(group.family, group.address)
         try:
-            self.socket = socket.socket(group.family, socket.SOCK_DGRAM)
+            self.socket = by.socket if by else socket.socket(group.family, socket.SOCK_DGRAM)
         except OSError as error:
             raise Failure("cannot use the group %s" % (group,), reason_of(error),
                           "this machine has no IPv6" if group.family == socket.AF_INET6 else "") from None
         try:
-            self._options()
-            self._bind()
+            if not by:
+                self._options()
+                self._bind()
             self._read_interfaces()
             if group.kind == "multicast" and listen:
                 problems = self._join()
@@ -3053,6 +3077,7 @@ class GroupSocket:
         if six and LINUX:
             self._try(ip6, IPV6_MULTICAST_ALL, 0)       # not before Linux 4.20
         if not six and bsd:
+            self._try(ip, IP_RECVDSTADDR, 1)
             if not self._try(ip, IP_RECVIF, 1) and self.group.only and listen:
                 raise Failure(str(self.group), "this system does not tell which device a datagram came in by")
             if sys.platform.startswith("freebsd"):
@@ -3095,20 +3120,22 @@ class GroupSocket:
         self._try(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("@HP", len(program) // 8, memory.buffer_info()[0]))
 
     def _bind(self):
-        group = self.group
+        group, (address, _, scope) = self.group, self.source or ("", 0, "")
         if self.listen:
             here = group.address if group.loopback and group.kind == "unicast" else ""
             place, what = socket_address(group.family, here, group.port), "cannot listen on UDP port %d" % group.port
-        elif self.source:
-            address, family, scope = self.source
-            place, what = socket_address(family, address, 0, scope), "cannot send from %s" % address
+        elif address or self.port:
+            place = socket_address(group.family, address or own_address(group), self.port, scope)
+            what = "cannot send from %s" % (address or "UDP port %d" % self.port)
         else:
             return
         try:
             self.socket.bind(place)
         except OSError as error:
-            hint = "another program keeps it; GROUP may name another port, the same on all machines: ADDRESS:PORT"
-            raise Failure(what, reason_of(error), hint if error.errno == errno.EADDRINUSE else "") from None
+            if error.errno == errno.EADDRINUSE:
+                hint = "another program keeps it; GROUP may name another port, the same on all machines: ADDRESS:PORT"
+                raise PortTaken(what, reason_of(error), hint if self.listen else "") from None
+            raise Failure(what, reason_of(error)) from None
 
     # -- interfaces
     def refresh(self):
@@ -3124,12 +3151,13 @@ class GroupSocket:
         self.refreshed = time.monotonic()
         group = self.group
         self.index = device_index(group.only) if group.only else 0
-        if group.kind == "unicast" and not group.only and not self.source:
+        if group.kind == "unicast" and not (group.only or self.source or self.listen):
             self.targets = [None]
             return
         found = local_interfaces(group.family)
         self.loopback_indexes = {interface.index for interface in found if interface.loopback}
-        self.targets = self._choose(found)
+        self.broadcasts = {ALL_HOSTS}.union(interface.broadcast for interface in found)
+        self.targets = self._choose(found) if group.kind != "unicast" or group.only or self.source else [None]
 
     def _choose(self, found):
         """The interfaces to use: the one that was named; that of the source; else all, loopback last.  None in the
@@ -3160,12 +3188,11 @@ class GroupSocket:
 
     def _membership(self, interface, join):
         """Joins or leaves on one interface.  Returns the problem, None if there is none."""
-        packed = socket.inet_pton(self.group.family, self.group.address)
         if self.group.family == socket.AF_INET6:
             return self._set_one(socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP if join else socket.IPV6_LEAVE_GROUP,
-                                 [struct.pack("@16sI", packed, interface.index)])
+                                 [struct.pack("@16sI", self.packed, interface.index)])
         return self._set_one(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP if join else socket.IP_DROP_MEMBERSHIP,
-                             [packed + request for request in interface_requests(interface, join=True)])
+                             [self.packed + request for request in interface_requests(interface, join=True)])
 
     def _set_one(self, level, option, requests):
         """Sets the option to the first of these values that the system understands.  Returns the problem or None."""
@@ -3242,10 +3269,10 @@ class GroupSocket:
                 return None
             except OSError:
                 continue        # what the network said about something sent earlier
-            index = self._note(notes)
+            index, destination, own = self._note(notes)
             # This host's own datagrams to one of its own addresses pass through loopback, whatever the device.
             here = not self.group.only or index == self.index or index in self.loopback_indexes
-            if here and not flags & TRUNCATED:
+            if here and not flags & TRUNCATED and self._concerned(destination, own):
                 return data, source, index
         return None
 
@@ -3258,18 +3285,35 @@ class GroupSocket:
             yield received
 
     def _note(self, notes):
-        """The interface number in what came beside a datagram; keeps the count of the dropped."""
-        index = 0
+        """What came beside a datagram: (interface number, packed address it was sent to or None where the system does
+        not tell, whether that is known to be one of this machine's).  Keeps the count of the dropped."""
+        index, destination, own = 0, None, False
         for level, kind, value in notes:
             if (level, kind) == (socket.IPPROTO_IP, IP_PKTINFO):
-                index = PKTINFO.unpack_from(value)[0]
+                index, local, destination = PKTINFO.unpack_from(value)
+                own = local == destination      # for a broadcast or multicast it is the address to answer from
             elif (level, kind) == (socket.IPPROTO_IP, IP_RECVIF) and not LINUX:
                 index = struct.unpack_from("@2xH", value)[0]        # sockaddr_dl: length, family, index
+            elif (level, kind) == (socket.IPPROTO_IP, IP_RECVDSTADDR) and not LINUX:
+                destination = value[:4]
             elif (level, kind) == (socket.IPPROTO_IPV6, IPV6_PKTINFO):
-                index = PKTINFO6.unpack_from(value)[1]
+                destination, index = PKTINFO6.unpack_from(value)
             elif (level, kind) == (socket.SOL_SOCKET, SO_RXQ_OVFL):
                 self.dropped = struct.unpack("@I", value)[0]
-        return index
+        return index, destination, own
+
+    def _concerned(self, destination, own):
+        """Whether what was sent to this address is for this listener: the group itself, an address of this machine,
+        and, for a group that is a broadcast, any broadcast."""
+        if not self.listen or destination in (None, self.packed) or own:
+            return True
+        family = self.group.family
+        address = socket.inet_ntop(family, destination)
+        if kind_of(address, family) == "multicast":
+            return False
+        # Linux says what is its own; elsewhere what is no broadcast that is known must be.
+        broadcast = address in self.broadcasts or LINUX and family == socket.AF_INET
+        return not broadcast or self.group.address in self.broadcasts
 
     def advice(self):
         """What to do where the group reaches nobody but this machine itself, and "" where it does."""
@@ -3303,37 +3347,155 @@ def interface_requests(interface, join):
 
 # ---------------------------------------------------------------- TCP listeners
 
-def open_listener(group, ports=None):
-    """A listening TCP socket for those who answer on this group: on loopback alone if the group is there.
+def own_address(group):
+    """Where those who answer on this group may reach this machine: by loopback alone if the group is there."""
+    return ("::1" if group.family == socket.AF_INET6 else "127.0.0.1") if group.loopback else ""
 
-    ports   [(low, high), ...] to take the first free one from; None for any
+
+def open_ports(group, ports=None):
+    """(GroupSocket, listening TCP socket): what a submitter sends from and hears, datagrams and connections, by one
+    number, so that one rule of a firewall lets in both.
+
+    ports: [(low, high), ...] of which the first number that is free for both is taken; None for any.  Neither socket
+    shares it with anybody, so a connection that has come by it keeps the number in use as long as it lives: who
+    searches again uses the sockets again.  It is never the group's own port.  PortTaken where all are in use.
     """
-    address = ("::1" if group.family == socket.AF_INET6 else "127.0.0.1") if group.loopback else ""
-    return listen_at(socket_address(group.family, address, 0), group.family, ports)
-
-
-def listen_at(place, family, ports=None, backlog=BACKLOG):
-    """A non-blocking listening TCP socket at this address, on the first free one of the ports."""
-    for port in (port for low, high in ports or [(0, 0)] for port in range(low, high + 1)):
-        made = None
+    numbers = [number for low, high in ports or () for number in range(low, high + 1) if number != group.port]
+    if ports and not numbers:
+        raise Failure("--listen-ports " + ports_text(ports), "that is the group's own port", "name others", EXIT_USAGE)
+    for number in numbers or [0] * ANY_PORT_TRIES:
         try:
-            made = socket.socket(family, socket.SOCK_STREAM)
-            made.setblocking(False)
-            if family == socket.AF_INET6:
-                made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            if port:        # one that the user named is ours again at once after an earlier run
-                made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            made.bind((place[0], port, *place[2:]))
-            made.listen(backlog)
-            return made
+            return _open_number(group, number)
+        except PortTaken:
+            pass
+    raise PortTaken("no port to hear answers on", "all of %s are in use, for TCP or for UDP" % (
+        "--listen-ports " + ports_text(ports) if ports else "this machine's"), "--listen-ports may name more")
+
+
+def _open_number(group, number):
+    listener = listen_at(socket_address(group.family, own_address(group), number), group.family)
+    try:
+        number = listener.getsockname()[1]
+        if number == group.port:
+            raise PortTaken("UDP port %d" % number, "it is the group's own")
+        return GroupSocket(group, listen=False, port=number), listener
+    except BaseException:
+        listener.close()
+        raise
+
+
+def listen_at(place, family, backlog=BACKLOG, share=False):
+    """A non-blocking listening TCP socket at this address; PortTaken where its port is in use.
+
+    share: whether connections that came by the port earlier, and live, may keep it.
+    """
+    made = None
+    try:
+        made = socket.socket(family, socket.SOCK_STREAM)
+        made.setblocking(False)
+        if family == socket.AF_INET6:
+            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        if share:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        elif LINUX:     # a connection that we close is not to keep the port for another minute
+            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_LINGER2, -1)
+        made.bind(place)
+        made.listen(backlog)
+        return made
+    except OSError as error:
+        if made:
+            made.close()
+        raise (PortTaken if error.errno == errno.EADDRINUSE else Failure)(
+            "cannot listen" + (" on TCP port %d" % place[1] if place[1] else ""), reason_of(error)) from None
+
+
+class Acceptor:
+    """Takes the connections that come to a listening socket: on_connection(socket, address) for each.
+
+    Out of descriptors, or when may_accept() says no, they wait in the kernel and are asked for again a moment later.
+    on_shortage(), if given, hears of the former.  Whoever makes it closes it, the listening socket with it.
+    """
+    PAUSE = 0.1             # seconds
+    ROUND = 64              # connections taken in a row
+
+    def __init__(self, loop, listener, on_connection, may_accept=None, on_shortage=None):
+        self.loop, self.listener, self.on_connection = loop, listener, on_connection
+        self.may_accept, self.on_shortage = may_accept, on_shortage
+        self.timer = None
+        self.port = listener.getsockname()[1]
+        self._resume()
+
+    def _resume(self):
+        self.loop.watch(self.listener.fileno(), read=self._accept)
+
+    def _pause(self):
+        self.loop.watch(self.listener.fileno())
+        self.timer = self.loop.call_later(self.PAUSE, self._resume)
+
+    def _accept(self):
+        for _ in range(self.ROUND):
+            if self.may_accept and not self.may_accept():
+                return self._pause()
+            try:
+                connection, address = self.listener.accept()
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    self._pause()
+                    return self.on_shortage and self.on_shortage()
+                return          # nobody is there any more, or who was has gone; or close() came in a call
+            connection.setblocking(False)
+            self.on_connection(connection, address)
+
+    def close(self):
+        """May be called again."""
+        if self.timer:
+            self.timer.cancel()
+        self.loop.watch(self.listener.fileno())
+        self.listener.close()
+
+
+class Connector:
+    """A TCP connection on its way to an address: calls on_connected(socket), who owns it from then on, or
+    on_failed(errno), once, and from the loop.  close() gives it up; it may be called again, also after that."""
+
+    def __init__(self, loop, address, seconds, on_connected, on_failed):
+        self.loop, self.on_connected, self.on_failed, self.socket = loop, on_connected, on_failed, None
+        try:
+            self.socket = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET, socket.SOCK_STREAM)
+            self.socket.setblocking(False)
+            tune(self.socket)
+            problem = self.socket.connect_ex(address)
         except OSError as error:
-            why = error
-            if made:
-                made.close()
-            if error.errno != errno.EADDRINUSE:
-                break
-    raise Failure("cannot listen on TCP port " + ports_text(ports) if ports else "cannot listen", reason_of(why),
-                  "--listen-ports may name more" if ports and why.errno == errno.EADDRINUSE else "")
+            problem = error.errno
+        if problem in (0, errno.EINPROGRESS):
+            loop.watch(self.socket.fileno(), write=self._connected)
+            problem = errno.ETIMEDOUT
+        else:
+            seconds = 0
+        self.timer = loop.call_later(seconds, lambda: self._fail(problem))
+
+    def _connected(self):
+        problem = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if problem:
+            return self._fail(problem)
+        made = self._release()
+        self.on_connected(made)
+
+    def _fail(self, problem):
+        self.close()
+        self.on_failed(problem)
+
+    def _release(self):
+        self.timer.cancel()
+        made, self.socket = self.socket, None
+        if made:
+            self.loop.watch(made.fileno())
+        return made
+
+    def close(self):
+        made = self._release()
+        if made:
+            made.close()
 
 
 def address_towards(place):
@@ -3345,19 +3507,6 @@ def address_towards(place):
             return probe.getsockname()[0].partition("%")[0]
         except OSError:
             return ""
-
-
-def connect_to(place):
-    """(a TCP socket that is on its way to this address, errno of what went wrong at once or 0).  OSError when there is
-    no socket to be had."""
-    made = socket.socket(socket.AF_INET6 if ":" in place[0] else socket.AF_INET, socket.SOCK_STREAM)
-    try:
-        made.setblocking(False)
-        tune(made)
-        problem = made.connect_ex(place)
-    except OSError as error:
-        problem = error.errno
-    return made, 0 if problem == errno.EINPROGRESS else problem
 
 
 def receive_up_to(connection, data, size):
@@ -4699,7 +4848,6 @@ class WorkerConnection:
         self.sees_reading = False
         self.session = None
         self.closed = False
-        connection.setblocking(False)
         self.timer = self.loop.call_later(self.PATIENCE, lambda: self.close("silent in the handshake"))
         self.loop.watch(connection.fileno(), read=self._read_preamble)
 
@@ -4820,14 +4968,9 @@ class Discovery:
         self.selection = Selection(now_ms(), uniform)
         self.actions = {ANNOUNCE: self._announce, HOLD: self._hold, TAKEN: self._taken,
                         HANDSHAKE: WorkerConnection.handshake, EVICT: self._evict, WIN: self._win}
-        self.group = GroupSocket(settings.group, listen=False)
-        try:
-            self.listener = open_listener(settings.group, settings.listen_ports)
-        except Failure:
-            self.group.close()
-            raise
-        self.port = self.listener.getsockname()[1]
-        loop.watch(self.listener.fileno(), read=self._accept)
+        self.group, listener = open_ports(settings.group, settings.listen_ports)
+        self.acceptor = Acceptor(loop, listener, self._accept)
+        self.port = self.acceptor.port
         loop.watch(self.group.fileno(), read=self._read_datagrams)
         loop.call_later(self.IDLE, context)
         self._act()
@@ -4846,29 +4989,19 @@ class Discovery:
         group, self.group = self.group, None
         if self.timer:
             self.timer.cancel()
-        for each in self.listener, group:
-            self.loop.watch(each.fileno())
-            each.close()
+        self.acceptor.close()
+        self.loop.watch(group.fileno())
+        group.close()
         for connection in list(self.connections):
             connection.close("not needed", failed=False)
 
     # -- who comes
-    def _accept(self):
-        for _ in range(64):
-            try:
-                connection, source = self.listener.accept()
-            except BlockingIOError:
-                break
-            except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    self._pause_accepting()
-                break
-            if not self._wanted(source[0]):
-                connection.close()
-                self.note(source[0], "excluded by CEXEC_ACCEPT_SERVER or CEXEC_REJECT_SERVERS")
-                continue
-            self._make_room()
-            self.connections[WorkerConnection(self, connection, source[0])] = None
+    def _accept(self, connection, address):
+        if not self._wanted(address[0]):
+            connection.close()
+            return self.note(address[0], "excluded by CEXEC_ACCEPT_SERVER or CEXEC_REJECT_SERVERS")
+        self._make_room()
+        self.connections[WorkerConnection(self, connection, address[0])] = None
         self._act()
 
     def _make_room(self):
@@ -4878,11 +5011,6 @@ class Discovery:
             silent = [connection for connection in self.connections if not connection.answer]
             crowd = collections.Counter(connection.address for connection in silent)
             max(silent, key=lambda connection: crowd[connection.address]).close("silent, and others came")
-
-    def _pause_accepting(self):
-        """Out of descriptors: the connections wait in the backlog until some of ours have ended."""
-        self.loop.watch(self.listener.fileno())
-        self.loop.call_later(0.1, lambda: self.group and self.loop.watch(self.listener.fileno(), read=self._accept))
 
     def _wanted(self, address):
         """Whether a worker with this TCP address may be used: what it says of itself does not count."""
@@ -5707,6 +5835,7 @@ class Pool:
         self.served_at = -math.inf      # when a room with kept connections had one last
         self.workers = {}               # {instance, else name: (time, name, Here or None, words)} of those heard of
         self.finished = []              # searches that have found somebody: those that still say so, or the last one
+        self.no_port = None             # the Failure of a search that could not begin, as long as none can
         self.alerts = None
         self.watch_timer = None
         self.spare_timer = None
@@ -5801,12 +5930,19 @@ class Pool:
             try:
                 self.searches.append(Discovery(self.loop, self.key, self.settings, self.id, self.context,
                                                self, self.on_found, self.on_heard, self.trace))
-            except Failure:
-                if not (self.searches or self.finished or self.connections):
-                    raise
-                break           # the ports to listen on are in use by the others: a later look finds one free
+            except PortTaken as failure:
+                self._wait_for_port(failure)
+                break
+            self.no_port = None
         if self.queue and not self.watch_timer:
             self.watch_timer = self.loop.call_later(0.25, self._watch)
+
+    def _wait_for_port(self, failure):
+        """A later look finds a number free.  As with a room that is busy, nobody has failed."""
+        self.heard_at = time.monotonic()
+        if not (self.no_port or self.searches or self.finished or self.connections):
+            self.queue[0].on_event("%s; waits for one" % failure, True)
+        self.no_port = failure
 
     def _stop_spare(self):
         self.spare_timer = None
@@ -5997,13 +6133,13 @@ class Pool:
         """What a job waits for, in a line for the user."""
         now = time.monotonic()
         alive, trouble = self.heard_since(now - RECENTLY)[0], self.heard_since(submission.waiting_since)[1]
-        words = []
+        words = [str(self.no_port)] if self.no_port else []
         if alive:
             states = {here.text() if here else "connected" for here in alive}
             words.append("waiting: %s, %s%s" % (count_text(len(alive), "worker"), "all " if len(alive) > 1 else "",
                                                 states.pop()) if len(states) == 1 else
                          "waiting: %s, none free" % count_text(len(alive), "worker"))
-        elif not trouble:
+        elif not (trouble or words):
             words.append("nobody has answered yet")
         words += trouble[-1:]
         return "%s, %.0f s%s" % ("; ".join(words), now - submission.waiting_since,
@@ -6011,6 +6147,9 @@ class Pool:
 
     def nobody(self, submission, now):
         """The Failure of a job for which no worker was found: what was tried, what came of it, what to check."""
+        if self.no_port:
+            return NoWorker("no worker", "within %.3g s %s" % (self.settings.timeout_accept, self.no_port),
+                            self.no_port.hint)
         search = (self.searches or self.finished or (None,))[0]
         alive, trouble = self.heard_since(submission.waiting_since)
         why = "%s within %.3g s" % ("no worker was free" if alive else "of the workers that answered none was of use"
@@ -7198,28 +7337,21 @@ class SubmitterConnection:
         self.over = False
         self.parked = False         # it has been silent, and others have its slot
         self.error = None           # why the connection could not be made
-        self.socket, problem = connect_to(place)
-        self.timer = self.loop.call_later(self.CONNECT, lambda: self._failed(errno.ETIMEDOUT))
-        if problem:
-            self.loop.call_soon_threadsafe(lambda: self._failed(problem))
-        else:
-            self.loop.watch(self.socket.fileno(), write=self._connected)
+        self.socket = self.timer = None
+        self.connector = Connector(self.loop, place, self.CONNECT, self._connected, self._failed)
 
     def _failed(self, problem):
         self.error = problem
         self.end()
 
-    def _connected(self):
-        problem = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if problem:
-            return self._failed(problem)
+    def _connected(self, connection):
+        self.socket = connection
+        self.timer = self.loop.call_later(self.GO, self.end)
         try:
-            self.socket.send(self.preamble)
+            connection.send(self.preamble)
         except OSError as error:
             return self._failed(error.errno)
-        self.timer.cancel()
-        self.timer = self.loop.call_later(self.GO, self.end)
-        self.loop.watch(self.socket.fileno(), read=self._read_go)
+        self.loop.watch(connection.fileno(), read=self._read_go)
 
     def _read_go(self):
         try:
@@ -7239,11 +7371,19 @@ class SubmitterConnection:
         self.timer.cancel()
         self.loop.watch(self.socket.fileno())
 
+    def close(self):
+        """Gives up what it holds, and tells nobody.  May be called again."""
+        self.over = True
+        self.connector.close()
+        if self.socket:
+            self.timer.cancel()
+            self.loop.watch(self.socket.fileno())
+            self.socket.close()
+
     def end(self):
         """No job from there.  May be called again."""
         if not self.over:
-            self._release()
-            self.socket.close()
+            self.close()
             self.daemon.on_no_job(self)
 
 
@@ -7527,10 +7667,7 @@ class Daemon:
         self._take_turns()
 
     def _connect(self, answer):
-        try:
-            self.connecting.add(SubmitterConnection(self, answer, self.responder.place(answer.nonce)))
-        except OSError as error:                # out of descriptors, for one; the slot is free at the next look
-            self.log.note("connect", "no connection to a submitter: %s" % reason_of(error))
+        self.connecting.add(SubmitterConnection(self, answer, self.responder.place(answer.nonce)))
 
     def on_no_job(self, connection):
         """The submitter has taken another worker, or cannot be reached."""
@@ -7592,7 +7729,7 @@ class Daemon:
             self.loop.close()
             self.group.close()
             for other in self.connecting:
-                other.socket.close()
+                other.close()
             for handler in self.handlers.values():
                 handler.link.close()
             link.close()
@@ -7694,7 +7831,7 @@ class Daemon:
     def _release_orphans(self):
         """A fault in a callback must not keep a slot for ever."""
         for connection in [each for each in self.connecting if each.over]:
-            connection.socket.close()
+            connection.close()
             self.connecting.discard(connection)
         owned = {each.answer.nonce for each in self.connecting}
         owned.update(handler.answer.nonce for handler in self.handlers.values() if not handler.won)
@@ -7808,25 +7945,17 @@ class ConnectionTest:
         self.nonce = nonce
         self.source = source
         self.place = place
-        self.socket, problem = connect_to(place)
-        self.timer = daemon.loop.call_later(SubmitterConnection.CONNECT, lambda: self._over(errno.ETIMEDOUT))
-        if problem:
-            daemon.loop.call_soon_threadsafe(lambda: self._over(problem))
-        else:
-            daemon.loop.watch(self.socket.fileno(), write=self._connected)
+        self.connector = Connector(daemon.loop, place, SubmitterConnection.CONNECT, self._connected, self._over)
 
-    def _connected(self):
-        problem = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    def _connected(self, connection):
         try:
-            self.socket.send(encode_preamble(self.daemon.key.udp, Answer(self.nonce, 0, 0, 0, False), os.urandom(8)))
+            connection.send(encode_preamble(self.daemon.key.udp, Answer(self.nonce, 0, 0, 0, False), os.urandom(8)))
         except OSError:
             pass        # it shows who has connected, where nothing else may
-        self._over(problem)
+        connection.close()
+        self._over(0)
 
     def _over(self, problem):
-        self.timer.cancel()
-        self.daemon.loop.watch(self.socket.fileno())
-        self.socket.close()
         self.daemon.tests.pop(self.nonce, None)
         self.daemon.send_here(self.nonce, self.source, self.place[1], os.strerror(problem) if problem else "")
 
@@ -8520,11 +8649,9 @@ class RollCall:
     on_over, if given, is called at the end; begin() may then be called for the next one.
     """
 
-    def __init__(self, loop, key, group, flags=0, port=0, on_over=None):
-        self.loop, self.key, self.flags, self.port, self.on_over = loop, key, flags, port, on_over
+    def __init__(self, loop, key, mouth, flags=0, port=0, on_over=None):
+        self.loop, self.key, self.mouth, self.flags, self.port, self.on_over = loop, key, mouth, flags, port, on_over
         self.present, self.strangers, self.problems = {}, {}, []
-        self.socket = GroupSocket(group, listen=False)
-        loop.watch(self.socket.fileno(), read=self._read)
 
     def begin(self):
         self.nonce, self.sequence, self.heard, self.quiet, self.over = os.urandom(8), 0, set(), 0, False
@@ -8537,16 +8664,9 @@ class RollCall:
         self.sequence += 1
         self.quiet += 1
         body = encode_ask(ASK_SPREAD, self.flags, heard_filter(self.nonce, self.sequence, self.heard))
-        self.problems = self.socket.send(encode_datagram(
+        self.problems = self.mouth.send(encode_datagram(
             self.key.udp, ASK, self.key.id, self.nonce, self.sequence, body, self.port))
         self.loop.call_later(ASK_ROUND, self._ask)
-
-    def _read(self):
-        for data, source, _ in self.socket.datagrams():
-            try:
-                self.hear(parse_datagram(data), source[0])
-            except ProtocolError:
-                pass        # a stranger's
 
     def hear(self, datagram, address, by_group=False):
         if (datagram.kind, datagram.nonce) != (HERE, self.nonce):
@@ -8601,12 +8721,41 @@ def differences(workers):
     return warnings
 
 
+def open_own_ports(settings):
+    """What open_ports() gives for cwho, as soon as there is a free number."""
+    told = False
+    while True:
+        try:
+            return open_ports(settings.group, settings.listen_ports)
+        except PortTaken as failure:
+            if not settings.listen_ports:
+                raise
+            if not told:
+                say(CWHO, "%s; waits for one" % failure)
+            told = True
+            time.sleep(0.1)
+
+
+def hear_answers(mouth, calls):
+    """Gives the datagrams that have come to the roll calls they may be for."""
+    for data, source, _ in mouth.datagrams():
+        try:
+            datagram = parse_datagram(data)
+            for call in calls:
+                call.hear(datagram, source[0])
+        except ProtocolError:
+            pass        # a stranger's
+
+
 class RollCallView:
     """cwho without --check: one roll call, or with --watch one after another."""
 
     def __init__(self, key, settings):
         self.loop, self.key, self.settings = Loop(), key, settings
-        self.call = RollCall(self.loop, key, settings.group, on_over=None if settings.watch else self.loop.stop)
+        mouth, listener = open_own_ports(settings)
+        listener.close()        # nobody is asked to connect
+        self.call = RollCall(self.loop, key, mouth, on_over=None if settings.watch else self.loop.stop)
+        self.loop.watch(mouth.fileno(), read=lambda: hear_answers(mouth, [self.call]))
         self.screen = Screen(self.loop, self.draw) if settings.watch and os.isatty(1) else None
         self.ended = collections.deque(maxlen=100)      # lines about the last jobs
         self.reader = self.ear = None
@@ -8743,15 +8892,20 @@ class Check:
 
     def __init__(self, key, settings):
         self.loop, self.key, self.settings, self.group = Loop(), key, settings, settings.group
-        self.listener = open_listener(self.group, settings.listen_ports)
-        self.port = self.listener.getsockname()[1]
+        mouth, listener = open_own_ports(settings)
+        self.acceptor = Acceptor(self.loop, listener, self._accept)
+        self.port = self.acceptor.port
         self.silent = []                            # connections that have said nothing yet
         self.arrived = collections.Counter()        # those of workers, by address
         self.foreign = {}                           # {address: words} of what is heard and not understood
-        self.known = RollCall(self.loop, key, self.group, CHECK)
-        self.connect = RollCall(self.loop, key, self.group, CHECK | CONNECT, self.port)
+        self.known = RollCall(self.loop, key, mouth, CHECK)
+        self.connect = RollCall(self.loop, key, mouth, CHECK | CONNECT, self.port)
         groups = {parse_group("%s:%d" % (ALL_HOSTS, port)) for port in (PORT, self.group.port)}
-        self.others = [RollCall(self.loop, key, group, CHECK) for group in sorted(groups) if not self.group.loopback
+        if self.group.family != socket.AF_INET:
+            mouth, listener = open_ports(min(groups), settings.listen_ports)
+            listener.close()
+        self.others = [RollCall(self.loop, key, GroupSocket(group, False, by=mouth), CHECK)
+                       for group in sorted(groups) if not self.group.loopback
                        and (group.address, group.port) != (self.group.address, self.group.port)]
         try:
             self.ear = GroupSocket(self.group, listen=True)
@@ -8760,10 +8914,12 @@ class Check:
             say(CWHO, "%s; what is said to all is not heard" % failure)
 
     def run(self):
-        self.loop.watch(self.listener.fileno(), read=self._accept)
+        calls = [self.known, self.connect] + self.others
+        for mouth in {call.mouth.fileno(): call.mouth for call in calls}.values():
+            self.loop.watch(mouth.fileno(), read=lambda mouth=mouth: hear_answers(mouth, calls))
         if self.ear:
             self.loop.watch(self.ear.fileno(), read=self._overhear)
-        for call in [self.known, self.connect] + self.others:
+        for call in calls:
             call.begin()
         self.loop.call_later(CHECK_PATIENCE, self.loop.stop)
         self._look()
@@ -8773,12 +8929,7 @@ class Check:
         print_out("\n".join([*lines, *(["", "What to do:"] if advice else []), *advice, ""]))
         return EXIT_TEMPORARY if advice else 0
 
-    def _accept(self):
-        try:
-            connection, source = self.listener.accept()
-        except OSError:
-            return
-        connection.settimeout(0)
+    def _accept(self, connection, source):
         self.silent.append(connection)
         if len(self.silent) > CONNECTIONS_MAX:
             self._close(self.silent[0])
@@ -8826,7 +8977,7 @@ class Check:
         workers = sorted(present.values(), key=lambda worker: worker.order)
         towards = address_towards((self.group.address, self.group.port))
         ways = ["%s from %s" % (each.name, (each.addresses or [towards])[0]) if each else
-                "the system's choice from %s" % towards for each in self.known.socket.targets]
+                "the system's choice from %s" % towards for each in self.known.mouth.targets]
         lines = ["asked:     on %s by %s, for key %s" % (self.group, ", ".join(ways) or "no interface",
                                                         self.key.fingerprint)]
         lines += ["not sent:  " + problem for problem in problems]
@@ -8840,7 +8991,7 @@ class Check:
                 worker.name, here.host, back, "; it has no way to answer but to all" if worker.by_group else ""))
         silent = [address for address in self.arrived if address not in {worker.address for worker in workers}]
         lines += ["connected: from %s, of which no datagram came" % address for address in silent]
-        others = {instance: (call.socket.group, worker) for call in self.others
+        others = {instance: (call.mouth.group, worker) for call in self.others
                   for instance, worker in call.present.items() if instance not in present}
         elsewhere = [others[instance] for instance in sorted(others)]
         lines += ["elsewhere: worker %s (%s) hears %s" % (worker.name, worker.here.host, group)
@@ -8859,7 +9010,7 @@ class Check:
         return list(map(printable, lines)), self._advice(workers, elsewhere, strangers, problems)
 
     def _advice(self, workers, elsewhere, strangers, problems):
-        mouth, ports = self.known.socket, self.settings.listen_ports or ADVISED_PORTS
+        mouth, ports = self.known.mouth, self.settings.listen_ports or ADVISED_PORTS
         inward = ["let workers connect to this machine:", *firewall_commands("tcp", ports, True)]
         if not self.settings.listen_ports:
             inward += ["and keep to these ports:", "export CEXEC_LISTEN_PORTS=" + ports_text(ports)]
@@ -9290,7 +9441,7 @@ class ProxyRelay:
     def __init__(self, proxy, number, listener, worker, address):
         self.proxy, self.loop, self.number, self.listener, self.worker = proxy, proxy.loop, number, listener, worker
         self.address, self.names = address[0], "%s to %s" % (place_text(address), place_text(listener.submitter))
-        self.submitter, self.pumps, self.since = None, (), time.monotonic()
+        self.submitter, self.connector, self.pumps, self.since = None, None, (), time.monotonic()
         self.preamble = self.go = b""
         self._enter("preamble", PREAMBLE_SECONDS)
         worker.setblocking(False)
@@ -9319,19 +9470,12 @@ class ProxyRelay:
 
     def connect(self):
         """It is this one's turn."""
-        self._enter("connecting", CONNECT_SECONDS)
-        try:
-            self.submitter, problem = connect_to(self.listener.submitter)
-        except OSError as error:
-            problem = error.errno
-        if problem:
-            return self.end("the submitter: " + os.strerror(problem))
-        self.loop.watch(self.submitter.fileno(), write=self._connected)
+        self._enter("connecting")
+        self.connector = Connector(self.loop, self.listener.submitter, CONNECT_SECONDS, self._connected,
+                                   lambda problem: self.end("the submitter: " + os.strerror(problem)))
 
-    def _connected(self):
-        problem = self.submitter.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if problem:
-            return self.end("the submitter: " + os.strerror(problem))
+    def _connected(self, submitter):
+        self.submitter = submitter
         self._enter("go", GO_SECONDS)
         self.loop.watch(self.submitter.fileno(), read=self._read_go)
         try:
@@ -9398,6 +9542,8 @@ class ProxyRelay:
             return
         tell = self.state in PASSING
         self._enter("over")
+        if self.connector:
+            self.connector.close()
         for side in filter(None, (self.worker, self.submitter)):
             self.loop.watch(side.fileno())
             close_socket(side, reset=why is not None)
@@ -9411,8 +9557,7 @@ class ProxyRelay:
 
 
 PASSING = ("connecting", "go", "running")       # the states of a relay that gets a line, and that a drain waits for
-TOO_LONG = {"preamble": "silent", "connecting": "the submitter cannot be reached", "go": "not chosen",
-            "running": "idle"}      # what it means when a state lasts too long
+TOO_LONG = {"preamble": "silent", "go": "not chosen", "running": "idle"}    # what it means when a state lasts too long
 
 
 def close_socket(connection, reset=False):
@@ -9555,8 +9700,8 @@ class Cproxy:
             address, family, scope = self.source
             try:
                 listening = listen_at(socket_address(family, address, 0, scope), family,
-                                      backlog=CONNECTIONS_PER_LISTENER) if connects else None
-            except (Failure, OSError) as problem:
+                                      CONNECTIONS_PER_LISTENER) if connects else None
+            except Failure as problem:
                 return self.log.note("listener", "cannot carry on an announcement of %s: %s" % (source[0], problem))
             self.listeners[name] = ProxyListener(datagram, source, secret, listening)
             self._watch_listener(self.listeners[name])

@@ -2743,10 +2743,11 @@ def test_loopback_groups_are_heard_and_answered(text):
     if sys.platform != "linux":
         skip("the name of the loopback device")
     group = cexec.parse_group(text % free_port())
-    with contextlib.closing(cexec.GroupSocket(group, True)) as ear, \
-            contextlib.closing(cexec.GroupSocket(group, False)) as mouth, cexec.open_listener(group) as listener:
+    mouth, listener = cexec.open_ports(group)
+    with contextlib.closing(cexec.GroupSocket(group, True)) as ear, contextlib.closing(mouth), listener:
         assert mouth.send(b"hello") == []
         data, source, _ = hear(ear)
+        assert source[1] == listener.getsockname()[1], "datagrams and connections come back to one number"
         assert data == b"hello"
         with socket.socket(group.family, socket.SOCK_STREAM) as back:
             back.settimeout(5)
@@ -2853,16 +2854,71 @@ def test_a_source_that_is_not_ours_is_one_clear_failure():
     assert str(caught.value) == "cannot send from 192.0.2.77: Cannot assign requested address"
 
 
-def test_the_first_free_port_is_taken():
-    group, first = cexec.parse_group("127.0.0.1"), free_port(socket.SOCK_STREAM)
-    listeners = [cexec.open_listener(group, [(first, first + 1), (first + 3, first + 3)]) for _ in range(3)]
-    assert [listener.getsockname()[1] for listener in listeners] == [first, first + 1, first + 3]
+def free_numbers(count):
+    """So many numbers in a row that nobody uses, for TCP or for UDP."""
+    for first in range(20000 + os.getpid() % 1000 * 10, 32000, count):
+        with contextlib.ExitStack() as kept:
+            try:
+                for number, kind in itertools.product(range(first, first + count),
+                                                      (socket.SOCK_STREAM, socket.SOCK_DGRAM)):
+                    kept.enter_context(socket.socket(type=kind)).bind(("", number))
+            except OSError:
+                continue
+        return first
+    raise AssertionError("no free ports")
+
+
+@contextlib.contextmanager
+def keeping(number, kind, *options):
+    """A socket of another program that keeps this number."""
+    with socket.socket(type=kind) as other:
+        for option in options:
+            other.setsockopt(socket.SOL_SOCKET, option, 1)
+        other.bind(("127.0.0.1", number))
+        yield other
+
+
+@pytest.mark.parametrize("options", [(), (socket.SO_REUSEADDR,)], ids=["alone", "sharing"])
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM], ids=["tcp", "udp"])
+def test_the_first_number_free_for_both_is_taken(kind, options):
+    """A13, ports: one number for TCP and UDP, shared with nobody, never the group's own."""
+    first = free_numbers(4)
+    group = cexec.parse_group("127.0.0.1:%d" % first)
+    with keeping(first + 1, kind, *options), contextlib.ExitStack() as kept:
+        for number in first + 2, first + 3:
+            mouth, listener = cexec.open_ports(group, [(first, first + 2), (first + 3, first + 3)])
+            kept.callback(mouth.close)
+            kept.enter_context(listener)
+            assert listener.getsockname()[1] == mouth.socket.getsockname()[1] == number
+        with pytest.raises(cexec.PortTaken) as caught:
+            cexec.open_ports(group, [(first, first + 2), (first + 3, first + 3)])
+    assert str(caught.value) == "no port to hear answers on: all of --listen-ports %d-%d,%d are in use, for TCP or " \
+        "for UDP" % (first, first + 2, first + 3)
+
+
+def test_the_groups_own_number_is_a_usage_error():
     with pytest.raises(cexec.Failure) as caught:
-        cexec.open_listener(group, [(first, first + 1), (first + 3, first + 3)])
-    assert str(caught.value) == (
-        "cannot listen on TCP port %d-%d,%d: Address already in use" % (first, first + 1, first + 3))
-    for listener in listeners:
-        listener.close()
+        cexec.open_ports(cexec.parse_group("127.0.0.1:4000"), [(4000, 4000)])
+    assert (str(caught.value), caught.value.status) == ("--listen-ports 4000: that is the group's own port", 2)
+
+
+def test_a_connection_that_has_ended_leaves_its_number_free_at_once():
+    """A loop of jobs with one port to listen on does not wait a minute between them."""
+    if sys.platform != "linux":
+        skip("only Linux can be told so")
+    group, number = cexec.parse_group("127.0.0.1"), free_numbers(1)
+    for _ in range(3):
+        mouth, listener = cexec.open_ports(group, [(number, number)])
+        with socket.create_connection(("127.0.0.1", number)) as worker:
+            ours = listener.accept()[0]
+            mouth.close()
+            listener.close()
+            with pytest.raises(cexec.PortTaken):
+                cexec.open_ports(group, [(number, number)])
+            ours.sendall(b"bye")
+            ours.close()                    # first: the side that would have to wait
+            worker.settimeout(5)
+            assert worker.recv(10) == b"bye" and worker.recv(10) == b""
 
 
 # ---------------------------------------------------------------- groups: the sockets, on other systems
@@ -3115,7 +3171,8 @@ sys.path.insert(0, %r)
 import cexec
 group = cexec.parse_group(sys.argv[1])
 source = cexec.parse_address(sys.argv[3]) if sys.argv[3:] else None
-mouth, door = cexec.GroupSocket(group, False, source), cexec.open_listener(group)
+mouth, door = cexec.open_ports(group)
+mouth = cexec.GroupSocket(group, False, source) if source else mouth
 problems = mouth.send(b"call %%d" %% door.getsockname()[1])
 print(*mouth.tried, *["(%%s)" %% problem for problem in problems])
 door.setblocking(True)
@@ -7111,11 +7168,21 @@ def free_ports(count):
         return tuple(first + i for i in range(count))
 
 
-def test_busy_listen_ports_are_named(room):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        done = room.cexec(env={"CEXEC_LISTEN_PORTS": port})
-    assert done.returncode == 111 and str(port) in done.stderr.decode()
+def test_a_range_of_ports_that_is_used_up_is_named_and_waited_for(room):
+    """A13, ports: as a busy room it is no failure, unless the wait is bounded."""
+    words = "no port to hear answers on: all of --listen-ports %d are in use, for TCP or for UDP"
+    room.serve("cat")
+    port = free_ports(1)[0]
+    with keeping(port, socket.SOCK_DGRAM) as taken:
+        done = room.cexec(env={"CEXEC_LISTEN_PORTS": port, "CEXEC_TIMEOUT_ACCEPT": 0.4})
+        said = done.stderr.decode()
+        assert done.returncode == 111
+        assert said.count(words % port) == 2 and "no worker: within 0.4 s" in said and "may name more" in said
+        waiting = [room.submit(env={"CEXEC_LISTEN_PORTS": port, "CEXEC_TIMEOUT_ACCEPT": ""}),
+                   room.tool("cwho", room.pub, env={"CEXEC_LISTEN_PORTS": port})]
+        for process in waiting:
+            process.log.wait(words % port + "; waits for one")
+    assert [process.wait(20) for process in waiting] == [0, 0]
 
 
 def test_accept_and_reject_server(net, key):
@@ -14301,9 +14368,8 @@ class Far:
     def __init__(self, room, key, *options, descriptors=None, **env):
         self.room, self.key, self.undo = room, key, []
         self.near, far = cexec.parse_group(room.group), "127.255.255.255:%d" % free_port()
-        self.mouth = self._keep(cexec.GroupSocket(self.near, False))
+        self.mouth, self.listener = map(self._keep, cexec.open_ports(self.near))
         self.ear = self._keep(cexec.GroupSocket(cexec.parse_group(far), True))
-        self.listener = self._keep(cexec.open_listener(self.near))
         self.listener.setblocking(True)
         self.listener.settimeout(5)
         start = room.tool if not descriptors else lambda *argv, env: room.start(
@@ -14825,9 +14891,8 @@ def test_a_proxy_short_of_descriptors_goes_on(room, foo):
     target = "127.255.255.255:%d" % free_port()
     proxy = room.start(sys.executable, "-c", LIMITED, "40", *program()[1:], "cproxy", "127.0.0.1", target,
                        env=room.settings({})).ready()
-    mouth = cexec.GroupSocket(cexec.parse_group(room.group), False)
+    mouth, listener = cexec.open_ports(cexec.parse_group(room.group))
     ear = cexec.GroupSocket(cexec.parse_group(target), True)
-    listener = cexec.open_listener(cexec.parse_group(room.group))
     with mouth.socket, ear.socket, listener:
         for number in range(60):
             mouth.send(announcement(foo, b"%08d" % number, 1, listener.getsockname()[1]))
@@ -14915,7 +14980,7 @@ import os, socket, sys, time
 sys.path.insert(0, %r)
 import cexec
 key, group = cexec.load_key(sys.argv[1])[0], cexec.parse_group(sys.argv[2])
-mouth, listener, nonce = cexec.GroupSocket(group, False), cexec.open_listener(group), os.urandom(8)
+(mouth, listener), nonce = cexec.open_ports(group), os.urandom(8)
 def send(kind, body, port=0, sequence=1):
     mouth.send(cexec.encode_datagram(key.udp, kind, key.id, nonce, sequence, body, port))
 for attempt in 1, 2:
