@@ -112,6 +112,7 @@ WINDOW_NEAR = 1 << 21       # credit on a short path while the flow is fast
 WINDOWS_MAX = 1 << 24       # sum of one receiver's windows; what a blocked reader can cost in memory
 RECORD = 1 << 14            # the most that one record of TLS carries
 TLS_PIECE = 1 << 16         # bytes given to TLS at a time: larger ones make a sender that paces (bbr) wait
+BARREN_MAX = 1 << 16        # bytes of a connection without any data: a record of TLS is shorter
 BUFFER = 1 << 18            # one read or one write of the channel: sixteen TLS records
 BUFFER_START = 1 << 14      # at first, until one was full: a small job needs no more
 LONG_TRIP = 0.005           # seconds: a path whose window may grow to WINDOW_MAX
@@ -2479,6 +2480,7 @@ class TlsConnection:
     Errors are OSErrors (ssl.SSLError is one); loss_of() says what they mean.  Wait for the socket to become readable,
     and writable while flush() returns False.  Whoever has it last calls close(), which may be repeated.
     """
+    FETCHES = 4             # reads from the socket per call: a peer may send records without anything in them
 
     def __init__(self, connection, context, server_side):
         connection.setblocking(False)
@@ -2488,6 +2490,7 @@ class TlsConnection:
         self.buffer = memoryview(bytearray(BUFFER_START))
         self.unsent = memoryview(b"")       # encrypted, and not taken by the system yet
         self.emptied = False                # the last read from the socket was short: asking again would be in vain
+        self.barren = 0                     # bytes from the socket behind the last data
         self.failure = None                 # what ended the connection behind the bytes that were returned last
 
     def fileno(self):
@@ -2495,20 +2498,21 @@ class TlsConnection:
 
     def handshake(self):
         """Goes on with the handshake as far as the peer has; returns whether it is done."""
-        while True:
+        for _ in range(self.FETCHES):
             try:
                 self.tls.do_handshake()
                 return self.flush()
             except ssl.SSLWantReadError:
                 self.flush()
                 if not self._fetch():
-                    return False
+                    break
             except ssl.SSLError:
                 try:
                     self.flush()        # the alert tells the peer why
                 except OSError:
                     pass                # which has gone
                 raise
+        return False
 
     def handshake_within(self, seconds):
         """All of the handshake, waiting for the peer; socket.timeout when that takes longer."""
@@ -2520,8 +2524,9 @@ class TlsConnection:
 
     def read_into(self, view):
         """Returns how many bytes were read, 0 when the peer has ended the connection, or None when there is nothing
-        now.  Fewer than the view holds means that there is no more now, unless `failure` is set."""
-        filled = 0
+        now.  Fewer than the view holds means that there is no more now, unless `failure` is set, or that the socket
+        will be readable again at once."""
+        filled = fetches = 0
         try:
             while filled < len(view):
                 if self.failure:
@@ -2529,12 +2534,14 @@ class TlsConnection:
                 try:
                     size = self.tls.read(len(view) - filled, view[filled:])
                 except ssl.SSLWantReadError:
-                    if not self._fetch():
+                    fetches += 1
+                    if fetches > self.FETCHES or not self._fetch():
                         return filled or None
                     continue
                 if not size:
                     break
                 filled += size
+                self.barren = self.encrypted.pending
         except ssl.SSLZeroReturnError:
             pass
         except OSError as error:
@@ -2549,13 +2556,16 @@ class TlsConnection:
             self.emptied = False
             return False
         if self.outgoing.pending > TLS_PIECE:       # what was to be sent is in `unsent`
-            raise OSError(errno.EPROTO, "it asks TLS for answers without reading them")
+            raise OSError(errno.EPROTO, "it keeps TLS busy without reading the answers")
+        if self.barren > BARREN_MAX:
+            raise OSError(errno.EPROTO, "it keeps TLS busy and sends no data")
         try:
             size = self.socket.recv_into(self.buffer)
         except BlockingIOError:
             return False
         if size:
             self.encrypted.write(self.buffer[:size])
+            self.barren += size
             self.emptied = size < len(self.buffer)
             if size == len(self.buffer) == BUFFER_START:
                 self.buffer = memoryview(bytearray(BUFFER + RECORD))    # sixteen records with their heads and tags fit
@@ -2659,7 +2669,10 @@ TOPICS_MAX = 1000           # topics remembered; an address may be part of one, 
 
 def has_room():
     """Whether a line can be written to standard error without waiting for who reads it."""
-    return bool(select.select([], [2], [], 0)[1])
+    try:
+        return bool(select.select([], [2], [], 0)[1])
+    except OSError:
+        return False        # it is closed
 
 
 class TokenBucket:
@@ -4237,6 +4250,7 @@ class Channel:
     Several jobs may use one channel in turn: reset_streams() ends a job's part, `owner` may be set to the next one's.
     """
     ROUNDS = 8              # buffers per call, so that a fast peer does not starve timers and signals
+    SLICE = 0.05            # seconds per call, for one whose buffers take long
     TICK = 0.25             # the silence clock looks at least so often, seconds, and at a quarter of the timeout
 
     def __init__(self, loop, connection, session, owner):
@@ -4251,6 +4265,7 @@ class Channel:
         self.on_ended = None                            # called once, when the peer goes after the session was over
         self.on_flushed = None                          # called once, when the system has taken all there was to send
         self.closed = self.filling = self.blocked = self.processing = False
+        self.send_failure = None                        # the Loss, when nothing can be sent any more
         self.sent_total = self.received_total = 0       # bytes of data
         self.timer = loop.call_later(0, self.tick)      # nothing is sent before the owner has what the events may need
         loop.watch(self.fd, read=self._readable)
@@ -4306,9 +4321,10 @@ class Channel:
                 while taken and self.pending:
                     piece, self.pending = self.pending[:TLS_PIECE], self.pending[TLS_PIECE:]
                     taken = self.connection.send(piece)
-        except (OSError, ValueError):
-            self.blocked = True         # nothing goes out any more; what came in before the end is still heard
-            self.loop.call_soon_threadsafe(self._readable)
+        except (OSError, ValueError) as error:
+            self.blocked, self.send_failure = True, loss_of(error)
+            self.connection.emptied = False
+            self.loop.call_soon_threadsafe(self._readable)      # what came in before the end is still heard
             return
         self.blocked = True
         self.loop.watch(self.fd, read=self._readable, write=self._writable)
@@ -4369,19 +4385,25 @@ class Channel:
     def _readable(self):
         if self.closed:
             return
+        until = time.monotonic() + self.SLICE
         for _ in range(self.ROUNDS // 2):
             whole = len(self.incoming)
             try:
                 size = self.connection.read_into(self.incoming)
             except (OSError, ValueError) as error:
                 return self.lost(loss_of(error))
+            if size is None and self.send_failure:
+                return self.lost(self.send_failure)
             if size is None:
                 break
             if size == 0:
                 return self.lost(Loss(CLOSED, "the connection was closed"))
             if not self._process(size):
                 return
-            if size < whole and not self.connection.failure:
+            if size < whole and not (self.connection.failure or self.send_failure):
+                break
+            if time.monotonic() > until:
+                self.loop.call_soon_threadsafe(self._readable)
                 break
         else:
             self.loop.call_soon_threadsafe(self._readable)      # what TLS holds wakes no select
@@ -5526,7 +5548,7 @@ class Submission:
         self.committed = False          # something of it has become visible here
         self.signalled = None           # "INT" or "TERM", once sent
         self.waiting_signals = []       # to be sent as soon as the job runs
-        self.waiting_since = time.monotonic()
+        self.waiting_since = None       # monotonic seconds, from its first time in the queue until it has started
         self.last_loss = ""             # words
         self.worker = None              # name of the last one
         self.report = None              # the ExitReport
@@ -5628,6 +5650,7 @@ class Attempt:
         self.start_timer.cancel()
         self.start_timer = None
         submission = self.submission
+        submission.waiting_since = None
         submission.on_event("job %s started on %s" % (submission.id, self.kept.name))
         for name in submission.waiting_signals:
             self.session.signal(name)
@@ -5762,12 +5785,17 @@ class PooledConnection:
 
 
 class AlertSender:
-    """Sends alerts, a lone one at once and many together, each datagram twice, so that one may be lost."""
+    """Sends alerts, a lone one at once and many together, each datagram twice, so that one may be lost.
+
+    No alert can cost a job's result: where the group cannot be reached there are none."""
 
     def __init__(self, loop, key, group):
         self.loop = loop
         self.key = key
-        self.group = group
+        try:
+            self.socket = GroupSocket(group, listen=False)
+        except (Failure, OSError):
+            self.socket = None
         self.nonce = os.urandom(8)
         self.sequence = 0
         self.entries = []
@@ -5776,6 +5804,8 @@ class AlertSender:
         self.timer = None
 
     def add(self, alert):
+        if not self.socket:
+            return
         self.entries.append(encode_alert(alert))
         if not self.timer:
             wait = max(0.0, self.sent_at + ALERT_GAP - time.monotonic())
@@ -5791,7 +5821,7 @@ class AlertSender:
             self.sequence += 1
             self.again.append(encode_datagram(self.key.udp, ALERT, self.key.id, self.nonce, self.sequence, body))
         for datagram in self.again + again:
-            self.group.send(datagram)
+            self.socket.send(datagram)
         self.entries = []
         self.sent_at = time.monotonic()
         self.timer = self.loop.call_later(ALERT_GAP, self._send) if self.again else None
@@ -5804,6 +5834,9 @@ class AlertSender:
             self._send()
             self.timer.cancel() if self.timer else None
         self.timer = None
+        if self.socket:
+            self.socket.close()
+            self.socket = None
 
 
 class Pool:
@@ -5854,7 +5887,8 @@ class Pool:
     def submit(self, submission, first=False):
         """first: in front of the others that wait."""
         (self.queue.appendleft if first else self.queue.append)(submission)
-        submission.waiting_since = time.monotonic()
+        if submission.waiting_since is None:
+            submission.waiting_since = time.monotonic()
         self._pump()
 
     def signal(self, submission, name):
@@ -5897,7 +5931,6 @@ class Pool:
             kept.close()
         if self.alerts:
             self.alerts.close()
-            self.alerts.group.close()
         for timer in self.watch_timer, self.spare_timer:
             if timer:
                 timer.cancel()
@@ -5933,7 +5966,12 @@ class Pool:
             except PortTaken as failure:
                 self._wait_for_port(failure)
                 break
+            except (Failure, OSError):
+                if not (self.searches or self.finished or self.connections):
+                    raise
+                break           # descriptors are in use by the others: a later look finds one free
             self.no_port = None
+            self.alerts = self.alerts or AlertSender(self.loop, self.key, self.settings.group)
         if self.queue and not self.watch_timer:
             self.watch_timer = self.loop.call_later(0.25, self._watch)
 
@@ -6115,8 +6153,6 @@ class Pool:
     def _alert(self, attempt, verdict, status, words):
         took = int((time.monotonic() - attempt.offered) * 1000)
         kept = attempt.kept
-        if not self.alerts:
-            self.alerts = AlertSender(self.loop, self.key, GroupSocket(self.settings.group, listen=False))
         self.alerts.add(Alert(verdict, status, took, int(time.time() * 1000), attempt.submission.id, kept.submitter,
                               kept.name, words))
 
@@ -9880,7 +9916,7 @@ def load_key(path, want=None):
             refusal = refusal or problem
         else:
             if key:
-                key.name = path
+                key.name, key.path = path, os.path.abspath(name)    # the program may go to another folder
                 return key, warning
     raise refusal or Failure("no key %s" % path, "there is no such file",
                              "make one with ckeygen, or copy it from where it was made", EXIT_USAGE)
@@ -10142,7 +10178,7 @@ class Room:
 
     def __del__(self):
         thread = getattr(self, "_thread", None)
-        if thread and thread.is_open():
+        if thread and thread.is_open() and not sys.is_finalizing():     # then nothing can be imported any more
             import warnings
             warnings.warn("unclosed %r" % self, ResourceWarning, source=self)
             thread.close(wait=False)
@@ -10192,7 +10228,10 @@ class PoolThread:
 
     def _begin(self):
         import threading
-        loop = Loop()
+        try:
+            loop = Loop()
+        except OSError as error:
+            raise Failure("this Room", reason_of(error)) from None
         pool = Pool(loop, self.key, self.settings, self.most, keep=True, on_ready=self._count_slots)
         thread = threading.Thread(target=self._run, args=(loop, pool), name="cexec.Room", daemon=True)
         try:

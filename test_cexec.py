@@ -4615,29 +4615,67 @@ def test_bytes_that_are_no_tls_break_the_connection_behind_what_was_good(pair):
         pair.server.read_into(view)
 
 
-@pytest.mark.skipif(sys.implementation.name != "cpython" or not sys.platform.startswith("linux"),
-                    reason="looks into the ssl module")
+class NewKeys:
+    """Makes one end of a Pair ask for new keys of TLS: records of 27 bytes without any data."""
+
+    def __init__(self, end):
+        if sys.implementation.name != "cpython" or not sys.platform.startswith("linux"):
+            skip("looks into the ssl module of CPython")
+        import ctypes
+        with open("/proc/self/maps") as file:
+            path = next((line.split()[-1] for line in file if "libssl" in line), None)
+        if not path:
+            skip("the ssl module has its library inside")
+        self.library = ctypes.CDLL(path)
+        self.ssl = ctypes.c_void_p(ctypes.c_void_p.from_address(id(end.tls._sslobj) + 24).value)
+
+    def ask(self, with_answer):
+        assert self.library.SSL_key_update(self.ssl, int(with_answer)) == 1
+        self.library.SSL_do_handshake(self.ssl)
+
+
 def test_new_keys_that_are_asked_for_without_end_and_not_read_break_the_connection(key):
     """S23: TLS answers each such request, which takes 27 bytes."""
-    import ctypes
     pair = Pair(key, 4096).shake()
-    with open("/proc/self/maps") as file:
-        library = next((line.split()[-1] for line in file if "libssl" in line), None)
-    if not library:
-        skip("the ssl module has its library inside")
-    library = ctypes.CDLL(library)
-    ssl_of_server = ctypes.c_void_p(ctypes.c_void_p.from_address(id(pair.server.tls._sslobj) + 24).value)
-    view = memoryview(bytearray(1 << 16))
-    with pytest.raises(OSError, match="without reading"):
+    keys, view = NewKeys(pair.server), memoryview(bytearray(1 << 16))
+    with pytest.raises(OSError, match="keeps TLS busy"):
         for _ in range(20000):      # half a megabyte
-            assert library.SSL_key_update(ssl_of_server, 1) == 1
-            library.SSL_do_handshake(ssl_of_server)
+            keys.ask(True)
             if not pair.server.flush():
                 pair.client.read_into(view)
             pair.client.read_into(view)
             pair.client.flush()
     assert pair.client.outgoing.pending < 2 * cexec.TLS_PIECE
     pair.close()
+
+
+@pytest.mark.parametrize("data", [b"", b"x"])
+def test_records_without_data_hold_nobody_for_long_and_end_the_connection(pair, data):
+    """One call reads a few times only; data between many such records is no excuse for more of them than a record
+    takes, and those with a little data are read a few at a time."""
+    pair.shake()
+    keys, view, calls = NewKeys(pair.client), memoryview(bytearray(100)), []
+    for _ in range(40):
+        for _ in range(500 if data else 2600):
+            keys.ask(False)
+        if data:
+            pair.client.tls.write(data)
+    whole, fetch = pair.client.outgoing.read(), pair.server._fetch
+    pair.server._fetch = lambda: calls.append(1) or fetch()
+    sender = threading.Thread(target=lambda: (pair.far.setblocking(True), pair.far.sendall(whole)), daemon=True)
+    sender.start()
+    found, failure = b"", None
+    while failure is None and len(found) < 40:
+        cexec.wait_for(pair.near.fileno(), select.POLLIN, 10)
+        calls.clear()
+        try:
+            count = pair.server.read_into(view)
+            found += view[:count or 0]
+        except OSError as error:
+            failure = str(error)
+        assert len(calls) <= cexec.TlsConnection.FETCHES
+    assert found == data * 40 and bool(failure) == (not data)
+    assert not failure or "keeps TLS busy and sends no data" in failure
 
 
 def test_a_handshake_that_the_peer_does_not_go_on_with_is_given_up(pair):
@@ -5691,6 +5729,23 @@ def test_a_source_that_cannot_be_read_ends_as_the_owner_says(linked):
     linked.until(lambda: ("end", 3) in worker.messages)
     assert bytes(worker.data[3]) == b"before" and submitter.ends == [3]
     assert ("read error", 3) in submitter.messages
+
+
+def test_a_channel_that_can_send_no_more_is_lost_at_once_behind_what_has_come(linked):
+    """A send may fail where a read would find nothing at all; then nobody waits for a timeout."""
+    (submitter, worker), (near, far) = linked.owners, linked.channels
+    far.add_source(5, Ended(b"last words"))
+    far.flush()
+    assert cexec.wait_for(near.fd, select.POLLIN, 10)
+
+    def refuse(*view):
+        raise OSError(errno.EHOSTUNREACH, "no way there")
+    near.connection.send = near.connection.flush = refuse
+    near.add_source(4, Ended(b"data"))
+    near.flush()
+    linked.until(lambda: submitter.losses)
+    assert submitter.losses == [cexec.Loss(cexec.BROKEN, "the connection broke: no way there")]
+    assert bytes(submitter.data[5]) == b"last words" and near.closed
 
 
 def test_one_channel_serves_owner_after_owner(linked):
@@ -7872,6 +7927,163 @@ def test_jobs_that_wait_for_slots_of_their_own_room_do_not_fail(shell):
     held.until(lambda: len(held.ended) == 3)
     assert held.ended == [(0, None)] * 3
     held.close()
+
+
+# ---------------------------------------------------------------- the pool
+
+@contextlib.contextmanager
+def no_more_descriptors():
+    """Nothing can be opened any more in this process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def ended(loop, seconds=30):
+    """(status, failure) of the job whose on_done stops the loop with what it is given."""
+    status, failure, _ = run_loop(loop, seconds)
+    loop.running = True
+    return status, failure
+
+
+def pool_job(loop, code, **options):
+    """A Submission whose end stops the loop."""
+    return cexec.Submission(cexec.HeldStreams(cexec.HeldSource(b"")), [(b"RUN", code.encode())], 3,
+                            lambda *end: loop.stop(end), **options)
+
+
+@pytest.mark.parametrize("trouble", [OSError(errno.EMFILE, "Too many open files"),
+                                     cexec.Failure("eth0", "no such device")])
+def test_no_alert_costs_a_result(shell, monkeypatch, trouble):
+    """R1: an interface that is gone when the job ends, or the last descriptor, changes nothing for it."""
+    def fail(*given, **options):
+        raise trouble
+    with room_here(shell) as (loop, pool):
+        job = pool_job(loop, "sleep 0.3; exit 7")
+        job.on_event = lambda text, always=False: monkeypatch.setattr(cexec, "GroupSocket", fail)
+        pool.submit(job)
+        assert ended(loop) == (7, None)
+
+
+def test_a_pool_out_of_descriptors_goes_on_with_what_it_has(shell, monkeypatch):
+    """No second search can be begun: the job waits for the connection there is."""
+    def full(*given):
+        raise OSError(errno.EMFILE, "Too many open files")
+    with room_here(shell, most=4, keep=True) as (loop, pool):
+        first, ends = pool_job(loop, "sleep 0.5"), []
+        first.on_done = lambda *end: ends.append(end[:2])
+        first.on_event = lambda *told: loop.stop()
+        pool.submit(first)
+        run_loop(loop)
+        loop.running = True
+        monkeypatch.setattr(cexec, "Discovery", full)
+        pool.submit(pool_job(loop, "exit 7"))
+        assert ended(loop) == (7, None)
+        assert ends == [(0, None)]
+
+
+def test_a_room_out_of_descriptors_says_so(room):
+    import concurrent.futures, queue    # which would need a descriptor themselves
+    made = cexec.Room(room.pub, group=room.group)
+    with no_more_descriptors(), pytest.raises(cexec.Failure, match="^this Room: Too many open files"):
+        made.run()
+    made.close()
+
+
+class Rogue(threading.Thread):
+    """A worker that takes every job it can get and does to each what treat(session) makes of it: refuse, abort, lose.
+
+    names: the instances that it says it is, one after another; the last one for ever."""
+
+    def __init__(self, room, treat, names=("rogue",)):
+        super().__init__(daemon=True)
+        self.room = room
+        self.treat = treat
+        self.names = list(names)
+        self.asked = []             # the instance of each connection that was given a job
+        self.over = False
+        self.key = cexec.load_key(room.key)[0]
+        self.ear = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.ear.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.ear.bind(("", room.port))
+        self.ear.settimeout(0.1)
+        self.start()
+
+    def run(self):
+        context = cexec.tls_context(self.key, False)
+        while not self.over:
+            with contextlib.suppress(OSError, cexec.ProtocolError):
+                data, source = self.ear.recvfrom(2048)
+                heard = cexec.parse_datagram(data)
+                if heard.kind == cexec.ANNOUNCE:
+                    self._serve(heard, source[0], context)
+        self.ear.close()
+
+    def _serve(self, heard, address, context):
+        with socket.create_connection((address, heard.port), 10) as connection:
+            connection.sendall(encode_answer(self.key, heard.nonce))
+            receive_exactly(connection, cexec.GO_SIZE)
+            with context.wrap_socket(connection) as tls:
+                name = self.names.pop(0) if len(self.names) > 1 else self.names[0]
+                session = cexec.Session(cexec.WORKER, 60, 0)
+                session.hello("127.0.0.1", name)
+                tls.sendall(session.outbox)
+                session.outbox.clear()
+                while session.phase is not cexec.STARTING:
+                    data = tls.recv(1 << 16)
+                    if not data:
+                        return
+                    for _ in session.receive(data, 0):
+                        pass
+                self.asked.append(name)
+                self.treat(session)
+                tls.sendall(session.outbox)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.over = True
+        self.join()
+
+
+def test_the_wait_for_a_worker_is_bounded_as_a_whole(room):
+    """A worker that refuses again and again is no reason to begin to wait anew."""
+    with Rogue(room, lambda session: session.refuse("not today")) as rogue, \
+            room_here(room, CEXEC_TIMEOUT_ACCEPT="3") as (loop, pool):
+        began, refused = time.monotonic(), []
+        job = pool_job(loop, "")
+        job.on_event = lambda text, always=False: refused.append(time.monotonic() - began)
+        pool.submit(job)
+        status, failure = ended(loop)
+    assert status is None and failure.what == "no worker" and "refused the job: not today" in failure.why
+    assert len(rogue.asked) > 1 and refused[-1] < 3.5
+
+
+def test_a_room_outlives_a_change_of_folder(shell, tmp_path, monkeypatch):
+    monkeypatch.chdir(os.path.dirname(shell.pub))
+    with cexec.Room(os.path.basename(shell.pub), group=shell.group) as made:
+        monkeypatch.chdir(str(tmp_path))
+        assert made.run(names={"RUN": "exit 3"}).status == 3
+
+
+@pytest.mark.parametrize("end", ["raise KeyboardInterrupt", "room.close()", ""])
+def test_a_room_that_is_left_open_ends_without_a_word_of_its_own(shell, end):
+    code = ("import cexec, sys; room = cexec.Room(sys.argv[1]); room.run(names={'RUN': ':'}); "
+            "room.submit(names={'RUN': 'sleep 1000'}); %s" % end)
+    done = run_command(sys.executable, "-c", code, shell.pub,
+                       env=shell.settings({"PYTHONPATH": os.path.dirname(CEXEC)}))
+    assert b"Error" not in done.stderr and b"ignored" not in done.stderr, done.stderr.decode()
+    assert end.startswith("raise") or done.returncode == 0
+
+
+def test_whether_standard_error_takes_a_line_is_no_question_when_it_is_closed():
+    code = "import os, cexec; os.close(2); print(cexec.has_room())"
+    done = run_command(sys.executable, "-c", code, env={"PYTHONPATH": os.path.dirname(CEXEC)})
+    assert done.stdout == b"False\n"
 
 
 # ---------------------------------------------------------------- the tools by every name
