@@ -3046,7 +3046,8 @@ class GroupSocket:
     def __init__(self, group, listen, source=None, port=0, by=None):
         self.group, self.listen, self.source, self.port = group, listen, source, port
         self.tried, self.dropped, self.joined, self.targets, self.home = [], 0, {}, [], None
-        self.index, self.loopback_indexes, self.broadcasts, self.refreshed = 0, set(), set(), 0.0
+        self.index, self.loopback_indexes, self.refreshed = 0, set(), 0.0
+        self.broadcasts, self.hears_broadcasts = set(), False
         self.packed = socket.inet_pton(group.family, group.address)
         try:
             self.socket = by.socket if by else socket.socket(group.family, socket.SOCK_DGRAM)
@@ -3170,6 +3171,7 @@ class GroupSocket:
         found = local_interfaces(group.family)
         self.loopback_indexes = {interface.index for interface in found if interface.loopback}
         self.broadcasts = {ALL_HOSTS}.union(interface.broadcast for interface in found)
+        self.hears_broadcasts = group.address in self.broadcasts or is_broadcast(group)
         self.targets = self._choose(found) if group.kind != "unicast" or group.only or self.source else [None]
 
     def _choose(self, found):
@@ -3326,7 +3328,7 @@ class GroupSocket:
             return False
         # Linux says what is its own; elsewhere what is no broadcast that is known must be.
         broadcast = address in self.broadcasts or LINUX and family == socket.AF_INET
-        return not broadcast or self.group.address in self.broadcasts
+        return not broadcast or self.hears_broadcasts
 
     def advice(self):
         """What to do where the group reaches nobody but this machine itself, and "" where it does."""
@@ -3343,6 +3345,20 @@ class GroupSocket:
 
     def close(self):
         self.socket.close()
+
+
+def is_broadcast(group):
+    """Whether the kernel knows this address as a broadcast (Linux): as one of a second network of an interface, too."""
+    if not LINUX or group.kind != "unicast" or group.family != socket.AF_INET:
+        return False
+    with socket.socket(group.family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((group.address, group.port))
+        except PermissionError:     # SO_BROADCAST is not set
+            return True
+        except OSError:
+            pass
+    return False
 
 
 def interface_requests(interface, join):

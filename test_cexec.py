@@ -3681,6 +3681,29 @@ def test_nothing_of_a_loopback_group_is_heard_from_the_network(street):
     assert len(all_of_it.out.having(" 10.99.0.1 ")) == 2
 
 
+@pytest.mark.parametrize("listens, heard", [
+    ("239.9.9.9", ["10.99.0.2", "239.9.9.9"]), ("eth0:239.9.9.9", ["10.99.0.2", "239.9.9.9"]),
+    ("10.99.0.2", ["10.99.0.2", "10.98.0.2"]), ("eth0:10.99.0.2", ["10.99.0.2", "10.98.0.2"]),
+    *((group, ["255.255.255.255", "10.99.0.255", "10.98.0.255", "10.99.0.2"]) for group in (
+        "255.255.255.255", "eth0:255.255.255.255", "10.99.0.255", "10.98.0.255")),
+    ("ff05::9", ["ff05::9", "fd00:99::2"]), ("ff02::1%eth0", ["ff02::1", "fd00:99::2"]),
+])
+def test_a_group_confines_its_listener(street, listens, heard):
+    """A7: a listener takes what was sent to its group or to its machine; a broadcast group any broadcast."""
+    for host, number in ("anna", 1), ("bert", 2):
+        street.run(host, "ip", "addr", "add", "10.98.0.%d/24" % number, "brd", "+", "dev", "eth0")
+    ear, everything = listen(street, "bert", listens), []
+    if ":" not in listens.replace("eth0:", ""):
+        everything = ["255.255.255.255", "10.99.0.255", "10.98.0.255", "10.99.0.2", "10.98.0.2", "239.9.9.9",
+                      "224.0.0.1"]
+    for group in everything or ["ff05::9", "ff02::1", "fd00:99::2", "ff05::8"]:
+        answers = 1 if group in heard or group == "10.98.0.2" else 0
+        assert len(talk(street, "anna", group, answers)) == 1 + answers, group
+    talk(street, "anna", heard[0])
+    ear.out.wait("call", count=len(ear.out.lines))
+    assert len(ear.out.lines) == 1 + len(set(heard).union(["10.98.0.2"] if everything else []))
+
+
 def test_multicast_that_only_others_on_this_host_joined_is_not_heard(street):
     nine, ten = listen(street, "bert", "224.0.1.9"), listen(street, "bert", "224.0.1.10")
     talk(street, "anna", "224.0.1.9")
