@@ -268,6 +268,11 @@ def parse_address(text):
     return socket.inet_ntop(family, packed), family, scope
 
 
+def address_text(address):
+    """ADDRESS:PORT of a socket address."""
+    return ("[%s]:%d" if ":" in address[0] else "%s:%d") % address[:2]
+
+
 def device_name(text):
     """Whether an interface could be called so."""
     return (0 < len(text.encode("utf-8", "replace")) <= DEVICE_MAX and text.isprintable()
@@ -825,8 +830,8 @@ STATE_NAMES = {FREE: "free", BUSY: "busy", DRAINING: "draining", VETOED: "vetoed
                UNABLE: "cannot run"}
 # State; slots, running, waiting, CPUs; load, cost, speed; seconds up, jobs done; port it tried to connect to.
 HERE_BODY = struct.Struct(">BHHHHfffIIH")
-HERE_TEXTS = 8
-HERE_TEXT_MAX = 130         # bytes of one of them: all eight fit a datagram at their longest
+HERE_TEXTS = 9
+HERE_TEXT_MAX = 115         # bytes of one of them: all nine fit a datagram at their longest
 HERE_JOBS = struct.Struct(">BH")        # how many jobs follow; how many there was no room for
 HERE_JOB = struct.Struct(">I")          # seconds that a job has run; its texts follow
 
@@ -837,12 +842,13 @@ RunningNow = collections.namedtuple("RunningNow", "seconds id submitter user")
 
 class Here(collections.namedtuple(
         "Here", "state slots running waiting cpus load cost speed up done port "
-                "address instance host version python digest command error jobs more")):
+                "address instance host version python digest command error back jobs more")):
     """A worker's answer to a roll call, or to an announcement that it cannot serve now.
 
     state: FREE ... UNABLE.  waiting: submitters it knows of.  load: processes that other work wants to run.
-    cost: as in the preamble.  speed: of one CPU, 1.0 is usual.  port: where it has tried to connect back.  error: why
-    it could not do that, or why it serves nobody.  digest: of the command's basename and arguments.
+    cost: as in the preamble.  speed: of one CPU, 1.0 is usual.  back, port: the address where it has tried to connect
+    back, "" and 0 if it has not.  error: why it could not do that, or why it serves nobody.  digest: of the command's
+    basename and arguments.
     jobs: a tuple of RunningNow, where they were asked for; more: how many did not fit.
     """
     __slots__ = ()
@@ -850,7 +856,7 @@ class Here(collections.namedtuple(
     def text(self):
         """The state in words for a user."""
         if self.state == UNREACHABLE:
-            return "could not connect back to port %d: %s" % (self.port, self.error)
+            return "could not connect back to %s: %s" % (address_text((self.back, self.port)), self.error)
         return STATE_NAMES[self.state] + (": " + self.error if self.error else "")
 
 
@@ -7673,9 +7679,9 @@ class Daemon:
 
     RECEIVED = {ANNOUNCE: _announce, HOLD: _hold, TAKEN: _taken, ALERT: _alert, ASK: _ask}
 
-    def send_here(self, nonce, place, port=0, error=""):
-        """Tells who asked how this worker is; error: why its port could not be reached.  Where there is no way to who
-        asked, all who hear the group are told."""
+    def send_here(self, nonce, place, back=("", 0), error=""):
+        """Tells who asked how this worker is; back: where it has tried to connect to; error: why that failed.  Where
+        there is no way to who asked, all who hear the group are told."""
         if not self.here_bucket.take(time.monotonic()):
             return
         responder, running = self.responder, self.responder.running
@@ -7684,9 +7690,9 @@ class Daemon:
                  BUSY if running >= self.settings.concurrency else FREE)
         here = Here(state, self.settings.concurrency, running, responder.waiting(), responder.cores, responder.outside,
                     responder.cost(now_ms()), responder.speed, int(time.monotonic() - self.began), self._jobs_done(),
-                    port, address_towards(place), self.instance, socket.gethostname(), VERSION,
+                    back[1], address_towards(place), self.instance, socket.gethostname(), VERSION,
                     "%d.%d.%d" % sys.version_info[:3], self.command_digest(), os.path.basename(self.path),
-                    error or ("COMMAND is missing" if self.missing else ""), (), 0)
+                    error or ("COMMAND is missing" if self.missing else ""), back[0], (), 0)
         self.sequence += 1
         data = encode_datagram(self.key.udp, HERE, self.key.id, nonce, self.sequence, encode_here(here))
         if not self.group.send_to(data, place):
@@ -7736,10 +7742,10 @@ class Daemon:
     def _unreachable(self, nonce, place, words):
         """Tells both sides: the submitter waits and does not know why."""
         self.log.note(place[0], "no connection back to %s: %s; does a firewall there let TCP in?" % (
-            place_text(place), words))
+            address_text(place), words))
         sender = self.responder.sender(nonce)
         if sender:
-            self.send_here(nonce, sender, place[1], words)
+            self.send_here(nonce, sender, place, words)
 
     def _lost(self, answer, refused=False):
         self.responder.lost(answer.nonce, refused)
@@ -8009,7 +8015,7 @@ class ConnectionTest:
 
     def _over(self, problem):
         self.daemon.tests.pop(self.nonce, None)
-        self.daemon.send_here(self.nonce, self.source, self.place[1], os.strerror(problem) if problem else "")
+        self.daemon.send_here(self.nonce, self.source, self.place, os.strerror(problem) if problem else "")
 
 
 def job_environment(user):
@@ -8475,7 +8481,7 @@ class Handler:
         if self.running:
             self.log("job %s: submitter lost: %s; the job ends" % (self.running.job.id, loss.words))
         elif loss.kind is PROTOCOL:
-            self.log("from %s: %s" % (place_text(self.peer), loss.words))
+            self.log("from %s: %s" % (address_text(self.peer), loss.words))
         self._end_job()
 
     # -- jobs
@@ -9492,7 +9498,7 @@ class ProxyRelay:
 
     def __init__(self, proxy, number, listener, worker, address):
         self.proxy, self.loop, self.number, self.listener, self.worker = proxy, proxy.loop, number, listener, worker
-        self.address, self.names = address[0], "%s to %s" % (place_text(address), place_text(listener.submitter))
+        self.address, self.names = address[0], "%s to %s" % (address_text(address), address_text(listener.submitter))
         self.submitter, self.connector, self.pumps, self.since = None, None, (), time.monotonic()
         self.preamble = self.go = b""
         self._enter("preamble", PREAMBLE_SECONDS)
@@ -9620,11 +9626,6 @@ def close_socket(connection, reset=False):
     except OSError:
         pass
     connection.close()
-
-
-def place_text(address):
-    """A socket address as text."""
-    return ("[%s]:%d" if ":" in address[0] else "%s:%d") % address[:2]
 
 
 class Cproxy:

@@ -1766,7 +1766,7 @@ def ended(signalled=False, number=0, milliseconds=1, name="", reason="", consume
 
 def here(state=cexec.FREE, **changes):
     return cexec.Here(state, 4, 1, 2, 8, 0.25, -1.5, 1.25, 86400, 1234, 0, "10.0.0.3", "00112233aabbccdd", "caf\u00e9",
-                      "1.0", "3.11.7", "0123456789abcdef", "python3", "", (), 0)._replace(**changes)
+                      "1.0", "3.11.7", "0123456789abcdef", "python3", "", "", (), 0)._replace(**changes)
 
 
 STANDARD = {0: cexec.IN, 1: cexec.OUT, 2: cexec.OUT}
@@ -1821,8 +1821,8 @@ DATAGRAM_CODECS = [
     datagram_codec(cexec.HERE, cexec.encode_here, cexec.parse_here, [
         here(), here(cexec.BUSY, slots=65535, running=65535, waiting=65535, cpus=65535, up=U32_MAX, done=U32_MAX),
         here(cexec.DRAINING, load=0.0, cost=20.0), here(cexec.VETOED),
-        here(cexec.UNREACHABLE, port=65535, error="no route to host"),
-        here()._replace(**{name: name[:1] * 130 for name in cexec.Here._fields[11:19]}),
+        here(cexec.UNREACHABLE, port=65535, back="10.0.0.5", error="no route to host"),
+        here()._replace(**{name: name[:1] * 115 for name in cexec.Here._fields[11:20]}),
         here(cexec.UNABLE, jobs=(cexec.RunningNow(0, "", "", ""),), more=65535),
         here(jobs=tuple(cexec.RunningNow(number, "0123456789abcdef", "10.0.0.5", "a@lab") for number in range(20)))]),
 ]
@@ -1882,7 +1882,7 @@ def test_the_bytes_of_wire_version_3():
         "ask": "07d0" "01" "0000",
         "here": "00" "0004" "0001" "0002" "0008" "3e800000" "bfc00000" "3fa00000" "00015180" "000004d2" "0000"
                 "08" "31302e302e302e33" "10" "30303131323233336161626263636464" "05" "636166c3a9" "03" "312e30"
-                "06" "332e31312e37" "10" "30313233343536373839616263646566" "07" "707974686f6e33" "00" "00" "0000",
+                "06" "332e31312e37" "10" "30313233343536373839616263646566" "07" "707974686f6e33" "00" "00" "00" "0000",
         "welcome": "00000001" "33" "00000008" "31302e302e302e31",
         "hello": "00000001" "33" "00000008" "31302e302e302e32" "00000010" "30303131323233336161626263636464"
                  "00000007" "72656164696e67",
@@ -1911,10 +1911,10 @@ def test_what_is_measured_is_capped_where_its_field_ends():
 @pytest.mark.parametrize("character", ["x", "\u00e9", "\u20ac", "\U0001f600", "\udcff"])
 def test_long_texts_are_cut_between_characters_and_fit_a_datagram(character):
     alert, answer = cexec.Alert(1, 255, 0, 0, *[character * 1000] * 4), here()._replace(
-        **{name: character * 1000 for name in cexec.Here._fields[11:19]})
+        **{name: character * 1000 for name in cexec.Here._fields[11:20]})
     said = character.encode("utf-8", "replace")
     for codec, value, texts, longest in (DATAGRAM_CODECS[3], [alert], lambda found: found[0][4:], 255), (
-            DATAGRAM_CODECS[5], answer, lambda found: found[11:19], cexec.HERE_TEXT_MAX):
+            DATAGRAM_CODECS[5], answer, lambda found: found[11:20], cexec.HERE_TEXT_MAX):
         body = codec.encode(value)
         assert len(datagram(codec.kind, body)) <= cexec.DATAGRAM_MAX
         assert set(texts(codec.decode(body))) == {(said * (longest // len(said))).decode()}
@@ -7510,7 +7510,7 @@ class Searching:
 
 def a_here(instance, **changes):
     here = cexec.Here(cexec.BUSY, 4, 4, 1, 2, 0.0, 0.0, 1.0, 9, 3, 0, "10.0.0.7", instance, "host", "2", "3", "", "c",
-                      "", (), 0)
+                      "", "", (), 0)
     return here._replace(**changes)
 
 
@@ -7533,9 +7533,10 @@ def test_what_others_say_is_heard_once_and_only_with_the_key(room):
         searching.told(a_here("a"), sequence=5)
         searching.told(a_here("a"), sequence=5)
         searching.told(a_here("a"), sequence=4)
-        searching.told(a_here("b", state=cexec.UNREACHABLE, port=4000, error="timed out", address="\x1b[2J"))
+        searching.told(a_here("b", state=cexec.UNREACHABLE, back="10.0.0.9", port=4000, error="timed out",
+                              address="\x1b[2J"))
         searching.until(lambda: len(searching.heard) == 2)
-        words = "could not connect back to port 4000: timed out"
+        words = "could not connect back to 10.0.0.9:4000: timed out"
         assert [heard[:3] for heard in searching.heard] == [
             ("10.0.0.7 by 127.0.0.1", "127.0.0.1", "busy"), ("127.0.0.1", "127.0.0.1", words)]
         assert searching.discovery.reasons == {"127.0.0.1": words}
@@ -14247,12 +14248,13 @@ def test_a_firewall_here_that_keeps_workers_out_is_found_and_opened(street, key,
     job = street.tool("anna", "cexec", "--timeout-accept", "7", key + ".pub", stderr=slave)
     status, found, commands = checked(street, "anna", key)
     assert status == 111 and "asked:     on 255.255.255.255:3010 by eth0 from 10.99.0.1" in found
-    assert re.search(r"worker:    10\.99\.0\.2 \(.*\): could not connect back to port \d+: %s" % reason, found), found
+    assert re.search(r"worker:    10\.99\.0\.2 \(.*\): could not connect back to 10\.99\.0\.1:\d+: %s" % reason,
+                     found), found
     assert job.complete(20) == 111
     with os.fdopen(master, "rb", 0) as told:
         shown = told.read(1 << 16).decode()
     os.close(slave)
-    back = r"could not connect back to port \d+: %s" % reason
+    back = r"could not connect back to 10\.99\.0\.1:\d+: %s" % reason
     assert re.search(r"\r\x1b\[Kcexec: 10\.99\.0\.2 %s, [2-7] s" % back, shown), shown
     line, hint = shown.rpartition("\x1b[K")[2].splitlines()
     assert line.startswith("cexec: no worker: of the workers that answered none was of use within 7 s")
@@ -14857,8 +14859,7 @@ def roll_call(key, nonce=b"noncenon", sequence=1, port=0):
 def here_datagram(key, nonce=b"noncenon", sequence=1, error=""):
     """A worker's answer."""
     body = cexec.encode_here(cexec.Here(cexec.BUSY, 2, 2, 0, 2, 0.5, 1.0, 1.0, 60, 7, 0, "10.0.0.3", "instance", "host",
-                                        "1",
-                                        "3.8.0", "digest", "cat", error, (), 0))
+                                        "1", "3.8.0", "digest", "cat", error, "", (), 0))
     return cexec.encode_datagram(key.udp, cexec.HERE, key.id, nonce, sequence, body)
 
 
@@ -15754,7 +15755,7 @@ while True:
     got = ear.receive()
     if got and cexec.parse_datagram(got[0]).kind == cexec.ASK:
         heard = cexec.parse_datagram(got[0])
-        here = cexec.Here(0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 0, "", sys.argv[2], "", "", "", "", "", "", (), 0)
+        here = cexec.Here(0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 0, "", sys.argv[2], "", "", "", "", "", "", "", (), 0)
         body = cexec.encode_here(here)
         ear.send_to(cexec.encode_datagram(key.udp, cexec.HERE, key.id, heard.nonce, 1, body), got[1])
 """ % HERE
