@@ -311,8 +311,9 @@ class TestProcesses:
         while self.idle and (self.queue or self.last and not self.busy):
             number = (self.queue or self.last).popleft()
             line = self.idle.pop()
-            line.send(number)
             self.busy[line] = number, time.monotonic()
+            with contextlib.suppress(ConnectionError):      # a process that has ended is seen as one by take()
+                line.send(number)
 
     def take(self, line):
         """Reports a test that has ended, or whose process has."""
@@ -393,10 +394,10 @@ class TestProcess:
             os._exit(status)
 
     def prepare(self):
-        manager = self.session.config.pluginmanager
-        reporter = manager.unregister(name="terminalreporter")
-        mute = type(reporter)(self.session.config, open(os.devnull, "w"))   # assertions ask it how to show what differs
-        manager.register(mute, "terminalreporter")
+        config, manager = self.session.config, self.session.config.pluginmanager
+        writer = config.get_terminal_writer()
+        manager.unregister(name="terminalreporter")
+        manager.register(MuteReporter(writer), "terminalreporter")
         capture = manager.getplugin("capturemanager")
         capture.stop_global_capturing()
         capture.start_global_capturing()
@@ -417,6 +418,13 @@ class TestProcess:
         except BaseException:
             import traceback
             return traceback.format_exc()
+
+
+class MuteReporter:
+    """Stands in for the one that prints: assertions ask for its writer, to show how two values differ."""
+
+    def __init__(self, writer):
+        self._tw = writer
 
 
 class Progress:
