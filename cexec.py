@@ -421,6 +421,17 @@ def parse_limits(text):
     return list(limits.items())
 
 
+def parse_allowed(text):
+    """{NAME: [PATTERN]} of lines NAME=PATTERN; of several for a NAME each will do."""
+    allowed = {}
+    for line in text.split("\n") if text else ():
+        name, equals, pattern = line.partition("=")
+        if not equals or not is_name(name.encode("utf-8", "replace")):
+            raise ValueError("NAME=PATTERN, a shell's pattern for the whole value; several on lines of their own")
+        allowed.setdefault(name, []).append(pattern)
+    return allowed
+
+
 TOOL_NAMES = CEXEC, CMAP, CSERVICE, CWHO, CRAT, CPROXY = "cexec", "cmap", "cservice", "cwho", "crat", "cproxy"
 
 SETTINGS = (
@@ -485,6 +496,10 @@ SETTINGS = (
             "take new jobs only while this shell command ends with 0"),
     Setting("limits", ("CSERVICE_LIMIT",), (CSERVICE,), parse_limits, "", "NAME=VALUE,...",
             "what one job may use: wall and cpu (seconds), memory and file (bytes, k M G), processes"),
+    Setting("allow", ("CSERVICE_ALLOW",), (CSERVICE,), parse_allowed, "", "NAME=PATTERN",
+            "take only parameters that are named so; several times for several (default: all)"),
+    Setting("log", ("CSERVICE_LOG",), (CSERVICE,), str, "", "FILE",
+            "the file for its lines once it is ready (-d: ~/.local/state/cexec/HOST-APP.log)"),
     Setting("max_skew", ("CRAT_MAX_SKEW",), (CRAT,), seconds(0, 10 ** 9), "900", "SECONDS",
             "how far an alert's clock may differ from this machine's; 0 takes any"),
     Setting("keys", ("CPROXY_KEY",), (CPROXY,), lambda text: list(filter(None, text.split(":"))), "", "APP.pub",
@@ -493,8 +508,9 @@ SETTINGS = (
             "silence after which a relayed connection is ended"),
 )
 
-# Settings whose option may be given several times, and what then stands between the values.
-REPEATABLE = {"keys": ":", "names": "\0"}
+# Settings that are lists: what stands between the values of an option that is given several times.
+REPEATABLE = {"keys": ":", "names": "\0", "allow": "\n", "limits": ",", "listen_ports": ",", "accept_server": " ",
+              "reject_servers": " "}
 
 FLAGS = {   # options without a value: {option: (attribute, value, tools, help)}
     "-t": ("terminal", 1, (CEXEC,), "give the job a terminal"),
@@ -506,6 +522,10 @@ FLAGS = {   # options without a value: {option: (attribute, value, tools, help)}
     "--unordered": ("unordered", True, (CMAP,), "write outputs as jobs end, not in the order of the inputs"),
     "--hedge": ("hedge", True, (CMAP,), "at the end start the longest-running jobs twice; the first to end counts"),
     "--resume": ("resume", True, (CMAP,), "leave out what the log has with status 0, unless it has changed"),
+    "-d": ("background", True, (CSERVICE,), "serve in the background; returns when it is ready"),
+    "--stop": ("stop", True, (CSERVICE,), "tell this user's cservices of APP on this machine to stop, and wait for it"),
+    "--now": ("now", True, (CSERVICE,), "with --stop: end the running jobs too"),
+    "--scratch": ("scratch", True, (CSERVICE,), "an empty folder for each job, removed after it"),
     "--check": ("check", True, (CWHO,), "find out why nobody answers, and what to do"),
     "--watch": ("watch", True, (CWHO,), "show the room every two seconds, and the jobs that end; q ends"),
     "--slots": ("slots", True, (CWHO,), "print only the number of free slots"),
@@ -525,7 +545,7 @@ class Settings:
 
 
 SHOWN = ("-h", "--help", "--version")       # options in place of which a tool shows a text and does nothing else
-KNOWN_VARIABLES = ("CEXEC_DEBUG", "CEXEC_JOB")      # beside the settings: tracebacks; what a job is told
+KNOWN_VARIABLES = ("CEXEC_DEBUG", "CEXEC_JOB", "CEXEC_DIR")     # beside the settings: tracebacks; what a job is told
 
 
 def read_settings(tool, arguments, environment):
@@ -2681,6 +2701,15 @@ def has_room():
         return False        # it is closed
 
 
+def is_journal():
+    """Whether standard error is the journal of the service manager that started this."""
+    try:
+        status = os.fstat(2)
+    except OSError:
+        return False
+    return os.environ.get("JOURNAL_STREAM") == "%d:%d" % (status.st_dev, status.st_ino)
+
+
 class TokenBucket:
     """So many a second on average, so many at once."""
     __slots__ = ("rate", "burst", "left", "when")
@@ -2699,27 +2728,37 @@ class TokenBucket:
 
 
 class Log:
-    """Lines on standard error with time and tool, which never block and never flood.
+    """Lines on standard error with time and tool, which never block and never flood; no time where a service manager's
+    journal has its own.
 
     Lines beyond BURST and PER_SECOND are dropped and counted, and so is what would have to wait for a slow reader.
     note() is for what strangers can cause: of each topic the first at once, then one in NOTE_PAUSE with their number.
     """
     BURST, PER_SECOND = 200, 50
 
-    def __init__(self, tool, clock=time.monotonic):
-        self.tool, self.clock = tool, clock
+    def __init__(self, tool, clock=time.monotonic, file=None):
+        self.tool, self.clock, self.file = tool, clock, file
+        self.timed = not is_journal()
         self.bucket = TokenBucket(self.PER_SECOND, self.BURST)
         self.dropped = 0        # lines since the last one that was written
         self.topics = {}        # {topic: (when it was noted, how many have not been since)}, the oldest first
         self.lost = 0           # datagrams, as told to datagrams_lost()
 
     def __call__(self, text, always=False):
-        if not (self.bucket.take(self.clock()) or always) or not has_room():
+        if not (self.bucket.take(self.clock()) or always) or not has_room() or self.file and not self.file.has_room():
             self.dropped += 1
             return
         if self.dropped:
             text, self.dropped = "%s (%d lines before this one were dropped)" % (text, self.dropped), 0
-        say("%s %s" % (time.strftime("%Y-%m-%dT%H:%M:%S"), self.tool), text[:2000])
+        moment = time.strftime("%Y-%m-%dT%H:%M:%S ") if self.timed else ""
+        for fd in {2, self.file.fd} if self.file else {2}:
+            say(moment + self.tool, text[:2000], fd)
+
+    def settle(self):
+        """The tool is ready: from here on its lines go to its file alone, if it has one."""
+        if self.file:
+            self.file.take_over()
+            self.timed = True
 
     def note(self, topic, text):
         now = self.clock()
@@ -3617,7 +3656,7 @@ def cpu_quotas(root):
 def read_lines(path):
     """The lines of a small file of the system's; none where it is not."""
     try:
-        with open(path) as file:
+        with open(path, errors="replace") as file:
             return file.read().splitlines()
     except OSError:
         return []
@@ -4738,16 +4777,25 @@ def become_user(user):
     os.setuid(user.pw_uid)
 
 
-def check_user(user):
-    """Failure where become_user would fail for every job, as in a user namespace that has no such user."""
+def errno_as(user, call):
+    """Calls in a child, with the rights of that user, if one is given; returns the error's number, or 0."""
     child = os.fork()
     if not child:
         try:
-            become_user(user)
+            if user:
+                become_user(user)
+            call()
             os._exit(0)
         except OSError as error:
-            os._exit(error.errno)
-    number = os.waitpid(child, 0)[1] >> 8
+            os._exit(error.errno or errno.EIO)
+        finally:
+            os._exit(errno.EIO)
+    return os.waitpid(child, 0)[1] >> 8
+
+
+def check_user(user):
+    """Failure where become_user would fail for every job, as in a user namespace that has no such user."""
+    number = errno_as(user, lambda: None)
     if number:
         raise Failure("--user %s" % user.pw_name, "cannot become this user: %s" % os.strerror(number), "", EXIT_USAGE)
 
@@ -7526,7 +7574,7 @@ class Daemon:
     TESTS_MAX = 16          # roll calls that it tries to connect back to at once, and in a second
     LINGERING = 64          # handlers without a slot, whose submitters have not taken the last words yet
 
-    def __init__(self, key, settings, command, log):
+    def __init__(self, key, settings, command, log, unit=""):
         self.loop = Loop(on_error=self._fault)
         self.key = key
         self.settings = settings
@@ -7534,6 +7582,8 @@ class Daemon:
         self.log = log
         self.path = find_command(command[0])
         self.environment = job_environment(settings.user)
+        self.scratch = scratch_place(key) if settings.scratch else None
+        self.folder = os.getcwd() if settings.scratch else None
         self.context = tls_context(key, server_side=False)
         self.group = GroupSocket(settings.group, listen=True)
         if LINUX:
@@ -7541,6 +7591,7 @@ class Daemon:
         self.responder = Responder(settings.concurrency, usable_cpus(), measured_speed(), uniform, settings.boost)
         self.meter = LoadMeter()
         self.instance = os.urandom(8).hex()
+        self.control = ControlSocket(self.loop, key, self.instance, unit, self._asked_to_stop)
         self.began = time.monotonic()
         self.connecting = set()         # SubmitterConnections
         self.handlers = {}              # {pid: HandlerProcess}
@@ -7558,6 +7609,7 @@ class Daemon:
         self.vetoed = False
         self.missing = False            # COMMAND is no executable file any more
         self.veto_pid = None            # of the running --if command
+        self.veto_words = ""            # how the last one ended
         self.ready_said = False
         self.veto_at = -math.inf
         self.sampled_at = 0.0
@@ -7572,6 +7624,7 @@ class Daemon:
         loop.on_signal(signal.SIGHUP, lambda number: None)
         loop.watch(self.group.fileno(), read=self._heard)
         loop.call_every(self.LOOK, self._look)
+        self._sweep_scratch()
         if self.settings.veto:
             self.responder.stopped = True       # until it has said otherwise
             self._run_veto()
@@ -7590,6 +7643,9 @@ class Daemon:
             self.log("warning: nobody on another machine is heard: %s" % self.group.advice(), always=True)
         if os.geteuid() == 0 and not user:
             self.log("warning: jobs run as root; --user NAME gives them another user's rights", always=True)
+        for words in neighbour_warnings(self.key, self.group, self.control):
+            self.log("warning: " + words, always=True)
+        self.log.settle()
 
     def _fault(self, error):
         import traceback
@@ -7692,7 +7748,8 @@ class Daemon:
                     responder.cost(now_ms()), responder.speed, int(time.monotonic() - self.began), self._jobs_done(),
                     back[1], address_towards(place), self.instance, socket.gethostname(), VERSION,
                     "%d.%d.%d" % sys.version_info[:3], self.command_digest(), os.path.basename(self.path),
-                    error or ("COMMAND is missing" if self.missing else ""), back[0], (), 0)
+                    error or ("COMMAND is missing" if self.missing else self.veto_words if self.vetoed else ""),
+                    back[0], (), 0)
         self.sequence += 1
         data = encode_datagram(self.key.udp, HERE, self.key.id, nonce, self.sequence, encode_here(here))
         if not self.group.send_to(data, place):
@@ -7786,6 +7843,7 @@ class Daemon:
             os.setsid()         # a Ctrl-C at the daemon's terminal is for the daemon
             self.loop.close()
             self.group.close()
+            self.control.close()
             for other in self.connecting:
                 other.close()
             for handler in self.handlers.values():
@@ -7840,6 +7898,7 @@ class Daemon:
                 self._handler_ended(self.handlers.pop(pid))
             elif pid in self.killers:
                 self._free(self.killers.pop(pid))
+                self._sweep_scratch()
             elif pid == self.veto_pid:
                 self._veto_told(status)
         self.consider()
@@ -7864,6 +7923,14 @@ class Daemon:
         except OSError as error:
             self.log("job %s: no process to end it: %s" % (job, fork_reason(error)))
             self._free(handler)
+
+    def _sweep_scratch(self):
+        """Removes the folders of jobs whose handler was killed, now or in an earlier life."""
+        if self.scratch:
+            try:
+                sweep_scratch_in_child(*self.scratch, self.settings.user, self.log)
+            except OSError as error:
+                self.log("no process to remove old folders: %s" % fork_reason(error))
 
     # -- time
     def _look(self):
@@ -7963,11 +8030,14 @@ class Daemon:
     def _veto_told(self, status):
         """The command of --if has ended, with this wait status."""
         before, self.veto_pid, self.vetoed = self.vetoed, None, status != 0
+        self.veto_words = "--if ended " + ("by %s" % signal.Signals(os.WTERMSIG(status)).name
+                                           if os.WIFSIGNALED(status) else "with %d" % os.WEXITSTATUS(status))
         self.responder.stopped = self.vetoed or self.missing
         if not self.ready_said:
             self._ready()
         if self.vetoed != before:
-            self.log("--if: %s" % ("no new jobs for the time being" if self.vetoed else "takes jobs again"))
+            self.log("--if: %s" % ("no new jobs for the time being (%s)" % self.veto_words if self.vetoed else
+                                   "takes jobs again"))
 
     # -- the end
     def _stop(self, number):
@@ -7987,11 +8057,19 @@ class Daemon:
         self._take_turns()
         self._maybe_over()
 
+    def _asked_to_stop(self, now):
+        """By cservice --stop; returns how many jobs run."""
+        self._stop(signal.SIGTERM)
+        if now and self.handlers:
+            self._stop(signal.SIGTERM)
+        return sum(1 for handler in self.handlers.values() if handler.board.read()[0])
+
     def _maybe_over(self):
-        if self.draining and not self.handlers and not self.killers:
+        if self.draining and self.loop.running and not self.handlers and not self.killers:
             if self.veto_pid:
                 signal_process(-self.veto_pid, signal.SIGKILL)
             self.log("done", always=True)
+            self.control.end()
             self.loop.stop(0)
 
 
@@ -8020,7 +8098,8 @@ class ConnectionTest:
 
 def job_environment(user):
     """What every job finds, as bytes: this process's environment, and with --user that user's own places."""
-    environment = {name: value for name, value in os.environb.items() if not name.startswith(b"PEER_")}
+    environment = {name: value for name, value in os.environb.items()
+                   if not name.startswith(b"PEER_") and name != b"JOURNAL_STREAM"}
     if user:
         environment.update({
             b"HOME": os.fsencode(user.pw_dir), b"SHELL": os.fsencode(user.pw_shell or "/bin/sh"),
@@ -8090,6 +8169,514 @@ def find_command(name):
                   "COMMAND is a program of this machine, run without a shell", EXIT_USAGE)
 
 
+# ---------------------------------------------------------------- cservice: beside its jobs
+#
+# What a worker needs besides announcements and handlers: a log file and a life in the background, a way to be told to
+# stop, folders for its jobs, and the parameters that it takes.
+
+LOG_MOST = 10 << 20         # bytes after which a log file becomes FILE.1
+
+
+class LogFile:
+    """The file for cservice's lines: beside standard error until it is ready, then in the place of it.
+
+    cservice() makes it and Log writes to it; it lives as long as the process.  starter: with -d the pipe on which who
+    started this one waits for it to be ready.
+    """
+
+    def __init__(self, path, starter=None):
+        self.path = os.path.abspath(path)
+        self.starter = starter
+        self.fd = self._open()
+
+    def _open(self):
+        """A descriptor of it, for appending; Failure where something else stands there."""
+        fd = -1
+        try:
+            fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+                raise OSError(errno.EPERM, "not a regular file of this user's own")
+            os.fchmod(fd, 0o600)
+            return fd
+        except OSError as error:
+            if fd >= 0:
+                os.close(fd)
+            why = "it is a symbolic link" if error.errno in (errno.ELOOP, errno.EMLINK) else reason_of(error)
+            raise Failure("cannot write the log %s" % self.path, why, "--log FILE names another", EXIT_USAGE) from None
+
+    def take_over(self):
+        """Nothing that was the starter's is kept from here on."""
+        os.dup2(self.fd, 2)
+        os.close(self.fd)
+        self.fd = 2
+        if self.starter is None:
+            return
+        for standard in 0, 1:
+            park(standard)
+        os.setsid()
+        os.write(self.starter, b"ready")
+        os.close(self.starter)
+        self.starter = None
+
+    def has_room(self):
+        """Whether a line may be written.  Who finds the file full moves it and begins a new one, be it the daemon or a
+        handler; a handler that may not, since it has the rights of the jobs' user, has as much again."""
+        full = os.fstat(self.fd).st_size
+        if full < LOG_MOST or self.fd != 2:
+            return True
+        try:
+            fcntl.lockf(2, fcntl.LOCK_EX | fcntl.LOCK_NB)       # closing the old file gives it back
+            if os.path.exists(self.path) and os.path.samestat(os.fstat(2), os.stat(self.path)):
+                os.replace(self.path, self.path + ".1")
+            new = self._open()
+        except (OSError, Failure):
+            return full < 2 * LOG_MOST
+        os.dup2(new, 2)
+        os.close(new)
+        return True
+
+
+def default_log(key):
+    """The path of the log file of a key's worker on this host, in a folder that is made if it is not there."""
+    folder = os.path.expanduser(os.path.join("~", ".local", "state", "cexec"))
+    try:
+        os.makedirs(folder, 0o700, exist_ok=True)
+    except OSError as error:
+        raise Failure("cannot make the folder %s" % folder, reason_of(error), "--log FILE names another",
+                      EXIT_USAGE) from None
+    return os.path.join(folder, "%s-%s.log" % (socket.gethostname().replace("/", "-"), os.path.basename(key)))
+
+
+def fork_to_background():
+    """(pid of the child, or 0 in it; the end of the pipe on which the child says that it is ready)."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    os.close(reading if pid == 0 else writing)
+    return pid, writing if pid == 0 else reading
+
+
+def wait_for_background(pid, pipe, log, key):
+    """In the process that was started: the status, once the child serves or has said why it does not."""
+    if os.read(pipe, 5):
+        say(CSERVICE, "serves in the background; log: %s; to stop it: cservice --stop %s" % (os.path.abspath(log), key))
+        return 0
+    status = os.waitpid(pid, 0)[1]
+    return 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status) or EXIT_TEMPORARY
+
+
+# -- how it is told to stop
+
+CONTROL_NAME = "cexec/%d/%s/%s"     # user, fingerprint, instance: an abstract Unix socket (Linux)
+CONTROL_FOLDER = "/tmp/cexec-%d"    # elsewhere: user; the sockets in it are named by fingerprint and instance
+CONTROLLERS_MAX = 16                # processes that wait for this cservice to end
+
+
+def control_folder():
+    """The user's folder for control sockets; OSError where somebody else's stands in its place."""
+    folder = CONTROL_FOLDER % os.geteuid()
+    try:
+        os.mkdir(folder, 0o700)
+    except FileExistsError:
+        pass
+    status = os.lstat(folder)
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        raise OSError(errno.EPERM, "%s is not a folder of this user's alone" % folder)
+    return folder
+
+
+def control_addresses(key):
+    """The addresses of this user's control sockets for the key on this machine."""
+    mark = key.fingerprint.partition(":")[2]
+    if LINUX:
+        start = "@" + CONTROL_NAME % (os.geteuid(), mark, "")
+        words = [line.rpartition(" ")[2] for line in read_lines("/proc/net/unix")]
+        return {"\0" + word[1:] for word in words if word.startswith(start)}
+    folder = control_folder()
+    return {os.path.join(folder, name) for name in os.listdir(folder) if name.startswith(mark)}
+
+
+def is_own(connection):
+    """Whether the process at the other end of a control socket is this user's."""
+    if not LINUX:
+        return True         # nobody else gets into the folder
+    return struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1] == os.geteuid()
+
+
+def controls(key, other_than=None):
+    """Connections to this user's cservices of the key on this machine, but for the one at that address."""
+    found = []
+    for address in control_addresses(key) - {other_than}:
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.connect(address)
+            if is_own(connection):
+                found.append(connection)
+                continue
+        except ConnectionRefusedError:
+            if not LINUX:
+                discard(address)        # of one that was killed
+        except OSError:
+            pass        # it has ended meanwhile
+        connection.close()
+    return found
+
+
+class ControlSocket:
+    """Where `cservice --stop` of the same user finds this worker.  The Daemon makes it, and closes it in its handlers.
+
+    A line asks: `stop` or `now`, and on_stop(now) is called; the answer is a line, and then the connection's end, which
+    comes when the daemon has ended.  unit: the service manager's name for it, which then has to stop it.
+    """
+
+    def __init__(self, loop, key, instance, unit, on_stop):
+        self.loop = loop
+        self.unit = unit
+        self.on_stop = on_stop
+        self.connections = []
+        mark = key.fingerprint.partition(":")[2]
+        self.address = ("\0" + CONTROL_NAME % (os.geteuid(), mark, instance) if LINUX else
+                        os.path.join(control_folder(), mark + instance))
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.bind(self.address)
+        self.socket.listen(CONTROLLERS_MAX)
+        self.socket.setblocking(False)
+        loop.watch(self.socket.fileno(), read=self._accept)
+
+    def _accept(self):
+        try:
+            connection = self.socket.accept()[0]
+        except OSError:
+            return
+        if len(self.connections) >= CONTROLLERS_MAX or not is_own(connection):
+            return connection.close()
+        connection.setblocking(False)
+        self.connections.append(connection)
+        self.loop.watch(connection.fileno(), read=lambda: self._asked(connection))
+
+    def _asked(self, connection):
+        words = link_words(connection)
+        if words in ([b"stop"], [b"now"]):
+            answer = "unit %s" % self.unit if self.unit else "running %d" % self.on_stop(words == [b"now"])
+            try:
+                connection.send(answer.encode() + b"\n")
+            except OSError:
+                pass        # who has asked does not wait
+        elif words is not None:
+            self.loop.watch(connection.fileno())
+            self.connections.remove(connection)
+            connection.close()
+
+    def close(self):
+        """In a handler, which has nothing to do with it."""
+        for connection in [self.socket, *self.connections]:
+            connection.close()
+
+    def end(self):
+        """In the daemon, when it is about to end: who waits learns that from the end of the process."""
+        if not LINUX:
+            discard(self.address)
+
+
+def service_unit():
+    """The name of the unit as which systemd has started this very process; empty where it has not."""
+    started = os.environ.get("SYSTEMD_EXEC_PID")        # since version 248
+    if started != str(os.getpid()) if started else "INVOCATION_ID" not in os.environ or os.getppid() != 1:
+        return ""
+    names = [line.strip().rpartition("/")[2] for line in read_lines("/proc/self/cgroup")]
+    return next((name for name in names if name.endswith(".service")), "of a service manager")
+
+
+def stop_services(key, now):
+    """cservice --stop: tells this user's cservices of the key on this machine, and waits until they have ended."""
+    found, status = controls(key), 0
+    if not found:
+        say(CSERVICE, "no cservice of this user serves the key %s on this machine" % key.fingerprint)
+    for connection in found:
+        connection.settimeout(10)
+        try:
+            connection.sendall(b"now" if now else b"stop")
+            word, _, rest = connection.recv(1000).decode("utf-8", "replace").strip().partition(" ")
+        except OSError as error:
+            say(CSERVICE, "a cservice of this key does not answer: %s" % reason_of(error))
+            status = EXIT_TEMPORARY
+            continue
+        if word == "unit":
+            say(CSERVICE, "not stopped: it runs as the unit %s" % rest)
+            say("", "  stop it there: systemctl stop %s" % rest)
+            status = EXIT_USAGE
+        elif word:
+            say(CSERVICE, "takes no new job, %s running%s" % (
+                rest, "" if now or rest == "0" else "; once more, or with --now, ends them"))
+            connection.settimeout(None)
+            while connection.recv(1000):
+                pass
+    return status
+
+
+def neighbour_warnings(key, group_socket, control):
+    """What is to be said of other programs on this machine that take from this worker what is its."""
+    warnings = []
+    others = controls(key, control.address) if control else []
+    for connection in others:
+        connection.close()
+    if others:
+        warnings.append("another cservice of this key runs on this machine: their slots add up; "
+                        "`cservice --stop` stops both")
+    group = group_socket.group
+    if is_one_machine(group) and udp_listeners(group) - {os.fstat(group_socket.fileno()).st_ino}:
+        warnings.append("another program of this machine listens on %s, and only the one that was started last hears "
+                        "what is sent there; give each a port of its own, or take a broadcast or multicast GROUP"
+                        % (group,))
+    return warnings
+
+
+def is_one_machine(group):
+    """Whether a group is a single address: of those that name a network's broadcast, connect knows."""
+    if group.kind != "unicast":
+        return False
+    with socket.socket(group.family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(socket_address(group.family, group.address, group.port, group.scope))
+            return True
+        except OSError:
+            return False
+
+
+def udp_listeners(group):
+    """The inodes of the UDP sockets that hear this address and port here (Linux)."""
+    packed = socket.inet_pton(group.family, group.address)
+    address = "".join("%08X" % word for word in struct.unpack("=%dI" % (len(packed) // 4), packed))
+    places = {"%s:%04X" % (place, group.port) for place in (address, "0" * len(address))}
+    rows = [line.split() for line in read_lines("/proc/net/udp6" if len(packed) > 4 else "/proc/net/udp")]
+    return {int(row[9]) for row in rows if row[1] in places}
+
+
+# -- the folders of --scratch
+
+FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+
+
+def open_folder(name, parent=None):
+    """Opens a folder, never by a link, once its owner has all rights to it."""
+    if not LINUX:
+        os.chmod(name, 0o700, dir_fd=parent, follow_symlinks=False)
+        return os.open(name, FOLDER, dir_fd=parent)
+    handle = os.open(name, os.O_PATH | FOLDER, dir_fd=parent)
+    try:
+        os.chmod("/proc/self/fd/%d" % handle, 0o700)
+        return os.open("/proc/self/fd/%d" % handle, os.O_RDONLY | os.O_DIRECTORY)
+    finally:
+        os.close(handle)
+
+
+def remove_folder(path, top):
+    """Removes the folder `path`, open as `top`, and all that is in it.  Returns what hindered it first, or None.
+
+    The folders in it are moved to its top before they are looked into: so no depth of them costs anything, and what
+    is mounted there, which cannot be moved, is not entered.
+    """
+    problems, moved = [], set()
+
+    def empty(folder):
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                try:
+                    if not entry.is_dir(follow_symlinks=False):
+                        os.unlink(entry.name, dir_fd=folder)
+                    elif folder != top or entry.name not in moved:
+                        os.close(open_folder(entry.name, folder))
+                        name = "." + os.urandom(8).hex()
+                        os.rename(entry.name, name, src_dir_fd=folder, dst_dir_fd=top)
+                        moved.add(name)
+                except OSError as error:
+                    problems.append(error)
+    try:
+        os.fchmod(top, 0o700)
+        empty(top)
+        while moved:
+            name = moved.pop()
+            folder = open_folder(name, top)
+            try:
+                empty(folder)
+            finally:
+                os.close(folder)
+            os.rmdir(name, dir_fd=top)
+        os.rmdir(path)
+    except OSError as error:
+        problems.append(error)
+    return problems[0] if problems else None
+
+
+def scratch_place(key):
+    """(where the folders of this key's jobs stand, how their names begin)."""
+    return os.path.abspath(os.environ.get("TMPDIR") or "/tmp"), "cexec-job-%s-" % key.id.hex()
+
+
+class Scratch:
+    """An empty folder for one job, made with the job's rights.  RunningJob makes it and ends it with remove().
+
+    Who has it keeps a lock on it: a folder without one is what a handler that was killed has left behind.
+    """
+    WAIT = 10.0             # seconds that a slot waits for its removal
+
+    def __init__(self, place, prefix):
+        """place: the folder for it; prefix: of its name.  OSError when it cannot be."""
+        self.going = False          # it is being removed
+        mask = os.umask(0o77)
+        try:
+            self.path, self.fd = self._make(place, prefix)
+        except OSError as error:
+            raise OSError(error.errno, "no folder for it in %s: %s" % (place, reason_of(error))) from None
+        finally:
+            os.umask(mask)
+
+    def _make(self, place, prefix):
+        for _ in range(100):
+            path = os.path.join(place, prefix + os.urandom(8).hex())
+            os.mkdir(path, 0o700)
+            fd = -1
+            try:        # another cservice's sweep may come before the lock
+                fd = os.open(path, FOLDER)
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(fd), os.lstat(path)):
+                    return path, fd
+            except (FileNotFoundError, BlockingIOError):
+                pass
+            if fd >= 0:
+                os.close(fd)
+        raise OSError(errno.EBUSY, "%s is swept by others all the time" % place)
+
+    def remove(self, loop, done):
+        """Removes it in a child.  done(words) is called when that has ended, or after WAIT seconds; words: what is left
+        and why, or empty."""
+        self.going = True
+        reading, writing = os.pipe()
+        try:
+            pid = os.fork()
+        except OSError as error:
+            os.close(reading)
+            os.close(writing)
+            return done("%s is left: %s" % (self.path, fork_reason(error)))
+        if pid == 0:
+            self._remove_in_child(writing)
+        os.close(writing)
+        os.close(self.fd)           # the child has the lock
+
+        def over(late=False):
+            words = "" if late else os.read(reading, 4096).decode("utf-8", "replace")
+            loop.watch(reading)
+            os.close(reading)
+            timer.cancel()
+            os.waitpid(pid, os.WNOHANG if late else 0)
+            done("%s is not removed after %d s" % (self.path, self.WAIT) if late else words)
+        timer = loop.call_later(self.WAIT, lambda: over(late=True))
+        loop.watch(reading, read=over)
+
+    def _remove_in_child(self, report):
+        """Nothing here may raise or return."""
+        try:
+            for number in signal.SIGTERM, signal.SIGINT, signal.SIGHUP:
+                signal.signal(number, signal.SIG_IGN)
+            close_strays(self.fd, report)
+            problem = remove_folder(self.path, self.fd)
+            if problem:
+                os.write(report, ("%s is left: %s" % (self.path, reason_of(problem))).encode("utf-8", "replace"))
+        finally:
+            os._exit(0)
+
+
+def sweep_scratch(place, prefix):
+    """Removes this user's folders there that nobody holds; yields words for each that stays."""
+    for name in sorted(os.listdir(place)):
+        path, fd = os.path.join(place, name), -1
+        try:
+            if not name.startswith(prefix) or os.lstat(path).st_uid != os.geteuid():
+                continue
+            fd = open_folder(path)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            problem = remove_folder(path, fd)
+        except (BlockingIOError, FileNotFoundError):
+            problem = None          # another's, who will remove it
+        except OSError as error:
+            problem = error
+        if fd >= 0:
+            os.close(fd)
+        if problem:
+            yield "%s is left: %s" % (path, reason_of(problem))
+
+
+def sweep_scratch_in_child(place, prefix, user, log):
+    """Forks a child that does it with the job's rights and logs what is left; returns its pid."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            close_strays()
+            if user:
+                become_user(user)
+            for words in sweep_scratch(place, prefix):
+                log(words)
+        except OSError as error:
+            log("cannot look for old folders in %s: %s" % (place, reason_of(error)))
+        finally:
+            os._exit(0)
+    return pid
+
+
+def check_scratch(place, prefix, user):
+    """Failure where no job could have a folder there."""
+    def make():
+        scratch = Scratch(place, prefix)
+        problem = remove_folder(scratch.path, scratch.fd)
+        if problem:
+            raise problem
+    number = errno_as(user, make)
+    if number:
+        raise Failure("--scratch", "jobs cannot have a folder in %s: %s" % (place, os.strerror(number)),
+                      "TMPDIR names another place", EXIT_USAGE)
+
+
+def relative_files(arguments):
+    """Those of COMMAND's arguments that name a file of this folder, where jobs of --scratch do not stand."""
+    names = [word.rpartition("=")[2] for word in arguments]
+    return [name for name in names if not os.path.isabs(name) and os.path.isfile(name)]
+
+
+# -- the parameters of --allow
+
+def refusal_of(names, allowed):
+    """Why a job with these [(name, value)] is not taken, or empty; allowed: {NAME: [pattern]}."""
+    import fnmatch
+    seen = set()
+    for name, value in names:
+        name, value = (text.decode("utf-8", "surrogateescape") for text in (name, value))
+        patterns = allowed.get(name, ())
+        if not patterns:
+            return "the parameter %s is not allowed here, only %s" % (name, ", ".join(allowed))
+        if name in seen:
+            return "the parameter %s was given twice" % name
+        if not any(fnmatch.fnmatchcase(value, pattern) for pattern in patterns):
+            return "%s=%s is not allowed here, only %s" % (
+                name, value[:100], " or ".join("%s=%s" % (name, pattern) for pattern in patterns))
+        seen.add(name)
+    return ""
+
+
+# -- what ps shows
+
+def show_as(words):
+    """Has ps show these words and not the arguments that Python was started with (Linux): they are overwritten in the
+    place from which the kernel takes them."""
+    try:
+        import ctypes
+        with open("/proc/self/stat", "rb") as file:
+            start, end = (int(word) for word in file.read().rpartition(b")")[2].split()[45:47])
+        if start and end > start:
+            ctypes.memmove(start, os.fsencode(words)[:end - start - 1].ljust(end - start, b"\0"), end - start)
+    except (ImportError, OSError, ValueError, AttributeError):
+        pass        # it shows what the system says
+
+
 # ---------------------------------------------------------------- cservice: the handler
 
 class RunningJob:
@@ -8117,6 +8704,8 @@ class RunningJob:
         self.cleared = False        # nothing of its group is left
         self.limit_met = None
         self.wall_timer = None
+        self.scratch = None         # the Scratch that it stands in
+        self.after_scratch = None   # what to call once that is removed
 
     # -- start
     def start(self):
@@ -8125,6 +8714,9 @@ class RunningJob:
         try:
             if settings.user and os.geteuid() == 0:
                 become_user(settings.user)
+            if self.daemon.scratch:
+                self.scratch = Scratch(*self.daemon.scratch)
+                os.chdir(self.scratch.path)
             theirs = self._open_ends()
             limits = [(name, value) for name, value in settings.limits if name != WALL]
             self.pid = spawn(self.daemon.path, self.daemon.command, self._environment(), theirs, self.slave, limits)
@@ -8135,6 +8727,8 @@ class RunningJob:
             for fd in self.to_close:
                 os.close(fd)
             self.to_close = []
+            if self.scratch:
+                os.chdir("/")       # a module that is loaded later comes from nowhere that a job can write
         self.handler.board.post(self.pid, job.id)
         wall = dict(settings.limits).get(WALL)
         if wall:
@@ -8153,6 +8747,9 @@ class RunningJob:
             b"SERVER_ADDR": handler.local[0].partition("%")[0].encode(), b"SERVER_PORT": b"%d" % handler.local[1],
             b"CEXEC_JOB": job.id.encode()})
         environment.update({b"PEER_" + name: value for name, value in job.names})
+        if self.scratch:
+            folder = os.fsencode(self.scratch.path)
+            environment.update({b"TMPDIR": folder, b"PWD": folder, b"CEXEC_DIR": os.fsencode(self.daemon.folder)})
         if job.terminal:
             environment[b"TERM"] = job.terminal[2]
             for name in (b"LINES", b"COLUMNS"):     # of the terminal that cservice was started from
@@ -8301,7 +8898,7 @@ class RunningJob:
             else:
                 self._group_gone()
         elif sent:
-            self._report()
+            self._clear(self._report)
 
     def _kill_group(self, whole, done):
         self.group_kill = GroupKill(self.pid, whole)
@@ -8325,6 +8922,20 @@ class RunningJob:
                 source.ending = True
                 self.channel.source_ready(number)
         self.maybe_over()
+
+    def _clear(self, then):
+        """Calls then(), the last one given, once the job's folder is removed."""
+        self.after_scratch = then
+        if not self.scratch:
+            then()
+        elif not self.scratch.going:
+            self.scratch.remove(self.loop, self._scratch_removed)
+
+    def _scratch_removed(self, words):
+        if words:
+            self.handler.log("job %s: %s; the next start tries again" % (self.job.id, words))
+        self.scratch = None
+        self.after_scratch()
 
     def _report(self):
         status = signal.SIGKILL if self.wait_status is None else self.wait_status      # None: it cannot even be killed
@@ -8369,7 +8980,7 @@ class RunningJob:
         if self.group_kill:
             self.group_kill.kill()
         elif self.pid and not self.cleared:
-            self._kill_group(True, done)
+            self._kill_group(True, lambda: self._clear(done))
             return
         self._abandoned(done)
 
@@ -8377,7 +8988,7 @@ class RunningJob:
         if self.group_kill:
             self.loop.call_later(KILL_LOOK, lambda: self._abandoned(done))
         else:
-            done()
+            self._clear(done)
 
 
 class Handler:
@@ -8492,20 +9103,25 @@ class Handler:
             self._tell(b"won")
         self.board.post(self.board.STARTING, job.id)
         self.running = RunningJob(self, job)
+        refusal = refusal_of(job.names, self.settings.allow) if self.settings.allow else ""
+        if refusal:
+            return self._refuse(job, refusal, final=True)
         try:
             self.running.start()
         except (OSError, ValueError) as error:
-            words = "%s: %s" % (self.daemon.path, reason_of(error))
-            self.log("job %s: refused to %s: %s" % (job.id, self.remote_text(), words))
-            self.channel.reset_streams()
-            self.running.abandon(self.board.end)    # it may have been started already
-            self.running = None
             self._tell(b"failed")
-            self.channel.session.refuse(words)
-            return self._give_slot_back()
+            return self._refuse(job, "%s: %s" % (self.daemon.path, reason_of(error)))
         self.channel.session.accept(time.monotonic())
         self.channel.flush()
         self.log("job %s: start from %s, pid %d" % (job.id, self.remote_text(), self.running.pid))
+
+    def _refuse(self, job, words, final=False):
+        self.log("job %s: refused to %s: %s" % (job.id, self.remote_text(), words))
+        self.channel.reset_streams()
+        self.running.abandon(self.board.end)        # it may have been started already
+        self.running = None
+        self.channel.session.refuse(words, final)
+        self._give_slot_back()
 
     def remote_text(self):
         peer = self.peer[0].partition("%")[0]
@@ -8631,30 +9247,49 @@ def hide_memory():
 
 
 def cservice(arguments, settings):
-    """cservice APP COMMAND [ARG...]"""
+    """cservice APP COMMAND [ARG...], cservice --stop APP"""
+    if settings.stop and len(arguments) == 1:
+        return stop_services(load_key(arguments[0])[0], settings.now)
+    if settings.stop or settings.now:
+        raise Failure("--stop wants a key and nothing else" if settings.stop else "--now goes with --stop", "",
+                      "usage: cservice --stop [--now] APP", EXIT_USAGE)
     if len(arguments) < 2:
         raise Failure("key and command wanted", "", "usage: cservice APP COMMAND [ARG...]", EXIT_USAGE)
     if settings.user and os.geteuid() != 0:
         raise Failure("--user", "only root can change user", "", EXIT_USAGE)
     find_command(arguments[1])
     key, warning = load_key(arguments[0], "private")
+    unit = service_unit()
     park_standard()
     close_strays()
+    path, starter = settings.log or settings.background and default_log(arguments[0]), None
+    if settings.background:
+        pid, starter = fork_to_background()
+        if pid:
+            return wait_for_background(pid, starter, path, arguments[0])
+    log = Log(CSERVICE, file=LogFile(path, starter) if path else None)
+    show_as("cservice " + arguments[0])
     import termios, resource, mmap      # noqa: what handlers need: after --user they may not be allowed to read them
     if settings.user:
         check_user(settings.user)
+    if settings.scratch:
+        check_scratch(*scratch_place(key), settings.user)
+        for name in relative_files(arguments[2:]):
+            log("warning: %s is in this folder, and jobs with --scratch start in another: name it %s" % (
+                name, os.path.abspath(name)))
+    if settings.allow:
+        import fnmatch          # noqa: for handlers too
     check_tls()
     hide_memory()
-    log = Log(CSERVICE)
     if warning:
         log(warning)
-    daemon = Daemon(key, settings, arguments[1:], log)
+    daemon = Daemon(key, settings, arguments[1:], log, unit)
     if hasattr(gc, "freeze"):       # PyPy has none
         gc.freeze()     # what is here stays, and a handler that does not look at it shares its memory
     return daemon.run()
 
 
-def close_strays():
+def close_strays(*kept):
     """Whatever was inherited beside the standard three is nobody's business here, nor in the jobs."""
     try:
         highest = max(int(name) for name in os.listdir("/dev/fd"))
@@ -8662,7 +9297,10 @@ def close_strays():
         highest = FD_SETSIZE
     if not LINUX and not MACOS:         # there the folder may list the first few only
         highest = max(highest, min(os.sysconf("SC_OPEN_MAX"), 1 << 20))
-    os.closerange(3, highest + 1)
+    start = 3
+    for fd in sorted(kept) + [highest + 1]:
+        os.closerange(start, fd)
+        start = fd + 1
 
 
 # ---------------------------------------------------------------- cwho

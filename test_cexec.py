@@ -515,6 +515,9 @@ def skip(reason):
     (pytest.fail if os.environ.get("CEXEC_TEST_NO_SKIP") else pytest.skip)(reason)
 
 
+LINUX_ONLY = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+
+
 def need(*programs):
     """Skips the test unless all these programs are installed."""
     for program in programs:
@@ -3919,7 +3922,8 @@ MALFORMED = [
     ("cexec", "CEXEC_USER", "a\nb"), ("cmap", "CEXEC_USER", "x" * 65),
     ("cexec", "CEXEC_RETRIES", "-1"), ("cexec", "CEXEC_REPLAY", "1G"), ("cservice", "CSERVICE_LIMIT", "x"),
     ("cservice", "CONCURRENCY", "0"), ("cservice", "CONCURRENCY", "4.5"), ("cservice", "CONCURRENCY", "9" * 20),
-    ("cservice", "BOOST", "fast"), ("cservice", "CSERVICE_USER", "no such user"), ("crat", "CRAT_MAX_SKEW", "-5"),
+    ("cservice", "CSERVICE_ALLOW", "9=x"), ("cservice", "BOOST", "fast"), ("cservice", "CSERVICE_USER", "no such user"),
+    ("crat", "CRAT_MAX_SKEW", "-5"),
     ("cproxy", "CPROXY_IDLE", "0"), ("cmap", "CMAP_JOBS", "0"), ("cmap", "CMAP_BLOCK", "1x"), ("cmap", "CMAP_CUT", "x"),
     ("cmap", "CMAP_AGAIN", "-1"), ("cmap", "CMAP_TIMEOUT", "x"), ("cmap", "CMAP_HALT", "x"),
     ("cmap", "CMAP_SPILL", "0")]
@@ -4885,7 +4889,7 @@ def log(monkeypatch):
     log.now, log.lines = 0.0, []
     monkeypatch.setattr(cexec.Log, "BURST", 1 << 20)
     log.bucket = cexec.TokenBucket(0, 1 << 20)
-    monkeypatch.setattr(cexec, "say", lambda prefix, text: log.lines.append(text))
+    monkeypatch.setattr(cexec, "say", lambda prefix, text, fd: log.lines.append(text))
     monkeypatch.setattr(cexec, "has_room", lambda: True)
     return log
 
@@ -8678,7 +8682,7 @@ def test_a_reader_that_stalls_holds_up_no_other(shell):
 
 def memory_of(room):
     """The resident bytes of every process of the product, by pid."""
-    return {pid: rss(pid) for pid, words in room.left().items() if "cexec.py" in words}
+    return {pid: rss(pid) for pid, words in room.left().items() if "cexec.py" in words or words[:9] == "cservice "}
 
 
 def stands_still(pid):
@@ -8782,7 +8786,7 @@ def test_yes_ends_when_its_reader_goes(shell):
 
 
 def no_job_left(room):
-    assert [words for words in room.left().values() if "cexec.py" not in words] == []
+    assert [words for words in room.left().values() if "cexec.py" not in words and words[:9] != "cservice "] == []
 
 
 def test_twenty_jobs_at_once(room):
@@ -9219,7 +9223,8 @@ def test_the_owners_veto_is_asked_before_the_first_answer_and_again(room, tmp_pa
     worker = impatient(room, {"Daemon.VETO_EVERY": 0.3}, "--if", "test -e %s" % allowed, room.key, "cat")
     assert who(room).stdout.decode().splitlines()[1].split()[2] == "vetoed"
     done = room.cexec(env={"CEXEC_TIMEOUT_ACCEPT": 2})
-    assert done.returncode == 111 and b"no worker was free within 2 s (vetoed)" in done.stderr, done.stderr
+    assert done.returncode == 111, done.stderr
+    assert b"no worker was free within 2 s (vetoed: --if ended with 1)" in done.stderr, done.stderr
     allowed.touch()
     assert room.cexec(input=b"now").stdout == b"now"
     worker.log.wait("--if: takes jobs again")
@@ -9310,6 +9315,506 @@ def fill(fd):
             os.write(fd, bytes(4096))
     except BlockingIOError:
         os.set_blocking(fd, True)
+
+
+# ---------------------------------------------------------------- cservice: the log file, and the background
+
+@pytest.fixture
+def home(room, tmp_path):
+    """A function that runs cservice with these arguments in a home of its own; what serves at the end is stopped."""
+    def call(*arguments, **env):
+        return run("cservice", *arguments, env=room.settings(dict({"HOME": tmp_path, "TMPDIR": tmp_path}, **env)),
+                   cwd=str(tmp_path))
+    yield call
+    call("--stop", "--now", room.key)
+
+
+def log_text(home_folder, key):
+    path, = (home_folder / ".local" / "state" / "cexec").glob("*-%s.log" % os.path.basename(key))
+    assert path.name.startswith(socket.gethostname()) and stat.S_IMODE(path.stat().st_mode) == 0o600
+    return path.read_text()
+
+
+def test_a_cservice_in_the_background_is_ready_when_it_returns(room, home, tmp_path):
+    """Its lines go on in a log file that is named, and it keeps its folder."""
+    done = home("-d", room.key, "sh", "-c", "pwd")
+    assert done.returncode == 0 and b"ready: " in done.stderr and b"serves in the background; log: " in done.stderr
+    assert room.cexec().stdout.decode() == "%s\n" % tmp_path
+    path = done.stderr.decode().partition("; log: ")[2].partition(";")[0]
+    assert path.startswith(str(tmp_path)) and re.search("ready: .*\n(.*\n)*.* start from ", open(path).read())
+    stopped = home("--stop", room.key)
+    assert (stopped.returncode, stopped.stderr) == (0, b"cservice: takes no new job, 0 running\n")
+    assert log_text(tmp_path, room.key).endswith(" done\n")
+    wait_until(lambda: must(not room.left()))
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["none", "cat"], "no key none"), (["{key}", "no such command"], "command not found"),
+    (["--log", ".", "{key}", "cat"], "cannot write the log"), (["{pub}", "cat"], "public half"),
+    (["--group=nodevice:10.255.255.1", "{key}", "cat"], "nodevice")])
+def test_a_background_that_does_not_come_to_be_ends_as_the_foreground_would(room, home, arguments, words):
+    """With the same words and the same status."""
+    arguments = [word.format(key=room.key, pub=room.pub) for word in arguments]
+    done, foreground = home("-d", *arguments), home(*arguments)
+    assert (done.returncode, done.stderr) == (foreground.returncode, foreground.stderr)
+    assert done.returncode and words in done.stderr.decode() and not room.left()
+
+
+@LINUX_ONLY
+def test_the_background_keeps_nothing_of_its_starter(room, home):
+    """Neither descriptor nor session: an ssh that started it returns."""
+    reading, writing = os.pipe()
+    done = run_command(*program(), "cservice", "-d", room.key, "cat", env=room.settings({"HOME": "/dev/null"}),
+                       stdin=subprocess.DEVNULL, stdout=writing)
+    assert done.returncode == 2 and b"cannot make the folder" in done.stderr
+    log = tempfile.mkdtemp() + "/log"
+    room.undo.append(lambda: shutil.rmtree(os.path.dirname(log)))
+    done = run_command(*program(), "cservice", "-d", "--log", log, room.key, "cat", env=room.settings({}),
+                       stdin=subprocess.DEVNULL, stdout=writing)
+    os.close(writing)
+    assert done.returncode == 0 and os.read(reading, 1) == b""
+    os.close(reading)
+    pid, = room.left()
+    assert {fd: place for fd, place in open_fds(pid).items() if fd < 3} == {0: "/dev/null", 1: "/dev/null", 2: log}
+    assert stat_fields(pid)[3] == str(pid)
+
+
+@pytest.mark.parametrize("kind", ["link", "folder", "fifo", "other"])
+def test_a_log_is_a_regular_file_of_ones_own(room, tmp_path, kind):
+    path = tmp_path / "log"
+    if kind == "link":
+        path.symlink_to(tmp_path / "victim")
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(str(path))
+    else:
+        only_root()
+        path.touch()
+        os.chown(str(path), 65534, 65534)
+    done = run("cservice", "--log", path, room.key, "cat", env=room.settings({}))
+    assert done.returncode == 2 and b"cservice: cannot write the log %s: " % os.fsencode(str(path)) in done.stderr
+    assert b"--log FILE names another" in done.stderr and not (tmp_path / "victim").exists()
+
+
+def test_in_the_foreground_the_lines_go_to_the_log_once_it_is_ready(room, tmp_path):
+    path = tmp_path / "log"
+    path.write_text("before\n")
+    path.chmod(0o644)
+    worker = room.tool("cservice", "--log", path, room.key, "cat").ready()
+    assert room.cexec(input=b"x").stdout == b"x"
+    wait_until(lambda: must("end, status 0" in path.read_text()))
+    assert worker.stop() == 0 and not worker.log.having("start from") and worker.log.having("ready: ")
+    assert path.read_text().startswith("before\n") and "ready: " in path.read_text()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("user", [(), ("--user", "nobody")], ids=["own", "other"])
+def test_a_full_log_becomes_its_predecessor(room, tmp_path, user):
+    """No line is lost, whoever writes it; a handler that has the jobs' rights goes on in the old file."""
+    if user:
+        only_root()
+        tmp_path.chmod(0o755)
+    path, old = tmp_path / "log", tmp_path / "log.1"
+    worker = impatient(room, {"LOG_MOST": 900}, *user, "--log", str(path), room.key, "true")
+    for number in range(9):
+        assert room.cexec().returncode == 0
+    worker.stop()
+    assert old.exists() and path.stat().st_size < 1800 and old.stat().st_size >= 900
+    ends = (old.read_text() + path.read_text()).count("end, status 0")
+    assert 2 <= ends <= 9 and path.read_text().endswith("done\n")
+
+
+def test_a_log_that_is_moved_by_several_at_once_loses_nothing(tmp_path, monkeypatch):
+    """Eight processes write to it; each line is in one of the files that it became."""
+    code = ("import sys, os, signal; sys.path.insert(0, %r); import cexec\n"
+            "cexec.LOG_MOST = 4000; kept = os.replace; number = iter(range(1000))\n"
+            "os.replace = lambda old, new: kept(old, '%%s.%%d.%%d' %% (old, os.getpid(), next(number)))\n"
+            "log = cexec.Log('tool', file=cexec.LogFile('log')); log.settle()\n"
+            "log.bucket = cexec.TokenBucket(1e9, 1e9)\n"
+            "pids = [os.fork() for _ in range(3)]\n"
+            "for each in range(200): log('line %%d of %%d' %% (each, os.getpid()))\n" % HERE)
+    reading, writing = os.pipe()
+    subprocess.run([sys.executable, "-c", code], cwd=str(tmp_path), check=True, stdout=writing)
+    os.close(writing)
+    assert os.read(reading, 1) == b""       # the last of them has ended
+    os.close(reading)
+    files = list(tmp_path.iterdir())
+    lines = [line for file in files for line in file.read_text().splitlines()]
+    assert len(files) > 5 and len(lines) == len(set(lines)) == 8 * 200
+
+
+def test_a_journal_puts_its_own_time(room):
+    """JOURNAL_STREAM counts only for the very file that standard error is, and is no business of jobs."""
+    reading, writing = os.pipe()
+    status = os.fstat(writing)
+    stream = "%d:%d" % (status.st_dev, status.st_ino)
+    for value, pattern in (stream, b"cservice: ready"), ("1:2", STAMP.encode() + b"ready"):
+        worker = room.tool("cservice", room.key, "env", stderr=writing, env={"JOURNAL_STREAM": value})
+        assert re.match(pattern, os.read(reading, 4000))
+        assert b"JOURNAL" not in room.cexec().stdout
+        worker.stop()
+        os.read(reading, 4000)
+    os.close(reading)
+    os.close(writing)
+
+
+@LINUX_ONLY
+def test_ps_shows_a_cservice_by_its_key(room, tools):
+    for argv in [tools / "cservice"], [sys.executable, CEXEC, "cservice"]:
+        worker = room.start(*argv, "--group=%s" % room.group, room.key, "cat").ready()
+        assert command_line(worker.pid) == "cservice " + room.key
+        assert "GROUP" not in command_line(worker.pid)
+        worker.stop()
+
+
+# ---------------------------------------------------------------- cservice: told to stop, and its neighbours
+
+def test_stop_lets_running_jobs_finish_and_waits_for_them(room):
+    worker = room.serve(*RUN_SHELL)
+    job = room.submit("RUN=echo ready; exec cat", stdin=subprocess.PIPE, stdout=LINES)
+    job.out.wait("ready")
+    stop = room.tool("cservice", "--stop", room.key)
+    stop.log.wait("takes no new job, 1 running; once more, or with --now, ends them")
+    assert room.cexec("RUN=true", env={"CEXEC_TIMEOUT_ACCEPT": 0.3}).returncode == 111
+    assert stop.alive() and worker.alive()
+    job.stdin.close()
+    assert job.complete() == 0 and worker.complete() == 0 and stop.complete() == 0
+
+
+@pytest.mark.parametrize("again", [["--stop"], ["--stop", "--now"]])
+def test_a_second_stop_or_now_ends_the_jobs(room, again):
+    worker = room.serve(*RUN_SHELL)
+    job = room.submit("RUN=trap '' TERM HUP; echo ready; sleep 1000", stdout=LINES)
+    job.out.wait("ready")
+    stops = []
+    for options in ([["--stop"]] if "--now" not in again else []) + [again]:
+        stops.append(room.tool("cservice", *options, room.key))
+        stops[-1].log.wait("1 running")
+    assert job.complete() == 111 and worker.complete() == 0
+    assert [stop.complete() for stop in stops] == [0] * len(stops)
+    no_job_left(room)
+
+
+def test_stop_reaches_every_cservice_of_the_key_and_no_other(room, tmp_path):
+    other = str(tmp_path / "other")
+    assert run("ckeygen", other).returncode == 0
+    workers, stranger = [room.serve("cat") for _ in range(3)], room.serve("cat", key=other)
+    assert run("cservice", "--stop", room.pub, env=room.settings({})).returncode == 0
+    assert [worker.complete() for worker in workers] == [0, 0, 0] and stranger.alive()
+    done = run("cservice", "--stop", room.key, env=room.settings({}))
+    assert done.returncode == 0 and b"no cservice of this user serves the key SHA256:" in done.stderr
+
+
+@LINUX_ONLY
+@pytest.mark.parametrize("user", [None, 65534])
+def test_stop_believes_only_its_own_user_and_is_believed_by_no_other(room, user):
+    """An abstract name belongs to whoever took it first."""
+    only_root()
+    code = ("import sys, os, socket; sys.path.insert(0, %r); import cexec\n"
+            "key = cexec.load_key(%r)[0]; mark = key.fingerprint.partition(':')[2]\n"
+            "os.setuid(65534)\n"
+            "if %r: [[peer.connect(name), peer.send(b'now'), print(peer.recv(99))] for name in names]\n"
+            "trap = socket.socket(socket.AF_UNIX); trap.bind('\\0' + cexec.CONTROL_NAME %% (0, mark, 'trap'))\n"
+            "trap.listen(); print('ready', flush=True); peer = trap.accept()[0]; print(peer.recv(99))\n")
+    if user is None:
+        trap = room.start(sys.executable, "-c", code % (HERE, room.key, False), stdout=LINES)
+        trap.out.wait("ready")
+        done = run("cservice", "--stop", room.key, env=room.settings({}))
+        assert done.returncode == 0 and b"no cservice of this user" in done.stderr
+        assert trap.wait() == 0
+        return
+    worker = room.serve("cat")
+    names = [line.split("@")[1] for line in open("/proc/net/unix") if "@cexec/0/" in line]
+    with socket.socket(socket.AF_UNIX) as peer:
+        os.seteuid(user)
+        try:
+            for name in names:
+                peer.connect("\0" + name.strip())
+                with contextlib.suppress(OSError):
+                    peer.send(b"now\n")
+                with contextlib.suppress(ConnectionResetError):
+                    assert peer.recv(99) == b""
+                break
+        finally:
+            os.seteuid(0)
+    assert room.cexec(input=b"x").stdout == b"x" and worker.alive()
+
+
+@LINUX_ONLY
+def test_a_cservice_of_a_service_manager_is_left_to_it(room):
+    worker = room.start("sh", "-c", 'SYSTEMD_EXEC_PID=$$ exec "$@"', "sh", *program(), "cservice", room.key, "cat",
+                        env=room.settings({})).ready()
+    child = room.start("sh", "-c", 'SYSTEMD_EXEC_PID=$$; export SYSTEMD_EXEC_PID; "$@" & wait', "sh", *program(),
+                       "cservice", room.key, "cat", env=room.settings({}))
+    child.ready()
+    done = run("cservice", "--stop", "--now", room.key, env=room.settings({}))
+    assert done.returncode == 2 and b"cservice: not stopped: it runs as the unit " in done.stderr
+    assert b"systemctl stop " in done.stderr and b"takes no new job, 0 running" in done.stderr
+    assert worker.alive() and child.complete() == 0
+
+
+def test_elsewhere_the_control_socket_stands_in_a_folder_of_its_user(monkeypatch, key):
+    """Where there are no abstract sockets: type, owner and mode of the folder are checked."""
+    monkeypatch.setattr(cexec, "LINUX", False)
+    place = tempfile.mkdtemp(dir="/tmp")        # the address of a socket is short
+    monkeypatch.setattr(cexec, "CONTROL_FOLDER", place + "/%d")
+    loaded, loop, told = cexec.load_key(key)[0], cexec.Loop(), []
+    control = cexec.ControlSocket(loop, loaded, "one", "", lambda now: told.append(now) or 3)
+    gone = cexec.ControlSocket(loop, loaded, "two", "", None)
+    gone.close()
+    peer, = cexec.controls(loaded)
+    peer.sendall(b"now\n")
+    run_loop_until(loop, lambda: told)
+    assert told == [True] and peer.recv(99) == b"running 3\n"
+    assert not os.path.exists(gone.address) and cexec.controls(loaded, control.address) == []
+    control.end()
+    control.close()
+    assert peer.recv(99) == b"" and cexec.controls(loaded) == []
+    folder = cexec.control_folder()
+    os.chmod(folder, 0o755)
+    with pytest.raises(OSError, match="alone"):
+        cexec.control_folder()
+    os.rmdir(folder)
+    os.symlink(place, folder)
+    with pytest.raises(OSError, match="alone"):
+        cexec.control_folder()
+    loop.close()
+    shutil.rmtree(place)
+
+
+def run_loop_until(loop, holds, seconds=10):
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        loop.call_later(0.01, lambda: None)
+        loop.step()
+
+
+@LINUX_ONLY
+def test_ready_warns_of_another_cservice_of_the_key(room, tmp_path):
+    other = str(tmp_path / "other")
+    assert run("ckeygen", other).returncode == 0
+    first, stranger, second = room.serve("cat"), room.serve("cat", key=other), room.serve("cat")
+    second.log.wait("warning: another cservice of this key runs on this machine")
+    assert not first.log.having("another cservice") + stranger.log.having("another cservice")
+
+
+@LINUX_ONLY
+@pytest.mark.parametrize("group, warned", [
+    ("127.0.0.1:%d", True), ("[::1]:%d", True), ("127.255.255.255:%d", False), ("lo:224.0.1.87:%d", False)])
+def test_ready_warns_where_a_single_address_is_heard_by_one_program_only(room, tmp_path, group, warned):
+    other = str(tmp_path / "other")
+    assert run("ckeygen", other).returncode == 0
+    workers = [room.serve("cat", key=each, group=group % room.port) for each in (room.key, other)]
+    words = "only the one that was started last hears"
+    if warned:
+        workers[1].log.wait(words)
+    assert not workers[0].log.having(words) and all(worker.stop() == 0 for worker in workers)
+    assert len(workers[1].log.having(words)) == int(warned)
+
+
+def test_the_veto_says_how_its_command_ended(room):
+    worker = impatient(room, {"Daemon.VETO_EVERY": 0.3}, "--if", "no-such-command", room.key, "cat")
+    worker.log.wait("--if: no new jobs for the time being (--if ended with 127)")
+    assert objects(who(room, "--json"))[0]["error"] == "--if ended with 127"
+    hanging = impatient(room, {"Daemon.VETO_EVERY": 0.3}, "--if", "sleep 600", room.key, "cat")
+    hanging.log.wait("(--if ended by SIGKILL)")
+
+
+# ---------------------------------------------------------------- cservice: a folder for each job
+
+def scratch_worker(room, place, *options, command=RUN_SHELL, **env):
+    return room.tool("cservice", "--scratch", *options, room.key, *command, env=dict({"TMPDIR": place}, **env)).ready()
+
+
+def test_each_job_has_an_empty_folder_that_goes_with_it(room, tmp_path):
+    """As working directory, TMPDIR and PWD; CEXEC_DIR is where cservice stands."""
+    scratch_worker(room, tmp_path, CONCURRENCY=1)
+    found = [room.cexec("RUN=pwd; echo $TMPDIR; echo $PWD; echo $CEXEC_DIR; stat -c '%a %u' .; ls -A; touch x .y"
+                        ).stdout.decode().split() for _ in range(2)]
+    for folder, temporary, pwd, start, mode, owner in found:
+        assert folder == temporary == pwd and folder.startswith(str(tmp_path)) and start == os.getcwd()
+        assert (mode, owner) == ("700", str(os.geteuid()))
+    assert found[0][0] != found[1][0] and os.listdir(str(tmp_path)) == []
+
+
+HARD_TO_REMOVE = """
+mkdir -p a/b/c d; touch a/b/c/x; ln -s %s/precious a/link; ln -s %s/precious link; ln %s/precious/file hard
+mkfifo fifo; chmod 000 a/b; chmod 555 a d; mkdir -- ..x -rf ' '; chmod 0 .""".strip()
+
+
+@pytest.mark.parametrize("way", ["job ends", "cexec killed", "wall", "refused", "kept"])
+def test_the_folder_goes_however_the_job_ends(room, tmp_path, way):
+    """Links are not followed, and what a job has made unwritable is no hindrance."""
+    user = ["--user", "nobody"] if os.geteuid() == 0 else []
+    place, precious = tmp_path / "place", tmp_path / "precious"
+    for folder in place, precious:
+        folder.mkdir()
+        folder.chmod(0o777)
+    (precious / "file").write_text("kept")
+    (precious / "file").chmod(0o666)
+    for folder in [precious, *list(precious.parents)[:-2]]:
+        with contextlib.suppress(PermissionError):
+            folder.chmod(folder.stat().st_mode | 0o055)
+    limits = ["--limit", "wall=1"] if way == "wall" else []
+    command = RUN_SHELL if way != "refused" else [str(place / "command")]
+    if way == "refused":
+        (place / "command").write_text("#!/no/interpreter\n")
+        (place / "command").chmod(0o755)
+    worker = scratch_worker(room, place, *user, *limits, command=command, CONCURRENCY=1)
+    text = HARD_TO_REMOVE.replace("%s", str(tmp_path))
+    if os.geteuid() == 0:
+        text = text.replace("ln %s/precious/file hard" % tmp_path, "")      # protected_hardlinks
+    if way == "refused":
+        assert room.cexec(env={"CEXEC_TIMEOUT_ACCEPT": 1}).returncode == 111
+        (place / "command").unlink()
+    elif way == "cexec killed":
+        job = room.submit("RUN=%s; echo ready; exec sleep 1000" % text, stdout=LINES)
+        job.out.wait("ready")
+        job.kill()
+    elif way == "kept":
+        done = run("cmap", "--lines", room.pub, "--", input=b"1\n2\n3\n", env=room.settings({})) and run(
+            "cmap", "--lines", "--set", "RUN=ls -A; touch {}", room.pub, input=b"1\n2\n3\n", env=room.settings({}))
+        assert (done.returncode, done.stdout) == (0, b"")
+    else:
+        done = room.cexec("RUN=%s; %s" % (text, "exec sleep 1000" if way == "wall" else "exit 7"))
+        assert done.returncode == (143 if way == "wall" else 7), done.stderr
+    wait_until(lambda: must(os.listdir(str(place)) == []))
+    assert os.listdir(str(precious)) == ["file"] and (precious / "file").read_text() == "kept"
+    assert worker.alive() and not worker.log.having("is left")
+
+
+@LINUX_ONLY
+def test_a_handler_that_is_killed_leaves_no_folder(room, tmp_path):
+    worker = scratch_worker(room, tmp_path)
+    job = room.submit("RUN=touch x; echo ready; exec sleep 1000", stdout=LINES)
+    job.out.wait("ready")
+    os.kill(only_handler(worker), signal.SIGKILL)
+    job.wait()
+    wait_until(lambda: must(os.listdir(str(tmp_path)) == []))
+
+
+@LINUX_ONLY
+def test_the_next_start_removes_what_a_killed_daemon_has_left(room, tmp_path):
+    """And no folder that somebody holds, or that is another user's, a file, a link or of another key."""
+    first = scratch_worker(room, tmp_path)
+    job = room.submit("RUN=touch x; echo ready; exec sleep 1000", stdout=LINES)
+    job.out.wait("ready")
+    for pid in first.pid, only_handler(first):
+        os.kill(pid, signal.SIGKILL)
+    job.wait()
+    left, = tmp_path.iterdir()
+    start = left.name[:-16]
+    (tmp_path / (start + "file")).touch()
+    (tmp_path / (start + "link")).symlink_to(tmp_path)
+    (tmp_path / "cexec-job-00000000-x").mkdir()
+    running = scratch_worker(room, tmp_path)
+    second = room.submit("RUN=echo $PWD; exec sleep 1000", stdout=LINES)
+    held = second.out.wait("cexec-job")
+    scratch_worker(room, tmp_path)
+    wait_until(lambda: must(not left.exists()))
+    assert sorted(str(path) for path in tmp_path.iterdir()) == sorted(
+        [held] + [str(tmp_path / name) for name in (start + "file", start + "link", "cexec-job-00000000-x")])
+    assert running.alive()
+
+
+def test_a_folder_that_cannot_be_made_is_found_at_the_start(room, tmp_path):
+    done = run("cservice", "--scratch", room.key, "cat", env=room.settings({"TMPDIR": tmp_path / "none"}))
+    assert done.returncode == 2 and b"cservice: --scratch: jobs cannot have a folder in " in done.stderr
+    if os.geteuid() == 0:
+        tmp_path.chmod(0o700)
+        done = run("cservice", "--scratch", "--user", "nobody", room.key, "cat",
+                   env=room.settings({"TMPDIR": tmp_path}))
+        assert done.returncode == 2 and b"TMPDIR names another place" in done.stderr
+
+
+def test_a_folder_that_cannot_be_made_any_more_sends_the_job_elsewhere(room, tmp_path):
+    """It is a refusal that is not final."""
+    place = tmp_path / "place"
+    place.mkdir()
+    worker = scratch_worker(room, place, "--boost", "0")
+    place.rmdir()
+    room.serve("sh", "-c", "echo elsewhere", BOOST=400000)
+    done = room.cexec()
+    assert done.stdout == b"elsewhere\n" and worker.log.wait("refused to") and b"place" in done.stderr, done.stderr
+
+
+def test_an_argument_that_names_a_file_of_the_folder_is_warned_about(room, tmp_path):
+    (tmp_path / "job.sh").write_text("echo here")
+    for argument, warned in ("job.sh", True), ("--file=job.sh", True), (tmp_path / "job.sh", False), ("none", False):
+        worker = room.tool("cservice", "--scratch", room.key, "sh", argument, cwd=str(tmp_path)).ready()
+        worker.stop()
+        assert len(worker.log.having("warning: %s is in this folder, and jobs" % "job.sh")) == warned, str(worker.log)
+
+
+def test_depth_and_number_cost_the_removal_nothing(tmp_path):
+    """Neither the stack nor descriptors: it is flat."""
+    top = tmp_path / "top"
+    code = ("import os\nfor number in range(3000):\n    os.mkdir('x' * 200)\n    os.chdir('x' * 200)\n"
+            "open('deep', 'w').close()\nos.chmod('.', 0)\n")
+    top.mkdir()
+    for number in range(500):
+        (top / ("f%d" % number)).touch()
+        (top / ("d%d" % number)).mkdir()
+    subprocess.run([sys.executable, "-c", code], cwd=str(top), check=True)
+    fd = os.open(str(top), os.O_RDONLY)
+    assert cexec.remove_folder(str(top), fd) is None and not top.exists()
+    os.close(fd)
+
+
+@LINUX_ONLY
+def test_what_is_mounted_in_a_folder_is_not_entered(tmp_path):
+    only_root()
+    need("unshare", "mount")
+    top, precious = tmp_path / "top", tmp_path / "precious"
+    for folder in top / "deep" / "mount", precious:
+        folder.mkdir(parents=True)
+    (precious / "file").touch()
+    code = ("import sys, os; sys.path.insert(0, %r); import cexec; os.chdir(sys.argv[1])\n"
+            "print(cexec.remove_folder('top', os.open('top', os.O_RDONLY)))" % HERE)
+    done = run_command("unshare", "-m", "sh", "-c", 'mount --bind precious top/deep/mount && exec "$@"', "sh",
+                       sys.executable, "-c", code, tmp_path, cwd=str(tmp_path))
+    if b"unshare" in done.stderr or b"mount" in done.stderr:
+        skip("no mounts here")
+    assert b"busy" in done.stdout and (precious / "file").exists()
+
+
+# ---------------------------------------------------------------- cservice: the parameters that it takes
+
+@pytest.mark.parametrize("names, words", [
+    ("", ""), ("N=3", ""), ("N=xy", ""), ("N=3 W=any*[thing]", ""), ("W=", ""), ("N=34", "N=34 is not allowed here"),
+    ("N=X", "N=X is not allowed here, only N=[0-9] or N=x?"), ("N=3 N=3", "the parameter N was given twice"),
+    ("M=3", "the parameter M is not allowed here, only N, W"), ("n=3", "the parameter n is not allowed here")])
+def test_parameters_that_are_not_allowed(names, words):
+    """The pattern is for the whole value, in which case counts; several for a NAME are alternatives."""
+    allowed = cexec.parse_allowed("N=[0-9]\nN=x?\nW=*")
+    pairs = [tuple(word.encode().split(b"=")) for word in names.split()]
+    assert cexec.refusal_of(pairs, allowed).startswith(words) and bool(words) == bool(cexec.refusal_of(pairs, allowed))
+    assert cexec.refusal_of([(b"W", b"a/b\n\xff")], allowed) == ""
+    assert cexec.refusal_of([(b"N", b"3\n")], allowed) != ""
+
+
+def test_a_parameter_that_is_not_allowed_starts_no_command(room, tmp_path):
+    worker = room.tool("cservice", "--allow", "RUN=touch [a-z]*", "--allow=N=[0-9]", room.key, "sh", "-c",
+                       'cd "$1" && eval "$PEER_RUN"', "sh", tmp_path).ready()
+    assert room.cexec("RUN=touch it", "N=3").returncode == 0
+    done = room.cexec("RUN=ls", "N=3", env={"CEXEC_TIMEOUT_ACCEPT": 3})
+    assert done.returncode in (2, 111) and b"RUN=ls is not allowed here, only RUN=touch [a-z]*" in done.stderr
+    assert os.listdir(str(tmp_path)) == ["it"] and worker.log.having("refused to 127.0.0.1: RUN=ls is not allowed")
+
+
+def test_an_option_that_is_a_list_may_be_given_several_times():
+    """The second one adds to the first: a restriction must not be silently void."""
+    assert settings_of("cexec", "--reject-server", "10.0.0.1", "--reject-servers=10.0.0.2").reject_servers == (
+        "10.0.0.1", "10.0.0.2")
+    assert settings_of("cexec", "--accept-server=::1", "--accept-server", "10.0.0.1").accept_server == (
+        "::1", "10.0.0.1")
+    assert settings_of("cservice", "--limit", "wall=3", "--limit=cpu=5").limits == [("wall", 3), ("cpu", 5)]
+    assert settings_of("cexec", "--listen-ports", "4000", "--listen-port=4002").listen_ports == [
+        (4000, 4000), (4002, 4002)]
+    assert settings_of("cservice", "--allow", "A=1", "--allow", "B=*", "--allow", "A=2").allow == {
+        "A": ["1", "2"], "B": ["*"]}
 
 
 # ---------------------------------------------------------------- other interpreters
@@ -11469,7 +11974,6 @@ def test_without_a_terminal_of_its_own_the_job_stops_with_cexec(room, terminal):
 # it, for the worker, and for the log.  The worker's command is a shell that runs what the test sends as PEER_DO.
 
 DOER = "sh", "-c", 'eval "$PEER_DO"'
-LINUX_ONLY = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
 TROUBLE = r"cexec: worker %s: %s\n  (run it again|its output had begun, .*)\n\Z"  # address, words: all of stderr
 MOVED = r"cexec: worker %s: %s after \d+\.\d s; the job may have run there in part; it starts again elsewhere\n"
 
@@ -12915,6 +13419,11 @@ class Stimuli:
     def stop(self):
         self.worker.signal(signal.SIGTERM)
 
+    def told_to_stop(self):
+        connection, = cexec.controls(cexec.load_key(self.room.key)[0])
+        connection.sendall(b"stop\n")
+        connection.close()
+
     def say(self, kind, body):
         public = self.impostor.public
         self.impostor.send(cexec.encode_datagram(public.udp, kind, public.id, self.impostor.nonce, 1, body,
@@ -12937,11 +13446,14 @@ def test_a_fault_in_a_callback_of_the_daemon_costs_one_job_at_most(room, forker,
     worker = forked_worker(forker, room, fault=callback, CONCURRENCY=1)
     with Impostor(room) as impostor:
         stimuli = Stimuli(forker, room, worker, impostor)
-        brought = stimuli.until(b"fault: call 1", stimuli.all + [stimuli.nothing] * 3 + [stimuli.stop])
+        brought = stimuli.until(b"fault: call 1", stimuli.all + [stimuli.nothing] * 3
+                                + [stimuli.told_to_stop, stimuli.stop])
         wait_until(lambda: assert_contains(worker.errors, b"RuntimeError: injected"))
         assert b"Traceback (most recent call last)" in worker.errors.data
         assert_serving(forker, room)
-        if brought != stimuli.stop:
+        if brought == stimuli.told_to_stop:
+            stimuli.until(b"fault: call 2", [brought])
+        elif brought != stimuli.stop:
             stimuli.until(b"fault: call 2", [brought] + stimuli.all)
             assert_serving(forker, room)
     worker.signal(signal.SIGTERM)
