@@ -3852,15 +3852,81 @@ def enlarge_pipe(fd):
         pass        # no pipe, or the user's share of pipe memory is used up: smaller pipes are only slower
 
 
-FIONREAD = 0x541B if LINUX else 0x4004667F      # termios has it too, but costs an import
+COPY_MAX = 4096             # bytes of an input that are copied before its job reads it: one page of a pipe everywhere
 
 
 def unread_bytes(fd):
-    """How many bytes are in a pipe, asked at either end, also when all readers have gone; None where nobody tells."""
+    """How many bytes are in a pipe, asked at either end, also when all readers have gone, or in a socket, asked at its
+    reading end; None where nobody tells."""
+    import termios      # whose FIONREAD differs from one machine to the next
     try:
-        return struct.unpack("i", fcntl.ioctl(fd, FIONREAD, bytes(4)))[0] if stream_kind(fd) is PIPE else None
+        return struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, bytes(4)))[0]
     except OSError:
         return None
+
+
+def sees_reading():
+    """Whether this system tells when a job begins to read what is in a pipe or a socket."""
+    return LINUX and os.access("/proc/self/fd", os.R_OK)
+
+
+@functools.lru_cache(maxsize=None)
+def pipe_calls():
+    """(tee, splice) of Linux, which copy or move what is in one pipe into another without waiting, as functions of
+    (fd, fd, size); None where there are none.  Asked for while a worker connects: ctypes takes 4 ms to import."""
+    try:
+        import ctypes
+        library = ctypes.CDLL(None, use_errno=True)
+        tee, splice = library.tee, library.splice
+    except (ImportError, OSError, AttributeError):
+        return None
+
+    def checked(size):
+        if size < 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        return size
+    tee.restype = splice.restype = ctypes.c_ssize_t
+    nonblock = ctypes.c_uint(2)
+    return (lambda source, target, size: checked(tee(source, target, ctypes.c_size_t(size), nonblock)),
+            lambda source, target, size: checked(splice(source, None, target, None, ctypes.c_size_t(size), nonblock)))
+
+
+class PipeTap:
+    """Reads a pipe or copies what is in it, by way of a pipe of its own and so without ever waiting.  A pipe that was
+    once copied from cannot be read with RWF_NOWAIT any more.  Needs pipe_calls()."""
+
+    def __init__(self, fd):
+        self.fd = fd
+        self.tee, self.splice = pipe_calls()
+        self.reading, self.writing = os.pipe()
+
+    def copy_into(self, view):
+        return self._pass(self.tee, view)
+
+    def read_into(self, view):
+        return self._pass(self.splice, view)
+
+    def _pass(self, call, view):
+        size = call(self.fd, self.writing, len(view))
+        return read_into(self.reading, view[:size]) if size else 0
+
+    def close(self):
+        os.close(self.reading)
+        os.close(self.writing)
+
+
+def read_whole(read, size):
+    """So many bytes as read(view) gives them in pieces; fewer when it has no more now."""
+    data, done = bytearray(size), 0
+    try:
+        while done < size:
+            part = read(memoryview(data)[done:])
+            if not part:
+                break
+            done += part
+    except OSError:
+        pass
+    return bytes(data[:done])
 
 
 class InputCount:
@@ -3888,10 +3954,99 @@ class InputCount:
         left = self.left if self.fd is None else unread_bytes(self.fd)
         return None if left is None else self.sink.written - left
 
+    def leader_ended(self):
+        """The pipe tells by itself."""
+
     def close(self):
         if self.own is not None:
             os.close(self.own)
             self.fd = self.own = None
+
+
+class SocketCount:
+    """How much a job has read of a copy that was sent to its socket: what its sink wrote less what waits at the job's
+    own end, of which this keeps a descriptor.  As long as that is open nobody else sees that the job has closed its
+    own: so /proc is looked at, soon after each write, and then less and less often.
+
+    emptied() is called, once, when the job has read it all; from then on nothing is counted.
+    """
+    SOON, SELDOM = 0.001, 0.5       # seconds between two looks
+
+    def __init__(self, loop, own, leader, emptied):
+        self.loop, self.own, self.leader, self.emptied = loop, own, leader, emptied
+        self.sink = None                # a CopySocketSink
+        self.left = None                # bytes, in the end
+        self.timer = None
+        self.look_soon()
+
+    def look_soon(self):
+        self._look_in(self.SOON)
+
+    def _look_in(self, seconds):
+        if self.own is not None:
+            self._cancel()
+            self.wait = seconds
+            self.timer = self.loop.call_later(seconds, self._look)
+
+    def _cancel(self):
+        if self.timer:
+            self.timer.cancel()
+
+    def leader_ended(self):
+        self.leader = None
+        self._look()
+
+    def _look(self):
+        if self.own is None:
+            return
+        if self.sink.written and unread_bytes(self.own) == 0 and not self.sink.queue:
+            self.close()
+            self.emptied()
+        elif not is_open_elsewhere(self.own, self.leader):
+            self.left = unread_bytes(self.own)
+            self.close()
+        else:
+            self._look_in(min(2 * self.wait, self.SELDOM))
+
+    def keep(self):
+        """The end of the input follows what was written."""
+
+    def read(self):
+        """In bytes, None when it cannot be known."""
+        left = self.left if self.own is None else unread_bytes(self.own)
+        return None if left is None else self.sink.written - left
+
+    def close(self):
+        self._cancel()
+        if self.own is not None:
+            os.close(self.own)
+            self.own = None
+
+
+def is_open_elsewhere(fd, likely):
+    """Whether a process other than this one has this socket open.  likely: the pid to be asked first, or None; that one
+    has it also when its descriptors are hidden from us."""
+    link, own = os.readlink("/proc/self/fd/%d" % fd), str(os.getpid())
+    for pid in [str(likely)] * bool(likely) + process_ids():
+        try:
+            names = os.listdir("/proc/%s/fd" % pid) if pid != own else ()
+        except PermissionError:
+            if pid == str(likely):
+                return True
+            continue
+        except OSError:
+            continue        # it has ended
+        if any(read_link("/proc/%s/fd/%s" % (pid, name)) == link for name in names):
+            return True
+    return False
+
+
+def read_link(path):
+    """Where a link points; "" when it has gone."""
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""
 
 
 def in_background(fd):
@@ -3917,18 +4072,44 @@ class Source:
         self.closed = self.enlarged = False
 
     def read_into(self, view):
+        size = self._now(self._read, view)
+        if size is not None and size >= PIPE_FULL and not self.enlarged:     # a pipe that was full
+            self.enlarged = True
+            self._enlarge()
+        return size
+
+    def _enlarge(self):
+        enlarge_pipe(self.fd)
+
+    def _now(self, read, view):
         try:
-            size = self._read(view)
+            return read(view)
         except (BlockingIOError, InterruptedError):
             self.loop.watch(self.fd, read=self._readable)
             return None
-        if size >= PIPE_FULL and not self.enlarged:     # a pipe that was full
-            self.enlarged = True
-            enlarge_pipe(self.fd)
-        return size
 
     def _read(self, view):
         return read_into(self.fd, view)
+
+    # -- what is there can be had without taking it
+    def can_copy(self):
+        """Whether copy_into(), is_all() and take() may be called."""
+        return self.fd > 2      # a device that gives as much as one wants
+
+    def copy_into(self, view):
+        """As read_into, and what is read stays where it is."""
+        return self._now(self._copy, view)
+
+    def _copy(self, view):
+        return self._read(view)
+
+    def is_all(self, size):
+        """Whether nothing can follow the first `size` bytes."""
+        return False
+
+    def take(self, copy):
+        """Takes what was copied; returns whether it was still there."""
+        return True
 
     def _readable(self):
         self.loop.watch(self.fd)
@@ -3960,6 +4141,26 @@ class FileSource(Source):
         os.lseek(self.fd, self.position if used is None else min(self.position, self.start + used), os.SEEK_SET)
 
 
+class EditedFileSource(Source):
+    """A file that is open for reading and writing: one place for both, which other processes share."""
+
+    def __init__(self, loop, fd, ready):
+        super().__init__(loop, fd, ready)
+        self.start = None
+
+    def can_copy(self):
+        return True
+
+    def _copy(self, view):
+        self.start = offset_of(self.fd)
+        return read_into(self.fd, view, self.start)
+
+    def take(self, copy):
+        if offset_of(self.fd) == self.start:    # else the job has written
+            os.lseek(self.fd, len(copy), os.SEEK_CUR)
+        return True
+
+
 class SocketSource(Source):
     """A socket that others may share.  Its sink watches the same descriptor, so both go through one duplicate each."""
 
@@ -3968,9 +4169,18 @@ class SocketSource(Source):
         super().__init__(loop, self.socket.fileno(), ready)
         self.enlarged = True
 
-    def _read(self, view):
+    def can_copy(self):
+        return True
+
+    def _copy(self, view):
+        return self._read(view, socket.MSG_PEEK)
+
+    def take(self, copy):
+        return read_whole(self._read, len(copy)) == copy
+
+    def _read(self, view, flags=0):
         try:
-            return self.socket.recv_into(view, 0, socket.MSG_DONTWAIT)
+            return self.socket.recv_into(view, 0, socket.MSG_DONTWAIT | flags)
         except ConnectionResetError:
             if self.socket.family in (socket.AF_INET, socket.AF_INET6):
                 raise           # the input may have been cut short
@@ -4030,7 +4240,9 @@ class SharedSource(Source):
     def __init__(self, loop, fd, ready):
         super().__init__(loop, fd, ready)
         kind = stream_kind(fd)
-        self.terminal, self.threaded = kind is TERMINAL, kind is not PIPE or RWF_NOWAIT is None
+        self.pipe, self.terminal = kind is PIPE, kind is TERMINAL
+        self.threaded = kind is not PIPE or RWF_NOWAIT is None
+        self.tap = None             # a PipeTap, once it was copied
         self.helper, self.asked = Helper(loop), False       # whether it reads, or will
         self.result = None          # bytes or an OSError
 
@@ -4054,7 +4266,33 @@ class SharedSource(Source):
         return size
 
     def _read(self, view):
-        return os.preadv(self.fd, [view], -1, RWF_NOWAIT)
+        return self.tap.read_into(view) if self.tap else os.preadv(self.fd, [view], -1, RWF_NOWAIT)
+
+    # -- copies of a pipe
+    def can_copy(self):
+        if self.pipe and not self.tap and pipe_calls():
+            tap = PipeTap(self.fd)
+            try:
+                tap.copy_into(memoryview(bytearray(1)))
+            except BlockingIOError:
+                pass
+            except OSError:
+                tap.close()
+                return False
+            self.tap, self.threaded = tap, False
+        return bool(self.tap)
+
+    def _copy(self, view):
+        return self.tap.copy_into(view)
+
+    def is_all(self, size):
+        """All writers have gone."""
+        poll = select.poll()
+        poll.register(self.fd, select.POLLIN)
+        return any(events & select.POLLHUP for _, events in poll.poll(0)) and unread_bytes(self.fd) == size
+
+    def take(self, copy):
+        return read_whole(self.tap.read_into, len(copy)) == copy
 
     def _ask(self):
         if self.asked or self.closed:
@@ -4086,7 +4324,14 @@ class SharedSource(Source):
         if not self.closed:
             self.ready()
 
+    def _enlarge(self):
+        super()._enlarge()
+        if self.tap:
+            enlarge_pipe(self.tap.writing)
+
     def close(self):
+        if self.tap and not self.closed:
+            self.tap.close()
         super().close()
         self.helper.end()
 
@@ -4095,7 +4340,9 @@ def open_source(loop, fd, ready):
     kind, offset = stream_kind(fd), offset_of(fd)
     if kind is REGULAR and access_of(fd) is IN and offset is not None:
         return FileSource(loop, fd, ready, offset)
-    if kind is REGULAR and offset is not None or kind is DEVICE and is_memory(fd):
+    if kind is REGULAR and offset is not None:
+        return EditedFileSource(loop, fd, ready)
+    if kind is DEVICE and is_memory(fd):
         return Source(loop, fd, ready)
     return (SocketSource if kind is SOCKET else SharedSource)(loop, fd, ready)
 
@@ -4209,6 +4456,36 @@ class Sink:
             self.loop.watch(self.fd)
 
 
+class CopySink(Sink):
+    """A job's pipe that gets a copy first.  It holds one page: with anything in it nobody can write until its reader
+    has taken all of it; then emptied() is called, once, and the pipe becomes as large as others."""
+
+    def __init__(self, loop, fd, *calls, emptied):
+        super().__init__(loop, fd, *calls)
+        self.emptied = emptied
+        fcntl.fcntl(fd, F_SETPIPE_SZ, COPY_MAX)
+
+    def feed(self, view):
+        kept = super().feed(view)
+        if not self.queue and not self.done:
+            self.watch_other_side()
+        return kept
+
+    def watch_other_side(self):
+        self.loop.watch(self.fd, read=self._reader_gone,
+                        write=self._writable_again if self.emptied and self.written else None)
+
+    def _writable_again(self):
+        if unread_bytes(self.fd) == 0 and not self.ending:
+            emptied, self.emptied = self.emptied, None
+            try:
+                fcntl.fcntl(self.fd, F_SETPIPE_SZ, PIPE_FULL)
+            except OSError:
+                pass        # the user's share of pipe memory is used up
+            self.watch_other_side()
+            emptied()
+
+
 class FileSink(Sink):
     """A regular file: it never says that it would block, so all is written at once."""
 
@@ -4231,6 +4508,20 @@ class SocketSink(Sink):
     def close(self):
         super().close()
         self.socket.close()
+
+
+class CopySocketSink(SocketSink):
+    """A job's socket that gets a copy first; a SocketCount looks when the job reads it."""
+
+    def __init__(self, loop, fd, *calls, count):
+        super().__init__(loop, fd, *calls)
+        self.count = count
+        count.sink = self
+
+    def feed(self, view):
+        kept = super().feed(view)
+        self.count.look_soon()
+        return kept
 
 
 class SharedSink(Sink):
@@ -6320,6 +6611,15 @@ class JobInput:
     def __init__(self, live):
         self.live = live
 
+    def copies(self):
+        """A worker can tell when its job reads: until emptied() or commit() only the beginning is sent, of which nothing
+        is taken.  Returns whether it is so."""
+        return False
+
+    def emptied(self):
+        """The job has read all that was sent of a copy.  Returns whether that was still there to be taken."""
+        return True
+
     def accepted(self, cap):
         """A worker has the job: from now on up to cap bytes are remembered; None for nothing."""
 
@@ -6333,6 +6633,11 @@ class JobInput:
     def forget(self):
         """There is no further attempt."""
 
+    def commit(self, consumed):
+        """The job has read so many bytes, and reads no more; UNKNOWN stands for all that was sent.  What follows stays
+        for others.  Returns whether they were still there to be taken."""
+        return True
+
     def close(self):
         """The channel lets go of it; the next one may take it up."""
 
@@ -6342,24 +6647,41 @@ class JobInput:
 
 class FileInput(JobInput):
     """A regular file that is open for reading only.  Its offset, which other processes share, stays where it is until
-    settle()."""
+    commit()."""
 
     def __init__(self, loop, fd, ready):
-        super().__init__(FileSource(loop, fd, ready, os.lseek(fd, 0, os.SEEK_CUR)))
-        self.read_into = self.live.read_into
+        super().__init__(FileSource(loop, fd, ready, offset_of(fd)))
+        self.most = math.inf            # bytes to be sent before the job reads
+
+    def read_into(self, view):
+        room = self.most + self.live.start - self.live.position
+        if room >= len(view):
+            return self.live.read_into(view)
+        return self.live.read_into(view[:room]) if room > 0 else None
+
+    def copies(self):
+        self.most = COPY_MAX if self.live.fd > 2 else math.inf
+        return self.live.fd > 2
+
+    def emptied(self):
+        self.most = math.inf
+        self.live.ready()
+        return True
 
     def rewind(self):
         self.live.position = self.live.start
+        self.most = math.inf
 
-    def settle(self, consumed):
-        """Puts the offset behind what the job has read; UNKNOWN stands for all that was sent."""
+    def commit(self, consumed):
         self.live.settle(None if consumed == UNKNOWN else consumed)
+        return True
 
 
 class ReplayableInput(JobInput):
     """One that can start again by remembering what was read, up to a cap, in memory.
 
     Until a worker has accepted the job all is remembered, which the first window bounds: a refusal loses nothing.
+    While it is `copying` what is remembered is still there to be read by others as well.
     """
 
     def __init__(self, live):
@@ -6367,21 +6689,20 @@ class ReplayableInput(JobInput):
         self.cap = WINDOW_START
         self.recording = True
         self.ended = False
+        self.copying = False
+        self.taken = False              # something was read that is not there any more
         self.kept = bytearray()
         self.position = 0
 
     def read_into(self, view):
         if self.position < len(self.kept):
-            size = min(len(view), len(self.kept) - self.position)
-            view[:size] = self.kept[self.position:self.position + size]
-            self.position += size
-            if not self.recording:
-                self.forget()
-            return size
-        size = 0 if self.ended else self.live.read_into(view)
-        if size == 0:
-            self.ended = True
-        elif size and self.recording:
+            return self._replay(view)
+        if self.ended or self.copying:
+            return 0 if self.ended else self._copy(view)
+        self.taken = True
+        size = self.live.read_into(view)
+        self.ended = size == 0
+        if size and self.recording:
             if len(self.kept) + size > self.cap:
                 self.forget()
             else:
@@ -6389,20 +6710,60 @@ class ReplayableInput(JobInput):
                 self.position += size
         return size
 
+    def _replay(self, view):
+        size = min(len(view), len(self.kept) - self.position)
+        view[:size] = self.kept[self.position:self.position + size]
+        self.position += size
+        if not self.recording:
+            self.forget()
+        return size
+
+    def _copy(self, view):
+        """What is there, once, and the end where it follows."""
+        if self.kept:
+            return None
+        size = self.live.copy_into(view[:COPY_MAX])
+        if size:
+            self.kept += view[:size]
+            self.position = size
+        self.ended = size == 0 or bool(size) and self.live.is_all(size)
+        return size
+
+    def copies(self):
+        self.copying = not self.taken and self.live.can_copy()
+        return self.copying
+
+    def emptied(self):
+        whole = self.commit(UNKNOWN)
+        self.live.ready()
+        return whole
+
+    def commit(self, consumed):
+        if not self.copying:
+            return True
+        self.copying, self.taken = False, True
+        whole = self.live.take(self.kept[:consumed])
+        if not self.recording:
+            self.forget()
+        return whole
+
     def accepted(self, cap):
         self.cap = cap or 0
         if cap is None or len(self.kept) > self.cap:
             self.forget()
 
     def can_rewind(self):
-        return self.recording
+        return self.recording or self.copying
 
     def rewind(self):
         self.position = 0
+        if self.copying:
+            self.copying = self.ended = False
+            self.kept.clear()
 
     def forget(self):
         self.recording = False
-        if self.position >= len(self.kept):
+        if self.position >= len(self.kept) and not self.copying:
             self.kept = bytearray()
             self.position = 0
 
@@ -6450,6 +6811,7 @@ class InheritedStreams(JobStreams):
         self.numbers = {}               # {descriptor: it and the others that share it}
         self.owned = {}                 # {descriptor: a duplicate for its sink}
         self.stopped = {}               # {input that the job reads no more: bytes of it that it has read}
+        self.failure = None             # what the end of the job has shown
         for fd, kind in descriptors.items():
             if isinstance(kind, int):
                 self.numbers[kind].append(fd)
@@ -6484,6 +6846,23 @@ class InheritedStreams(JobStreams):
         self._open_sink(fd, terminal.writing)
 
     # -- on the job's way
+    def prepare(self):
+        """What copies of pipes need, while a worker is looked for."""
+        if any(stream_kind(fd) is PIPE for fd in self.sources):
+            pipe_calls()
+
+    def copied(self):
+        return frozenset(fd for fd, source in self.sources.items() if self.descriptors[fd] != TTY
+                         and (len(self.numbers[fd]) == 1 or stream_kind(fd) is not SOCKET) and source.copies())
+
+    def input_emptied(self, number):
+        if not self.sources[number].emptied():
+            self.run.on_local_failure(self._other_reader(number))
+
+    def _other_reader(self, number):
+        return Failure(name_of(number), "another program reads it too, and was faster: what this job has read is gone "
+                       "there", "give each a pipe of its own; -n where a job needs no standard input")
+
     def accepted(self):
         for source in self.sources.values():
             source.accepted(self.settings.replay << 20 if self.settings.retries else None)
@@ -6500,16 +6879,16 @@ class InheritedStreams(JobStreams):
 
     def input_stopped(self, number, consumed):
         self.stopped[number] = consumed
+        source = self.sources[number]
+        if not isinstance(source, FileInput) and not source.commit(consumed):
+            return self.run.on_local_failure(self._other_reader(number))
         self._let_go(number)
 
     def ended(self, report):
-        """A regular file's offset is put behind what the job has read; without a report it has never moved."""
+        """What the job has read is taken: a regular file's offset is put behind it.  Without a report nothing is."""
         for fd, source in self.sources.items():
-            if isinstance(source, FileInput) and report:
-                try:
-                    source.settle(self.stopped.get(fd, report.consumed.get(fd, UNKNOWN)))
-                except OSError:
-                    pass        # it has been closed here because the job reads it no more
+            if report and not source.commit(self.stopped.get(fd, report.consumed.get(fd, UNKNOWN))):
+                self.failure = self.failure or self._other_reader(fd)
 
     # -- local trouble
     def _sink_failed(self, fd, error):
@@ -6592,6 +6971,7 @@ class CexecRun:
         if self.status.usable:
             self.loop.call_later(WAITING_AFTER, self._show_waiting)
         self.pool.submit(self.submission)
+        self.loop.call_later(0, self.streams.prepare)
         return self.loop.run()
 
     def _show_waiting(self):
@@ -6603,7 +6983,7 @@ class CexecRun:
     def _done(self, status, failure, submission):
         """A job that died of a signal that was sent on to it, or that did not start because of it, takes cexec with it,
         so that a shell's loop ends."""
-        report = submission.report
+        report, failure = submission.report, failure or self.streams.failure
         if report:
             self.trace("job %s ended on %s: %s %d after %.3f s" % (
                 submission.id, submission.worker, "signal " + report.name if report.signalled else "status",
@@ -8698,6 +9078,8 @@ class RunningJob:
         self.sinks = {}             # {descriptor in the job: Sink}
         self.counts = {}            # {input: InputCount}, of those that are pipes
         self.consumed = {}          # {input that the job reads no more: bytes of it that it has read}
+        self.copied = job.copied if sees_reading() else frozenset()     # inputs that get a copy first
+        self.job_ends = {}          # {copied socket: the job's end of it}, until a SocketCount has it
         self.to_close = []          # the job's ends, until it has been started
         self.master = self.slave = None
         self.group_kill = None
@@ -8769,6 +9151,8 @@ class RunningJob:
             ours, other = self._make_terminal() if kind == TTY else self._make_end(kind)
             if kind != TTY:
                 self.to_close.append(other)
+            if kind == BOTH and fd in self.copied:
+                self.job_ends[fd] = os.dup(other)
             self.ends[fd], theirs[fd] = ours, other
         return theirs
 
@@ -8794,6 +9178,8 @@ class RunningJob:
             kind = self.job.descriptors[fd]
             make_source, make_sink = {BOTH: (SocketSource, SocketSink),
                                       TTY: (TerminalSource, TerminalSink)}.get(kind, (Source, Sink))
+            if fd in self.copied:
+                make_sink = self._copy_sink(fd)
             if kind in UPWARD:
                 sink = make_sink(self.loop, ours, functools.partial(self.channel.consumed, fd),
                                  functools.partial(self._input_closed, fd), functools.partial(self._input_ended, fd))
@@ -8806,6 +9192,20 @@ class RunningJob:
                                                         functools.partial(self.channel.source_ready, fd)))
 
     # -- its descriptors
+    def _copy_sink(self, fd):
+        """What makes the sink of an input that gets a copy first."""
+        emptied = functools.partial(self._emptied, fd)
+        if self.job.descriptors[fd] == IN:
+            return functools.partial(CopySink, emptied=emptied)
+        self.counts[fd] = SocketCount(self.loop, self.job_ends.pop(fd), self.pid, emptied)
+        return functools.partial(CopySocketSink, count=self.counts[fd])
+
+    def _emptied(self, fd):
+        """The job has read all of a copy: it is to get more."""
+        if not self.channel.closed and self.session.phase is RUNNING:
+            self.session.emptied(fd)
+            self.channel.flush()
+
     def _read_so_far(self, fd):
         """How much of this input the job has read."""
         count = self.counts[fd].read() if fd in self.counts else None
@@ -8835,7 +9235,7 @@ class RunningJob:
         """The job has closed its end, or shut down its half of a socket pair."""
         both = self.job.descriptors[fd] == BOTH
         if both and fd in self.ends and is_hung_up(self.ends[fd]):
-            self.session.stop(fd, UNKNOWN)
+            self.session.stop(fd, self._read_so_far(fd))
             self.sinks[fd].close()
         if not both:
             self._close_end(fd)
@@ -8871,6 +9271,8 @@ class RunningJob:
     def child_changed(self):
         if self.pid and not self.ended and (has_ended(self.pid) if CAN_PEEK else self._reap()):
             self.ended = True
+            for count in self.counts.values():
+                count.leader_ended()
             self.maybe_over()
 
     def _reap(self):
@@ -8959,6 +9361,9 @@ class RunningJob:
             sink.close()
         for count in self.counts.values():
             count.close()
+        for end in self.job_ends.values():
+            os.close(end)
+        self.job_ends.clear()
         for end in self.ends.values():
             self.loop.watch(end)
             os.close(end)
@@ -9037,7 +9442,7 @@ class Handler:
         self.loop.on_signal(signal.SIGHUP, lambda number: None)
         self.loop.on_signal(signal.SIGCHLD, lambda number: self.running and self.running.child_changed())
         session = Session(WORKER, 60.0, time.monotonic())
-        session.hello(self.local[0].partition("%")[0], self.daemon.instance)
+        session.hello(self.local[0].partition("%")[0], self.daemon.instance, sees_reading())
         self.channel = Channel(self.loop, connection, session, self)
         self.link.setblocking(False)
         self.loop.watch(self.link.fileno(), read=self._told)

@@ -5389,14 +5389,98 @@ def test_what_a_job_has_read_is_counted(loop, when, read):
         os.close(fd)
 
 
-def test_what_is_read_from_a_socket_is_not_known(loop):
-    near, far = socket.socketpair()
-    count = cexec.InputCount(cexec.Sink(loop, near.fileno(), *[lambda *_: None] * 3))
-    assert count.read() is None
-    count.keep()
-    assert count.read() is None
-    near.close()
-    far.close()
+needs_linux = pytest.mark.skipif(not cexec.LINUX, reason="elsewhere nobody tells")
+
+
+@needs_linux
+@pytest.mark.parametrize("reads", [[3000], [1, 2999], [1, 1, 2998]])
+def test_a_jobs_pipe_tells_when_all_of_a_copy_was_read(loop, reads):
+    """And not before: it holds one page, which stays full until its last byte has gone."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    emptied = []
+    sink = cexec.CopySink(loop, writing, *[lambda *_: None] * 3, emptied=lambda: (emptied.append(1), loop.stop()))
+    sink.watch_other_side()
+    for part in 1000, 2000:
+        sink.feed(memoryview(bytes(part)))
+    for number, size in enumerate(reads):
+        loop.call_later(0.05 * number, functools.partial(os.read, reading, size))
+        loop.call_later(0.05 * number + 0.04, lambda: emptied.append(0))
+    run_loop(loop)
+    assert emptied == [0] * (len(reads) - 1) + [1]
+    assert fcntl.fcntl(writing, cexec.F_GETPIPE_SZ) == cexec.PIPE_FULL
+    sink.feed(memoryview(bytes(3 << 16)))
+    assert len(os.read(reading, 3 << 16)) > 1 << 16 and len(emptied) == len(reads)
+    sink.close()
+    os.close(reading)
+    os.close(writing)
+
+
+@needs_linux
+def test_a_jobs_pipe_that_nobody_reads_costs_no_time_and_tells_that_it_was_closed(loop):
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    failed = []
+    sink = cexec.CopySink(loop, writing, lambda size: None, lambda error: (failed.append(error), loop.stop()), None,
+                          emptied=lambda: pytest.fail("nobody has read it"))
+    sink.feed(memoryview(bytes(4096)))
+    loop.call_later(0.2, lambda: os.close(reading))
+    before = time.process_time()
+    run_loop(loop)
+    assert failed[0].errno == errno.EPIPE and cexec.unread_bytes(writing) == 4096
+    assert time.process_time() - before < 0.1
+    os.close(writing)
+
+
+@pytest.fixture
+def counted(loop):
+    """A job's socket, held by a child that reads what it is told to: (tell(size), sink, count, what has happened)."""
+    near, far = (side.detach() for side in socket.socketpair())
+    told, teller = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.close(near)
+            os.close(teller)
+            for size in iter(lambda: os.read(told, 4), b""):
+                os.read(far, int(size)) if int(size) else os.close(far)
+        finally:
+            os._exit(0)
+    os.close(told)
+    events = []
+    count = cexec.SocketCount(loop, far, pid, lambda: (events.append("emptied"), loop.stop()))
+    sink = cexec.CopySocketSink(loop, near, *[lambda *_: None] * 3, count=count)
+    yield lambda size: os.write(teller, b"%4d" % size), sink, count, events
+    count.close()
+    sink.close()
+    os.close(teller)
+    os.close(near)
+    os.waitpid(pid, 0)
+
+
+@needs_linux
+def test_what_a_job_has_read_of_its_socket_is_counted(loop, counted):
+    tell, sink, count, events = counted
+    sink.feed(memoryview(bytes(3000)))
+    tell(1)
+    wait_until(lambda: must(count.read() == 1))
+    loop.call_later(0.05, lambda: (events.append("read"), tell(2999)))
+    run_loop(loop)
+    assert events == ["read", "emptied"] and count.read() is None
+
+
+@needs_linux
+@pytest.mark.parametrize("read", [0, 7])
+def test_a_job_that_closes_its_socket_is_seen_though_its_end_is_kept_here(loop, counted, read):
+    tell, sink, count, events = counted
+    sink.feed(memoryview(bytes(3000)))
+    tell(read) if read else None
+    tell(0)
+    loop.watch(sink.fd, read=loop.stop)
+    with contextlib.suppress(ConnectionResetError):     # with bytes unread
+        run_loop(loop)
+        assert sink.socket.recv(1) == b""
+    assert (count.read(), events) == (read, [])
 
 
 def test_a_terminal_is_not_read_while_another_group_has_it():
@@ -5605,7 +5689,7 @@ def test_a_file_is_replayed_whatever_its_length_and_its_offset_stays(loop, tmp_p
         replayable.rewind()
     take(replayable, 100)
     for consumed, offset in (7, 11), (0, 4), (cexec.UNKNOWN, 104):
-        replayable.settle(consumed)
+        replayable.commit(consumed)
         assert os.lseek(fd, 0, os.SEEK_CUR) == offset
     replayable.end()
     os.close(fd)
@@ -5625,6 +5709,141 @@ def test_before_a_job_is_accepted_all_its_input_is_remembered(loop, filled):
     replayable.accepted(10)
     assert not replayable.can_rewind() and take(replayable) == OCTETS[:60000]
     replayable.end()
+
+
+# ---------------------------------------------------------------- inputs that are copied until they are read
+
+COPYABLE = ["pipe", "fifo", "socket"]
+
+
+def copied(loop, fd, ready=lambda: None):
+    """An input of which a copy is sent."""
+    made = cexec.ReplayableInput(cexec.open_source(loop, fd, ready))
+    assert made.copies()
+    return made
+
+
+def left_in(fd):
+    """What somebody else finds there now."""
+    os.set_blocking(fd, False)
+    try:
+        return os.read(fd, 1 << 17)
+    except BlockingIOError:
+        return b""
+    finally:
+        os.set_blocking(fd, True)
+
+
+@needs_linux
+@pytest.mark.parametrize("kind", COPYABLE)
+@pytest.mark.parametrize("consumed", [0, 1, 5, 9, cexec.UNKNOWN])
+def test_of_a_copy_what_the_job_has_read_is_taken_in_the_end(loop, tmp_path, kind, consumed):
+    reading, writing = ends_of(kind, tmp_path)
+    os.write(writing, b"one\ntwo\n\n")
+    source, view = copied(loop, reading), memoryview(bytearray(100))
+    assert source.read_into(view) == 9 and bytes(view[:9]) == b"one\ntwo\n\n" and source.read_into(view) is None
+    os.write(writing, b"more")
+    assert source.commit(consumed)
+    assert left_in(reading) == (b"one\ntwo\n\n"[min(consumed, 9):] + b"more")
+    source.end()
+    os.close(reading)
+    os.close(writing)
+
+
+@needs_linux
+@pytest.mark.parametrize("kind", COPYABLE)
+def test_a_copy_that_was_read_is_taken_and_then_all_is_read(loop, tmp_path, kind):
+    """Also what has been copied is replayed from then on."""
+    reading, writing = ends_of(kind, tmp_path)
+    size = 20000
+    feeder(writing, OCTETS[:size]).join(10)
+    told = []
+    source = copied(loop, reading, lambda: told.append(1))
+    source.accepted(1 << 20)
+    view = memoryview(bytearray(8000))
+    assert source.read_into(view) == cexec.COPY_MAX and source.read_into(view) is None
+    assert source.emptied() and told == [1]
+    assert take(source) == OCTETS[cexec.COPY_MAX:size]
+    source.rewind()
+    assert not source.copies() and take(source) == OCTETS[:size]
+    source.end()
+    os.close(reading)
+
+
+@needs_linux
+@pytest.mark.parametrize("kind", COPYABLE)
+def test_a_worker_that_is_lost_before_costs_a_copied_input_nothing(loop, tmp_path, kind):
+    reading, writing = ends_of(kind, tmp_path)
+    os.write(writing, b"data")
+    source, view = copied(loop, reading), memoryview(bytearray(100))
+    source.accepted(None)       # --retries 0
+    for _ in range(3):
+        assert source.read_into(view) == 4 and source.can_rewind()
+        source.rewind()
+        assert source.copies()
+    source.rewind()
+    assert left_in(reading) == b"data"
+    os.close(writing)
+    assert take(source) == b""      # a worker that cannot tell: read as it comes
+    assert not source.copies()
+    source.end()
+    os.close(reading)
+
+
+@needs_linux
+@pytest.mark.parametrize("kind", COPYABLE)
+@pytest.mark.parametrize("others", [b"o", b"one\n", b"one\ntwo\n"])
+def test_another_reader_of_a_copied_input_is_noticed(loop, tmp_path, kind, others):
+    reading, writing = ends_of(kind, tmp_path)
+    os.write(writing, b"one\ntwo\n")
+    source = copied(loop, reading)
+    source.read_into(memoryview(bytearray(100)))
+    os.read(reading, len(others))
+    os.write(writing, b"thing that comes later")
+    assert not source.emptied()
+    source.end()
+    os.close(reading)
+    os.close(writing)
+
+
+@needs_linux
+@pytest.mark.parametrize("kind", COPYABLE)
+@pytest.mark.parametrize("data", [b"", b"some", bytes(4096), bytes(4097)], ids=len)
+def test_the_end_follows_a_copy_of_all_when_the_writer_has_gone(loop, tmp_path, kind, data):
+    reading, writing = ends_of(kind, tmp_path)
+    os.write(writing, data)
+    os.close(writing)
+    source, view = copied(loop, reading), memoryview(bytearray(8192))
+    assert source.read_into(view) == min(len(data), 4096)
+    if data:
+        assert source.read_into(view) == (None if len(data) > 4096 or kind == "socket" else 0)
+        assert source.emptied() and take(source) == (data[4096:] if kind == "socket" or len(data) > 4096 else b"")
+    source.end()
+    os.close(reading)
+
+
+@needs_linux
+@pytest.mark.parametrize("kind", COPYABLE)
+def test_a_copied_input_waits_for_what_is_not_there_yet(loop, tmp_path, kind):
+    reading, writing = ends_of(kind, tmp_path)
+    source, view = copied(loop, reading, loop.stop), memoryview(bytearray(100))
+    assert source.read_into(view) is None
+    loop.call_later(0.05, lambda: os.write(writing, b"late"))
+    run_loop(loop)
+    assert source.read_into(view) == 4 and left_in(reading) == b"late"
+    source.end()
+    os.close(reading)
+    os.close(writing)
+
+
+@pytest.mark.parametrize("missing", ["calls", "system"])
+def test_without_tee_a_pipe_is_read_as_it_comes(loop, filled, monkeypatch, missing):
+    def refused(*_):
+        raise OSError(errno.ENOSYS, "")
+    monkeypatch.setattr(cexec, "pipe_calls", lambda: None if missing == "calls" else (refused, refused))
+    source = cexec.ReplayableInput(cexec.open_source(loop, filled, lambda: None))
+    assert not source.copies() and take(source) == OCTETS[:60000]
+    source.end()
 
 
 # ---------------------------------------------------------------- the channel
@@ -14491,6 +14710,78 @@ def test_a_second_start_of_a_job_reads_the_file_from_where_it_was(shell, tmp_pat
         assert (done.returncode, done.stdout) == (0, bytes(range(100, 104))), done.stderr
         assert os.lseek(file.fileno(), 0, os.SEEK_CUR) == 104
     assert b"; it starts again elsewhere\n" in done.stderr
+
+
+LISTS = {
+    "pipe": "printf 'a\\nb\\nc\\n' | while read -r x; do echo $x; %s; done",
+    "process substitution": "exec 3< <(printf 'a\\nb\\nc\\n'); while read -r x <&3; do echo $x; %s; done",
+    "file": "while read -r x; do echo $x; %s; done < list",
+    "file on 3": "while read -r x <&3; do echo $x; %s; done 3< list",
+    "file opened both ways": "exec 3<> list; while read -r x <&3; do echo $x; %s; done",
+    "fifo opened both ways": "mkfifo f; exec 3<> f; cat list >&3; "
+                             "for n in 1 2 3; do read -r x <&3; echo $x; %s; done",
+    "inherited twice": "printf 'a\\nb\\nc\\n' | while read -r x; do echo $x; %s 5<&0 6<&0; done",
+    "both": "while read -r x; do echo $x; while read -r y <&3; do echo $y; %s; done 3< <(echo 1; echo 2); done"
+            " < <(printf 'a\\nb\\nc\\n')",
+}
+
+
+def in_bash(shell, tmp_path, script, env=None, command="CEXEC", **popen):
+    """Runs a script in bash, in the test's folder, with $C for cexec and its key."""
+    need("bash")
+    (tmp_path / "list").write_bytes(b"a\nb\nc\n")
+    env = dict(shell.settings(env), C=" ".join(map(shlex.quote, [*program(), "cexec", shell.pub])))
+    return run_command("bash", "-c", script.replace("%s", "eval \"$C\" $WORDS"), env=env, cwd=str(tmp_path), **popen)
+
+
+@needs_linux
+@pytest.mark.parametrize("job", ["true", "exec <&-; sleep 0.05", "sleep 0.05", "exit 3"])
+@pytest.mark.parametrize("kind", sorted(LISTS))
+def test_a_loop_over_any_input_loses_nothing_to_jobs_that_read_nothing(shell, tmp_path, kind, job):
+    done = in_bash(shell, tmp_path, LISTS[kind], env={"WORDS": shlex.quote("RUN=" + job)})
+    assert done.stdout.split() == (list(b"a 1 2 b 1 2 c 1 2".split()) if kind == "both" else b"a b c".split())
+    assert done.stderr == b""
+
+
+@needs_linux
+@pytest.mark.parametrize("read, rest", [("read -r x; echo $x", b"a\nb\nc\n"), ("head -c 3; echo", b"a\nb\n\nc\n"),
+                                        ("cat", b"a\nb\nc\n"), ("sleep 0.2; read -r x; echo $x", b"a\nb\nc\n"),
+                                        ("exec 7<&0; (read -r x <&7; echo $x) & wait", b"a\nb\nc\n"),
+                                        ("exec 7<&0 </dev/null; read -r x <&7; echo $x", b"a\nb\nc\n")])
+@pytest.mark.parametrize("kind", ["pipe", "file"])
+def test_what_follows_the_bytes_that_a_job_has_read_stays(shell, tmp_path, kind, read, rest):
+    where = {"pipe": "cat list | { %s; cat; }", "file": "{ %s; cat; } < list"}[kind]
+    done = in_bash(shell, tmp_path, where, env={"WORDS": shlex.quote("RUN=" + read)})
+    assert (done.stdout, done.stderr) == (rest, b"")
+
+
+@needs_linux
+def test_two_that_read_one_pipe_are_told(shell, tmp_path):
+    """The manual says that they need -n, or a pipe each."""
+    done = in_bash(shell, tmp_path, "cat list - | { %s & job=$!; sleep 0.5; head -c 6 >/dev/null; >go; wait $job; "
+                   "echo $?; }", env={"WORDS": shlex.quote("RUN=while [ ! -e %s/go ]; do sleep 0.02; done; read x" %
+                                                            tmp_path)}, stdin=subprocess.PIPE, input=None)
+    assert done.stdout == b"111\n" and b"another program reads it too" in done.stderr
+
+
+@needs_linux
+def test_an_open_file_that_the_job_does_not_read_costs_a_page(room, tmp_path):
+    """A 10 MB file that some program has leaked cost 1 MB with each job."""
+    worker = room.serve("true")
+    (tmp_path / "big").write_bytes(bytes(10 * MB))
+    with open(str(tmp_path / "big"), "rb") as big, open("/dev/zero", "rb") as zero:
+        assert start_placed(room, {5: big.fileno(), 6: zero.fileno()}).complete() == 0
+    worker.log.wait(" end, status 0")
+    sizes = [int(size) for size in re.findall(r" (\d+) bytes in", str(worker.log))]
+    assert sizes[0] <= 8192
+
+
+@needs_linux
+def test_an_open_file_that_the_job_reads_late_arrives_whole(shell, tmp_path, hundred):
+    with open(str(hundred[0]), "rb") as big:
+        job = start_placed(shell, {5: big.fileno()}, "RUN=sleep 0.3; sha256sum <&5", stdout=LINES)
+        assert job.complete(60) == 0
+    assert str(job.out).split()[0] == hashlib.sha256(hundred[1]).hexdigest()
 
 
 # ---------------------------------------------------------------- cwho: the roll call
