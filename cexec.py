@@ -6612,8 +6612,8 @@ class JobInput:
         self.live = live
 
     def copies(self):
-        """A worker can tell when its job reads: until emptied() or commit() only the beginning is sent, of which nothing
-        is taken.  Returns whether it is so."""
+        """The worker can tell when its job reads: until emptied() or commit() only a copy of the beginning is sent.
+        Returns whether it is so."""
         return False
 
     def emptied(self):
