@@ -96,6 +96,7 @@ ssl = None      # tls_context() imports it: it takes as long as all the others, 
 
 # ---------------------------------------------------------------- numbers
 
+EXIT_SOME_FAILED = 1        # of cmap
 EXIT_USAGE = 2
 EXIT_TIMEOUT = 124          # a job ran for longer than it may: what timeout(1) says
 EXIT_TEMPORARY = 111        # the cluster failed, try again later: the old convention of qmail and its kin
@@ -388,10 +389,18 @@ def one_of(*words):
 
 
 def bytes_in(text):
-    """The number that SIZE, as 512 or 64k, stands for; 0 for what is no size."""
-    unit = {"k": 10, "M": 20, "G": 30}.get(text[-1:], 0)
-    number = text[:-1] if unit else text
-    return int(number) << unit if whole(number) else 0
+    """The number that SIZE, as people write it, stands for: 512, 64k, 8MB, 1.5M, 8MiB; 0 for what is no size."""
+    number, unit = text.lower(), 0
+    for ending in ("ib", "b"):
+        if number.endswith(ending) and (ending == "b" or number[-3:-2] in ("k", "m", "g", "t")):
+            number = number[:-len(ending)]
+            break
+    if number[-1:] and number[-1] in "kmgt":
+        number, unit = number[:-1], 10 + 10 * "kmgt".index(number[-1])
+    before, point, behind = number.partition(".")
+    if not whole(before + behind) or not before:
+        return 0
+    return int(float(number) * (1 << unit)) if point else int(number) << unit
 
 
 def parse_size(text):
@@ -399,6 +408,14 @@ def parse_size(text):
     if text and not bytes_in(text):
         raise ValueError("a number of bytes above 0; k, M or G behind it for 1024, 1024 k, 1024 M")
     return bytes_in(text)
+
+
+def parse_spill(text):
+    """Bytes; a number without a unit means MiB."""
+    size = bytes_in(text + "M" if whole(text) else text)
+    if not size >> 20:
+        raise ValueError("a size of at least 1 MiB: a number of MiB, or with k, M or G behind it")
+    return size
 
 
 def user_name(text):
@@ -476,7 +493,11 @@ SETTINGS = (
     Setting("halt", ("CMAP_HALT",), (CMAP,), one_of("", "soon", "now"), "", "soon|now",
             "on the first failure start no more jobs, or end at once (default: go on)"),
     Setting("log", ("CMAP_LOG",), (CMAP,), str, "", "FILE", "append a line for each job that has ended"),
-    Setting("spill", ("CMAP_SPILL",), (CMAP,), whole_number(1, 1 << 30), "1024", "MIB",
+    Setting("count", ("CMAP_COUNT",), (CMAP,), optional(whole_number(1, 10 ** 9)), "", "COUNT",
+            "-N COUNT: so many lines for each job of --lines"),
+    Setting("cut_before", ("CMAP_CUT_BEFORE",), (CMAP,), str, "", "TEXT",
+            "blocks of standard input begin with a line that begins so; without --block one job for each"),
+    Setting("spill", ("CMAP_SPILL",), (CMAP,), parse_spill, "1024", "MIB",
             "how much of outputs may wait for their turn"),
     Setting("replay", ("CEXEC_REPLAY",), (CEXEC,), whole_number(0, 1 << 12), "16", "MIB",
             "how much of an input that is no file is kept in memory for starting again"),
@@ -512,12 +533,18 @@ SETTINGS = (
 REPEATABLE = {"keys": ":", "names": "\0", "allow": "\n", "limits": ",", "listen_ports": ",", "accept_server": " ",
               "reject_servers": " "}
 
+SHORT = {"-j": "--jobs", "-N": "--count"}      # short names of options of cmap that have a value
+
 FLAGS = {   # options without a value: {option: (attribute, value, tools, help)}
     "-t": ("terminal", 1, (CEXEC,), "give the job a terminal"),
     "-tt": ("terminal", 2, (CEXEC,), "give the job a terminal even without a local one"),
     "-v": ("verbose", True, (CEXEC,), "tell each step on standard error"),
     "-q": ("quiet", True, (CEXEC, CMAP), "no line that tells what is waited for; cmap: no summary either"),
     "--lines": ("lines", True, (CMAP,), "each line of standard input, or of the FILEs, is one job's input"),
+    "--header": ("header", True, (CMAP,), "the first line stands before each job's lines or block"),
+    "--tag": ("tag", True, (CMAP,), "put the input's name and a tab before each line of output"),
+    "--keep-failed": ("keep_failed", True, (CMAP,), "keep the output of a failed job under its name and .failed"),
+    "--dry-run": ("dry_run", True, (CMAP,), "print input and output of each job, and run none"),
     "-0": ("nul", True, (CMAP,), "the names in LIST end with NUL, not with the line"),
     "--unordered": ("unordered", True, (CMAP,), "write outputs as jobs end, not in the order of the inputs"),
     "--hedge": ("hedge", True, (CMAP,), "at the end start the longest-running jobs twice; the first to end counts"),
@@ -581,8 +608,8 @@ def _read_options(tool, arguments):
             return given, flags, arguments
         if word in SHOWN:
             return {}, {"shown": word}, []
-        if word[:2] == "-j" and tool == CMAP:
-            word = "--jobs" + ("=" + word[2:].lstrip("=") if word[2:] else "")
+        if word[:2] in SHORT and tool == CMAP:
+            word = SHORT[word[:2]] + ("=" + word[2:].lstrip("=") if word[2:] else "")
         name, equals, value = word.partition("=")
         if word in own_flags:
             flags[own_flags[word][0]] = own_flags[word][1]
@@ -2468,6 +2495,250 @@ class Selection:
         elif now - self.busy_last >= BUSY_AGAIN:
             self.asking, self.busy_heard = True, 0
         return TELL_BUSY if self.asking else 0
+
+
+# ---------------------------------------------------------------- batch: many jobs, one result
+#
+# What becomes of many jobs that a Pool runs, as far as no clock, worker or descriptor is needed to say so.  cmap,
+# Room.map and the Executor tell it what happens to their jobs; it says whether another one is wanted, where one may
+# run, whether what a run came to counts, and what is to be delivered next.
+
+CHANCE = 0.001              # failures in a row that are less likely than this are the worker's
+ROW = 3                     # failures in a row from which on a worker is looked at
+TRIAL_FIRST, TRIAL_MOST = 1.0, 60.0     # seconds from one trial of a worker that fails to the next
+ELSEWHERE = 10.0            # seconds for which a job that failed waits for another worker to join
+HELD_BACK_MAX = 1000        # jobs that may wait so beside those that run
+UNDELIVERED_MAX = 10000     # jobs that may have ended before an earlier one
+
+NEW, GOING, DONE_WITH, DELIVERED = "new", "going", "done with", "delivered"
+START, SETTLE, DELIVER = "start", "settle", "deliver"
+BATCH_JOB = {               # {state: {what happens: next state}}; nothing else may happen
+    NEW: {START: GOING, SETTLE: DONE_WITH},     # settled at once: an input of no use, or done before
+    GOING: {START: GOING, SETTLE: DONE_WITH},   # started again, or a second time elsewhere
+    DONE_WITH: {DELIVER: DELIVERED},
+    DELIVERED: {},
+}
+
+TAKING, COMPLETE, STOPPING = "taking", "complete", "stopping"      # whether a Batch takes further jobs; why not
+SUCCEEDED, FAILED, LOST = "succeeded", "failed", "lost"     # a run; lost: the cluster's or the input's fault
+AGAIN, WAIT, COUNTS = "again", "wait", "counts"                 # what is to be done when a run has ended
+
+TRUSTED, SUSPECT, DISTRUSTED = "trusted", "suspect", "distrusted"
+
+
+class BatchJob:
+    """One job, numbered by the Batch from 1.  runs: those under way, whatever the owner takes for one."""
+    __slots__ = ("number", "state", "runs", "tries", "twins", "failed_on", "failed_at")
+
+    def __init__(self):
+        self.number = 0
+        self.state = NEW
+        self.runs = []
+        self.tries = 0              # how often it ran again because it had failed
+        self.twins = 0              # runs started beside another one
+        self.failed_on = set()      # the instances of the workers it failed on
+        self.failed_at = -math.inf
+
+    def happens(self, event):
+        self.state = BATCH_JOB[self.state][event]
+
+
+class WorkerRecord:
+    """How one worker has fared."""
+    __slots__ = ("name", "ended", "failed", "row", "before", "trial_at", "trial_wait", "told")
+
+    def __init__(self, name):
+        self.name = name
+        self.ended = 0
+        self.failed = 0
+        self.row = 0                # failures since the last success
+        self.before = 0, 0          # what had ended and failed elsewhere when the row began
+        self.trial_at = -math.inf
+        self.trial_wait = TRIAL_FIRST
+        self.told = False
+
+
+class WorkerRecords:
+    """Which workers fail though the jobs are good: a machine without a licence would otherwise get most jobs, since it
+    ends them soonest.
+
+    A worker with k failures in a row, while elsewhere f of n jobs failed, is distrusted where ((f+1)/(n+2))^k is less
+    than CHANCE, and gets a trial now and then.  One that has only failed, or whose row is so long that this is so
+    without a word from the others, is suspect: it waits for that word.  What counts elsewhere is what has ended since
+    the row began, so a stretch of bad inputs, which fail everywhere, makes nobody suspect for long.
+    """
+
+    def __init__(self):
+        self.records = {}           # {instance: WorkerRecord}
+        self.ended = 0
+        self.failed = 0
+
+    def add(self, instance, name, failed, now):
+        """A job has ended there.  Returns a line for the user when that makes the worker distrusted, once, or None."""
+        record = self.records.setdefault(instance, WorkerRecord(name))
+        if failed and not record.row:
+            record.before = self.ended - record.ended, self.failed - record.failed
+        trial = self._trust(record) is DISTRUSTED and now >= record.trial_at
+        for counts in self, record:
+            counts.ended += 1
+            counts.failed += failed
+        record.row = record.row + 1 if failed else 0
+        if self._trust(record) is not DISTRUSTED:
+            record.trial_wait = TRIAL_FIRST
+            return None
+        if trial:
+            record.trial_wait = min(2 * record.trial_wait, TRIAL_MOST)
+        if trial or record.trial_at < now:
+            record.trial_at = now + record.trial_wait
+        if record.told:
+            return None
+        record.told = True
+        return "worker %s: %s failed there in a row, and elsewhere %d of %d: it gets only a trial now and then" % (
+            name, count_text(record.row, "job"), *reversed(self._elsewhere(record)))
+
+    def _elsewhere(self, record):
+        """(jobs ended, jobs failed) on the others since its row of failures began"""
+        return (self.ended - record.ended - record.before[0], self.failed - record.failed - record.before[1])
+
+    def _trust(self, record):
+        if record.row < ROW:
+            return TRUSTED
+        ended, failed = self._elsewhere(record)
+        if ((failed + 1) / (ended + 2)) ** record.row < CHANCE:
+            return DISTRUSTED if ended else SUSPECT
+        told = ended and 2 * failed >= ended or (1 / (ended + 2)) ** record.row < CHANCE
+        return SUSPECT if record.failed == record.ended and not told else TRUSTED
+
+    def trusts(self, instance):
+        return instance not in self.records or self._trust(self.records[instance]) is TRUSTED
+
+    def may_have(self, instance, now, working):
+        """Whether this worker may have a job now.  working(): the instances of those that run one."""
+        record = self.records.get(instance)
+        trust = self._trust(record) if record else TRUSTED
+        return (trust is TRUSTED or trust is SUSPECT and not working() - {instance} or
+                trust is DISTRUSTED and now >= record.trial_at and instance not in working())
+
+    def spread_text(self):
+        """Which workers had the failures, where they are not spread; else nothing."""
+        names = {}
+        for record in self.records.values():
+            failed, ended = names.get(record.name, (0, 0))
+            names[record.name] = failed + record.failed, ended + record.ended
+        worst = sorted(((failed, ended, name) for name, (failed, ended) in names.items() if failed), reverse=True)
+        if len(names) < 2 or not worst or 2 * worst[0][0] <= self.failed or self.failed < 2:
+            return ""
+        return ", ".join("%d of %d on %s" % (failed, ended, name) for failed, ended, name in worst[:3])
+
+
+class Batch:
+    """Many jobs in order.
+
+    most: how many may run at once.  again: how often a job that failed is run again, elsewhere where that can be.
+    halt: whether a failure that counts lets no further job begin.  ordered: whether jobs are delivered in their order
+    or as they end.  working(), serving(): the instances of the workers that run a job, and of those that could.
+    """
+
+    def __init__(self, most, again=0, halt=False, ordered=True, working=set, serving=set):
+        self.most = most
+        self.again = again
+        self.halt = halt
+        self.ordered = ordered
+        self.working = working
+        self.serving = serving
+        self.state = TAKING
+        self.workers = WorkerRecords()
+        self.jobs = {}              # {number: BatchJob} of those not delivered
+        self.taken = 0
+        self.going = 0
+
+    # -- jobs that come in
+    def wants_job(self, held_back=0):
+        """Whether there is room for one more.  held_back: how many of those that go wait for another worker."""
+        return (self.state is TAKING and self.going - held_back < self.most and held_back < HELD_BACK_MAX
+                and len(self.jobs) - self.going < UNDELIVERED_MAX)
+
+    def add(self, job):
+        """The next one."""
+        self.taken += 1
+        job.number = self.taken
+        self.jobs[job.number] = job
+
+    def complete(self):
+        """There are no further ones."""
+        if self.state is TAKING:
+            self.state = COMPLETE
+
+    def stop(self):
+        """None is to begin any more, and none to run again."""
+        self.state = STOPPING
+
+    # -- runs
+    def start(self, job, run):
+        """A run of it is on its way to a worker."""
+        self.going += job.state is NEW
+        job.happens(START)
+        job.twins += bool(job.runs)
+        job.runs.append(run)
+
+    def may_run(self, job, instance, now):
+        """Whether a run of the job may have this worker: one that may have jobs at all, and is, for a job that has
+        failed, another one, as long as there is one or one may join."""
+        if not self.workers.may_have(instance, now, self.working):
+            return False
+        return instance not in job.failed_on or now >= job.failed_at + ELSEWHERE and not any(
+            each not in job.failed_on and self.workers.trusts(each) for each in self.serving())
+
+    def ended(self, job, run, outcome, instance, now):
+        """A run has ended.  AGAIN: the job is to be started again; WAIT: its other run decides; COUNTS: that was it."""
+        job.runs.remove(run)
+        if outcome is FAILED:
+            job.failed_on.add(instance)
+            job.failed_at = now
+        if outcome is not SUCCEEDED and job.runs:
+            return WAIT
+        if outcome is FAILED and job.tries < self.again and self.state is not STOPPING:
+            job.tries += 1
+            job.twins = 0
+            return AGAIN
+        return COUNTS
+
+    def forget(self, job, run):
+        """A run is as if it had never been."""
+        job.runs.remove(run)
+
+    def twin_wanted(self, began_at):
+        """The job that is to be started a second time, once all have begun: the one that has run for longest and has
+        had no twin; None where there is none.  began_at(run): when it started on its worker, or None."""
+        alone = [(began_at(job.runs[0]), job.number) for job in self.jobs.values()
+                 if len(job.runs) == 1 and not job.twins and began_at(job.runs[0]) is not None
+                 ] if self.state is COMPLETE else ()
+        return self.jobs[min(alone)[1]] if alone else None
+
+    # -- ends
+    def settle(self, job, failed=False):
+        """It is over.  Runs that are left are the owner's to end."""
+        self.going -= job.state is GOING
+        job.happens(SETTLE)
+        if failed and self.halt:
+            self.stop()
+
+    def deliverable(self, job):
+        """The jobs that are to be delivered now that this one has ended, in their order."""
+        while self.jobs:
+            first = self.jobs[next(iter(self.jobs))] if self.ordered else job
+            if first.state is not DONE_WITH:
+                break
+            del self.jobs[first.number]
+            first.happens(DELIVER)
+            yield first
+
+    def unfinished(self):
+        """The jobs that go, in their order."""
+        return [job for job in self.jobs.values() if job.state is GOING]
+
+    def is_over(self):
+        return self.state is not TAKING and not self.going
 
 
 # ================================================================ below this line the program touches the world
@@ -5543,6 +5814,10 @@ class LocalFailure(Failure):
     """Something on this machine cannot be written, which the next job would need as well."""
 
 
+class JobFailure(Failure):
+    """Something of one job cannot be read or written on this machine: others are not concerned."""
+
+
 class JobStreams:
     """What a job's descriptors are connected to here.  Its owner makes it and closes it.
 
@@ -5620,39 +5895,82 @@ class JobStreams:
 
 class TemporaryFile:
     """Makes the file of a Spool: one without a name, in TMPDIR or /tmp."""
-    place = "a temporary file"          # in the words of an error
+    waits = True                        # space may come free: what the file does not take stays in memory meanwhile
+
+    def folder(self):
+        return os.environ.get("TMPDIR") or "/tmp"
 
     def open(self):
         """A descriptor."""
-        path = os.path.join(os.environ.get("TMPDIR") or "/tmp", "cexec-" + os.urandom(8).hex())
+        path = os.path.join(self.folder(), "cexec-" + os.urandom(8).hex())
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         os.unlink(path)
         return fd
+
+    def place(self):
+        """In the words of an error."""
+        return "the temporary folder %s" % printable(os.fsencode(self.folder()))
 
     def close(self, fd):
         os.close(fd)
 
 
 class Budget:
-    """What several Spools hold together.  From `limit` bytes on the jobs of those HeldStreams that are not `first` may
-    write no more until pay() finds that it has become less."""
+    """What several Spools hold together, and which of the jobs that fill them may go on.
 
-    def __init__(self, limit=math.inf):
+    From `limit` bytes on, and while the temporary folder takes no more, a job's HeldStreams give no credit, until
+    pay() finds that there is room again; only the first in order, by their `turn`, goes on whatever is held, or all
+    would wait for ever.  may_favour() says whether it is known which one that is."""
+
+    def __init__(self, limit=math.inf, may_favour=lambda: True):
         self.limit = limit
+        self.may_favour = may_favour
         self.held = 0
         self.memory = 0                 # of that, in memory
-        self.waiting = set()            # HeldStreams that owe credit
+        self.full = ""                  # why the temporary folder took no more, in words
+        self.live = set()               # HeldStreams whose job has begun
+        self.waiting = set()            # those of them that owe credit
+        self.postponed = []             # those that gave up what they had written for the first in order
+
+    def has_room(self):
+        return self.held < self.limit and not self.waiting and self.memory < 2 * Spool.MEMORY_ALL
+
+    def running(self):
+        """The HeldStreams whose job has a worker, in their order."""
+        return sorted((streams for streams in self.live if streams.attempt), key=lambda streams: streams.turn)
 
     def pay(self):
-        for streams in [each for each in self.waiting if each.first or self.held < self.limit]:
-            self.waiting.discard(streams)
-            streams.pay()
+        """Something has become less, or somebody waits: whoever may go on does."""
+        if not self.waiting and not self.postponed:
+            return
+        running = self.running()
+        if self.waiting and running and self.may_favour():
+            running[0].first = True
+        for streams in running:
+            if streams in self.waiting:
+                streams.pay()
+        if self.postponed and not self.waiting:
+            postponed, self.postponed = self.postponed, []
+            for streams in postponed:
+                streams.resume()
+
+    def make_room(self, wanting):
+        """The first in order fills all the memory that it may have, and its file takes no more: the last one gives up
+        what it has written and starts again later.  Returns whether there is one."""
+        last = self.running()[-1]
+        if last is wanting:
+            return False
+        last.postpone()
+        self.postponed.append(last)
+        return True
 
 
 class Spool:
-    """Bytes that are held here: in memory, and many of them in a file, which comes from `files`, a TemporaryFile.
-    Whoever makes it clears it.  LocalFailure when the file cannot be written."""
-    __slots__ = ("budget", "files", "memory", "fd", "size")
+    """Bytes that are held here: the first of them in a file, once they are many, and the rest in memory.  The file
+    comes from `files`, a TemporaryFile.  What that does not take stays in memory too, and `trouble`, an OSError, says
+    why, until write_out() finds it well again.  Whoever makes it clears it.  LocalFailure when a file that will not
+    get better cannot be written."""
+    __slots__ = ("budget", "files", "memory", "fd", "filed", "trouble")
     MEMORY_EACH = 1 << 18       # bytes of one that stay in memory
     MEMORY_ALL = 1 << 24        # bytes of all of a Budget in memory, from which on each has only a sixteenth of that
 
@@ -5661,73 +5979,85 @@ class Spool:
         self.files = files or NAMELESS
         self.memory = bytearray()
         self.fd = None
-        self.size = 0
+        self.filed = 0          # bytes in the file
+        self.trouble = None
+
+    size = property(lambda self: self.filed + len(self.memory))
 
     def append(self, data):
         size, budget = len(data), self.budget
-        if self.fd is None and self.size + size > (
-                self.MEMORY_EACH if budget.memory < self.MEMORY_ALL else self.MEMORY_EACH >> 4):
-            self.to_file()
-        if self.fd is None:
-            self.memory += data
-            budget.memory += size
-        else:
-            self._write(data, self.size)
-        self.size += size
+        self.memory += data
+        budget.memory += size
         budget.held += size
+        if not self.trouble and (self.fd is not None or len(self.memory) > (
+                self.MEMORY_EACH if budget.memory < self.MEMORY_ALL else self.MEMORY_EACH >> 4)):
+            self.write_out()
 
-    def to_file(self):
-        """From now on all of it is in the file."""
-        if self.fd is None:
-            try:
-                self.fd = self.files.open()
-            except OSError as error:
-                raise LocalFailure(self.files.place, reason_of(error)) from None
-            self._write(self.memory, 0)
-            self.budget.memory -= len(self.memory)
-            self.memory = bytearray()
-
-    def _write(self, data, position):
-        view = memoryview(data)
+    def write_out(self):
+        """Puts into the file what is in memory.  Returns whether it took all of it."""
+        done = 0
         try:
-            while view:
-                size = os.pwrite(self.fd, view, position)
-                view, position = view[size:], position + size
+            if self.fd is None:
+                self.fd = self.files.open()
+            with memoryview(self.memory) as view:
+                while done < len(view):
+                    done += os.pwrite(self.fd, view[done:], self.filed + done)
+            self.trouble = None
         except OSError as error:
-            raise LocalFailure(self.files.place, reason_of(error)) from None
+            if not self.files.waits:
+                raise LocalFailure(self.files.place(), reason_of(error)) from None
+            self.trouble = error
+        finally:
+            del self.memory[:done]
+            self.filed += done
+            self.budget.memory -= done
+        return not self.trouble
+
+    def read_at(self, position, view):
+        """Reads some bytes from there; 0 behind the last one."""
+        if position < self.filed:
+            view = view[:self.filed - position]
+            size = read_into(self.fd, view, position)
+            if not size and len(view):
+                raise LocalFailure(self.files.place(), "a file there has become shorter")
+            return size
+        part = self.memory[position - self.filed:position - self.filed + len(view)]
+        view[:len(part)] = part
+        return len(part)
 
     def pieces(self, start=0):
         """What it holds from there on, a buffer at a time; the next one replaces the one before."""
-        source = HeldSource(self)
-        source.position, buffer = start, memoryview(bytearray(min(BUFFER, max(1, self.size - start))))
-        while source.position < self.size:
-            size = source.read_into(buffer)
-            if not size:
-                raise LocalFailure(self.files.place, "it has become shorter")
+        buffer = memoryview(bytearray(min(BUFFER, max(1, self.size - start))))
+        while start < self.size:
+            size = self.read_at(start, buffer)
+            start += size
             yield buffer[:size]
 
     def cut(self, size):
         """Keeps so many bytes, and returns a Spool with what was behind them."""
-        rest = Spool(self.budget, self.files)
+        rest = type(self)(self.budget, self.files)
         for piece in self.pieces(size):
             rest.append(piece)
         self.budget.held -= self.size - size
-        self.budget.memory -= len(self.memory[size:])
-        self.memory, self.size = self.memory[:size], size
+        in_memory = max(0, size - self.filed)
+        self.budget.memory -= len(self.memory) - in_memory
+        self.filed = min(self.filed, size)
+        del self.memory[in_memory:]
         return rest
 
     def clear(self):
         """Holds nothing any more; may be used again.  Its file, if there is one, is closed."""
         self.budget.held -= self.size
         self.budget.memory -= len(self.memory)
-        self.size = 0
         self.memory = bytearray()
+        self.filed = 0
+        self.trouble = None
         if self.fd is not None:
             fd, self.fd = self.fd, None
             self.files.close(fd)
 
     def __bytes__(self):
-        return bytes(self.memory) if self.fd is None else b"".join(map(bytes, self.pieces()))
+        return bytes(self.memory) if not self.filed else b"".join(map(bytes, self.pieces()))
 
     def __len__(self):
         return self.size
@@ -5737,63 +6067,67 @@ NAMELESS = TemporaryFile()
 
 
 class HeldSource:
-    """An input that can always start again and never has to wait.
+    """What one attempt at a job reads: it can start again and never has to wait.
 
     It is bytes, a Spool that is complete, the path (str) of a regular file, or a descriptor of one, of which `start`
-    and `length` may name a part, whatever its own offset is.  end() gives back path and Spool; a descriptor is closed
-    by whoever opened it.  Failure or OSError when the path cannot be opened.
+    and `length` may name a part, whatever its own offset is.  Each run of a job makes one of its own, for it has a
+    position; bytes, Spool and descriptor belong to whoever opened them, but for a descriptor that is `given`.
+    `head` (bytes) stands before all that.  `digest`, of hashlib, is what comes before the input's bytes in the hash
+    of all that was read.  Failure or OSError when the path cannot be opened.
     """
 
-    def __init__(self, input=b"", start=0, length=None):
+    def __init__(self, input=b"", start=0, length=None, given=False, head=b"", digest=None):
         self.spool = input if isinstance(input, Spool) else None
-        self.own = self.fd = None
-        self.data = b""
+        self.fd = open_regular(input) if isinstance(input, str) else input if isinstance(input, int) else None
+        self.given = given or isinstance(input, str)
+        self.data = head + input if self.spool is None and self.fd is None else head
         self.start = start
         self.length = length
         self.position = 0
-        if self.spool is not None:
-            self.data, self.fd, self.length = self.spool.memory, self.spool.fd, self.spool.size
-        elif isinstance(input, str):
-            self.own = self.fd = open_regular(input)
-        elif isinstance(input, int):
-            self.fd = input
-        else:
-            self.data = input
+        self.digest = digest
+        self.hash = digest and digest.copy()
+        self.status = None if self.fd is None else os.fstat(self.fd)
 
     def read_into(self, view):
-        if self.fd is None:
+        behind = self.position - len(self.data)
+        if behind < 0:
             part = memoryview(self.data)[self.position:self.position + len(view)]
             size = len(part)
             view[:size] = part
-        else:
+        elif self.spool is not None:
+            size = self.spool.read_at(behind, view)
+        elif self.fd is not None:
             if self.length is not None:
-                view = view[:self.length - self.position]
-            size = read_into(self.fd, view, self.start + self.position)
+                view = view[:self.length - behind]
+            size = read_into(self.fd, view, self.start + behind)
+        else:
+            size = 0
         self.position += size
+        if self.hash:
+            self.hash.update(view[:size])
         return size
 
-    def twin(self):
-        """Another one of the same input, which must not outlive this one."""
+    def has_changed(self):
+        """Whether the file is not any more what it was when this was made."""
         if self.fd is None:
-            return HeldSource(self.data)
-        return HeldSource(self.fd, self.start, self.length)
+            return False
+        now, then = os.fstat(self.fd), self.status
+        return (now.st_size, now.st_mtime_ns, now.st_ctime_ns) != (then.st_size, then.st_mtime_ns, then.st_ctime_ns)
 
     def can_rewind(self):
         return True
 
     def rewind(self):
         self.position = 0
+        self.hash = self.digest and self.digest.copy()
 
     def close(self):
         """The channel lets go of it; the next one may take it up."""
 
     def end(self):
-        """Gives back what it holds.  May be called again."""
-        self.data, self.fd = b"", None
-        if self.spool is not None:
-            self.spool.clear()
-        if self.own is not None:
-            fd, self.own = self.own, None
+        """Closes what it has opened or was given.  May be called again."""
+        if self.given and self.fd is not None:
+            fd, self.fd = self.fd, None
             os.close(fd)
 
 
@@ -5822,16 +6156,19 @@ class HeldStreams(JobStreams):
     """Standard input, output and error of a job, held here: so it may start again at any moment.
 
     The source, a HeldSource, is ended by whoever made it.  After the job `output` and `errors` hold what it wrote,
-    until close().  output_file, a TemporaryFile, is for an output that is too long for memory.
+    until close().  turn: which of several goes on when all together hold too much: the least.  output_file, a
+    TemporaryFile with a budget of its own, is for an output that gets a file to stay.
     """
     held = True
 
-    def __init__(self, source, budget=None, output_file=None):
+    def __init__(self, source, budget=None, turn=0, output_file=None):
         super().__init__()
         self.budget = budget or Budget()
+        self.turn = turn
         self.first = False              # its job may write whatever the budget says
         self.owed = {}                  # {output: bytes kept for which no credit was given back}
-        self.output = Spool(self.budget, output_file)
+        self.resume = None              # what starts it again after postpone()
+        self.output = Spool(output_file.budget if output_file else self.budget, output_file)
         self.errors = Spool(self.budget)
         self.descriptors = {0: IN, 1: OUT, 2: OUT}
         self.sources = {0: source}
@@ -5842,23 +6179,54 @@ class HeldStreams(JobStreams):
         self.delivered.clear()
         self.close()
         super().begin(attempt)
+        self.budget.live.add(self)
+
+    def ended(self, report):
+        self._leave()
+
+    def _leave(self):
+        """The job writes no more."""
+        self.owed = {}
+        self.first = False
+        self.budget.waiting.discard(self)
+        self.budget.live.discard(self)
+        if self in self.budget.postponed:
+            self.budget.postponed.remove(self)
 
     def kept(self, number, size):
         """An output has grown; if too much is held already, the job hears of that later."""
-        if self.budget.held < self.budget.limit or self.first:
-            self.consumed(number, size)
-        else:
-            self.owed[number] = self.owed.get(number, 0) + size
-            self.budget.waiting.add(self)
+        if number == 1 and self.output.budget is not self.budget:
+            return self.consumed(number, size)
+        self.owed[number] = self.owed.get(number, 0) + size
+        self.budget.waiting.add(self)
+        self.pay()
+        if self in self.budget.waiting:
+            self.budget.pay()
 
     def pay(self):
-        """There is room again: the job may write on."""
-        owed, self.owed = self.owed, {}
-        for number, size in owed.items():
-            self.consumed(number, size)
+        """If there is room again the job may write on."""
+        spools = [spool for spool in (self.output, self.errors) if spool.trouble and not spool.write_out()]
+        for spool in spools:
+            self.budget.full = "%s: %s" % (spool.files.place(), reason_of(spool.trouble))
+        if self.first and sum(len(spool.memory) for spool in spools) >= Spool.MEMORY_ALL:
+            if not self.budget.make_room(self):
+                self.broken(JobFailure("what it wrote, %d bytes so far" % (self.output.size + self.errors.size),
+                                       "no room in " + self.budget.full, "TMPDIR names another folder"))
+        elif self.first or not spools and self.budget.held < self.budget.limit:
+            self.budget.waiting.discard(self)
+            owed, self.owed = self.owed, {}
+            for number, size in owed.items():
+                self.consumed(number, size)
+
+    def postpone(self):
+        """Gives up what the job has written; resume() starts it again."""
+        pool, submission = self.attempt.pool, self.attempt.submission
+        pool.withdraw(submission)
+        self.close()
+        self.resume = functools.partial(pool.submit, submission)
 
     def read_error(self, number, error):
-        self.broken(Failure("the input", reason_of(error)))
+        self.broken(JobFailure("the input", reason_of(error)))
         return 0
 
     def broken(self, failure):
@@ -5868,8 +6236,7 @@ class HeldStreams(JobStreams):
 
     def close(self):
         """Throws away the outputs.  May be called again."""
-        self.owed = {}
-        self.budget.waiting.discard(self)
+        self._leave()
         for spool in self.output, self.errors:
             if spool.size or spool.fd is not None:
                 spool.clear()
@@ -5914,7 +6281,11 @@ class Submission:
         self.worker = None              # name of the last one
         self.report = None              # the ExitReport
         self.attempt = None
+        self.instance = None            # of the last worker
+        self.accepts = lambda instance: True    # whether its owner wants it to run there now
         self.done = False
+        if any(b"\0" in part for pair in names for part in pair):
+            raise Failure("NAME=VALUE", "a NUL byte, which no environment can hold", "", EXIT_USAGE)
         size = len(encode_job(Job(self.id, streams.descriptors, names, 1, None)))
         if size > CONTROL_MAX - TERMINAL_MAX:
             raise Failure("NAME=VALUE", "%d bytes in all, at most %d go along" % (size, CONTROL_MAX - TERMINAL_MAX),
@@ -6117,7 +6488,7 @@ class PooledConnection:
         if self.timer:
             self.timer.cancel()
         submission.attempt = Attempt(self.pool, self, submission)
-        submission.worker = self.name
+        submission.worker, submission.instance = self.name, self.instance
         submission.attempt.start()
 
     def rest(self):
@@ -6278,6 +6649,21 @@ class Pool:
         self._ready()
         self._pump()
 
+    def withdraw(self, submission):
+        """Takes a job back, which ends on its worker; it may be submitted again."""
+        if submission.attempt:
+            submission.attempt.give_up()
+            submission.attempt = None
+        self.running.discard(submission)
+
+    def working(self):
+        """The instances of the workers that run a job now."""
+        return {submission.instance for submission in self.running}
+
+    def serving(self):
+        """The instances of the workers that there is a connection to."""
+        return {kept.instance for kept in self.connections if not kept.leaving}
+
     def close(self):
         """Ends all connections, and with them all jobs.  Nothing is called any more."""
         self.closed = True
@@ -6308,7 +6694,8 @@ class Pool:
         now = time.monotonic()
         while self.queue and self.idle:
             kept = self.idle.pop()
-            submission = next((each for each in self.queue if each.avoid.get(kept.instance, now) <= now), None)
+            submission = next((each for each in self.queue
+                               if each.avoid.get(kept.instance, now) <= now and each.accepts(kept.instance)), None)
             if submission is None:
                 kept.leave()
                 continue
@@ -6410,7 +6797,8 @@ class Pool:
     def __contains__(self, instance):
         """Whether none of the jobs that wait wants this worker now."""
         now = time.monotonic()
-        return bool(self.queue) and all(each.avoid.get(instance, now) > now for each in self.queue)
+        return bool(self.queue) and all(each.avoid.get(instance, now) > now or not each.accepts(instance)
+                                        for each in self.queue)
 
     # -- what connections say
     def on_connection_gone(self, kept):
@@ -7162,12 +7550,20 @@ def parse_name(word):
 # A Pool with many jobs.  What a job writes is held until it has ended, so a lost worker costs time and nothing else.
 # Inputs are read only as slots come free; outputs leave whole, one after another.
 
-WAITING_MAX = 10000         # outputs that may wait for an earlier one
 NAME_MAX = 1 << 16          # bytes of a line that can still be a name
 HASH_AT_ONCE = 1 << 23      # bytes of an input that are hashed before others have their turn
+STEADY_TRIES = 3            # runs of a job whose input changes while it is read
 FAILURES_SHOWN = 10         # failed jobs with a line of their own
 PROGRESS_EVERY = 0.2        # seconds
-LOG_HEAD = "number\tkey\tstatus\tseconds\tworker\tin\tout\tname\n"
+PROGRESS_PLAIN = 60.0       # seconds from one line to the next where standard error is no terminal
+SYNCERS = 8                 # threads that wait for outputs to be on the disk
+UNSYNCED_MAX = 256          # outputs that may wait so
+FINISH_SYNC = 5.0           # seconds that an interrupted cmap waits for them
+NAMES_KEPT = 1000           # inputs whose names are known for a message
+LOG_HEAD = "number\tkey\tstatus\tseconds\tworker\tin\tout\tname\toutput\n"
+NUMBERED = object()         # the name of an input that has only its number
+NO_MORE = object()          # no further input
+RESERVED = 0xffffffff       # instead of an input's number: a file that no output may replace
 
 
 def replaced(text, name, number):
@@ -7186,6 +7582,20 @@ def replaced(text, name, number):
     return head
 
 
+def output_path(pattern, name, number):
+    """The path of an output.  Failure for one that no file can have, or that would lie outside of the folder in which
+    the pattern begins: names may come from strangers."""
+    path, folder = replaced(pattern, name, number), os.path.dirname(pattern.partition(b"{")[0])
+    lasts = [os.path.basename(path)] + ([name.rpartition(b"/")[2]] if b"{/" in pattern else [])
+    if b"\0" in path:
+        raise JobFailure(log_text(path), "no file's name has a NUL byte")
+    if {b"", b".", b".."}.intersection(lasts):
+        raise JobFailure(log_text(path), "no file can have this name")
+    if folder and os.path.relpath(path, folder).startswith(b"../"):
+        raise JobFailure(log_text(path), "it lies outside of %s, where --out begins" % log_text(folder))
+    return path
+
+
 def log_text(name):
     """A name as the log has it: one line, without tabs."""
     return "" if name is None else printable(name.replace(b"\\", b"\\\\"))
@@ -7195,33 +7605,222 @@ def short_hash(text):
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
-class MapJob:
-    """One input, and what becomes of it.  MapInputs makes it, Cmap ends it."""
-    __slots__ = ("number", "name", "names", "path", "source", "key", "failure", "runs", "tries", "began")
+class NameTable:
+    """{16 bytes of a hash: number}, in at most 32 bytes for each: slots of 24, between three quarters and nine tenths
+    of which are taken.  An entry may be marked with a number that can be looked for."""
+    SLOT = struct.Struct("=16sII")
 
-    def __init__(self, number, name):
-        self.number = number
+    def __init__(self):
+        self.slots = 64
+        self.used = 0
+        self.table = bytearray(self.slots * self.SLOT.size)
+
+    def _find(self, digest):
+        """Where it stands, or would stand."""
+        at = int.from_bytes(digest[:8], "big") % self.slots * self.SLOT.size
+        while self.table[at:at + 16] not in (digest, bytes(16)):
+            at = (at + self.SLOT.size) % len(self.table)
+        return at
+
+    def get(self, digest):
+        """Its number; 0 for none."""
+        return self.SLOT.unpack_from(self.table, self._find(digest))[1]
+
+    def add(self, digest, number, mark=0):
+        """Its number becomes this one."""
+        at = self._find(digest)
+        if self.SLOT.unpack_from(self.table, at)[0] != digest:
+            self.used += 1
+            if self.used > self.slots * 9 // 10:
+                self._grow()
+                at = self._find(digest)
+        self.SLOT.pack_into(self.table, at, digest, min(number, 0xffffffff), mark)
+
+    def _grow(self):
+        old, self.slots = self.table, self.slots * 6 // 5 + 1
+        self.table = bytearray(self.slots * self.SLOT.size)
+        for digest, number, mark in self.SLOT.iter_unpack(old):
+            if digest != bytes(16):
+                self.SLOT.pack_into(self.table, self._find(digest), digest, number, mark)
+
+    def has_mark(self, mark):
+        return mark in memoryview(self.table).cast("I")[5::6]
+
+
+class Claims:
+    """The outputs of one run by their places, and its inputs by their files: no output may be lost to another one, to
+    an input, or to what cmap would destroy by writing there.  A place is the folder, by device and inode, and the last
+    name.  All numbers are those of inputs."""
+
+    def __init__(self):
+        self.table = NameTable()
+        self.names = {}                 # {number: name} of the last inputs
+        self.oldest = math.inf          # change time (ns) of the first file that this run has made
+        self.new_in = set()             # folders in which folders were made, until somebody syncs them
+
+    @staticmethod
+    def _digest(*parts):
+        return hashlib.sha256(repr(parts).encode()).digest()[:16]
+
+    def _name(self, number):
+        name = self.names.get(number)
+        return "input %d" % number + (" (%s)" % log_text(name)[:200] if name else "")
+
+    def input(self, number, name, status=None):
+        """An input, and the os.stat_result of its file; Failure where that is an output of this run."""
+        self.names[number] = name
+        if len(self.names) > NAMES_KEPT:
+            self.names.pop(number - NAMES_KEPT, None)
+        if status and self.is_ours(status):
+            raise JobFailure(log_text(name), "it is an output of this run")
+        if status:
+            self.read(status, number)
+
+    def read_all(self, paths):
+        """These are all the inputs, from the first on."""
+        for number, path in enumerate(paths, 1):
+            self.names[number] = os.fsencode(path)
+            try:
+                self.read(os.stat(path), number)
+            except (OSError, ValueError):
+                pass        # it is told when its turn comes
+
+    def read(self, status, number):
+        """This input reads a file, which no output may replace; the same file may be several inputs."""
+        digest = self._digest(status.st_dev, status.st_ino)
+        if stat.S_ISREG(status.st_mode) and not self.table.get(digest):
+            self.table.add(digest, number)
+
+    def is_ours(self, status):
+        """Whether this run has made the file."""
+        return status.st_ctime_ns >= self.oldest and self.table.has_mark(self._mark(status))
+
+    def _mark(self, status):
+        return int.from_bytes(self._digest("made", status.st_dev, status.st_ino)[:4], "big") | 1
+
+    def _place(self, path, make):
+        """The digest of a path's place; its folder is made where it is not there and `make` says so."""
+        folder, last = os.path.split(path)
+        while True:
+            try:
+                there = os.stat(folder or b".")
+                return self._digest(there.st_dev, there.st_ino, last)
+            except FileNotFoundError:
+                if make:
+                    self._make(folder)
+                else:
+                    folder, above = os.path.split(folder.rstrip(b"/"))
+                    last = os.path.join(above, last)
+
+    def _make(self, folder):
+        above = os.path.dirname(folder.rstrip(b"/"))
+        if above and not os.path.isdir(above):
+            self._make(above)
+        try:
+            os.mkdir(folder)
+        except FileExistsError:
+            pass        # somebody else was quicker; if it is no folder, who looks next will find that
+        self.new_in.add(above or b".")
+
+    def output(self, path, number, make=True):
+        """Claims the place of an output.  Failure where another input has it, or the file there must stay; OSError
+        where there can be none."""
+        place = self._place(path, make)
+        other = self.table.get(place)
+        if other and other != number:
+            raise JobFailure(log_text(path), "it is the output of %s as well" % self._name(other))
+        self.standing(path, number)
+        self.table.add(place, number)
+
+    def standing(self, path, number):
+        """The os.stat_result of the file that an output replaces, None where there is none.  Failure where what
+        stands there may not be replaced."""
+        try:
+            there = os.lstat(path)
+        except FileNotFoundError:
+            return None
+        kind = {stat.S_IFREG: "", stat.S_IFDIR: "a folder", stat.S_IFLNK: "a symbolic link"}.get(
+            stat.S_IFMT(there.st_mode), "no regular file")
+        reader = self.table.get(self._digest(there.st_dev, there.st_ino))
+        if kind:
+            raise JobFailure(log_text(path), "%s stands there" % kind)
+        if reader:
+            raise JobFailure(log_text(path), "the output would replace %s" % (
+                "its input" if reader == number else "a file that cmap uses" if reader == RESERVED else
+                self._name(reader)))
+        if self.is_ours(there):
+            raise JobFailure(log_text(path), "another output of this run stands there under the name")
+        return there
+
+    def made(self, path, number, status):
+        """The output of this input stands there now."""
+        self.oldest = min(self.oldest, status.st_ctime_ns)
+        self.table.add(self._place(path, False), number, self._mark(status))
+
+
+
+class MapJob(BatchJob):
+    """One input, and what becomes of it.  MapInputs makes it, Cmap ends it."""
+    __slots__ = ("name", "names", "data", "head", "path", "key", "failure", "left_out", "unsteady", "spare", "output",
+                 "began")
+
+    def __init__(self, name, data, head):
+        super().__init__()
         self.name = name            # bytes; None when that would be too long
         self.names = []             # [(NAME, VALUE)] that the job is told
+        self.data = data            # what a HeldSource takes
+        self.head = head            # bytes that stand before that
         self.path = None            # of its output file
-        self.source = None          # a HeldSource
-        self.key = ""               # the content key
         self.failure = None         # why there is no input
-        self.runs = []              # Submissions under way; two of a hedged job
-        self.tries = 0              # times that it ended with another status than 0 and ran again
+        self.left_out = False       # an earlier run has done it
+        self.unsteady = 0           # runs during which the input has changed
+        self.spare = None           # the run of two that has failed first
+        self.output = None          # a Spool for standard output, once it has ended
         self.began = time.monotonic()
+
+    def end(self):
+        if isinstance(self.data, Spool):
+            self.data.clear()
+
+
+class InputSpool(Spool):
+    """An input that comes in pieces.  failure: why it cannot be kept; the rest of it is passed over."""
+    __slots__ = ("failure",)
+
+    def __init__(self, budget, files=None):
+        super().__init__(budget, files)
+        self.failure = None
+
+
+class FifoSource(Source):
+    """A named pipe that was opened without waiting for its first writer: until then it would seem to be at its end."""
+
+    def __init__(self, loop, fd, ready):
+        super().__init__(loop, fd, ready)
+        self.begun = False              # something has come, or a writer has gone again
+
+    def _read(self, view):
+        if not self.begun:
+            raise BlockingIOError
+        return super()._read(view)
+
+    def _readable(self):
+        self.begun = True
+        super()._readable()
 
 
 class MapInputs:
     """Reads the inputs, each when it is asked for.  jobs() yields MapJobs; None means that there is nothing now, and
-    that ready() will be called once there is."""
+    that ready() will be called once there is.  busy(): whether jobs are under way, which free what they hold."""
 
-    def __init__(self, loop, key, settings, operands, ready):
+    def __init__(self, loop, settings, operands, claims, log, ready, busy):
         self.loop = loop
-        self.key = key
         self.settings = settings
         self.operands = operands
+        self.claims = claims
+        self.log = log
         self.ready = ready
+        self.busy = busy
         self.budget = Budget()
         self.buffer = memoryview(bytearray(BUFFER))
         self.names = [parse_name(word) for word in settings.names.split("\0") if word]
@@ -7233,86 +7832,149 @@ class MapInputs:
                 yield None
                 continue
             number += 1
-            name, data = found
-            job = MapJob(number, name)
+            name, data, *head = found
+            job = MapJob(b"%d" % number if name is NUMBERED else name, data, b"".join(head))
             try:
-                if isinstance(data, Failure):
-                    raise data
-                self._prepare(job, data)
-                yield from self._hash(job)
+                self._prepare(job, number)
+                if self.settings.resume and self.log.may_have(job):
+                    yield from self._compare(job)
             except Failure as failure:
                 job.failure = failure
             except OSError as error:
-                job.failure = Failure(log_text(name), reason_of(error))
+                job.failure = JobFailure(log_text(job.name), reason_of(error))
             yield job
 
-    def _prepare(self, job, data):
-        settings = self.settings
+    def _prepare(self, job, number):
+        settings, status = self.settings, None
+        if isinstance(job.data, str) and self.claims:
+            status = os.stat(job.data)
+        if self.claims:
+            self.claims.input(number, job.name, status)
+        if isinstance(job.data, Failure):
+            raise job.data
         if settings.value:
-            job.source = HeldSource()
-            job.names.append((os.fsencode(settings.value), data))
-        else:
-            job.source = HeldSource(data)
-        job.names += [(name, replaced(value, job.name, job.number)) for name, value in self.names]
+            job.names.append((os.fsencode(settings.value), bytes(job.data)))
+            job.data = b""
+        job.names += [(name, replaced(value, job.name, number)) for name, value in self.names]
+        if any(b"\0" in value for _, value in job.names):
+            raise JobFailure("NAME=VALUE", "a NUL byte, which no environment can hold")
         if settings.out:
-            job.path = replaced(os.fsencode(settings.out), job.name, job.number)
+            job.path = output_path(os.fsencode(settings.out), job.name, number)
+            for path in (job.path, job.path + b".failed") if settings.keep_failed else (job.path,):
+                self._claim(path, number)
 
-    def _hash(self, job):
-        """The content key: of the app's key, the names and the input's bytes.  A long input takes several turns."""
-        if not self.settings.log:
-            return
-        key = hashlib.sha256(self.key.fingerprint.encode())
-        for name, value in job.names:
-            key.update(b"%d %s=%s" % (len(name) + len(value), name, value))
-        done, source = 0, job.source.twin()
-        while True:
-            size = source.read_into(self.buffer)
-            if not size:
-                break
-            key.update(self.buffer[:size])
-            done += size
-            if done >= HASH_AT_ONCE:
-                done = 0
-                self.loop.call_soon_threadsafe(self.ready)
-                yield None
-        job.key = key.hexdigest()[:32]
+    def _claim(self, path, number):
+        try:
+            self.claims.output(path, number, not self.settings.dry_run)
+        except OSError as error:
+            begins = os.path.dirname(self.settings.out.partition("{")[0])
+            raise (LocalFailure if begins and not os.path.isdir(begins) else JobFailure)(
+                log_text(path), reason_of(error)) from None
+
+    def _compare(self, job):
+        """Whether the log says that this has been done: a long input takes several turns."""
+        source = HeldSource(job.data, head=job.head, digest=self.log.digest(job))
+        try:
+            while source.read_into(self.buffer):
+                if source.position // HASH_AT_ONCE != (source.position - BUFFER) // HASH_AT_ONCE:
+                    self.loop.call_soon_threadsafe(self.ready)
+                    yield None
+            job.left_out = self.log.has(job, source.hash) and not source.has_changed()
+        finally:
+            source.end()
 
     # -- where they come from
     def _found(self):
-        """(name, input) for each, a Failure in place of an input that cannot be read; None for nothing now."""
+        """(name, input[, head]) for each, a Failure in place of an input that cannot be read; None for nothing now."""
         settings = self.settings
-        if settings.block:
-            number = 0
-            for spool in self._blocks(settings.block, settings.cut == "lines"):
-                number += spool is not None
-                yield spool and (b"%d" % number, spool)
-        elif settings.lines or settings.value:
-            for path in self.operands or ["-"]:
-                try:
-                    for line in self._lines(path, b"\n"):
-                        yield line and self._one_line(line)
-                except OSError as error:
-                    yield os.fsencode(path), Failure(path, reason_of(error))
-        elif settings.list:
-            for line in self._lines(settings.list, b"\0" if settings.nul else b"\n"):
-                name = line and bytes(line).rstrip(b"\0" if settings.nul else b"\n")
-                if name or line is None:
-                    yield name and (name, os.fsdecode(name))
-        else:
-            for path in self.operands:
-                yield os.fsencode(path), path
+        if settings.block or settings.cut_before:
+            mark = b"" if settings.cut == "bytes" else b"\n" + os.fsencode(settings.cut_before)
+            return self._blocks(settings.block or 1, mark)
+        if settings.lines:
+            return self._line_jobs(settings.count or 1)
+        if settings.value:
+            return self._line_jobs(1)
+        if settings.list:
+            return self._listed(b"\0" if settings.nul else b"\n")
+        return (found for path in self.operands for found in self._file(path))
+
+    def _listed(self, end):
+        for line in self._lines(self.settings.list, end):
+            name = line and bytes(line)[:-1 if bytes(line).endswith(end) else None]
+            if line is None:
+                yield None
+            elif name:
+                yield from self._file(os.fsdecode(name))
+
+    def _file(self, path):
+        """A regular file is read when its job runs; what comes out of a pipe is kept first."""
+        name = os.fsencode(path)
+        try:
+            if b"\0" in name:
+                raise JobFailure(log_text(name), "no file's name has a NUL byte")
+            if not stat.S_ISFIFO(os.stat(path).st_mode):
+                yield name, path
+                return
+            spool = InputSpool(self.budget)
+            for piece in self._pieces(path):
+                if piece is None:
+                    yield None
+                else:
+                    yield from self._keep(spool, piece)
+            yield name, spool.failure or spool
+        except OSError as error:
+            yield name, JobFailure(path, reason_of(error))
+        except Failure as failure:
+            yield name, failure
+
+    def _line_jobs(self, count):
+        """Each line, or `count` of them together, behind the first one of their file where that is their header."""
+        for path in self.operands or ["-"]:
+            head, group, left = b"", None, count
+            wants_head = self.settings.header
+            try:
+                for line in self._lines(path, b"\n"):
+                    if line is None:
+                        yield None
+                    elif wants_head:
+                        head, wants_head = bytes(line), False
+                    elif count == 1:
+                        yield (*self._one_line(line), head)
+                    else:
+                        group = group or InputSpool(self.budget)
+                        for piece in line.pieces() if isinstance(line, Spool) else (line,):
+                            yield from self._keep(group, piece)
+                        left -= 1
+                        if not left:
+                            yield NUMBERED, group.failure or group, head
+                            group, left = None, count
+            except OSError as error:
+                yield os.fsencode(path), JobFailure(path, reason_of(error))
+            if group:
+                yield NUMBERED, group.failure or group, head
 
     def _one_line(self, line):
+        """(name, input)"""
         name = bytes(line) if len(line) <= NAME_MAX else None
         name = name[:-1] if name and name[-1:] == b"\n" else name
-        if self.settings.value and name is None:
-            return name, Failure("a line of %d bytes" % len(line), "too long for --value", "", EXIT_USAGE)
-        return name, name if self.settings.value else line
+        if isinstance(line, InputSpool) and line.failure:
+            return name, line.failure
+        if not self.settings.value:
+            return name, line
+        if name is None:
+            failure = JobFailure("a line of %d bytes" % len(line), "too long for --value")
+            if isinstance(line, Spool):
+                line.clear()
+            return name, failure
+        return name, name
 
     def _pieces(self, path):
         """What comes from standard input or a file, a buffer at a time, which the next one replaces."""
-        fd = 0 if path == "-" else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        source = open_source(self.loop, fd, self.ready)
+        fd = 0 if path == "-" else os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        if self.claims:
+            self.claims.read(os.fstat(fd), RESERVED)
+        fifo = fd and stat.S_ISFIFO(os.fstat(fd).st_mode)
+        source = (FifoSource if fifo else open_source)(self.loop, fd, self.ready)
         try:
             while True:
                 size = source.read_into(self.buffer)
@@ -7324,9 +7986,23 @@ class MapInputs:
             if fd:
                 os.close(fd)
 
+    def _keep(self, spool, data):
+        """Adds to a spool; yields None while the temporary folder takes no more and others may free some of it."""
+        if not spool.failure:
+            spool.append(data)
+        while spool.trouble and len(spool.memory) > Spool.MEMORY_EACH and not spool.write_out():
+            if self.busy():
+                yield None
+            elif len(spool.memory) <= Spool.MEMORY_ALL:
+                break
+            else:
+                spool.failure = JobFailure("%d bytes of it" % spool.size, "no room in %s: %s" % (
+                    spool.files.place(), reason_of(spool.trouble)))
+                spool.clear()
+
     def _lines(self, path, end):
-        """Each line with its end, as bytes, or as a Spool where it came in pieces."""
-        rest = Spool(self.budget)
+        """Each line with its end, as bytes, or as an InputSpool where it came in pieces."""
+        rest = InputSpool(self.budget)
         for piece in self._pieces(path):
             if piece is None:
                 yield None
@@ -7336,52 +8012,67 @@ class MapInputs:
                 cut = data.find(end, at) + 1
                 if not cut:
                     break
-                if rest.size:
-                    rest.append(data[at:cut])
+                if rest.size or rest.failure:
+                    yield from self._keep(rest, data[at:cut])
                     yield rest
-                    rest = Spool(self.budget)
+                    rest = InputSpool(self.budget)
                 else:
                     yield data[at:cut]
                 at = cut
-            rest.append(data[at:])
-        if rest.size:
+            if at < len(data):
+                yield from self._keep(rest, data[at:])
+        if rest.size or rest.failure:
             yield rest
 
-    def _blocks(self, size, whole_lines):
-        """Spools of at most `size` bytes, cut behind the last line end in them; a longer line is a block by itself."""
-        block, line_end = Spool(self.budget), 0
+    def _blocks(self, size, mark):
+        """Blocks of at most `size` bytes, cut behind the first byte of the last `mark` in them, or at `size` where that
+        is empty; what has no mark so soon is a block by itself.  The first line may be the header of each."""
+        block, cut, tail, more = InputSpool(self.budget), 0, b"", max(0, len(mark) - 1)
+        head, wants_head = b"", self.settings.header
         for piece in self._pieces("-"):
             if piece is None:
                 yield None
                 continue
+            piece = bytes(piece)
+            if wants_head:
+                at = piece.find(b"\n") + 1
+                head, piece, wants_head = head + piece[:at or None], piece[at:] if at else b"", not at
             while piece:
-                part = piece[:max(0, size - block.size)]
-                if part:
-                    block.append(part)
-                    found = bytes(part).rfind(b"\n") + 1
-                    if whole_lines and found:
-                        line_end = block.size - len(part) + found
-                elif whole_lines and not line_end:
-                    cut = bytes(piece).find(b"\n") + 1      # of a line that is longer than a block
-                    part = piece[:cut] if cut else piece
-                    block.append(part)
-                    line_end = block.size if cut else 0
+                part = piece[:max(0, size + more - block.size)]
+                if not part:            # it is full, and there is no mark yet
+                    at = (tail + piece).find(mark)
+                    part = piece[:at + len(mark) - len(tail)] if at >= 0 else piece
+                if mark:
+                    found = (tail + part).rfind(mark) + 1
+                    cut = block.size - len(tail) + found if found else cut
+                    tail = (tail + part)[-more:] if more else b""
+                yield from self._keep(block, part)
+                if block.failure:
+                    raise block.failure
                 piece = piece[len(part):]
-                if block.size >= size and (line_end or not whole_lines):
-                    rest = block.cut(line_end or size)
-                    yield block
-                    block, line_end = rest, 0
+                if block.size >= size + more and (cut > 0 or not mark):
+                    rest = block.cut(cut or size)
+                    yield NUMBERED, block, head
+                    block, cut = rest, 0
+        if block.size > size and cut > 0:
+            rest = block.cut(cut)
+            yield NUMBERED, block, head
+            block = rest
         if block.size:
-            yield block
+            yield NUMBERED, block, head
 
 
 class OutputFile(TemporaryFile):
     """A file beside the place of a job's output, which it gets only by put()."""
+    waits = False
 
-    def __init__(self, path):
+    def __init__(self, path, budget):
         self.path = path
-        self.place = printable(path)
+        self.budget = budget
         self.partial = None
+
+    def place(self):
+        return log_text(self.path)
 
     def open(self):
         folder = os.path.dirname(self.path)
@@ -7389,7 +8080,7 @@ class OutputFile(TemporaryFile):
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
             fd = os.open(partial, flags, 0o666)
-        except FileNotFoundError:
+        except FileNotFoundError:       # it was there when the name was claimed
             os.makedirs(folder, exist_ok=True)
             fd = os.open(partial, flags, 0o666)
         self.partial = partial
@@ -7399,16 +8090,26 @@ class OutputFile(TemporaryFile):
         os.close(fd)
         if self.partial:
             partial, self.partial = self.partial, None
-            os.unlink(partial)
+            try:
+                os.unlink(partial)
+            except FileNotFoundError:
+                pass        # somebody swept
 
-    def put(self, spool):
-        """What the spool holds is the output: it gets its name."""
-        spool.to_file()
+    def put(self, spool, path, claims, number):
+        """What the spool holds is the output of this input: it gets its name.  Failure where that cannot be."""
+        spool.write_out()
+        replaces, own = claims.standing(path, number), os.fstat(spool.fd)
         try:
-            os.rename(self.partial, self.path)
+            if replaces:        # without the bits that a write takes away as well
+                os.fchmod(spool.fd, replaces.st_mode & 0o777)
+            there = os.lstat(self.partial)
+            if (there.st_dev, there.st_ino) != (own.st_dev, own.st_ino):
+                raise JobFailure(self.place(), "somebody has replaced its temporary file")
+            os.rename(self.partial, path)
         except OSError as error:
-            raise LocalFailure(self.place, reason_of(error)) from None
+            raise JobFailure(log_text(path), reason_of(error)) from None
         self.partial = None
+        claims.made(path, number, os.fstat(spool.fd))
 
 
 class OrderedWriter:
@@ -7452,9 +8153,9 @@ class OrderedWriter:
         self.busy = False
 
 
-def numbered_lines(number, spool):
-    """What a job said on standard error, each line behind its number."""
-    mark, at_start = b"%d: " % number, True
+def marked_lines(mark, spool):
+    """What a job wrote, each line behind the mark."""
+    at_start = True
     for piece in spool.pieces():
         data = bytes(piece)
         ends = data.endswith(b"\n")
@@ -7465,12 +8166,37 @@ def numbered_lines(number, spool):
         yield memoryview(b"\n")
 
 
-class MapLog:
-    """The file of --log: a line for each job that has ended.  With resume, `done` knows what ended with 0 before."""
+def sync_output(fd, folders):
+    """Returns when an output and its name are on the disk: None, or the OSError.  Closes fd."""
+    try:
+        os.fsync(fd)
+        for folder in folders:
+            try:
+                above = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            except PermissionError:
+                continue        # a folder that may be written to but not read
+            try:
+                os.fsync(above)
+            finally:
+                os.close(above)
+    except OSError as error:
+        return None if error.errno in UNSUPPORTED else error
+    finally:
+        os.close(fd)
 
-    def __init__(self, path, resume):
+
+class MapLog:
+    """The file of --log: a line for each job that has ended, when its output is on the disk.  With resume, `done` knows
+    what ended with 0 before.  key_digest: of the app's key, with which every content key begins."""
+
+    def __init__(self, path, resume, key_digest, loop):
         self.path = path
-        self.done = {}              # {hash of a name: hash of its content key}, by the last line of that name
+        self.key_digest = key_digest
+        self.loop = loop
+        self.done = {}              # {hash of an output's name: (hash of its content key, bytes)}
+        self.unsynced = 0
+        self.helpers = []
+        self.old = False            # an older cmap wrote it, and did not say which output a line is of
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         if stat.S_ISREG(os.fstat(self.fd).st_mode) and os.fstat(self.fd).st_size:
             self._read(resume)
@@ -7478,27 +8204,68 @@ class MapLog:
             self._write(LOG_HEAD)
 
     def _read(self, resume):
+        old_head = LOG_HEAD.rpartition("\t")[0] + "\n"
         with open(self.path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-            if file.readline() != LOG_HEAD:
+            head = file.readline()
+            if head not in (LOG_HEAD, old_head):
                 raise Failure(self.path, "not a log of cmap", "its first line is not cmap's", EXIT_USAGE)
             for line in file:
                 if not line.endswith("\n"):     # it was cut when its writer was
                     os.ftruncate(self.fd, os.fstat(self.fd).st_size - len(line.encode("utf-8", "surrogateescape")))
                     break
                 fields = line[:-1].split("\t")
-                if resume and len(fields) == LOG_HEAD.count("\t") + 1:
-                    name = short_hash(fields[-1])
-                    if fields[2] == "0":
-                        self.done[name] = short_hash(fields[1])
-                    else:
-                        self.done.pop(name, None)
+                if line == LOG_HEAD:
+                    head = line
+                elif resume and len(fields) == LOG_HEAD.count("\t") + 1 and fields[2] == "0" and whole(
+                        fields[6]):
+                    self.done[short_hash(fields[8])] = short_hash(fields[1]), int(fields[6])
+        if head == old_head:
+            self.old = True
+            self._write(LOG_HEAD)
 
-    def has(self, job):
-        return self.done.get(short_hash(log_text(job.name)), None) == short_hash(job.key)
+    def digest(self, job):
+        """Of hashlib: what comes before the input's bytes in its content key."""
+        digest = self.key_digest.copy()
+        for name, value in job.names:
+            digest.update(b"%d %s=%s" % (len(name) + len(value), name, value))
+        return digest
 
-    def add(self, job, status, seconds, worker, received, sent):
-        self._write("%d\t%s\t%d\t%.3f\t%s\t%d\t%d\t%s\n" % (
-            job.number, job.key, status, seconds, worker or "-", received, sent, log_text(job.name)))
+    def may_have(self, job):
+        """Whether its output is there as the log says, so that it is worth while to look at the input."""
+        _, size = self.done.get(short_hash(log_text(job.path)), (0, None))
+        try:
+            there = os.lstat(job.path)
+        except OSError:
+            return False
+        return stat.S_ISREG(there.st_mode) and there.st_size == size
+
+    def has(self, job, digest):
+        key, _ = self.done.get(short_hash(log_text(job.path)))
+        return key == short_hash(digest.hexdigest()[:32])
+
+    def add(self, job, status, key, seconds, worker, received, sent, output=None, fd=None, folders=()):
+        """A job has ended; output: the path of the file that it made, which is to be synced by way of fd."""
+        line = "%d\t%s\t%d\t%.3f\t%s\t%d\t%d\t%s\t%s\n" % (
+            job.number, key, status, seconds, worker or "-", received, sent, log_text(job.name), log_text(output))
+        if fd is None:
+            return self._write(line)
+        if len(self.helpers) < SYNCERS:
+            self.helpers.append(Helper(self.loop))
+        self.unsynced += 1
+        self.helpers[job.number % len(self.helpers)].call(
+            functools.partial(sync_output, os.dup(fd), folders), functools.partial(self._synced, line, output))
+
+    def finish(self):
+        """Waits for what is to be synced, at most some seconds, and writes what is to be said of it."""
+        until = time.monotonic() + FINISH_SYNC
+        while self.unsynced and time.monotonic() < until:
+            self.loop.step()
+
+    def _synced(self, line, output, error):
+        self.unsynced -= 1
+        if error:
+            raise LocalFailure(log_text(output), reason_of(error))
+        self._write(line)
 
     def _write(self, line):
         data = line.encode()
@@ -7510,30 +8277,40 @@ class MapLog:
 
 
 class Cmap:
-    """One run: takes inputs, gives them to the Pool, and makes one result of what comes back."""
+    """One run: takes inputs, gives them to the Pool, and makes one result of what comes back.  The Batch knows what is
+    to be done next."""
 
     def __init__(self, key, settings, operands):
         self.loop = Loop()
         self.settings = settings
         self.pool = Pool(self.loop, key, settings, most=settings.jobs, keep=True, on_ready=self._pump)
-        self.budget = Budget(math.inf if settings.out else settings.spill << 20)
-        self.log = MapLog(settings.log, settings.resume) if settings.log else None
-        self.total = None if settings.list or settings.lines or settings.value else len(operands) or None
-        self.inputs = MapInputs(self.loop, key, settings, operands, self._pump).jobs()
-        self.jobs = {}                  # {MapJob: None} of those that have begun, in the order of their numbers
-        self.outputs = {}               # {number: Spool or None} of ended jobs, until those before have been written
-        self.next = 1                   # the number whose output is next
-        self.printer = None if settings.out else OrderedWriter(self.loop, 1, self._output_failed)
+        self.batch = Batch(settings.jobs, settings.again, bool(settings.halt), not (settings.unordered or settings.out),
+                           self.pool.working, self.pool.serving)
+        self.budget = Budget(settings.spill, self._is_known_who_is_next)
+        self.file_budget = Budget()     # of outputs that get files of their own
+        self.claims = Claims() if settings.out else None
+        self.log = MapLog(settings.log, settings.resume, hashlib.sha256(key.fingerprint.encode()), self.loop) \
+            if settings.log and (settings.resume or not settings.dry_run) else None
+        reads_parts = settings.list or settings.lines or settings.value or settings.block or settings.cut_before
+        self.total = None if reads_parts else len(operands)
+        if self.claims and not reads_parts:
+            self.claims.read_all(operands)
+        if self.log and self.claims:
+            self.claims.read(os.fstat(self.log.fd), RESERVED)
+        self.inputs = MapInputs(self.loop, settings, operands, self.claims, self.log, self._pump,
+                                lambda: self.batch.going).jobs()
+        self.buffer = memoryview(bytearray(BUFFER))
+        self.writer = None if settings.out and not settings.dry_run else OrderedWriter(
+            self.loop, 1, self._output_failed)
         self.errors = OrderedWriter(self.loop, 2, lambda error: None)
         self.status = StatusLine(-1 if settings.quiet else 2)
-        self.began = time.monotonic()
-        self.taken = self.done = self.failed = self.left_out = self.lost = 0
+        self.began = self.told_at = time.monotonic()
+        self.done = self.failed = self.left_out = self.lost = 0
         self.trouble = None             # the first job that the cluster failed, and the Failure
-        self.stopping = False           # no more jobs are begun
-        self.inputs_over = False
+        self.full = ""                  # what was said about the temporary folder
         self.terminated = None          # SIGTERM, once it has come
         self.pumping = False
-        self.workers = set()
+        self.starved = False            # the next input has not come yet
 
     def run(self):
         """The number of the signal to die of, or None.  A Failure ends all."""
@@ -7542,15 +8319,20 @@ class Cmap:
         self.loop.on_signal_unless_ignored(signal.SIGTERM, self._terminate)
         self.loop.call_soon_threadsafe(self._pump)
         self.loop.call_later(PROGRESS_EVERY, self._tick)
+        if self.log and self.log.old and self.settings.resume:
+            self._say("%s: an older cmap wrote it and did not say which output a line is of: no job counts as done"
+                      % self.settings.log)
         try:
             return self.loop.run()
         finally:
             self.status.clear()
-            self.stopping = True
+            self.batch.stop()
             self.pool.close()
-            for job in self.jobs:
-                for run in job.runs:
-                    run.streams.close()
+            for job in self.batch.unfinished():
+                for run in (*job.runs, job.spare):
+                    self._discard(run)
+            if self.log:
+                self.log.finish()
 
     # -- inputs
     def _pump(self):
@@ -7559,164 +8341,249 @@ class Cmap:
             return
         self.pumping = True
         try:
-            while not (self.stopping or self.inputs_over) and self._has_room():
-                job = next(self.inputs, self)
-                if job is None:
+            while self._has_room():
+                job = next(self.inputs, NO_MORE)
+                self.starved = job is None
+                if self.starved:
                     break
-                if job is self:
-                    self.inputs_over, self.total = True, self.taken
+                if job is NO_MORE:
+                    self.batch.complete()
+                    self.total = self.batch.taken
                 else:
                     self._begin(job)
         finally:
             self.pumping = False
-        if self.inputs_over and self.settings.hedge:
+        more = self.settings.jobs if self.total is None else self.total - self.batch.taken
+        wanted = self.batch.state is TAKING and not self.starved and self.budget.has_room()
+        self.pool.more = min(self.settings.jobs, more) if wanted else 0
+        if self.settings.hedge:
             self._hedge()
         self._maybe_over()
 
     def _has_room(self):
-        return (len(self.jobs) < self.settings.jobs and self.pool.has_capacity()
-                and len(self.outputs) < WAITING_MAX and self.budget.held < self.budget.limit
-                and self.budget.memory < 2 * Spool.MEMORY_ALL)
+        held_back = sum(bool(run.job.failed_on) for run in self.pool.queue) if self.batch.workers.failed else 0
+        return (self.batch.wants_job(held_back) and self.pool.has_capacity() and self.budget.has_room()
+                and not (self.log and self.log.unsynced >= UNSYNCED_MAX))
 
     def _begin(self, job):
-        self.taken += 1
-        self.jobs[job] = None
+        self.batch.add(job)
         if job.failure:
-            self._ended(job, None, job.failure)
-        elif self.settings.resume and self.log.has(job) and os.path.exists(job.path):
+            self._over(job, None, job.failure)
+        elif job.left_out:
             self.left_out += 1
-            self._close(job, None)
+            self._close(job)
+        elif self.settings.dry_run:
+            self._print_plan(job)
         else:
             self._run(job)
 
+    def _print_plan(self, job):
+        """--dry-run: the input's name and the output's."""
+        line = "%s\t%s\n" % (log_text(job.name), log_text(job.path) if job.path else "-")
+        self.done += 1
+        self.writer.add(iter([memoryview(line.encode())]), lambda: None)
+        self._close(job)
+
     def _run(self, job, avoid=None):
-        """Starts it on a worker; a second time if one is to be avoided."""
-        source = job.source.twin() if avoid else job.source
-        streams = HeldStreams(source, self.budget, OutputFile(job.path) if job.path else None)
+        """Starts it on a worker; a second time if one is to be avoided.  Every run reads the input by itself."""
         try:
-            run = Submission(streams, job.names, self.settings.retries, functools.partial(self._run_over, job),
-                             timeout=self.settings.timeout)
+            run = self._make_run(job)
         except Failure as failure:
-            return self._ended(job, None, failure)
+            job.twins += bool(job.runs)         # the one that runs has what it needs
+            return None if job.runs else self._over(job, None, failure)
         if avoid:
             run.avoid[avoid] = math.inf
-        job.runs.append(run)
+        self.batch.start(job, run)
         self.pool.submit(run)
+        return None
+
+    def _make_run(self, job):
+        try:
+            source = HeldSource(job.data, head=job.head, digest=self.log and self.log.digest(job))
+        except OSError as error:
+            raise JobFailure(log_text(job.name), reason_of(error)) from None
+        try:
+            output_file = OutputFile(job.path, self.file_budget) if job.path else None
+            return MapRun(job, HeldStreams(source, self.budget, job.number, output_file), self)
+        except Failure:
+            source.end()
+            raise
 
     def _hedge(self):
         """Nothing is left to begin: the jobs that have run for longest start a second time, as slots come free."""
-        if self.stopping:
-            return
-        for job in list(self.jobs):
-            if not self.pool.has_capacity() or len(self.pool.running) >= self.settings.jobs:
+        while self.pool.has_capacity() and len(self.pool.running) < self.settings.jobs:
+            job = self.batch.twin_wanted(MapRun.began_at)
+            if not job:
                 break
-            attempt = job.runs[0].attempt if len(job.runs) == 1 else None
-            if attempt and attempt.is_running():
-                self._run(job, attempt.kept.instance)
+            self._run(job, job.runs[0].instance)
 
     # -- ends
-    def _run_over(self, job, status, failure, run):
-        job.runs.remove(run)
+    def run_over(self, run, status, failure):
+        """A run has ended, with a status or a Failure; if the log wants it the whole input is hashed first."""
+        source = run.streams.sources[0]
+        if status == 0 and source.hash and not failure:
+            run.sent = run.sent or source.position
+            for _ in range(HASH_AT_ONCE // BUFFER):
+                if not source.read_into(self.buffer):
+                    break
+            else:
+                return self.loop.call_soon_threadsafe(functools.partial(self.run_over, run, status, failure))
+        job = run.job
+        if run not in job.runs:         # meanwhile the other one has ended
+            return self._discard(run)
         self.lost += run.lost
         if isinstance(failure, LocalFailure):
-            run.streams.close()
             raise failure
-        if failure and job.runs:        # the other one goes on
-            return run.streams.close()
-        if isinstance(failure, NoWorker):
-            raise Failure("input %d (%s)" % (job.number, log_text(job.name)), failure, failure.hint)
-        if status and job.tries < self.settings.again and not self.stopping:
-            job.tries += 1
-            self._pass_on_errors(job, run.streams.errors)
-            run.streams.output.clear()
-            return self._run(job)
-        self._cancel(job)
-        self._ended(job, status, failure, run)
+        if isinstance(failure, NoWorker) and len(job.runs) == 1:
+            raise Failure("input %d (%s)" % (job.number, log_text(job.name)[:200]), failure, failure.hint)
+        if source.has_changed() and not isinstance(failure, NoWorker):
+            job.unsteady += 1
+            failure, again = JobFailure(log_text(job.name), "it changes while it is read"), job.unsteady < STEADY_TRIES
+            if again and self.batch.state is not STOPPING:
+                self.batch.forget(job, run)
+                self._discard(run)
+                return None if job.runs else self._run(job)
+        return self._count(run, status, failure)
 
-    def _cancel(self, job):
-        for run in job.runs:
-            self.pool.cancel(run)
-            run.streams.close()
-        job.runs = []
+    def _count(self, run, status, failure):
+        job, now = run.job, time.monotonic()
+        outcome = LOST if failure else FAILED if status else SUCCEEDED
+        run.result = status, failure
+        if not failure:
+            self._say(self.batch.workers.add(run.instance, run.worker, outcome is FAILED, now))
+        decision = self.batch.ended(job, run, outcome, run.instance, now)
+        if decision is WAIT:            # for its twin; until then this is what there is
+            self._discard(job.spare)
+            job.spare = run
+        elif decision is AGAIN:
+            self._pass_on_errors(run)
+            self._discard(job.spare)
+            self._discard(run)
+            job.spare = None
+            self._run(job)
+        else:
+            if outcome is LOST and job.spare:
+                run, job.spare = job.spare, run
+            self._over(job, *run.result, run)
+        return None
 
-    def _ended(self, job, status, failure, run=None):
-        """A job has ended, with a status or with a failure of the cluster or of its input."""
-        output, worker, took, sent = None, None, 0.0, 0
-        if run:
-            worker, output, sent = run.worker, run.streams.output, run.streams.output.size
-            took = run.report.milliseconds / 1000 if run.report else time.monotonic() - job.began
-            self.workers.update([worker] if worker else [])
+    def _over(self, job, status, failure, run=None):
+        """What counts of a job: a status, or a Failure of the cluster or of its input."""
+        self._cancel(job, run)
+        if run and not failure and job.path:
             try:
-                if status == 0 and job.path:
-                    output.files.put(output)
-            finally:
-                if failure or job.path or not run.report:       # it is elsewhere, or not whole
-                    output.clear()
-            self._pass_on_errors(job, run.streams.errors)
-        if self.log:
-            self.log.add(job, EXIT_TEMPORARY if failure else status, took, worker,
-                         run.streams.sources[0].position if run else 0, sent)
+                self._put(job, status, run)
+            except LocalFailure:
+                self._discard(run)
+                raise
+            except Failure as error:
+                failure = error
+        self._write_log(job, status, failure, run)
         self.done += 1
-        if failure and run and not self.trouble:
+        if failure and run and not isinstance(failure, JobFailure) and not self.trouble:
             self.trouble = job, failure
         if status or failure:
-            self._failed(job, status, failure)
-        self._close(job, output)
-        if self.failed and self.settings.halt:
+            self.failed += 1
+            self._tell_failure(job, status, failure, run)
+        if run:
+            self._pass_on_errors(run)
+            if self.writer and run.report and not failure:      # it is whole
+                job.output = run.streams.output
+                run.streams.output = Spool(self.budget)
+            self._discard(run)
+        self._close(job, bool(status or failure))
+        if self.batch.state is STOPPING and self.settings.halt:
             self._begin_no_more(now=self.settings.halt == "now")
 
-    def _failed(self, job, status, failure):
-        self.failed += 1
-        if (self.failed <= FAILURES_SHOWN and not self.settings.quiet or failure) and has_room():
-            self.status.clear()
-            say(CMAP, "input %d (%s): %s" % (
-                job.number, log_text(job.name)[:200],
-                job.failure.why if job.failure else failure or "status %d" % status))
-        self.stopping = self.stopping or bool(self.settings.halt)
+    def _put(self, job, status, run):
+        """The output gets its name; one of a failed job another one, where that is wanted."""
+        path = job.path if status == 0 else job.path + b".failed" if self.settings.keep_failed else None
+        if path:
+            output = run.streams.output
+            output.files.put(output, path, self.claims, job.number)
+            run.path = path
 
-    def _close(self, job, output):
-        """It is over; its output, a Spool or None, waits for its turn."""
-        del self.jobs[job]
-        if job.source:
-            job.source.end()
-        if self.printer:
-            self.outputs[job.number] = output if output and output.size else None
-        while self.outputs and (self.settings.unordered or self.next in self.outputs):
-            ready = self.outputs.pop(job.number if self.settings.unordered else self.next)
-            self.next += 1
-            if ready:
+    def _write_log(self, job, status, failure, run):
+        if not self.log or self.settings.dry_run:
+            return
+        if not run:
+            self.log.add(job, EXIT_TEMPORARY, "-", 0.0, None, 0, 0)
+            return
+        source, output = run.streams.sources[0], run.streams.output
+        took = run.report.milliseconds / 1000 if run.report else time.monotonic() - job.began
+        folders = [os.path.dirname(run.path) or b".", *self.claims.new_in] if run.path else ()
+        if run.path:
+            self.claims.new_in.clear()
+        self.log.add(job, EXIT_TEMPORARY if failure else status,
+                     source.hash.hexdigest()[:32] if status == 0 and not failure else "-", took, run.worker,
+                     run.sent if run.sent is not None else source.position, output.size, run.path,
+                     output.fd if run.path else None, folders)
+
+    def _tell_failure(self, job, status, failure, run):
+        if not (self.failed <= FAILURES_SHOWN and not self.settings.quiet or failure):
+            return
+        if not failure:
+            words = "status %d on %s" % (status, run.worker)
+            reason = run.report.reason if run.report else "it ran for %g s, --timeout" % self.settings.timeout
+            words += ": " + reason if reason else ""
+        else:
+            words = failure.why if failure.what == log_text(job.name) else str(failure)
+            words += "; " + failure.hint if isinstance(failure, JobFailure) and failure.hint else ""
+        self._say("input %d (%s): %s" % (job.number, log_text(job.name)[:200], words))
+
+    def _close(self, job, failed=False):
+        """It is over; its output waits for its turn."""
+        job.end()
+        self.batch.settle(job, failed)
+        for ready in self.batch.deliverable(job):
+            if ready.output and ready.output.size:
                 self.status.clear()
-                self.printer.add(ready.pieces(), functools.partial(self._printed, ready))
-        self._favour()
+                output = ready.output
+                pieces = marked_lines(log_text(ready.name).encode() + b"\t", output) if self.settings.tag else \
+                    output.pieces()
+                self.writer.add(pieces, functools.partial(self._written, output))
+        self.budget.pay()
         self._pump()
 
-    def _printed(self, spool):
+    def _cancel(self, job, keep=None):
+        """Ends the runs of a job but the one to keep."""
+        for run in job.runs + ([job.spare] if job.spare else []):
+            if run is not keep:
+                self.pool.cancel(run)
+                self._discard(run)
+        job.runs = []
+        job.spare = None
+
+    def _discard(self, run):
+        """Frees what a run holds; its errors may wait to be written."""
+        if run:
+            run.streams.close()
+            run.streams.sources[0].end()
+
+    def _written(self, spool):
         spool.clear()
-        self._favour()
+        self.budget.pay()
         self.loop.call_soon_threadsafe(self._pump)
 
-    def _pass_on_errors(self, job, errors):
+    def _pass_on_errors(self, run):
+        errors, run.streams.errors = run.streams.errors, Spool(self.budget)
         if errors.size:
             self.status.clear()
-            self.errors.add(numbered_lines(job.number, errors), functools.partial(self._printed, errors))
+            self.errors.add(marked_lines(b"%d: " % run.job.number, errors), functools.partial(self._written, errors))
 
-    def _favour(self):
-        """Outputs have grown to their limit: when all before it are written the job whose turn is next may go on, or
-        all would wait for ever."""
-        if self.budget.waiting:
-            runs = [run for job in self.jobs for run in job.runs if run.attempt]
-            if runs and self.printer.is_idle():
-                runs[0].streams.first = True
-            self.budget.pay()
+    def _is_known_who_is_next(self):
+        """Outputs have grown to their limit: when all that can be written is written, the first job that runs may go
+        on, or all would wait for ever."""
+        return (not self.writer or self.writer.is_idle()) and self.errors.is_idle()
 
     # -- the end
     def _begin_no_more(self, now=False):
         """Jobs that wait for a worker are not begun; those that run end by themselves, or now."""
-        self.stopping = True
-        for job in list(self.jobs):     # what is cancelled ends no other one
-            if now or not any(run.attempt for run in job.runs):
+        self.batch.stop()
+        for job in self.batch.unfinished():
+            if job.state is GOING and (now or not any(run.attempt for run in job.runs)):
                 self._cancel(job)
-                self._close(job, None)
+                self._close(job)
 
     def _terminate(self, number):
         if self.terminated:
@@ -7731,30 +8598,75 @@ class Cmap:
         self.loop.stop(signal.SIGPIPE)
 
     def _maybe_over(self):
-        if ((self.stopping or self.inputs_over) and not self.jobs and self.errors.is_idle()
-                and (not self.printer or self.printer.is_idle())):
+        if (self.batch.is_over() and self.errors.is_idle() and (not self.writer or self.writer.is_idle())
+                and not (self.log and self.log.unsynced)):
             self.loop.stop(self.terminated)
 
     # -- what is seen
+    def _say(self, line):
+        if line and has_room():
+            self.status.clear()
+            say(CMAP, line)
+
     def _tick(self):
         self.loop.call_later(PROGRESS_EVERY, self._tick)
-        self._favour()
+        self.budget.pay()
         self._pump()
+        if self.budget.full and not self.full:
+            self.full = self.budget.full
+            self._say(self.full + "; jobs that write much wait for others to end")
+        if self.status.usable:
+            self.status.show(self._progress())
+        elif not self.settings.quiet and time.monotonic() - self.told_at >= PROGRESS_PLAIN:
+            self.told_at = time.monotonic()
+            self._say(self._progress())
+
+    def _count_done(self):
+        return "%d%s done" % (self.done, " of %d" % (self.total - self.left_out) if self.total else "")
+
+    def _progress(self):
         took, rest = time.monotonic() - self.began, None
         if self.total and self.done:
             rest = (self.total - self.done - self.left_out) * took / self.done
-        self.status.show("%d done, %d failed, %d running on %s, %.1f a second%s" % (
-            self.done, self.failed, len(self.pool.running),
-            count_text(len({kept.name for kept in self.pool.connections}), "worker"), self.done / took,
-            ", %.0f s left" % rest if rest is not None else ""))
+        return "%s, %d failed, %d running on %s%s%s" % (
+            self._count_done(), self.failed, len(self.pool.running), count_text(len(self.pool.serving()), "worker"),
+            ", %.1f a second" % (self.done / took) if self.done else "",
+            ", %.0f s left" % rest if rest is not None else "")
 
     def summary(self):
-        took = time.monotonic() - self.began
-        return "%s, %d failed%s%s, on %s, %.1f s, %.1f a second" % (
-            count_text(self.done, "job"), self.failed,
+        took, workers = time.monotonic() - self.began, self.batch.workers
+        spread = workers.spread_text()
+        return "%s, %d failed%s%s%s%s, %.1f s%s" % (
+            count_text(self.done, "job"), self.failed, " (%s)" % spread if spread else "",
             ", %d left out as done before" % self.left_out if self.settings.resume else "",
             ", %d started again" % self.lost if self.lost else "",
-            count_text(len(self.workers), "worker"), took, self.done / took)
+            ", on %s" % count_text(len({record.name for record in workers.records.values()}), "worker"), took,
+            ", %.1f a second" % (self.done / took) if workers.ended else "")
+
+    def interrupted(self):
+        """What was done, and how to go on."""
+        return "interrupted: %s%s; %s" % (
+            self._count_done(), ", %d failed" % self.failed if self.failed else "",
+            "the same command goes on from there" if self.settings.resume else
+            "the same command with --resume goes on from there" if self.log and self.settings.out else
+            "with --log FILE and --out PATTERN a run can be gone on with by --resume")
+
+
+class MapRun(Submission):
+    """One run of a job of cmap.  It tells the Cmap of its end."""
+
+    def __init__(self, job, streams, cmap):
+        super().__init__(streams, job.names, cmap.settings.retries, lambda *ended: cmap.run_over(self, *ended[:2]),
+                         timeout=cmap.settings.timeout)
+        self.job = job
+        self.accepts = lambda instance: cmap.batch.may_run(job, instance, time.monotonic())
+        self.sent = None                # bytes of the input that were sent, once it is read for another reason
+        self.result = None              # (status, Failure)
+        self.path = None                # of the file that it made
+
+    def began_at(self):
+        """When it started on its worker, monotonic seconds; None while it waits."""
+        return self.attempt.offered if self.attempt and self.attempt.is_running() else None
 
 
 def cmap(arguments, settings):
@@ -7771,32 +8683,42 @@ def cmap(arguments, settings):
     raise_descriptor_limit(4096)
     run = Cmap(key, settings, arguments[1:])
     number = run.run()
-    if not settings.quiet and has_room():
-        say(CMAP, run.summary())
     if number == signal.SIGPIPE:
         return 128 + number
     if number:
+        say(CMAP, run.interrupted())
         die_of(number)
+    if not settings.quiet and not settings.dry_run and has_room():
+        say(CMAP, run.summary())
     if run.trouble:
         job, failure = run.trouble
         raise Failure("input %d (%s) was the first that the cluster failed" % (job.number, log_text(job.name)[:200]),
                       failure, failure.hint)
-    return min(run.failed, 101)
+    return EXIT_SOME_FAILED if run.failed else 0
 
 
 def check_map_inputs(settings, operands):
     """What cannot be meant so is refused before anything begins."""
     kinds = [word for word, given in (("--from", settings.list), ("--lines", settings.lines),
                                       ("--block", settings.block), ("--value", settings.value)) if given]
+    blocks, reads_standard = settings.block or settings.cut_before, settings.cut_before and not settings.block
+    kinds += ["--cut-before"] * bool(reads_standard)
     out = settings.out.replace("{/.}", "{}").replace("{/}", "{}").replace("{.}", "{}").replace("{#}", "{}")
     for wrong, what, why, hint in (
             (len(kinds) > 1, " and ".join(kinds), "only one of them at a time", ""),
-            (operands and set(kinds) & {"--from", "--block"}, "FILE", "not together with " + "".join(kinds), ""),
+            (operands and set(kinds) & {"--from", "--block", "--cut-before"}, "FILE",
+             "not together with " + "".join(kinds), ""),
             (not operands and not kinds, "no input", "", "name FILEs, or use --from, --lines, --block or --value"),
             (settings.value and not is_name(os.fsencode(settings.value)), "--value=" + settings.value, "not a NAME",
              "the job finds the line in its environment as PEER_NAME"),
+            (settings.count and not settings.lines, "-N", "it says how many of --lines go together", ""),
+            (settings.header and not (settings.lines or blocks), "--header", "only with --lines or --block", ""),
+            (settings.cut_before and settings.cut == "bytes", "--cut-before", "not together with --cut=bytes", ""),
             (settings.out and "{}" not in out, "--out=" + settings.out, "every job would write the same file",
              "use one of {} {.} {/} {/.} {#} in it"),
+            (settings.tag and settings.out, "--tag", "not together with --out",
+             "it marks the lines of standard output"),
+            (settings.keep_failed and not settings.out, "--keep-failed", "there is no --out to put them beside", ""),
             (settings.resume and not settings.log, "--resume", "there is no --log that tells what is done", ""),
             (settings.resume and not settings.out, "--resume", "the outputs of the jobs that are left out would be "
              "missing on standard output", "use it with --out")):
@@ -11375,9 +12297,7 @@ def job_input(input):
     fd = input.fileno()
     if stream_kind(fd) is not REGULAR:
         return HeldSource(b"".join(iter(lambda: os.read(fd, BUFFER), b"")))
-    source = HeldSource(os.dup(fd), os.lseek(fd, 0, os.SEEK_CUR))
-    source.own = source.fd
-    return source
+    return HeldSource(os.dup(fd), os.lseek(fd, 0, os.SEEK_CUR), given=True)
 
 
 class HeldJob:
@@ -11396,7 +12316,7 @@ class HeldJob:
         names = job_names(names)
         self.source = job_input(input)
         try:
-            self.streams = HeldStreams(self.source, thread.budget)
+            self.streams = HeldStreams(self.source, thread.budget, self.began)
             self.submission = Submission(self.streams, names, thread.settings.retries, self._done)
             thread.call(self._start, self.submission)
         except Failure:
@@ -11431,6 +12351,7 @@ class HeldJob:
             self.timer.cancel()
         self.streams.close()
         self.source.end()
+        self.thread.budget.pay()
         self.on_end(self)
 
     def cancel(self):
