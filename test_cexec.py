@@ -10888,16 +10888,16 @@ def test_an_output_has_its_name_alone(farm, tmp_path, out, inputs, made, words):
     os.link(str(work / "a" / "x"), str(work / "o" / "x.hard"))
     os.mkfifo(str(work / "o" / "x.fifo"))
     (work / "o" / "x.folder").mkdir()
-    before = files_below(tmp_path)
+    before = contents_below(tmp_path)
     done = mapped(farm, "--out", out, "APP", *inputs, cwd=str(work))
     assert words in done.stderr.decode() and done.returncode == (1 if words else 0), done.stderr
-    after = files_below(tmp_path)
+    after = contents_below(tmp_path)
     assert {path: data for path, data in after.items() if before.get(path) != data} == {
         os.path.join("w", path): b"|" + (work / inputs[number]).read_bytes() + b"|" for number, path in enumerate(made)}
     assert not set(before) - set(after)
 
 
-def files_below(top):
+def contents_below(top):
     """{path: bytes, target of a link, or what else it is}"""
     found = {}
     for folder, _, names in os.walk(str(top)):
