@@ -365,6 +365,14 @@ def parse_hosts(text):
     return tuple(address + ("%" + scope if scope else "") for address, _, scope in hosts)
 
 
+def is_wanted(settings, address, own="", name=""):
+    """Whether --accept-server and --reject-servers allow a worker with this address; what it says of itself, its own
+    address and its name, counts for rejecting only."""
+    said = {address, own, name.lower(), name.lower().partition(".")[0]}
+    return not said.intersection(settings.reject_servers) and (
+        not settings.accept_server or address in settings.accept_server)
+
+
 def parse_escape(text):
     if text == "none":
         return b""
@@ -462,10 +470,10 @@ SETTINGS = (
             "silence after which a worker is lost"),
     Setting("listen_ports", ("CEXEC_LISTEN_PORTS", "CEXEC_LISTEN_PORT", "CEXEC_PORTS", "CEXEC_PORT"),
             (CEXEC, CMAP, CWHO), optional(parse_ports), "", "PORTS",
-            "TCP ports a worker may connect back to: a,b,c and ranges a:b or a-b"),
-    Setting("accept_server", ("CEXEC_ACCEPT_SERVER", "CEXEC_ACCEPT_SERVERS"), (CEXEC, CMAP), parse_hosts, "",
+            "ports for what workers answer, UDP and TCP: a,b,c and ranges a:b or a-b"),
+    Setting("accept_server", ("CEXEC_ACCEPT_SERVER", "CEXEC_ACCEPT_SERVERS"), (CEXEC, CMAP, CWHO), parse_hosts, "",
             "ADDRESSES", "only these workers, separated by spaces"),
-    Setting("reject_servers", ("CEXEC_REJECT_SERVERS", "CEXEC_REJECT_SERVER"), (CEXEC, CMAP), parse_hosts, "",
+    Setting("reject_servers", ("CEXEC_REJECT_SERVERS", "CEXEC_REJECT_SERVER"), (CEXEC, CMAP, CWHO), parse_hosts, "",
             "ADDRESSES", "not these workers, separated by spaces"),
     Setting("max_fd", ("CEXEC_MAXFD", "MAXFD"), (CEXEC,), whole_number(2, 4096), "32", "N",
             "highest descriptor that is carried"),
@@ -555,7 +563,8 @@ FLAGS = {   # options without a value: {option: (attribute, value, tools, help)}
     "--scratch": ("scratch", True, (CSERVICE,), "an empty folder for each job, removed after it"),
     "--check": ("check", True, (CWHO,), "find out why nobody answers, and what to do"),
     "--watch": ("watch", True, (CWHO,), "show the room every two seconds, and the jobs that end; q ends"),
-    "--slots": ("slots", True, (CWHO,), "print only the number of free slots"),
+    "--slots": ("slots", True, (CWHO,), "print only the number of free slots, 1 where none is free"),
+    "--jobs": ("running_jobs", True, (CWHO,), "show the jobs that run now: where, whose, for how long"),
     "--json": ("json", True, (CRAT, CWHO), "print one JSON object per line"),
     "--time": ("time", True, (CRAT,), "put date and time in front of each line"),
 }
@@ -720,8 +729,8 @@ class Datagram(collections.namedtuple("Datagram", "kind port key_id nonce sequen
         return hmac.compare_digest(tag(secret, signed[:6], signed[8:]), mark)
 
 
-def encode_datagram(secret, kind, key_id, nonce, sequence, body=b"", port=0):
-    data = DATAGRAM_HEAD.pack(MAGIC, WIRE_VERSION, kind, port, key_id, nonce, sequence) + body
+def encode_datagram(secret, kind, key_id, nonce, sequence, body=b"", port=0, version=WIRE_VERSION):
+    data = DATAGRAM_HEAD.pack(MAGIC, version, kind, port, key_id, nonce, sequence) + body
     return data + tag(secret, data[:6], data[8:])
 
 
@@ -737,6 +746,11 @@ def parse_datagram(data):
     if kind not in DATAGRAM_NAMES:
         raise ProtocolError("a datagram of unknown type %d" % kind)
     return Datagram(kind, port, key_id, nonce, sequence, data[DATAGRAM_HEAD.size:-TAG_SIZE], data)
+
+
+def speaks_another_version(data):
+    """Whether these bytes are a datagram of this program in another version of the protocol."""
+    return data[:4] == MAGIC and data[4:5] != bytes([WIRE_VERSION])
 
 
 def with_port(data, port):
@@ -3356,6 +3370,7 @@ class GroupSocket:
     by       another one of the same family, by whose socket and number this one sends
     home     the interface that was named, or that has the source address; None if there is none
     tried    names of the interfaces that the last send used, "" for the system's own choice
+    forbidden  whether something on this machine, as a firewall, refused to send the last one
     dropped  datagrams that the kernel threw away: nobody fetched them, or hear_only() did not want them
     """
 
@@ -3363,7 +3378,7 @@ class GroupSocket:
         self.group, self.listen, self.source, self.port = group, listen, source, port
         self.tried, self.dropped, self.joined, self.targets, self.home = [], 0, {}, [], None
         self.index, self.loopback_indexes, self.refreshed = 0, set(), 0.0
-        self.broadcasts, self.hears_broadcasts = set(), False
+        self.broadcasts, self.hears_broadcasts, self.forbidden = set(), False, False
         self.packed = socket.inet_pton(group.family, group.address)
         try:
             self.socket = by.socket if by else socket.socket(group.family, socket.SOCK_DGRAM)
@@ -3541,10 +3556,12 @@ class GroupSocket:
         """Sends one datagram to the group out of every interface in use.  Returns the problems, one text for each
         interface that failed; it reached nobody when there are as many as were tried."""
         self.tried, problems = [interface.name if interface else "" for interface in self.targets], []
+        self.forbidden = False
         for interface in self.targets:
             try:
                 self._send(data, interface)
             except OSError as error:
+                self.forbidden = self.forbidden or isinstance(error, PermissionError)
                 problems.append("%s%s" % (interface.name + ": " if interface else "", reason_of(error)))
         if not self.targets:
             problems.append("no interface is up")
@@ -3852,6 +3869,17 @@ def address_towards(place):
             return probe.getsockname()[0].partition("%")[0]
         except OSError:
             return ""
+
+
+def is_own_address(address):
+    """Whether this numeric address is one of this machine's, or none at all."""
+    address, family, _ = parse_address(address) or ("", socket.AF_INET, "")
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError as error:
+            return error.errno != errno.EADDRNOTAVAIL
+    return True
 
 
 def receive_up_to(connection, data, size):
@@ -8973,8 +9001,10 @@ class Daemon:
                     and self.stranger_bucket.take(time.monotonic())):
                 self.group.send_to(encode_datagram(self.key.udp, HERE, self.key.id, datagram.nonce, 0), source)
         except ProtocolError as error:
-            if data[:4] == MAGIC and data[4:5] != bytes([WIRE_VERSION]):
+            if speaks_another_version(data):
                 self.log.note("version", "from %s: %s" % (source[0], error))
+                if data[5] == ASK and self.stranger_bucket.take(time.monotonic()):      # cwho --check there shows it
+                    self.group.send_to(encode_datagram(self.key.udp, HERE, self.key.id, bytes(8), 0), source)
         return False
 
     def _matters(self, datagram):
@@ -10643,9 +10673,9 @@ CHECK_PATIENCE = SubmitterConnection.CONNECT + 1.5      # seconds until a worker
 ADVISED_PORTS = [(20000, 20100)]        # for a hundred jobs at once; below those that systems give out by themselves
 
 
-class WorkerRow(collections.namedtuple("WorkerRow", "here name address heard by_group")):
+class WorkerRow(collections.namedtuple("WorkerRow", "here name address heard by_group key")):
     """A worker that has answered: its Here, what it is called, where the answer came from and when; by_group: that it
-    could only be sent to all."""
+    could only be sent to all; the name of its key."""
     __slots__ = ()
 
     @property
@@ -10655,26 +10685,31 @@ class WorkerRow(collections.namedtuple("WorkerRow", "here name address heard by_
     @property
     def order(self):
         place = parse_address(self.name.partition(" ")[0].partition("%")[0])
-        return (place[1], socket.inet_pton(place[1], place[0])) if place else (0, b""), self.here.instance
+        return self.key, (place[1], socket.inet_pton(place[1], place[0])) if place else (0, b""), self.here.instance
 
     def json(self):
         import json
         here, record = self.here, self.here._asdict()
         record.update(worker=self.name, state=STATE_NAMES[here.state], free=self.free, load=round(here.load, 3),
-                      cost=round(here.cost, 3), speed=round(here.speed, 3))
+                      cost=round(here.cost, 3), speed=round(here.speed, 3), key=self.key,
+                      jobs=[job._asdict() for job in here.jobs])
         return json.dumps(record)
 
 
 class RollCall:
-    """Asks who is there, again and again until all have answered; those that have been heard need not answer again.
+    """Asks with one key who is there, again and again until all have answered; those that have been heard need not
+    answer again.
 
-    present: {instance: WorkerRow}; strangers: {address: key id} of workers of other keys, which no key vouches for.
-    on_over, if given, is called at the end; begin() may then be called for the next one.
+    mouth: the GroupSocket to ask by.  Its owner gives what comes to hear(), and calls begin() for each roll call.
+    present: {instance: WorkerRow}; other_keys: {address: key id} of workers of other keys, which no key vouches for.
+    on_over, if given, is called at the end of each.
     """
 
     def __init__(self, loop, key, mouth, flags=0, port=0, on_over=None):
         self.loop, self.key, self.mouth, self.flags, self.port, self.on_over = loop, key, mouth, flags, port, on_over
-        self.present, self.strangers, self.problems = {}, {}, []
+        self.present, self.sequences = Recent(INSTANCES_MAX), Recent(INSTANCES_MAX)
+        self.other_keys, self.problems = Recent(STRANGERS_MAX), []
+        self.nonce, self.over = None, True
 
     def begin(self):
         self.nonce, self.sequence, self.heard, self.quiet, self.over = os.urandom(8), 0, set(), 0, False
@@ -10692,22 +10727,27 @@ class RollCall:
         self.loop.call_later(ASK_ROUND, self._ask)
 
     def hear(self, datagram, address, by_group=False):
+        """A datagram from this address.  One that is not newer than the worker's last is a copy, from anywhere."""
         if (datagram.kind, datagram.nonce) != (HERE, self.nonce):
             return
-        if datagram.key_id != self.key.id and len(self.strangers) < STRANGERS_MAX:
-            self.strangers[address] = "0x" + datagram.key_id.hex()
+        if datagram.key_id != self.key.id:
+            self.other_keys[address] = "0x" + datagram.key_id.hex()
         if datagram.key_id != self.key.id or not datagram.authentic(self.key.udp):
             return
         here = parse_here(datagram)
-        own = parse_address(here.address)
-        if here.instance not in self.heard:
+        if datagram.sequence <= self.sequences.get(here.instance, -1):
+            return
+        self.sequences[here.instance] = datagram.sequence
+        if here.instance not in self.heard and len(self.heard) < INSTANCES_MAX:
             self.heard.add(here.instance)
             self.quiet = 0
+        own = parse_address(here.address)
         self.present[here.instance] = WorkerRow(here, worker_name(own[0], address) if own else address, address,
-                                              time.monotonic(), by_group)
+                                                time.monotonic(), by_group, self.key.name)
 
 
 COLUMNS = (     # head, format of a cell of some width, the WorkerRow's text
+    ("KEY", "%-*s", lambda worker: worker.key),
     ("WORKER", "%-*s", lambda worker: worker.name), ("NAME", "%-*s", lambda worker: worker.here.host),
     ("STATE", "%-*s", lambda worker: STATE_NAMES[worker.here.state]),
     ("JOBS", "%*s", lambda worker: "%d/%d" % (worker.here.running, worker.here.slots)),
@@ -10716,32 +10756,60 @@ COLUMNS = (     # head, format of a cell of some width, the WorkerRow's text
     ("SPEED", "%*s", lambda worker: "%.2f" % worker.here.speed),
     ("VERSION", "%-*s", lambda worker: worker.here.version),
     ("COMMAND", "%-*s", lambda worker: worker.here.command + (" (%s)" % worker.here.error) * bool(worker.here.error)))
+JOB_COLUMNS = (     # the same for (WorkerRow, RunningNow)
+    ("KEY", "%-*s", lambda row: row[0].key), ("WORKER", "%-*s", lambda row: row[0].name),
+    ("SUBMITTER", "%-*s", lambda row: row[1].submitter), ("USER", "%-*s", lambda row: row[1].user or "-"),
+    ("JOB", "%-*s", lambda row: row[1].id), ("SECONDS", "%*s", lambda row: str(row[1].seconds)))
 
 
-def table(workers):
-    """The lines of a table of these Presents, a line that sums them up behind it."""
-    heads, forms, texts = zip(*COLUMNS)
-    rows = [heads] + [[printable(text(worker)) for text in texts] for worker in workers]
-    widths = [max(map(len, column)) for column in zip(*rows)]
+def columns_text(columns, rows):
+    """The lines of a table: a head, and a line for each row."""
+    heads, forms, texts = zip(*columns)
+    cells = [heads] + [[printable(text(row)) for text in texts] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return ["  ".join(form % cell for form, cell in zip(forms, zip(widths, row))).rstrip() for row in cells]
+
+
+def worker_table(workers, several=False):
+    """The lines of a table of these WorkerRows, and one that sums them up; several: whether they have several keys."""
     total = "%s, %s, %d free" % (count_text(len(workers), "worker"), count_text(
         sum(worker.here.slots for worker in workers), "slot"), sum(worker.free for worker in workers))
-    return ["  ".join(form % cell for form, cell in zip(forms, zip(widths, row))).rstrip() for row in rows] + [total]
+    return columns_text(COLUMNS[not several:], workers) + [total]
+
+
+def job_table(workers, several=False):
+    """The same for the jobs that these workers run now."""
+    rows = [(worker, job) for worker in workers for job in worker.here.jobs]
+    more = ["%s: and %d more" % (printable(worker.name), worker.here.more) for worker in workers if worker.here.more]
+    number = len(rows) + sum(worker.here.more for worker in workers)
+    total = "%s on %s" % (count_text(number, "job"), count_text(
+        sum(bool(worker.here.jobs or worker.here.more) for worker in workers), "worker"))
+    return columns_text(JOB_COLUMNS[not several:], rows) + more + [total]
 
 
 def differences(workers):
     """A warning where workers of one key are not alike."""
     warnings = []
-    for what, sort in (("program versions", lambda here: (here.version, here.version)),
-                       ("commands", lambda here: (here.digest, here.command))):
+    for key, what, sort in [(key, *rule) for key in sorted({worker.key for worker in workers}) for rule in (
+            ("program versions", lambda here: (here.version, here.version)),
+            ("commands", lambda here: (here.digest, here.command)))]:
         alike = {}
         for worker in workers:
-            alike.setdefault(sort(worker.here), []).append(worker.name)
+            if worker.key == key:
+                alike.setdefault(sort(worker.here), []).append(worker.name)
         groups = ["%s on %s%s" % (shown, ", ".join(names[:3]), " and %d more" % (len(names) - 3) if names[3:] else "")
                   for (_, shown), names in sorted(alike.items(), key=lambda item: -len(item[1]))]
         if len(groups) > 1:
             text = "warning: workers of this key run different %s: %s" % (what, "; ".join(groups[:5]))
             warnings.append(printable(text))
     return warnings
+
+
+def free_slots(workers, settings):
+    """What --slots prints: how many jobs could start now on the workers that the settings allow; 1 where that is none,
+    since programs that start so many at once take 0 for no limit."""
+    return max(1, sum(worker.free for worker in workers if is_wanted(
+        settings, worker.address, worker.here.address, worker.here.host)))
 
 
 def open_own_ports(settings):
@@ -10759,78 +10827,111 @@ def open_own_ports(settings):
             time.sleep(0.1)
 
 
-def hear_answers(mouth, calls):
-    """Gives the datagrams that have come to the roll calls they may be for."""
+def hear_answers(mouth, calls, on_foreign=None):
+    """Gives the datagrams that have come to the roll calls they may be for; on_foreign(address, words) hears of those
+    that speak another version."""
     for data, source, _ in mouth.datagrams():
         try:
             datagram = parse_datagram(data)
             for call in calls:
                 call.hear(datagram, source[0])
-        except ProtocolError:
-            pass        # a stranger's
+        except ProtocolError as error:
+            if on_foreign and speaks_another_version(data):
+                on_foreign(source[0], str(error))
+
+
+def print_all(text):
+    """Writes this on standard output, whole."""
+    data = text.encode("utf-8", "replace")
+    try:
+        while data:
+            data = data[os.write(1, data):]
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise Failure("standard output", reason_of(error)) from None
 
 
 class RollCallView:
-    """cwho without --check: one roll call, or with --watch one after another."""
+    """cwho without --check: one roll call of each key, or with --watch one after another."""
 
-    def __init__(self, key, settings):
-        self.loop, self.key, self.settings = Loop(), key, settings
+    def __init__(self, keys, settings):
+        self.loop, self.keys, self.settings = Loop(), keys, settings
         mouth, listener = open_own_ports(settings)
         listener.close()        # nobody is asked to connect
-        self.call = RollCall(self.loop, key, mouth, on_over=None if settings.watch else self.loop.stop)
-        self.loop.watch(mouth.fileno(), read=lambda: hear_answers(mouth, [self.call]))
+        flags = ASK_JOBS if settings.running_jobs or settings.json else 0
+        self.calls = [RollCall(self.loop, key, mouth, flags, on_over=self._over) for key in keys]
+        self.loop.watch(mouth.fileno(), read=lambda: hear_answers(mouth, self.calls))
         self.screen = Screen(self.loop, self.draw) if settings.watch and os.isatty(1) else None
         self.ended = collections.deque(maxlen=100)      # lines about the last jobs
+        self.began = 0.0                                # when the roll call did
         self.reader = self.ear = None
 
     def workers(self):
         since = time.monotonic() - WATCH_KEPT
-        return sorted((each for each in self.call.present.values() if each.heard > since), key=lambda each: each.order)
+        return sorted((each for call in self.calls for each in call.present.values() if each.heard > since),
+                      key=lambda each: each.order)
 
     def run(self):
         if not self.settings.watch:
-            self.call.begin()
+            self._begin()
             self.loop.run()
             return self._once(self.workers())
-        self.reader = AlertReader([self.key], 900, time.time())
+        self.reader = AlertReader(self.keys, 900, time.time())
         self.ear = GroupSocket(self.settings.group, listen=True)
         self.loop.watch(self.ear.fileno(), read=self._alerts)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             self.loop.on_signal_unless_ignored(number, lambda number: self.loop.stop(0))
         if not self.screen:
-            self._watch()
+            self._begin()
             return self.loop.run()
         try:
             self.screen.open()
-            self._watch()
+            self._begin()
             return self.loop.run()
         finally:
             self.screen.close()
 
+    def _begin(self):
+        self.began = time.monotonic()
+        for call in self.calls:
+            call.begin()
+
+    def _over(self):
+        """One roll call is over.  When all are, the next ones begin, if they are wanted: never two of a key at once."""
+        if not all(call.over for call in self.calls):
+            return
+        if not self.settings.watch:
+            return self.loop.stop()
+        self.draw()
+        self.loop.call_at(max(time.monotonic(), self.began + WATCH_EVERY), self._begin)
+
     def _once(self, workers):
-        if self.settings.slots or workers:
+        if workers:
             self._print(workers)
-        if not workers:
-            raise Failure("nobody answered", "asked on %s for key %s%s" % (
-                self.settings.group, self.key.fingerprint, "".join("; " + problem for problem in self.call.problems)),
-                "cwho --check %s finds out why" % self.key.name)
         for warning in differences(workers) if not self.settings.slots else ():
             say(CWHO, warning)
+        missing = [call for call in self.calls if not call.present]
+        if missing:
+            raise Failure("nobody answered", "asked on %s for key %s%s" % (
+                self.settings.group, ", ".join("%s (%s)" % (call.key.fingerprint, call.key.name) for call in missing),
+                "".join("; " + problem for problem in missing[0].problems)),
+                "cwho --check %s finds out why" % missing[0].key.name)
         return 0
 
     def _print(self, workers, behind=()):
-        lines = ([str(sum(worker.free for worker in workers))] if self.settings.slots else
-                 [worker.json() for worker in workers] if self.settings.json else table(workers) + list(behind))
-        data = "".join(line + "\n" for line in lines).encode("utf-8", "replace")
-        while data:
-            data = data[os.write(1, data):]
+        if self.settings.slots:
+            lines = [str(free_slots(workers, self.settings))]
+        elif self.settings.json:
+            lines = [worker.json() for worker in workers]
+        else:
+            lines = self._table(workers) + list(behind)
+        print_all("".join(line + "\n" for line in lines))
+
+    def _table(self, workers):
+        return (job_table if self.settings.running_jobs else worker_table)(workers, len(self.keys) > 1)
 
     # -- --watch
-    def _watch(self):
-        self.call.begin()
-        self.loop.call_later(WATCH_EVERY, self._watch)
-        self.loop.call_later(ASK_QUIET * ASK_ROUND, self.draw)
-
     def _alerts(self):
         for data, source, _ in self.ear.datagrams():
             for report in self.reader.read(data, source[0], time.time())[0]:
@@ -10845,9 +10946,9 @@ class RollCallView:
             except BrokenPipeError:
                 self.loop.stop(128 + signal.SIGPIPE)
             return self.ended.clear()
-        lines = ["%s  key %s (%s), group %s; q ends" % (time.strftime("%H:%M:%S"), self.key.name, self.key.fingerprint,
-                                                       self.settings.group)] + self.call.problems
-        lines += differences(workers) + [""] + (table(workers) if workers else ["nobody has answered"])
+        lines = ["%s  q ends  group %s  key %s" % (time.strftime("%H:%M:%S"), self.settings.group, ", ".join(
+            key.name for key in self.keys))] + self.calls[0].problems
+        lines += differences(workers) + [""] + (self._table(workers) if workers else ["nobody has answered"])
         self.screen.draw(lines, list(self.ended))
 
 
@@ -10905,8 +11006,210 @@ class Screen:
                                              for line in lines) + b"\x1b[J")
 
 
+# cwho --check: a Check collects, CheckFacts is what it has found, and the functions below tell what follows from that.
+
+class CheckFacts(collections.namedtuple(
+        "CheckFacts", "key_name key_id fingerprint group one_machine ways problems forbidden unheard port ports workers "
+                      "excluded translated silent elsewhere other_keys versions own firewall outward")):
+    """What cwho --check has found out.
+
+    key_name, key_id, fingerprint      of the key, as text
+    group        the Group that was asked on       one_machine  whether that is one machine's address
+    ways         texts, by which interface and from which address      problems  what was not sent, one for each
+    forbidden    whether a firewall here forbids to send
+    unheard      what to do where the group reaches no other machine, "" where it does
+    port         where answers were expected       ports        those of --listen-ports; None without
+    workers      [WorkerRow]                       excluded     instances that the lists leave out
+    translated   instances that have tried to connect back to another machine's address
+    own          this machine's address towards the group
+    silent       addresses from which workers have connected and no datagram came
+    elsewhere    [(Group, WorkerRow)] of workers that hear another group
+    other_keys   {address: words}                  versions     {address: words} of what speaks another version
+    firewall, outward   [(program, chain)] of what filters here what comes in and what goes out
+    """
+    __slots__ = ()
+
+    @property
+    def usable(self):
+        """The workers that a job could run on, now or as soon as they have a slot."""
+        return [worker for worker in self.workers if worker.here.state in (FREE, BUSY) and worker.here.port
+                and worker.here.instance not in self.excluded]
+
+    @property
+    def could_run(self):
+        return bool(self.usable or self.silent)
+
+
+def check_findings(facts):
+    """The lines that tell what was found."""
+    lines = ["asked:     on %s by %s, for key %s" % (facts.group, ", ".join(facts.ways) or "no interface",
+                                                    facts.fingerprint)]
+    lines += ["not sent:  " + problem for problem in facts.problems]
+    lines += ["listened:  on port %d, UDP for answers and TCP for workers that connect back" % facts.port]
+    lines += ["worker:    " + worker_text(worker, facts) for worker in facts.workers]
+    lines += ["connected: from %s, of which no datagram came" % address for address in facts.silent]
+    lines += ["elsewhere: worker %s (%s) hears %s" % (worker.name, worker.here.host, group)
+              for group, worker in facts.elsewhere]
+    lines += ["version:   %s sends %s" % item for item in sorted(facts.versions.items())]
+    if not facts.could_run:
+        lines += ["other key: %s %s" % item for item in sorted(facts.other_keys.items())]
+    if facts.one_machine:
+        lines.append("note:      of several cservices on %s only the one started last hears this group; for more than "
+                     "one take a broadcast or multicast group, or a port each" % facts.group.address)
+    lines += differences(facts.workers)
+    if not facts.could_run:
+        lines.append("result:    no job can run")
+    else:
+        busy = facts.usable and not any(worker.free for worker in facts.usable)
+        lines.append("result:    a job could run" + (" as soon as a slot is free" if busy else ""))
+    return list(map(printable, lines))
+
+
+def worker_text(worker, facts):
+    here = worker.here
+    back = ("heard, could not connect within %.0f s" % CHECK_PATIENCE if not here.port else
+            here.text() if here.state == UNREACHABLE else
+            "connected back; %s, %d of %d slots in use" % (here.text(), here.running, here.slots))
+    return "%s (%s): %s%s%s" % (
+        worker.name, here.host, back, "; it has no way to answer but to all" if worker.by_group else "",
+        "; --accept-server or --reject-servers leave it out" if here.instance in facts.excluded else "")
+
+
+def check_advice(facts):
+    """The lines that tell what to do, commands indented: none where all is well."""
+    beyond = ["or, where networks differ, on a machine in both, with its address on the workers' side:",
+              "    cproxy ADDRESS"]
+    if facts.could_run:
+        return [] if not facts.silent or facts.workers else [
+            "jobs run, but what workers answer by UDP is not heard, as that all are busy:", *let_answers_in(facts)]
+    advice = next(advice_for_workers(facts, beyond) if facts.workers else advice_without_workers(facts), None)
+    port = [(facts.group.port, facts.group.port)]
+    return advice or ["nobody has answered.  On the worker, is cservice running with key %s and group %s?" % (
+                facts.fingerprint, facts.group), "    pgrep -a cservice",
+            "does a firewall there keep UDP port %d out?  By its kind, one of:" % facts.group.port,
+            *firewall_commands([], port, ["udp"]), "does one here keep its answers out?", *let_answers_in(facts),
+            *beyond]
+
+
+def advice_for_workers(facts, beyond):
+    """Yields what to do about the workers that were heard, the first cause first."""
+    for worker in facts.workers:
+        if worker.by_group:
+            own = next((way.rpartition(" from ")[2] for way in facts.ways), "ADDRESS")
+            yield ["worker %s has no route to this machine; there, with the name of its interface:" % worker.name,
+                   "    ip route add %s dev eth0" % own, "and here, if there is none either:",
+                   "    ip route add %s dev eth0" % worker.address, *beyond]
+    lost = [worker for worker in facts.workers if worker.here.state == UNREACHABLE or not worker.here.port]
+    for worker in lost:
+        if worker.here.instance in facts.translated:
+            yield between(worker, facts)
+    if lost:
+        yield let_answers_in(facts)
+    if all(worker.here.instance in facts.excluded for worker in facts.workers):
+        yield ["all workers that are there are left out by --accept-server or --reject-servers:",
+               "    unset CEXEC_ACCEPT_SERVER CEXEC_ACCEPT_SERVERS CEXEC_REJECT_SERVER CEXEC_REJECT_SERVERS"]
+    unable = [worker for worker in facts.workers if worker.here.state == UNABLE]
+    if len(unable) == len(facts.workers):
+        yield ["no worker can run its command: install it there, or start cservice with its right path:",
+               *("%s: %s: %s" % (worker.name, worker.here.command, worker.here.error) for worker in unable[:5])]
+    yield ["wait: the workers that are there take no jobs at the moment (%s)" % ", ".join(
+        sorted({worker.here.text() for worker in facts.workers}))]
+
+
+def between(worker, facts):
+    """What to do where a worker has tried an address that is not this machine's."""
+    if worker.name != worker.address:
+        return ["the cproxy at %s is reached by workers as %s, and a firewall there keeps them out; there:" % (
+            worker.address, worker.here.back), *firewall_commands([], facts.ports or ADVISED_PORTS),
+            "and let it keep to these ports:", "    cproxy --listen-ports %s ..." % ports_text(
+                facts.ports or ADVISED_PORTS)]
+    return ["an address translator (NAT) is between: worker %s sees this machine as %s, and it is %s;" % (
+        worker.name, worker.here.back, facts.own),
+        "on a machine that both sides reach, with its address on the workers' side:", "    cproxy ADDRESS"]
+
+
+def advice_without_workers(facts):
+    """Yields what to do where no worker of the key was heard."""
+    if facts.forbidden:
+        yield ["a firewall of this machine forbids to send; let it out:", *firewall_commands(
+            facts.outward, [(facts.group.port, facts.group.port)], ["udp"], outward=True)]
+    if facts.unheard or len(facts.problems) >= max(1, len(facts.ways)):
+        yield [facts.unheard or "mend this machine's network: nothing could be sent"]
+    if facts.elsewhere:
+        yield ["workers of this key hear another group; here, or the other way round there:",
+               "    export CEXEC_GROUP=%s" % (facts.elsewhere[0][0],)]
+    if facts.versions:
+        yield ["%s runs another version of this program: copy the same cexec.py to all machines; to compare:" %
+               ", ".join(sorted(facts.versions)[:5]), "    cexec.py --version"]
+    if facts.other_keys:
+        yield ["should one of these serve this key?  Copy the right file: the id of %s is 0x%s; there:" % (
+            facts.key_name, facts.key_id), "    ckeygen -l APP"]
+
+
+def let_answers_in(facts):
+    """How to open this machine for workers: one number each for TCP and UDP."""
+    ports = facts.ports or ADVISED_PORTS
+    lines = ["let workers answer this machine, by UDP and TCP:", *firewall_commands(facts.firewall, ports)]
+    return lines if facts.ports else lines + ["and keep to these ports:",
+                                              "    export CEXEC_LISTEN_PORTS=" + ports_text(ports)]
+
+
+# program: the command that lets ports in, and out; what stands between the first and the last port.
+NFT_RULE = "nft insert rule {chain} {protocol} dport {ports} accept"
+FIREWALLS = {"ufw": ("ufw allow {ports}/{protocol}", "ufw allow out {ports}/{protocol}", ":"),
+             "firewall-cmd": ("firewall-cmd --add-port={ports}/{protocol}", "", "-"),
+             "nft": (NFT_RULE, NFT_RULE, "-")}
+
+
+def firewall_commands(at_work, ports, protocols=("tcp", "udp"), outward=False):
+    """The commands, indented, that let these ports in or out, for [(program, chain)] or one for each kind there is."""
+    commands = []
+    for program, chain in at_work or [(program, "inet filter " + ("output" if outward else "input"))
+                                      for program in FIREWALLS]:
+        command, between = FIREWALLS[program][outward], FIREWALLS[program][2]
+        for low, high in ports if command else ():
+            numbers = "%d%s%d" % (low, between, high) if high > low else str(low)
+            commands += ["    " + command.format(chain=chain, protocol=protocol, ports=numbers)
+                         for protocol in protocols]
+    return commands
+
+
+def find_firewall(hook):
+    """[(program, chain)] of the firewall at work here, for what comes in ("input") or goes out ("output"); [] where
+    that cannot be told."""
+    if run_quietly("ufw", "status").startswith("Status: active"):
+        return [("ufw", "")]
+    if run_quietly("firewall-cmd", "--state").startswith("running"):
+        return [("firewall-cmd", "")]
+    return [("nft", chain) for chain in filter_chains(run_quietly("nft", "list", "chains"), hook)]
+
+
+def filter_chains(text, hook):
+    """"FAMILY TABLE CHAIN" of each chain that filters at this hook, out of what nft lists."""
+    table, chain, found = "", "", []
+    for words in map(str.split, text.splitlines()):
+        if words[:1] == ["table"]:
+            table = " ".join(words[1:3])
+        elif words[:1] == ["chain"]:
+            chain = words[1]
+        elif words[:4] == ["type", "filter", "hook", hook]:
+            found.append("%s %s" % (table, chain))
+    return found
+
+
+def run_quietly(*argv):
+    """What this command of the system prints; "" where it is not there or may not be used."""
+    import subprocess
+    environment = dict(os.environ, PATH=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin", LC_ALL="C")
+    try:
+        return subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                              timeout=5, env=environment).stdout.decode("utf-8", "replace")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
 class Check:
-    """cwho --check: asks in all the ways there are, and tells what follows from the answers.
+    """Asks in all the ways there are, and collects CheckFacts from the answers.
 
     Two roll calls on the group, one with the wish to be connected to; where the group is another one than the default,
     two more for workers that hear that, or the group's port by broadcast.  A worker that has no way back answers by the
@@ -10915,42 +11218,58 @@ class Check:
 
     def __init__(self, key, settings):
         self.loop, self.key, self.settings, self.group = Loop(), key, settings, settings.group
-        mouth, listener = open_own_ports(settings)
+        self.mouth, listener = open_own_ports(settings)
         self.acceptor = Acceptor(self.loop, listener, self._accept)
-        self.port = self.acceptor.port
         self.silent = []                            # connections that have said nothing yet
         self.arrived = collections.Counter()        # those of workers, by address
-        self.foreign = {}                           # {address: words} of what is heard and not understood
-        self.known = RollCall(self.loop, key, mouth, CHECK)
-        self.connect = RollCall(self.loop, key, mouth, CHECK | CONNECT, self.port)
-        groups = {parse_group("%s:%d" % (ALL_HOSTS, port)) for port in (PORT, self.group.port)}
-        if self.group.family != socket.AF_INET:
-            mouth, listener = open_ports(min(groups), settings.listen_ports)
-            listener.close()
-        self.others = [RollCall(self.loop, key, GroupSocket(group, False, by=mouth), CHECK)
-                       for group in sorted(groups) if not self.group.loopback
-                       and (group.address, group.port) != (self.group.address, self.group.port)]
+        self.overheard = Recent(STRANGERS_MAX)      # {address: what it sends for another key}
+        self.versions = Recent(STRANGERS_MAX)       # {address: what it sends in another version}
+        self.older = os.urandom(8)                  # nonce of the question in the older version
+        self.known = RollCall(self.loop, key, self.mouth, CHECK)
+        self.connect = RollCall(self.loop, key, self.mouth, CHECK | CONNECT, self.acceptor.port)
+        self.calls = [self.known, self.connect] + self._other_groups()
         try:
             self.ear = GroupSocket(self.group, listen=True)
         except Failure as failure:
             self.ear = None
             say(CWHO, "%s; what is said to all is not heard" % failure)
 
+    def _other_groups(self):
+        """A RollCall for each group that workers of the key may hear instead."""
+        groups = {parse_group("%s:%d" % (ALL_HOSTS, port)) for port in (PORT, self.group.port)}
+        others = [group for group in sorted(groups) if not self.group.loopback
+                  and (group.address, group.port) != (self.group.address, self.group.port)]
+        by = self.mouth if self.group.family == socket.AF_INET else None
+        mouths = []
+        for group in others:
+            if by is None:
+                by, listener = open_ports(group, self.settings.listen_ports)
+                listener.close()
+            mouths.append(GroupSocket(group, listen=False, by=by))
+        return [RollCall(self.loop, self.key, mouth, CHECK) for mouth in mouths]
+
     def run(self):
-        calls = [self.known, self.connect] + self.others
-        for mouth in {call.mouth.fileno(): call.mouth for call in calls}.values():
-            self.loop.watch(mouth.fileno(), read=lambda mouth=mouth: hear_answers(mouth, calls))
+        mouths = {call.mouth.fileno(): call.mouth for call in self.calls}
+        for mouth in mouths.values():
+            self.loop.watch(mouth.fileno(), read=lambda mouth=mouth: hear_answers(
+                mouth, self.calls, self.versions.__setitem__))
         if self.ear:
             self.loop.watch(self.ear.fileno(), read=self._overhear)
-        for call in calls:
+        for call in self.calls:
             call.begin()
+        self._ask_older()
         self.loop.call_later(CHECK_PATIENCE, self.loop.stop)
         self._look()
         self.loop.run()
-        lines, advice = self.findings()
-        advice = ["    " * line.startswith(COMMANDS) + line for line in advice]
-        print_out("\n".join([*lines, *(["", "What to do:"] if advice else []), *advice, ""]))
-        return EXIT_TEMPORARY if advice else 0
+        facts = self.facts()
+        advice = check_advice(facts)
+        print_all("\n".join([*check_findings(facts), *(["", "What to do:"] if advice else []), *advice, ""]))
+        return 0 if facts.could_run else EXIT_TEMPORARY
+
+    def _ask_older(self):
+        """Workers of an older version do not understand this one's questions."""
+        self.mouth.send(encode_datagram(self.key.udp, ASK, self.key.id, self.older, 1, encode_ask(ASK_SPREAD, CHECK),
+                                        version=WIRE_VERSION - 1))
 
     def _accept(self, connection, source):
         self.silent.append(connection)
@@ -10974,18 +11293,16 @@ class Check:
 
     def _overhear(self):
         for data, (address, *_), _ in self.ear.datagrams():
-            words = None
             try:
                 datagram = parse_datagram(data)
                 for call in self.known, self.connect:
                     call.hear(datagram, address, by_group=True)
                 if datagram.key_id != self.key.id and datagram.kind != HERE:
-                    words = "sends %s for another key (id 0x%s)" % (
+                    self.overheard[address] = "sends %s for another key (id 0x%s)" % (
                         DATAGRAM_NAMES[datagram.kind], datagram.key_id.hex())
             except ProtocolError as error:
-                words = "sends %s" % error if data[:4] == MAGIC else None
-            if words and len(self.foreign) < STRANGERS_MAX:
-                self.foreign[address] = words
+                if speaks_another_version(data) and data[12:20] != self.older:
+                    self.versions[address] = str(error)
 
     def _look(self):
         """Nothing more can come when each worker has said whether it could connect, or none is there."""
@@ -10994,131 +11311,54 @@ class Check:
         self.loop.call_later(ASK_ROUND, self._look)
 
     # -- what was found
-    def findings(self):
-        """(lines about what was found, lines of advice: none where a job could run)"""
-        present, problems = dict(self.known.present, **self.connect.present), self.known.problems
+    def facts(self):
+        present, group = dict(self.known.present, **self.connect.present), self.group
         workers = sorted(present.values(), key=lambda worker: worker.order)
-        towards = address_towards((self.group.address, self.group.port))
-        ways = ["%s from %s" % (each.name, (each.addresses or [towards])[0]) if each else
-                "the system's choice from %s" % towards for each in self.known.mouth.targets]
-        lines = ["asked:     on %s by %s, for key %s" % (self.group, ", ".join(ways) or "no interface",
-                                                        self.key.fingerprint)]
-        lines += ["not sent:  " + problem for problem in problems]
-        lines += ["listened:  on TCP port %d for workers that connect back" % self.port]
-        for worker in workers:
-            here = worker.here
-            back = ("heard, could not connect within %.0f s" % CHECK_PATIENCE if not here.port else
-                    here.text() if here.state == UNREACHABLE else
-                    "connected back; %s, %d of %d slots in use" % (here.text(), here.running, here.slots))
-            lines.append("worker:    %s (%s): %s%s" % (
-                worker.name, here.host, back, "; it has no way to answer but to all" if worker.by_group else ""))
-        silent = [address for address in self.arrived if address not in {worker.address for worker in workers}]
-        lines += ["connected: from %s, of which no datagram came" % address for address in silent]
-        others = {instance: (call.mouth.group, worker) for call in self.others
+        towards = address_towards((group.address, group.port))
+        others = {instance: (call.mouth.group, worker) for call in self.calls[2:]
                   for instance, worker in call.present.items() if instance not in present}
-        elsewhere = [others[instance] for instance in sorted(others)]
-        lines += ["elsewhere: worker %s (%s) hears %s" % (worker.name, worker.here.host, group)
-                  for group, worker in elsewhere]
-        strangers = dict(pair for call in [self.known, self.connect] + self.others for pair in call.strangers.items())
-        lines += ["stranger:  a worker of another key (id %s) is at %s" % (key_id, address)
-                  for address, key_id in sorted(strangers.items())]
-        lines += ["stranger:  %s %s" % item for item in sorted(self.foreign.items()) if item[0] not in strangers]
-        lines += differences(workers)
-        reached = [worker for worker in workers if worker.here.state in (FREE, BUSY) and worker.here.port]
-        if reached or silent:
-            busy = reached and not any(worker.free for worker in reached)
-            lines.append("result:    a job could run" + (" as soon as a slot is free" if busy else ""))
-            return list(map(printable, lines)), []
-        lines.append("result:    no job can run")
-        return list(map(printable, lines)), self._advice(workers, elsewhere, strangers, problems)
+        keys = dict(self.overheard, **{address: "is a worker of it (id %s)" % key_id for call in self.calls
+                                       for address, key_id in call.other_keys.items()})
+        heard_from = {worker.address for worker in workers}
+        facts = CheckFacts(
+            key_name=self.key.name, key_id=self.key.id.hex(), fingerprint=self.key.fingerprint, group=group,
+            one_machine=group.kind == "unicast" and not self._is_broadcast(),
+            ways=["%s from %s" % (each.name, (each.addresses or [towards])[0]) if each else
+                  "the system's choice from %s" % towards for each in self.mouth.targets],
+            problems=self.known.problems, forbidden=self.mouth.forbidden, unheard=self.mouth.advice(),
+            port=self.acceptor.port, ports=self.settings.listen_ports, workers=workers,
+            excluded={worker.here.instance for worker in workers if not is_wanted(
+                self.settings, worker.address, worker.here.address, worker.here.host)},
+            translated={worker.here.instance for worker in workers if not is_own_address(worker.here.back)},
+            silent=[address for address in self.arrived if address not in heard_from],
+            elsewhere=[others[instance] for instance in sorted(others)], other_keys=keys, versions=dict(self.versions),
+            own=towards, firewall=[], outward=[])
+        if facts.could_run and workers:
+            return facts
+        return facts._replace(firewall=find_firewall("input"), outward=find_firewall("output"))
 
-    def _advice(self, workers, elsewhere, strangers, problems):
-        mouth, ports = self.known.mouth, self.settings.listen_ports or ADVISED_PORTS
-        inward = ["let workers connect to this machine:", *firewall_commands("tcp", ports, True)]
-        if not self.settings.listen_ports:
-            inward += ["and keep to these ports:", "export CEXEC_LISTEN_PORTS=" + ports_text(ports)]
-        beyond = ["or, where networks differ, on a machine in both, with its address on the workers' side:",
-                  "cproxy ADDRESS"]
-        lost = next((worker for worker in workers if worker.by_group), None)
-        if lost:
-            own = next((each.addresses[0] for each in mouth.targets if each and each.addresses), "ADDRESS")
-            return ["worker %s has no route to this machine; there, with the name of its interface:" % lost.name,
-                    "ip route add %s dev eth0" % own, "and here, if there is none either:",
-                    "ip route add %s dev eth0" % lost.address, *beyond]
-        if any(worker.here.state == UNREACHABLE or not worker.here.port for worker in workers):
-            return inward
-        if workers:
-            states = ", ".join(sorted({worker.here.text() for worker in workers}))
-            return ["wait: the workers that are there take no jobs at the moment (%s)" % states]
-        if mouth.advice() or len(problems) >= max(1, len(mouth.targets)):
-            return [mouth.advice() or "mend this machine's network: nothing could be sent"]
-        if elsewhere:
-            return ["workers of this key hear another group; here, or the other way round there:",
-                    "export CEXEC_GROUP=%s" % (elsewhere[0][0],)]
-        if strangers:
-            return ["should one of these workers serve this key?  Copy the right file: the id of %s is 0x%s; there:"
-                    % (self.key.name, self.key.id.hex()), "ckeygen -l APP"]
-        return ["nobody has answered.  On the worker, is cservice running with key %s and group %s?" % (
-                    self.key.fingerprint, self.group), "pgrep -a cservice",
-                "does a firewall there keep UDP port %d out?  By its kind, one of:" % self.group.port,
-                *firewall_commands("udp", [(self.group.port, self.group.port)], False),
-                "does one here keep its answers out?", *inward, *beyond]
-
-
-COMMANDS = "ufw ", "firewall-cmd ", "nft ", "export ", "ip ", "cproxy ", "ckeygen ", "pgrep "    # how commands begin
-FIREWALLS = {       # {program: (the command that lets ports in, what stands between the first and the last)}
-    "ufw": ("ufw allow {ports}/{protocol}", ":"),
-    "firewall-cmd": ("firewall-cmd --add-port={ports}/{protocol}", "-"),
-    "nft": ("nft insert rule {place} {protocol} dport {ports} accept", "-")}
-
-
-def firewall_commands(protocol, ports, here):
-    """The commands that let these ports in: for the firewall that is at work here, or one for each kind there is."""
-    kinds, places = list(FIREWALLS), ["inet filter input"]
-    chains = input_chains(run_quietly("nft", "list", "chains")) if here else []
-    if here and run_quietly("ufw", "status").startswith("Status: active"):
-        kinds = ["ufw"]
-    elif here and run_quietly("firewall-cmd", "--state").startswith("running"):
-        kinds = ["firewall-cmd"]
-    elif chains:
-        kinds, places = ["nft"], chains
-    return [FIREWALLS[kind][0].format(place=place, protocol=protocol, ports=str(low) + (
-        FIREWALLS[kind][1] + str(high) if high > low else "")) for kind in kinds for place in (
-            places if kind == "nft" else places[:1]) for low, high in ports]
-
-
-def input_chains(text):
-    """"FAMILY TABLE CHAIN" of each chain that filters what comes in, out of what nft lists."""
-    table, chain, found = "", "", []
-    for words in map(str.split, text.splitlines()):
-        if words[:1] == ["table"]:
-            table = " ".join(words[1:3])
-        elif words[:1] == ["chain"]:
-            chain = words[1]
-        elif words[:4] == ["type", "filter", "hook", "input"]:
-            found.append("%s %s" % (table, chain))
-    return found
-
-
-def run_quietly(*argv):
-    """What this command of the system prints; "" where it is not there or may not be used."""
-    import subprocess
-    environment = dict(os.environ, PATH=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin", LC_ALL="C")
-    try:
-        return subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                              timeout=5, env=environment).stdout.decode("utf-8", "replace")
-    except (OSError, subprocess.SubprocessError):
-        return ""
+    def _is_broadcast(self):
+        return is_broadcast(self.group) or self.group.address in {
+            interface.broadcast for interface in local_interfaces(self.group.family)}
 
 
 def cwho(arguments, settings):
-    """cwho [OPTION...] APP[.pub]"""
-    if len(arguments) != 1:
-        raise Failure("one key wanted", "", "usage: cwho [OPTION...] APP[.pub]", EXIT_USAGE)
-    key, warning = load_key(arguments[0])
-    if warning:
-        say(CWHO, warning)
-    return (Check if settings.check else RollCallView)(key, settings).run()
+    """cwho [OPTION...] APP[.pub]..."""
+    if not arguments:
+        raise Failure("a key wanted", "", "usage: cwho [OPTION...] APP[.pub]...", EXIT_USAGE)
+    check_output()
+    keys = load_keys(CWHO, arguments)
+    if not settings.check:
+        return RollCallView(keys, settings).run()
+    return max(Check(key, settings).run() for key in keys)
+
+
+def check_output():
+    """Failure where standard output is closed: said before anything is done."""
+    try:
+        os.fstat(1)
+    except OSError as error:
+        raise Failure("standard output", reason_of(error), status=EXIT_USAGE) from None
 
 
 # ---------------------------------------------------------------- crat
@@ -11313,10 +11553,7 @@ def crat(arguments, settings):
     of standard output is gone it ends as a filter does that dies of SIGPIPE, but by its exit status; with any other
     error of standard output it fails.
     """
-    try:
-        os.fstat(1)
-    except OSError as error:
-        raise Failure("standard output", reason_of(error), status=EXIT_USAGE) from None
+    check_output()
     error = Crat(load_keys(CRAT, arguments), settings).run()
     if error is not None and error.errno != errno.EPIPE:
         raise Failure("standard output", reason_of(error))

@@ -15075,7 +15075,7 @@ def test_the_room_as_a_table_as_json_and_as_a_number(room):
     assert sorted(row[3].split("/")[1] for row in cells) == ["1", "2"]
     assert total == "2 workers, 3 slots, 1 free"
     found = objects(who(room, "--json"))
-    assert set(found[0]) == set(cexec.Here._fields) | {"worker", "free"}
+    assert set(found[0]) == set(cexec.Here._fields) | {"worker", "free", "key"}
     assert sorted((each["slots"], each["running"]) for each in found) in ([(1, 0), (2, 2)], [(1, 1), (2, 1)])
     assert {each["state"] for each in found} == {"free", "busy"} and all(0.1 < each["speed"] < 10 for each in found)
     assert who(room, "--slots", key=room.key).stdout == b"1\n"
@@ -15088,7 +15088,7 @@ def test_nobody_there_is_a_failure_that_names_the_way_on(room):
     assert first.startswith("cwho: nobody answered: asked on %s for key SHA256:" % room.group)
     assert hint == "  cwho --check %s finds out why" % room.pub
     done = who(room, "--slots")
-    assert (done.stdout, done.returncode) == (b"0\n", 111)
+    assert (done.stdout, done.returncode) == (b"", 111)
 
 
 def test_workers_that_are_not_alike_are_warned_about(room):
@@ -15101,7 +15101,7 @@ def test_workers_that_are_not_alike_are_warned_about(room):
 
     def worker(number, **changes):
         address = "10.0.0.%d" % number
-        return cexec.WorkerRow(here(instance=str(number), **changes), address, address, 0, False)
+        return cexec.WorkerRow(here(instance=str(number), **changes), address, address, 0, False, "app.pub")
 
     alike = [worker(number) for number in range(1, 6)]
     assert cexec.differences(alike) == [] == cexec.differences([])
@@ -15112,9 +15112,9 @@ def test_workers_that_are_not_alike_are_warned_about(room):
 
 def test_a_table_shows_what_strangers_could_say_safely():
     hostile = here(host="\x1b[2J\n", command="a\tb", error="\x07")
-    for text in cexec.table([cexec.WorkerRow(hostile, "10.0.0.1", "10.0.0.1", 0, False)]):
+    for text in cexec.worker_table([cexec.WorkerRow(hostile, "10.0.0.1", "10.0.0.1", 0, False, "app.pub")]):
         assert text.isprintable()
-    assert cexec.table([])[-1] == "0 workers, 0 slots, 0 free"
+    assert cexec.worker_table([])[-1] == "0 workers, 0 slots, 0 free"
 
 
 # Many daemons' answering code in one process: argv is key, group, how many, percentage of datagrams lost each way,
@@ -15346,8 +15346,7 @@ def test_a_firewall_here_that_lets_nothing_in_is_opened_too(street, key):
     serve_on(street, "bert", key)
     status, found, commands = checked(street, "anna", key)
     assert status == 111 and "worker:" not in found and "nobody has answered" in found
-    options = follow(street, "anna", [command for command in commands if "udp" not in command])
-    works(street, key, options)
+    works(street, key, follow(street, "anna", [command for command in commands if "dport 3010" not in command]))
 
 
 def test_a_firewall_at_the_worker_is_opened_by_its_line(street, key):
@@ -15357,12 +15356,12 @@ def test_a_firewall_at_the_worker_is_opened_by_its_line(street, key):
                                                                        key + ".pub").stderr
     status, found, commands = checked(street, "anna", key)
     assert status == 111 and "worker:" not in found
-    rule, = [command for command in commands if command.startswith("nft") and "udp" in command]
+    rule, = [command for command in commands if command.startswith("nft") and "dport 3010" in command]
     street.run("bert", "sh", "-c", rule.replace("inet filter input", "inet guard inward"))
     works(street, key, [])
 
 
-@pytest.mark.parametrize("hears", ["255.255.255.255:3010", "239.1.2.3:3010"])
+@pytest.mark.parametrize("hears", ["255.255.255.255:3010", "10.99.0.255:3010"])
 def test_workers_that_hear_another_group_are_found(street, key, hears):
     serve_on(street, "bert", key, group=hears)
     status, found, commands = checked(street, "anna", key, "--group", "255.255.255.255:4001")
@@ -15375,10 +15374,10 @@ def test_workers_of_another_key_and_another_version_are_named(street, key, tmp_p
     other = cexec.load_key(str(tmp_path / "other"))[0]
     serve_on(street, "bert", str(tmp_path / "other"))
     street.start("carl", sys.executable, "-c", OLDER).ready()
-    status, found, _ = checked(street, "anna", key)
-    assert status == 111 and "stranger:  a worker of another key (id 0x%s) is at 10.99.0.2" % other.id.hex() in found
-    assert "stranger:  10.99.0.3 sends a datagram of protocol version 1, this program speaks 3" in found, found
-    assert "ckeygen -l" in found
+    status, found, commands = checked(street, "anna", key)
+    assert status == 111 and "other key: 10.99.0.2 is a worker of it (id 0x%s)" % other.id.hex() in found, found
+    assert "version:   10.99.0.3 sends a datagram of protocol version 1, this program speaks 3" in found, found
+    assert "10.99.0.3 runs another version" in found and "cexec.py --version" in commands
 
 
 # A worker or submitter of another version, which says something ten times a second.
@@ -15458,26 +15457,27 @@ def test_only_a_check_is_answered_by_workers_of_another_key_and_once_a_second(ro
 
 
 def test_the_chains_of_a_firewall_are_found_in_its_list():
-    assert cexec.input_chains("table inet guard {\n\tchain inward {\n"
+    assert cexec.filter_chains("table inet guard {\n\tchain inward {\n"
                               "\t\ttype filter hook input priority filter; policy drop;\n\t}\n"
                               "\tchain out {\n\t\ttype filter hook output priority 0;\n\t}\n}\ntable ip x {\n\tchain y "
-                              "{\n\t\ttype filter hook input priority 0; policy accept;\n\t}\n}\n") == [
+                              "{\n\t\ttype filter hook input priority 0; policy accept;\n\t}\n}\n", "input") == [
         "inet guard inward", "ip x y"]
-    assert cexec.input_chains("") == [] == cexec.input_chains("table\nchain x\ntype")
+    assert cexec.filter_chains("", "input") == [] == cexec.filter_chains("table\nchain x\ntype", "input")
 
 
 @pytest.mark.parametrize("tool, says, command", [
-    ("ufw", "Status: active", "ufw allow 20000:20100/tcp"),
-    ("firewall-cmd", "running", "firewall-cmd --add-port=20000-20100/tcp")])
+    ("ufw", "Status: active", "    ufw allow 20000:20100/%s"),
+    ("firewall-cmd", "running", "    firewall-cmd --add-port=20000-20100/%s")])
 def test_the_firewall_that_is_at_work_is_the_one_that_is_advised(tmp_path, monkeypatch, tool, says, command):
     (tmp_path / tool).write_text("#!/bin/sh\necho '%s'\n" % says)
     (tmp_path / tool).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert cexec.firewall_commands("tcp", cexec.ADVISED_PORTS, True) == [command]
+    assert cexec.firewall_commands(cexec.find_firewall("input"), cexec.ADVISED_PORTS) == [
+        command % "tcp", command % "udp"]
 
 
 @pytest.mark.parametrize("arguments, words", [
-    ((), "one key wanted"), (("a", "b"), "one key wanted"), (("--watch", "nothere"), "no key nothere"),
+    ((), "a key wanted"), (("a", "b"), "no key a"), (("--watch", "nothere"), "no key nothere"),
     (("--nothing", "a"), "unknown option")])
 def test_cwho_used_wrongly_is_a_usage_error(tmp_path, arguments, words):
     done = run("cwho", *arguments, cwd=str(tmp_path))
