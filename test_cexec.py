@@ -15117,6 +15117,110 @@ def test_a_table_shows_what_strangers_could_say_safely():
     assert cexec.worker_table([])[-1] == "0 workers, 0 slots, 0 free"
 
 
+def row(instance="i", name="10.0.0.3", key="app.pub", by_group=False, **changes):
+    return cexec.WorkerRow(here(instance=instance, **changes), name, name.rpartition(" ")[2], 0, by_group, key)
+
+
+def test_the_jobs_that_run_now_are_a_table():
+    """A10, --jobs: worker, submitter, user, job, seconds; what did not fit is counted."""
+    one = cexec.RunningNow(12, "0123456789abcdef", "10.0.0.5", "ann@lab1")
+    two = cexec.RunningNow(3, "fedcba9876543210", "10.0.0.6", "")
+    assert cexec.job_table([row(jobs=(one, two), more=7), row("j", "10.0.0.4")]) == [
+        "WORKER    SUBMITTER  USER      JOB               SECONDS",
+        "10.0.0.3  10.0.0.5   ann@lab1  0123456789abcdef       12",
+        "10.0.0.3  10.0.0.6   -         fedcba9876543210        3",
+        "10.0.0.3: and 7 more", "9 jobs on 1 worker"]
+    several = cexec.job_table([row(key="one.pub", jobs=(one,)), row(key="two.pub", jobs=(two,))], several=True)
+    assert [line.split()[0] for line in several] == ["KEY", "one.pub", "two.pub", "2"]
+    assert json.loads(row(jobs=(one,)).json())["jobs"] == [
+        {"seconds": 12, "id": "0123456789abcdef", "submitter": "10.0.0.5", "user": "ann@lab1"}]
+    assert all(line.isprintable() for line in cexec.job_table([row(jobs=(one._replace(user="\x1b[2J"),))]))
+
+
+def test_free_slots_are_those_that_the_lists_allow_and_never_none():
+    """A13, keys: programs that start so many jobs at once take 0 for no limit."""
+    rows = [row(slots=4, running=1, host="lab1.example.org"), row(name="10.0.0.4", address="10.0.0.4", slots=2,
+                                                                 running=0)]
+    settings = collections.namedtuple("Settings", "accept_server reject_servers")
+    for accept, reject, free in [((), (), 5), (("10.0.0.4",), (), 2), ((), ("10.0.0.4",), 3), ((), ("lab1",), 2),
+                                 ((), ("lab1.example.org", "10.0.0.4"), 1), (("lab1",), (), 1)]:
+        assert cexec.free_slots(rows, settings(accept, reject)) == free
+    assert cexec.free_slots([row(slots=2, running=2)], settings((), ())) == 1
+
+
+def test_slots_of_a_busy_room_are_one_and_several_keys_share_a_table(room, tmp_path):
+    """A10, A13."""
+    assert run("ckeygen", tmp_path / "other").returncode == 0
+    room.serve(*EVAL, CONCURRENCY=1)
+    occupied(room, None, 1)
+    assert (who(room, "--slots").stdout, who(room, "--slots").returncode) == (b"1\n", 0)
+    other = room.serve("sort", CONCURRENCY=3, key=tmp_path / "other")
+    keys = room.pub, str(tmp_path / "other.pub")
+    both = lambda *options: run("cwho", *options, *keys, env=room.settings({}))
+    head, *rows, total = both().stdout.decode().splitlines()
+    assert head.startswith("KEY") and {line.split()[0] for line in rows} == set(keys)
+    assert total == "2 workers, 4 slots, 3 free" and both("--slots").stdout == b"3\n"
+    assert {each["key"] for each in objects(both("--json"))} == set(keys)
+    other.stop()
+    done = both()
+    assert done.returncode == 111 and done.stdout.decode().count(room.pub) == 1
+    assert "nobody answered" in done.stderr.decode() and keys[1] in done.stderr.decode()
+
+
+@pytest.mark.parametrize("options", [(), ("--slots",), ("--json",), ("--check",)])
+def test_a_full_or_closed_standard_output_is_a_failure_of_cwho(room, options):
+    """REVIEW 17."""
+    room.serve("cat")
+    with open("/dev/full", "w") as full:
+        done = run("cwho", *options, room.pub, env=room.settings({}), stdout=full)
+    assert done.returncode == 111 and done.stderr == b"cwho: standard output: No space left on device\n"
+    done = room.start("sh", "-c", '"$@" >&-', "sh", *program(), "cwho", *options, room.pub, env=room.settings({}))
+    assert done.complete() == 2 and str(done.log) == "cwho: standard output: Bad file descriptor"
+
+
+def test_a_copied_answer_renames_no_worker(key):
+    """Attack: what a worker has answered is sent again from another address, old or new."""
+    key = cexec.load_key(key)[0]
+    loop = cexec.Loop()
+    mouth = collections.namedtuple("Mouth", "send")(lambda data: [])
+    call = cexec.RollCall(loop, key, mouth)
+    call.begin()
+    answer = lambda number, **changes: cexec.parse_datagram(cexec.encode_datagram(
+        key.udp, cexec.HERE, key.id, call.nonce, number, cexec.encode_here(here(**changes))))
+    call.hear(answer(5, running=2), "10.0.0.3")
+    call.hear(answer(5, running=2), "10.6.6.6")
+    call.hear(answer(4, running=1), "10.6.6.6")
+    assert [(each.name, each.here.running) for each in call.present.values()] == [("10.0.0.3", 2)]
+    call.hear(answer(6, running=3), "10.0.0.3")
+    assert [(each.name, each.here.running) for each in call.present.values()] == [("10.0.0.3", 3)]
+    loop.close()
+
+
+def test_a_watch_never_asks_twice_at_once(monkeypatch, room):
+    """REVIEW, suspected: on a slow machine a roll call took longer than from one to the next."""
+    monkeypatch.setattr(cexec, "ASK_QUIET", 4)
+    monkeypatch.setattr(cexec, "ASK_ROUNDS", 4)
+    monkeypatch.setattr(cexec, "ASK_ROUND", 0.05)
+    monkeypatch.setattr(cexec, "WATCH_EVERY", 0.02)
+    settings, _ = cexec.read_settings("cwho", ["--watch"], {"GROUP": room.group})
+    view = cexec.RollCallView([cexec.load_key(room.pub)[0]], settings)
+    begun, drawn, call = [], [], view.calls[0]
+    monkeypatch.setattr(view, "draw", lambda: drawn.append(len(begun)))
+    monkeypatch.setattr(call, "begin", lambda: (begun.append(call.over), type(call).begin(call)))
+    view.loop.call_later(2, view.loop.stop)
+    view.run()
+    assert len(begun) > 3 and all(begun) and drawn == list(range(1, len(drawn) + 1))
+
+
+def test_the_first_line_of_a_watch_shows_how_to_end_it_in_80_columns(room, terminal):
+    terminal.resize(24, 80)
+    watch = terminal.start(*program(), "cwho", "--watch", room.pub)
+    terminal.wait("nobody has answered")
+    assert "q ends" in screen(terminal, 80).rows[0]
+    terminal.type("q")
+    assert watch.complete() == 0
+
+
 # Many daemons' answering code in one process: argv is key, group, how many, percentage of datagrams lost each way,
 # and whether they are busy.
 CROWD = """
@@ -15403,6 +15507,156 @@ def test_a_worker_without_a_way_back_is_found(net, key):
     follow(net, "bert", [there])
     follow(net, "anna", [here])
     works(net, key, [])
+
+
+DROPPING = "iif lo accept\nct state established,related accept\nmeta l4proto { tcp, udp } th dport 20000-20010 accept"
+
+
+def test_one_rule_for_both_lets_all_answers_in(street, key):
+    """Issue 22, 1: a firewall that drops by default, with established, lo, and TCP and UDP of --listen-ports let in."""
+    guard(street, "anna", DROPPING, "drop")
+    workers = [street.tool(host, "cservice", key, "sh", "-c", "cat; sleep 3", env={"CONCURRENCY": "1"}).ready()
+               for host in ("bert", "carl")]
+    options = "--listen-ports", "20000-20010"
+    ask = lambda *more: street.run_tool("anna", "cwho", *options, *more, key + ".pub")
+    assert ask("--slots").stdout == b"2\n"
+    submit = lambda: street.tool("anna", "cexec", "-v", *options, key + ".pub")
+    jobs = [submit(), submit()]
+    for job in jobs:
+        job.log.wait(" started on ")
+    jobs.append(submit())
+    jobs[2].log.wait(" is busy", 20)        # the answer came in
+    assert [job.wait(30) for job in jobs] == [0] * 3
+    assert ask().stdout.decode().splitlines()[-1] == "2 workers, 2 slots, 2 free"
+    status, found, commands = checked(street, "anna", key, *options)
+    assert (status, commands) == (0, []) and found.count("connected back; free") == 2, found
+    assert [worker.stop() for worker in workers] == [0, 0]
+
+
+def test_answers_by_udp_that_a_firewall_keeps_out_are_told_though_jobs_run(street, key):
+    guard(street, "anna", DROPPING.replace("{ tcp, udp }", "tcp"), "drop")
+    serve_on(street, "bert", key)
+    options = "--listen-ports", "20000-20010"
+    status, found, commands = checked(street, "anna", key, *options)
+    assert status == 0 and "connected: from 10.99.0.2, of which no datagram came" in found
+    assert "jobs run, but what workers answer by UDP is not heard" in found, found
+    follow(street, "anna", commands)
+    works(street, key, options)
+
+
+def test_a_translator_between_is_found(net, key):
+    """Issue 22, 4: the worker tries to connect back to an address that is not this machine's."""
+    need("nft")
+    net.host("anna", "192.168.50.2/24", switch="home", gateway=True)
+    net.host("mid", "192.168.50.1/24", switch="home")
+    net.host("mid", "10.88.0.9/24", switch="lab")
+    net.host("bert", "10.88.0.2/24", switch="lab")
+    net.run("anna", "ip", "route", "replace", "default", "via", "192.168.50.1")
+    net.run("mid", "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
+    done = net.run("mid", "nft", "-f", "-", input=b'table ip t {\nchain c {\ntype nat hook postrouting priority 100;\n'
+                   b'oifname "eth1" masquerade\n}\n}\n')
+    assert done.returncode == 0, done.stderr
+    serve_on(net, "bert", key)
+    status, found, commands = checked(net, "anna", key, "--group", "10.88.0.2")
+    assert status == 111 and "10.88.0.2 (" in found and "could not connect back to 10.88.0.9:" in found, found
+    assert "an address translator (NAT) is between: worker 10.88.0.2 sees this machine as 10.88.0.9, and it is " \
+        "192.168.50.2" in found and commands == ["cproxy ADDRESS"], found
+
+
+def test_an_own_firewall_that_forbids_sending_is_found_and_opened(street, key):
+    need("nft")
+    done = street.run("anna", "nft", "-f", "-", input=b"table inet guard {\nchain outward {\n"
+                      b"type filter hook output priority 0; policy drop;\noif lo accept\n"
+                      b"meta l4proto tcp accept\nct state established accept\n}\n}\n")
+    assert done.returncode == 0, done.stderr
+    serve_on(street, "bert", key)
+    status, found, commands = checked(street, "anna", key)
+    assert status == 111 and "not sent:  eth0: Operation not permitted" in found
+    assert "a firewall of this machine forbids to send" in found, found
+    works(street, key, follow(street, "anna", commands))
+
+
+def test_workers_that_the_lists_leave_out_are_named(street, key):
+    serve_on(street, "bert", key)
+    status, found, commands = checked(street, "anna", key, "--reject-servers", "10.99.0.2")
+    assert status == 111 and "--accept-server or --reject-servers leave it out" in found
+    assert "no job can run" in found and commands[0].startswith("unset CEXEC_ACCEPT_SERVER "), found
+    assert checked(street, "anna", key, "--accept-server", "10.99.0.2")[0] == 0
+
+
+def test_a_worker_of_another_version_answers_a_check(street, key, tmp_path):
+    """It cannot read the question, and shows by its answer why: both the older and the newer."""
+    with open(CEXEC, encoding="utf-8") as file:
+        text = file.read()
+    for number in 2, 4:
+        other = tmp_path / ("cexec%d.py" % number)
+        other.write_text(text.replace("WIRE_VERSION = 3 ", "WIRE_VERSION = %d " % number))
+        worker = street.start("bert", sys.executable, other, "cservice", key, "cat").ready()
+        status, found, _ = checked(street, "anna", key)
+        assert status == 111 and "version:   10.99.0.2 sends a datagram of protocol version %d" % number in found, found
+        assert worker.stop() == 0
+
+
+def test_of_several_services_on_one_machine_a_unicast_group_reaches_one(street, key, tmp_path):
+    """Issue 22, 3: the cause is said."""
+    assert run("ckeygen", tmp_path / "other").returncode == 0
+    serve_on(street, "bert", key, group="10.99.0.2")
+    serve_on(street, "bert", str(tmp_path / "other"), group="10.99.0.2")
+    status, found, _ = checked(street, "anna", key, "--group", "10.99.0.2")
+    assert status == 111 and "other key: 10.99.0.2 is a worker of it" in found
+    assert "note:      of several cservices on 10.99.0.2 only the one started last hears this group" in found, found
+    assert "note:" not in checked(street, "anna", key, "--group", "10.99.0.255")[1]
+
+
+def check_facts(**changes):
+    facts = cexec.CheckFacts(
+        key_name="app.pub", key_id="00112233", fingerprint="SHA256:aa", group=cexec.parse_group("255.255.255.255"),
+        one_machine=False, ways=["eth0 from 10.0.0.4"], problems=[], forbidden=False, unheard="", port=20000, ports=None,
+        workers=[], excluded=set(), translated=set(), silent=[], elsewhere=[], other_keys={}, versions={},
+        own="10.0.0.4", firewall=[], outward=[])
+    return facts._replace(**changes)
+
+
+LOST = dict(state=cexec.UNREACHABLE, port=20000, back="10.88.0.9", error="refused")
+NO_COMMAND = dict(state=cexec.UNABLE, port=20000, command="sim", error="COMMAND is missing")
+
+
+@pytest.mark.parametrize("facts, could_run, begins, command", [
+    (dict(workers=[row(port=20000)]), True, None, None),
+    (dict(workers=[row(port=20000, state=cexec.BUSY)]), True, None, None),
+    (dict(silent=["10.0.0.3"]), True, "jobs run, but", "ufw allow 20000:20100/udp"),
+    (dict(workers=[row(port=0)]), False, "let workers answer", "export CEXEC_LISTEN_PORTS=20000-20100"),
+    (dict(workers=[row(port=0)], ports=[(4000, 4001)], firewall=[("nft", "inet guard in")]), False,
+     "let workers answer", "nft insert rule inet guard in udp dport 4000-4001 accept"),
+    (dict(workers=[row(**LOST)]), False, "let workers answer", "ufw allow 20000:20100/tcp"),
+    (dict(workers=[row(**LOST)], translated={"i"}), False, "an address translator", "cproxy ADDRESS"),
+    (dict(workers=[row(name="10.0.0.3 by 10.0.0.9", **LOST)], translated={"i"}), False, "the cproxy at 10.0.0.9",
+     "cproxy --listen-ports 20000-20100 ..."),
+    (dict(workers=[row(by_group=True)]), False, "worker 10.0.0.3 has no route", "ip route add 10.0.0.4 dev eth0"),
+    (dict(workers=[row(**NO_COMMAND), row("j", **NO_COMMAND)]), False, "no worker can run its command", None),
+    (dict(workers=[row(**NO_COMMAND), row("j", state=cexec.VETOED, port=1)]), False,
+     "wait: the workers that are there take no jobs at the moment (cannot run: COMMAND is missing, vetoed)", None),
+    (dict(workers=[row(port=20000)], excluded={"i"}), False, "all workers that are there are left out", None),
+    (dict(problems=["eth0: Operation not permitted"], forbidden=True), False, "a firewall of this machine forbids",
+     "ufw allow out 3010/udp"),
+    (dict(problems=["eth0: Network is down"]), False, "mend this machine's network", None),
+    (dict(unheard="no network interface but loopback is up"), False, "no network interface but", None),
+    (dict(elsewhere=[("239.1.2.3:3010", row())]), False, "workers of this key hear another group",
+     "export CEXEC_GROUP=239.1.2.3:3010"),
+    (dict(versions={"10.0.0.3": "..."}), False, "10.0.0.3 runs another version", "cexec.py --version"),
+    (dict(other_keys={"10.0.0.3": "..."}), False, "should one of these serve this key", "ckeygen -l APP"),
+    (dict(), False, "nobody has answered", "pgrep -a cservice"),
+])
+def test_each_cause_has_its_advice(facts, could_run, begins, command):
+    """A10, --check: facts in, text out."""
+    facts = check_facts(**facts)
+    advice = cexec.check_advice(facts)
+    assert facts.could_run == could_run and (advice[0].startswith(begins) if begins else not advice), advice
+    assert command is None or "    " + command in advice
+    lines = cexec.check_findings(facts)
+    assert lines[-1].startswith("result:    a job could run" if could_run else "result:    no job can run")
+    assert all(line.isprintable() for line in lines)
+    assert ("other key:" in "".join(lines)) == bool(facts.other_keys)
 
 
 def test_without_workers_and_without_a_network_the_check_says_so(net, key):
