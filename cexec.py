@@ -11009,8 +11009,8 @@ class Screen:
 # cwho --check: a Check collects, CheckFacts is what it has found, and the functions below tell what follows from that.
 
 class CheckFacts(collections.namedtuple(
-        "CheckFacts", "key_name key_id fingerprint group one_machine ways problems forbidden unheard port ports workers "
-                      "excluded translated silent elsewhere other_keys versions own firewall outward")):
+        "CheckFacts", "key_name key_id fingerprint group one_machine ways problems forbidden unheard port ports "
+                      "workers excluded translated silent elsewhere other_keys versions own firewall outward")):
     """What cwho --check has found out.
 
     key_name, key_id, fingerprint      of the key, as text
