@@ -15509,11 +15509,12 @@ def test_a_worker_without_a_way_back_is_found(net, key):
     works(net, key, [])
 
 
-DROPPING = "iif lo accept\nct state established,related accept\nmeta l4proto { tcp, udp } th dport 20000-20010 accept"
+DROPPING = "iif lo accept\nct state established,related accept\n" \
+    "meta l4proto { tcp, udp } th dport 20000-20010 accept"
 
 
 def test_one_rule_for_both_lets_all_answers_in(street, key):
-    """Issue 22, 1: a firewall that drops by default, with established, lo, and TCP and UDP of --listen-ports let in."""
+    """Issue 22, 1: a firewall that drops by default; established, lo, TCP and UDP of --listen-ports are let in."""
     guard(street, "anna", DROPPING, "drop")
     workers = [street.tool(host, "cservice", key, "sh", "-c", "cat; sleep 3", env={"CONCURRENCY": "1"}).ready()
                for host in ("bert", "carl")]
@@ -15611,8 +15612,8 @@ def test_of_several_services_on_one_machine_a_unicast_group_reaches_one(street, 
 def check_facts(**changes):
     facts = cexec.CheckFacts(
         key_name="app.pub", key_id="00112233", fingerprint="SHA256:aa", group=cexec.parse_group("255.255.255.255"),
-        one_machine=False, ways=["eth0 from 10.0.0.4"], problems=[], forbidden=False, unheard="", port=20000, ports=None,
-        workers=[], excluded=set(), translated=set(), silent=[], elsewhere=[], other_keys={}, versions={},
+        one_machine=False, ways=["eth0 from 10.0.0.4"], problems=[], forbidden=False, unheard="", port=20000,
+        ports=None, workers=[], excluded=set(), translated=set(), silent=[], elsewhere=[], other_keys={}, versions={},
         own="10.0.0.4", firewall=[], outward=[])
     return facts._replace(**changes)
 
