@@ -207,7 +207,7 @@ class Runner:
             mark_by_place(items)
         chosen = items[:]
         if config.option.quick:
-            chosen = list(quick(chosen))
+            chosen = list(everyday(chosen))
         if config.option.claim:
             wanted = set(config.option.claim.split(","))
             chosen = [item for item in chosen if wanted & claims(item.function.__doc__)]
@@ -273,7 +273,7 @@ PURE = {"nothing above the line touches the world", "a search finds every caller
         "choice: one worker", "choice: one submitter", "choice: any order of events"}
 
 
-def quick(items):
+def everyday(items):
     """The everyday selection: what is pure, and of every other section the first cases of its first tests."""
     starts, titles = section_starts(items[0].function.__code__.co_filename)
     seen = collections.defaultdict(set)
@@ -281,12 +281,12 @@ def quick(items):
         if any(item.get_closest_marker(name) for name in ("net", "slow", "alone")):
             continue
         known = seen[bisect.bisect(starts, item.function.__code__.co_firstlineno)]
-        if item.get_closest_marker("pure") or item.function not in known and len(known) < QUICK_EACH:
+        if item.get_closest_marker("pure") or item.function not in known and len(known) < EVERYDAY_EACH:
             yield item
         known.add(item.function)
 
 
-QUICK_EACH = 4
+EVERYDAY_EACH = 4
 
 
 def claims(text):
@@ -8249,7 +8249,7 @@ def no_more_descriptors():
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def ended(loop, seconds=30):
+def ended_by(loop, seconds=30):
     """(status, failure) of the job whose on_done stops the loop with what it is given."""
     status, failure, _ = run_loop(loop, seconds)
     loop.running = True
@@ -8272,7 +8272,7 @@ def test_no_alert_costs_a_result(shell, monkeypatch, trouble):
         job = pool_job(loop, "sleep 0.3; exit 7")
         job.on_event = lambda text, always=False: monkeypatch.setattr(cexec, "GroupSocket", fail)
         pool.submit(job)
-        assert ended(loop) == (7, None)
+        assert ended_by(loop) == (7, None)
 
 
 def test_a_pool_out_of_descriptors_goes_on_with_what_it_has(shell, monkeypatch):
@@ -8288,7 +8288,7 @@ def test_a_pool_out_of_descriptors_goes_on_with_what_it_has(shell, monkeypatch):
         loop.running = True
         monkeypatch.setattr(cexec, "Discovery", full)
         pool.submit(pool_job(loop, "exit 7"))
-        assert ended(loop) == (7, None)
+        assert ended_by(loop) == (7, None)
         assert ends == [(0, None)]
 
 
@@ -8365,7 +8365,7 @@ def test_the_wait_for_a_worker_is_bounded_as_a_whole(room):
         job = pool_job(loop, "")
         job.on_event = lambda text, always=False: refused.append(time.monotonic() - began)
         pool.submit(job)
-        status, failure = ended(loop)
+        status, failure = ended_by(loop)
     assert status is None and failure.what == "no worker" and "refused the job: not today" in failure.why
     assert len(rogue.asked) > 1 and refused[-1] < 3.5
 
@@ -11652,7 +11652,7 @@ def test_the_readmes_map_has_every_section_in_order():
         name for name, _ in itertools.groupby(sections)]
 
 
-def test_no_definition_of_the_tests_hides_another():
+def test_no_definition_of_the_tests_is_replaced_by_another():
     """A second test of the same name would leave the first one out."""
     defined = collections.Counter(node.name for node in ast.parse(document("test_cexec.py")).body
                                   if isinstance(node, (ast.FunctionDef, ast.ClassDef)))
