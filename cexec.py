@@ -544,6 +544,8 @@ REPEATABLE = {"keys": ":", "names": "\0", "allow": "\n", "limits": ",", "listen_
 SHORT = {"-j": "--jobs", "-N": "--count"}      # short names of options of cmap that have a value
 
 FLAGS = {   # options without a value: {option: (attribute, value, tools, help)}
+    "-stdin": ("stdin", True, ("ckeygen",), "derive the key from standard input: the same text, the same key"),
+    "-l": ("list", True, ("ckeygen",), "tell which half each FILE is, and the key's fingerprint"),
     "-t": ("terminal", 1, (CEXEC,), "give the job a terminal"),
     "-tt": ("terminal", 2, (CEXEC,), "give the job a terminal even without a local one"),
     "-v": ("verbose", True, (CEXEC,), "tell each step on standard error"),
@@ -585,18 +587,21 @@ KNOWN_VARIABLES = ("CEXEC_DEBUG", "CEXEC_JOB", "CEXEC_DIR")     # beside the set
 
 
 def read_settings(tool, arguments, environment):
-    """(Settings, remaining arguments): options first, then the environment, then the defaults.  Where a text is to be
-    shown only, the Settings have `shown` alone, one of SHOWN."""
+    """(Settings, remaining arguments): options first, then the environment, then the defaults.  `given` in them has
+    {attribute: NAME=TEXT} of what was no default.  Where a text is to be shown only, they have `shown` alone, one of
+    SHOWN."""
     given, flags, rest = _read_options(tool, list(arguments))
     if "shown" in flags:
         return Settings(flags), []
-    values = dict({attribute: 0 for attribute, _, _, _ in FLAGS.values()}, **flags)
+    values = dict({attribute: 0 for attribute, _, _, _ in FLAGS.values()}, given={}, **flags)
     for setting in SETTINGS:
         if tool in setting.tools:
             name, text = given.get(setting.attribute, (None, None))
             for variable in setting.names if text is None else ():
                 if text is None and environment.get(variable, "") != "":
                     name, text = variable, environment[variable]
+            if text is not None:
+                values["given"][setting.attribute] = "%s=%s" % (name, text)
             try:
                 if text == "":      # of an option; an empty variable counts as unset
                     raise ValueError("a value that is not empty")
@@ -617,6 +622,7 @@ def _read_options(tool, arguments):
             return given, flags, arguments
         if word in SHOWN:
             return {}, {"shown": word}, []
+        word = "-stdin" if word == "--stdin" else word
         if word[:2] in SHORT and tool == CMAP:
             word = SHORT[word[:2]] + ("=" + word[2:].lstrip("=") if word[2:] else "")
         name, equals, value = word.partition("=")
@@ -12144,17 +12150,10 @@ def load_key(path, want=None):
 def ckeygen(arguments, settings):
     """Makes the key APP, unless it is there, and its public half; with -l tells what each FILE is. Returns the status,
     or raises Failure with one of those above."""
-    options, names = set(), list(arguments)
-    while names and names[0].startswith("-"):
-        option = names.pop(0)
-        if option == "--":
-            break
-        if option not in ("-stdin", "--stdin", "-l"):
-            raise Failure("unknown option %s" % option, hint=CKEYGEN_USAGE, status=EXIT_USAGE)
-        options.add(option.lstrip("-"))
-    if options == {"l"} and names:
+    names = list(arguments)
+    if settings.list and names and not settings.stdin:
         return list_keys(names)
-    if "l" in options or len(names) not in (1, 2) or not all(names):
+    if settings.list or len(names) not in (1, 2) or not all(names):
         raise Failure("one or two file names are needed", hint=CKEYGEN_USAGE, status=EXIT_USAGE)
     private_path, public_path = (names + [names[0] + ".pub"])[:2]
     if os.path.realpath(private_path) == os.path.realpath(public_path):
@@ -12166,7 +12165,7 @@ def ckeygen(arguments, settings):
                       "say: ckeygen %s" % private_path[:-4], EXIT_USAGE)
     replaced = existing_half(public_path, False, "cannot replace %s", leave + ", or move it", EXIT_NO_PUBLIC)
     private = found
-    if "stdin" in options:
+    if settings.stdin:
         private = make_keypair(master_from_pieces(standard_input()))[0]
     elif not found:
         private = make_keypair(os.urandom(32))[0]
@@ -12191,7 +12190,7 @@ def list_keys(paths):
         try:
             key, = load_keys("ckeygen", [path])
             half = "private" if key.private else "public "
-            status = print_out("%s %s %s\n" % (key.fingerprint, half, printable(key.path))) or status
+            status = print_out("%s %s %s\n" % (key.fingerprint, half, printable(key.name))) or status
         except Failure as failure:
             status = status or failure.status
             report_failure("ckeygen", failure, None)
@@ -13001,68 +13000,278 @@ def end_demo(number, frame):
 
 # ---------------------------------------------------------------- the tools
 
-TOOLS = collections.OrderedDict([
-    ("ckeygen", (ckeygen, CKEYGEN_USAGE[7:], """\
-Makes the private key APP for the workers and its public half APP.pub for the submitters.
-Both are secret.  If APP exists, only APP.pub is made from it.
-  -stdin           derive the key from standard input: the same text, the same key
-  -l               tell which half each FILE is, and the key's fingerprint
-""")),
-    (CEXEC, (cexec, "cexec [-t] [OPTION...] APP[.pub] [NAME=VALUE...]", """\
-Runs the job that the workers of the key serve on the best of them, as if it were local.
-The job finds each VALUE in its environment as PEER_NAME.
-""")),
-    (CMAP, (cmap, "cmap [OPTION...] APP[.pub] [FILE...]", """\
-Runs one job for each of many inputs, on all the slots of the room, and makes one exact result of it.
-Inputs are the FILEs, those named in --from LIST, or by --lines, --block or --value parts of standard input.
-In --set and --out {} stands for the input's name or line, {.} without its ending, {/} without folders, {/.} both,
-{#} for its number.
-""")),
-    (CSERVICE, (cservice, "cservice [OPTION...] APP COMMAND [ARG...]", """\
-Serves jobs for the key: each runs COMMAND with the submitter's descriptors.  SIGTERM drains.
-""")),
-    (CWHO, (cwho, "cwho [OPTION...] APP[.pub]", """\
-Lists the workers of the key: who is there, what they do, what they are worth.
-""")),
-    (CRAT, (crat, "crat [OPTION...] [APP.pub...]", """\
-Prints one line for every job that was completed and every worker that was ratted out.
-""")),
-    (CPROXY, (cproxy, "cproxy [OPTION...] SELF [TARGET]", """\
-Joins two networks: what is heard on GROUP goes on to TARGET from the address SELF.
-""")),
-    ("demo", (demo, "demo [COMMAND [ARG...]]", """\
-Shows it all on this machine alone: a key, two workers, a log, and one job.
-""")),
-])
+# -- completion: an option of each tool, files for values that name one, the words of a choice
 
-EXAMPLE = """\
-Example:
-  $ ckeygen app                      then copy app to the workers, app.pub to the submitters
-  $ cservice app tr a-z A-Z          on every worker
-  $ echo hello | cexec app.pub       on a submitter
-  HELLO
+FILE_ARGUMENTS = "FILE", "LIST", "APP.pub"
+
+BASH_COMPLETION = """\
+# Completion for cexec: eval "$(cexec.py completion bash)"
+_cexec() {
+    local tool=${COMP_WORDS[0]##*/} word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD-1]} words=
+    [ "$word" != = ] || word=
+    [ "$before" != = ] || before=${COMP_WORDS[COMP_CWORD-2]}
+    if [ "$tool" = cexec.py ]; then
+        tool=${COMP_WORDS[1]}
+        [ "$COMP_CWORD" != 1 ] || { COMPREPLY=($(compgen -W "%(tools)s" -- "$word")); return; }
+    fi
+    tool=${tool%%.py}
+    COMPREPLY=()
+    case "$tool $before" in
+%(values)s    esac
+    case "$tool" in
+%(options)s    esac
+    if [[ $word = -* ]]; then
+        COMPREPLY=($(compgen -W "$words" -- "$word"))
+    fi
+}
+complete -o default -F _cexec %(names)s
+"""
+
+ZSH_COMPLETION = """\
+#compdef %(names)s
+# Completion for cexec: eval "$(cexec.py completion zsh)", behind compinit
+_cexec_tool() {
+    case $1 in
+%(tools)s    esac
+}
+_cexec() {
+    local state
+    if [[ $service = cexec.py ]]; then
+        _arguments '1:tool:(%(words)s)' '*::argument:->rest'
+        [[ $state != rest ]] || _cexec_tool $words[1]
+    else
+        _cexec_tool ${service%%.py}
+    fi
+}
+compdef _cexec %(names)s
 """
 
 
-def usage(tool):
-    _, synopsis, text = TOOLS[tool]
-    lines = ["usage: %s" % synopsis, "", text.rstrip("\n")]
-    options = [(flag, words) for flag, (_, _, tools, words) in FLAGS.items() if tool in tools]
+def completion(arguments, settings):
+    """completion bash|zsh|fish"""
+    shells = {"bash": bash_completion, "zsh": zsh_completion, "fish": fish_completion}
+    if len(arguments) != 1 or arguments[0] not in shells:
+        raise Failure("the name of a shell is wanted", "", "usage: cexec.py completion bash|zsh|fish", EXIT_USAGE)
+    return print_out(shells[arguments[0]]())
+
+
+def choices(argument):
+    """The words of an argument that is a choice, as lines|bytes."""
+    return argument.split("|") if "|" in argument else []
+
+
+def called_names():
+    """Under which the shell may call this: the tools that a link makes, and the file itself."""
+    return " ".join([name for name in TOOLS if name not in ("demo", "completion")] + ["cexec.py"])
+
+
+def bash_completion():
+    def case(tool, before, words):
+        return '        "%s %s") COMPREPLY=($(compgen -W "%s" -- "$word")); return;;\n' % (tool, before, words)
+    values, options = [case("completion", "completion", "bash zsh fish")], []
+    for tool in TOOLS:
+        found = options_of(tool)
+        options.append('        %s) words="%s";;\n' % (tool, " ".join(option for option, *_ in found)))
+        for option, argument, *_ in found:
+            if choices(argument):
+                values.append(case(tool, option, " ".join(choices(argument))))
+            elif argument in FILE_ARGUMENTS:
+                values.append('        "%s %s") return;;\n' % (tool, option))
+            elif argument:
+                values.append('        "%s %s") compopt +o default 2>/dev/null; return;;\n' % (tool, option))
+    return BASH_COMPLETION % {"tools": " ".join(TOOLS), "values": "".join(values), "options": "".join(options),
+                              "names": called_names()}
+
+
+def zsh_completion():
+    def quoted(text):
+        for mark in "\\[]:":
+            text = text.replace(mark, "\\" + mark)
+        return text.replace("'", "'\\''")
+    tools = []
+    for tool in TOOLS:
+        specs = []
+        for option, argument, words, _ in options_of(tool):
+            values = "(%s)" % " ".join(choices(argument)) if choices(argument) else (
+                "_files" if argument in FILE_ARGUMENTS else " ")
+            specs.append("'%s%s[%s]%s'" % ("*" if argument else "", option + ("=" if argument else ""),
+                                           quoted(words), ":%s:%s" % (quoted(argument), values) if argument else ""))
+        operands = {CSERVICE: "'1:key:_files' '*:::command: _normal'", "demo": "'*:::command: _normal'",
+                    "completion": "'1:shell:(bash zsh fish)'"}.get(tool, "'*:file:_files'")
+        tools.append("        %s) _arguments -A '-*' \\\n            %s;;\n" % (
+            tool, " \\\n            ".join(specs + [operands])))
+    return ZSH_COMPLETION % {"tools": "".join(tools), "words": " ".join(TOOLS), "names": called_names()}
+
+
+def fish_completion():
+    def quoted(text):
+        return "'%s'" % text.replace("\\", "\\\\").replace("'", "\\'")
+    lines = ["# Completion for cexec: cexec.py completion fish > ~/.config/fish/completions/cexec.fish",
+             "complete -c cexec.py -n __fish_use_subcommand -x -a %s" % quoted(" ".join(TOOLS))]
+    for tool in TOOLS:
+        for option, argument, words, _ in options_of(tool):
+            spelling = ("-l " + option[2:] if option[:2] == "--" else
+                        "-s " + option[1:] if len(option) == 2 else "-o " + option[1:])
+            value = ("-x -a " + quoted(" ".join(choices(argument))) if choices(argument) else
+                     "" if not argument else "-r" if argument in FILE_ARGUMENTS else "-x")
+            for called in "-c " + tool, "-c cexec.py -n '__fish_seen_subcommand_from %s'" % tool:
+                lines.append(" ".join(filter(None, ["complete", called, spelling, value, "-d", quoted(words)])))
+    return "\n".join(lines) + "\n"
+
+
+class Tool(collections.namedtuple("Tool", "call synopsis text first statuses example")):
+    """call(arguments, settings) returns the status; first: the options that help shows before all others."""
+    __slots__ = ()
+
+
+TOOLS = collections.OrderedDict([
+    ("ckeygen", Tool(ckeygen, CKEYGEN_USAGE[7:], """\
+Makes the private key APP for the workers and its submitting half APP.pub for
+the submitters.  Both are secret.  If APP exists, only APP.pub is made from it.
+""", (), """\
+0    done
+101  APP exists and is no private key
+102  APP.pub cannot be written
+103  APP cannot be written
+104  APP exists and is another key than the one from standard input
+""", """\
+$ ckeygen app             # then copy app to the workers,
+                          # and app.pub to those that only submit
+$ ckeygen -l app app.pub  # the fingerprint, to compare
+""")),
+    (CEXEC, Tool(cexec, "cexec [OPTION...] APP[.pub] [NAME=VALUE...]", """\
+Runs the job that the workers of the key serve on the best of them, as if it
+were local.  The job finds each VALUE in its environment as PEER_NAME.
+""", ("-t", "-n", "-v", "-q", "--timeout-accept", "--group"), """\
+0-255  the job's own; 128+n: it died of signal n
+111    the cluster failed: to try again may help
+2      wrong usage
+""", """\
+$ cexec app.pub < song.wav > song.ogg
+$ cexec app.pub SIZE=100x100 < photo.jpg > small.jpg
+$ cexec -v app.pub < /dev/null         # tells each step
+""")),
+    (CMAP, Tool(cmap, "cmap [OPTION...] APP[.pub] [FILE...]", """\
+Runs one job for each of many inputs, on all the slots of the room, and makes
+one exact result of it.  Inputs are the FILEs, those named in --from LIST, or,
+by --lines, --block or --value, parts of standard input.  In --set and --out
+{} stands for the input's name or line, {.} for it without its ending, {/}
+without folders, {/.} without both, {#} for its number.
+""", ("--out", "--lines", "--value", "--block", "--from", "--set", "--jobs", "--log", "--resume", "--again",
+      "--timeout"), """\
+0    all jobs ended with 0
+1    some failed
+111  the cluster failed
+2    wrong usage
+""", """\
+$ cmap --out 'ogg/{/.}.ogg' app.pub wav/*.wav
+$ cmap --lines app.pub < urls > pages
+$ seq 100 | cmap --value FRAME --out 'frames/{}.png' app.pub
+""")),
+    (CSERVICE, Tool(cservice, "cservice [OPTION...] APP COMMAND [ARG...], or cservice --stop APP", """\
+Serves jobs for the key: each runs COMMAND with the submitter's descriptors.
+SIGTERM: no new jobs, the running ones finish; a second one ends them.
+""", ("-d", "--stop", "--now", "--concurrency", "--user", "--if", "--limit", "--scratch", "--allow", "--log"), """\
+0    told to stop; -d: it is ready; --stop: all have ended
+111  a temporary failure
+2    wrong usage; --stop: a service manager runs one, which is not stopped
+""", """\
+$ cservice app oggenc -o- -            # serves until Ctrl-C
+$ cservice -d app oggenc -o- -         # in the background
+$ cservice --stop app
+""")),
+    (CWHO, Tool(cwho, "cwho [OPTION...] APP[.pub]...", """\
+Lists the workers of the keys: who is there, what they do, what they are worth.
+""", ("--check", "--watch", "--jobs", "--slots", "--json"), """\
+0    somebody has answered; --check: a job could run
+111  nobody has answered; --check: no job could run
+2    wrong usage
+""", """\
+$ cwho app.pub
+$ cwho --check app.pub                 # nobody answers? it says why
+$ xargs -P"$(cwho --slots app.pub)" -n1 cexec app.pub < jobs
+""")),
+    (CRAT, Tool(crat, "crat [OPTION...] [APP.pub...]", """\
+Prints one line for every job that was completed, and for every worker that was
+reported as lost or broken.  Of keys that are not named it tells the number.
+""", ("--time", "--json"), """\
+0    told to stop
+141  the reader of standard output is gone
+2    wrong usage
+""", """\
+$ crat --time app.pub >> log
+""")),
+    (CPROXY, Tool(cproxy, "cproxy [OPTION...] SELF [TARGET]", """\
+Joins two networks: what is heard on GROUP goes on to TARGET (255.255.255.255)
+from the address SELF, and the connections that come back are relayed.
+""", ("--key", "--group"), """\
+0    told to stop
+111  a temporary failure
+2    wrong usage
+""", """\
+$ cproxy --key app.pub 10.0.1.1 eth1:255.255.255.255
+""")),
+    ("demo", Tool(demo, "demo [COMMAND [ARG...]]", """\
+Shows it all on this machine alone: a key, two workers, a log, and jobs.
+""", (), """\
+that of the job, as cexec gives it
+""", """\
+$ python3 cexec.py demo
+$ python3 cexec.py demo gzip -9 < file > file.gz
+""")),
+    ("completion", Tool(completion, "completion bash|zsh|fish", """\
+Prints what makes the shell complete the tools' names and options with Tab.
+""", (), """\
+0    done
+2    wrong usage
+""", """\
+$ eval "$(cexec.py completion bash)"   # in ~/.bashrc
+$ eval "$(cexec.py completion zsh)"    # in ~/.zshrc, behind compinit
+$ cexec.py completion fish > ~/.config/fish/completions/cexec.fish
+""")),
+])
+
+
+def options_of(tool):
+    """[(option, argument or "", help, names in the environment)] in the order in which help shows them."""
+    found = [(flag, "", words, ()) for flag, (_, _, tools, words) in FLAGS.items() if tool in tools]
     for setting in SETTINGS:
         if tool in setting.tools:
             default = " (%s)" % setting.default if setting.default else ""
-            options.append(("%s %s" % (setting.option, setting.argument), setting.help + default))
-            options.append(("", "or " + ", ".join(setting.names) + " in the environment"))
+            found.append((setting.option, setting.argument, setting.help + default, setting.names))
+    first = TOOLS[tool].first
+    return sorted(found, key=lambda option: first.index(option[0]) if option[0] in first else len(first))
+
+
+def usage(tool):
+    _, synopsis, text, _, statuses, example = TOOLS[tool]
+    lines = ["usage: " + synopsis.replace(", or ", "\n       "), "", text.rstrip("\n")]
+    options = options_of(tool)
     if options:
         import textwrap
-        lines += ["", "Options:"] + ["  %-31s %s" % (option if not row else "", text) for option, words in options
-                                     for row, text in enumerate(textwrap.wrap(words, 84))]
-    return "\n".join(lines) + "\n\n" + EXAMPLE
+        named = "; in brackets: the variable that says the same" if any(names for *_, names in options) else ""
+        lines += ["", "Options%s:" % named]
+        for option, argument, words, names in options:
+            head, words = (option + " " + argument).strip(), words + (" [%s]" % ", ".join(names) if names else "")
+            rows = textwrap.wrap(words, 55, break_on_hyphens=False)
+            if len(head) > 21:
+                rows.insert(0, "")
+            lines += ["  %-22s%s" % (head if row == 0 else "", words) for row, words in enumerate(rows)]
+    for head, rows in ("Exit status:", statuses), ("Example:", example):
+        lines += ["", head] + ["  " + row for row in rows.splitlines()]
+    return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
 def overview():
     return "usage: cexec.py TOOL [ARGUMENT...], or TOOL by a symbolic link of that name\n\n" + "".join(
-        "  %s\n" % synopsis for _, synopsis, _ in TOOLS.values()) + "\ncexec.py TOOL --help tells more\n"
+        "  %s\n" % words for tool in TOOLS.values() for words in tool.synopsis.split(", or ")
+    ) + "\ncexec.py TOOL --help tells more; cexec.py demo shows it\n"
+
+
+def no_tool(word):
+    """Says that there is no such tool, and which was perhaps meant."""
+    hint = did_you_mean(word, list(TOOLS))
+    say("cexec.py", "%s: no such tool%s" % (word, "; " + hint.strip() if hint else ""))
 
 
 def print_out(text, descriptor=1):
@@ -13090,7 +13299,11 @@ def main(argv, environment=os.environ):
     tool, arguments = tool_of(argv)
     if arguments[:1] and arguments[0] in SHOWN:
         return show(tool, arguments[0])
+    if arguments[:1] == ["help"] and not any(map(os.path.exists, ("help", "help.pub"))):
+        return show(next((word for word in arguments[1:] if word in TOOLS), tool), "--help")
     if tool is None:
+        if arguments and not arguments[0].startswith("-"):
+            no_tool(arguments[0])
         print_out(overview(), 2)
         return EXIT_USAGE
     return run_tool(tool, arguments, environment)
@@ -13113,20 +13326,31 @@ def run_tool(tool, arguments, environment):
             gc.enable()
         if __name__ == "__main__":
             name_process(tool)
-        if tool not in TOOL_NAMES:
-            return TOOLS[tool][0](arguments, None)
+        if tool in ("demo", "completion"):
+            return TOOLS[tool].call(arguments, None)
         settings, arguments = read_settings(tool, arguments, environment)
         if hasattr(settings, "shown"):
             return show(tool, settings.shown)
+        check_device(settings)
         for warning in unknown_variables(environment):
             say(tool, warning, errors_place(settings))
-        return TOOLS[tool][0](arguments, settings)
+        return TOOLS[tool].call(arguments, settings)
     except Exception as error:
         if environment.get("CEXEC_DEBUG") == "1":
             import traceback
             for line in traceback.format_exc().splitlines():
                 say("", line, errors_place(settings))
         return report_failure(tool, failure_of(error), settings)
+
+
+def check_device(settings):
+    """Failure where the GROUP that was given, perhaps a word that is no device at all, has none here."""
+    if "group" in settings.given and settings.group.only:
+        try:
+            device_index(settings.group.only)
+        except Failure as failure:
+            raise Failure(settings.given["group"], failure.why if failure.what in settings.given["group"].split("=")
+                          else str(failure), failure.hint, EXIT_USAGE) from None
 
 
 def name_process(name):

@@ -2925,7 +2925,7 @@ def test_ckeygen_makes_the_same_key_of_the_same_text(tmp_path):
     ([], 2, b"usage: ckeygen"),
     (["a", "b", "c"], 2, b"usage: ckeygen"),
     ([""], 2, b"usage: ckeygen"),
-    (["-x", "new"], 2, b"unknown option -x"),
+    (["-x", "new"], 2, b"-x: unknown option"),
     (["-l"], 2, b"usage: ckeygen"),
     (["-l", "-stdin", "k"], 2, b"usage: ckeygen"),
     (["new", "./new"], 2, b"the same file"),
@@ -4056,6 +4056,16 @@ def test_a_variable_that_no_tool_knows_is_warned_about():
         "warning: CSERVICE_USR is set, and no tool knows it; did you mean CSERVICE_USER? it has no effect"]
     lines = run("cexec", "/nowhere/key", env={"CEXEC_TIMEOUT": "abc"}).stderr.decode().splitlines()
     assert lines[0].startswith("cexec: warning: CEXEC_TIMEOUT is set, ") and lines[1].startswith("cexec: no key ")
+
+
+@pytest.mark.parametrize("tool, options, environment, words", [
+    ("cexec", [], {"GROUP": "staff"}, "GROUP=staff: no such device, this machine has: "),
+    ("cwho", ["--group", "staff"], {}, "--group=staff: no such device, "),
+    ("crat", [], {"GROUP": "nodev:10.0.0.255"}, "GROUP=nodev:10.0.0.255: nodev: no such device, ")])
+def test_a_group_without_a_device_names_the_variable(key, tool, options, environment, words):
+    """Many systems set GROUP to the user's group."""
+    done = run(tool, *options, key + ".pub", env=environment)
+    assert done.returncode == 2 and done.stderr.decode().startswith("%s: %s" % (tool, words)), done.stderr
 
 
 def test_every_name_is_an_option_too_and_what_is_printed_is_accepted():
@@ -8395,7 +8405,7 @@ def test_whether_standard_error_takes_a_line_is_no_question_when_it_is_closed():
 
 # ---------------------------------------------------------------- the tools by every name
 
-NAMES = "ckeygen", "cexec", "cmap", "cservice", "cwho", "crat", "cproxy", "demo"
+NAMES = "ckeygen", "cexec", "cmap", "cservice", "cwho", "crat", "cproxy", "demo", "completion"
 VERSION_LINE = "%s (cexec) " + cexec.VERSION + "\n"
 
 
@@ -8411,19 +8421,24 @@ def test_a_tool_is_the_name_it_is_called_by_or_the_first_argument(tmp_path, tool
     assert run_command(tools / "cexec.py", name, "--version").stdout == expected
 
 
-@pytest.mark.parametrize("argv", [(), ("unknown",), ("-x",), ("", "cexec")])
-def test_no_tool_is_wrong_usage(argv):
+@pytest.mark.parametrize("argv, words", [
+    ((), ""), (("-x",), ""), (("", "cexec"), "cexec.py: : no such tool\n"),
+    (("unknown",), "cexec.py: unknown: no such tool\n"),
+    (("cmpa", "app.pub"), "cexec.py: cmpa: no such tool; did you mean cmap?\n")])
+def test_no_tool_is_wrong_usage(argv, words):
     done = run(*argv)
-    assert (done.returncode, done.stdout, done.stderr) == (2, b"", cexec.overview().encode())
-    assert len(done.stderr.splitlines()) < 15 and all(name in done.stderr.decode() for name in NAMES)
+    assert (done.returncode, done.stdout, done.stderr.decode()) == (2, b"", words + cexec.overview())
+    assert len(done.stderr.splitlines()) < 20 and all(name in done.stderr.decode() for name in NAMES)
 
 
-@pytest.mark.parametrize("words, shown", [
-    (["cexec", "-v", "--help"], "usage: cexec"), (["cexec", "--retries", "0", "-h"], "usage: cexec"),
-    (["cmap", "-j4", "--version"], "cmap (cexec) "), (["cservice", "--boost=7", "--help"], "usage: cservice")])
-def test_help_is_found_among_options(words, shown):
-    done = run(*words, env={"CEXEC_RETRIES": "no number"})
-    assert (done.returncode, done.stderr) == (0, b"") and done.stdout.decode().startswith(shown)
+def test_help_is_a_word_too(tmp_path, tools):
+    """Unless a key is called so."""
+    for argv, text in (("help",), cexec.overview()), (("help", "cmap"), cexec.usage("cmap")), (
+            ("cwho", "help"), cexec.usage("cwho")):
+        done = run(*argv)
+        assert (done.returncode, done.stdout.decode(), done.stderr) == (0, text, b"")
+    (tmp_path / "help.pub").touch()
+    assert b"help" in run("cwho", "help", cwd=str(tmp_path)).stderr
 
 
 @pytest.mark.parametrize("option", ["-h", "--help"])
@@ -8438,11 +8453,20 @@ def test_help_for_all(option):
 @pytest.mark.parametrize("name", NAMES)
 def test_help_names_every_setting_and_fits_a_terminal(name):
     text = cexec.usage(name)
-    assert text.startswith("usage: %s " % name) and text.endswith(cexec.EXAMPLE)
+    assert text.startswith("usage: %s " % name) and re.search(r"\nExit status:\n(  .*\n)+\nExample:\n(  .*\n)+\Z", text)
+    assert re.search(r"\n  \$ (.*[ (])?%s " % name, text.partition("\nExample:")[2])
     for setting in cexec.SETTINGS:
         if name in setting.tools:
             assert setting.option in text and all(variable in text for variable in setting.names)
-    assert max(map(len, text.splitlines())) <= 120
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_help_shows_what_matters_first():
+    for name, tool in cexec.TOOLS.items():
+        options = [option for option, *_ in cexec.options_of(name)]
+        first = [option for option in tool.first if option in options]
+        assert options[:len(first)] == first and sorted(options) == sorted(set(options))
+        assert set(tool.first) - set(options) <= {"-n", "--jobs"}, "of options that come"
 
 
 def test_help_that_cannot_be_printed():
@@ -8456,6 +8480,65 @@ def test_help_that_cannot_be_printed():
 def test_the_version():
     done = run("--version")
     assert (done.returncode, done.stdout.decode(), done.stderr) == (0, "cexec %s\n" % cexec.VERSION, b"")
+
+
+# ---------------------------------------------------------------- completion by the shells
+
+COMPLETED = [
+    ("cexec --timeout-a", "--timeout-accept"), ("cmap --cut l", "lines"), ("cexec.py cma", "cmap"),
+    ("cexec.py cservice --scr", "--scratch"), ("ckeygen -std", "-stdin"), ("cexec.py completion zs", "zsh")]
+
+
+@pytest.mark.parametrize("typed, found", COMPLETED)
+def test_bash_completes(tools, typed, found):
+    need("bash")
+    script = ('eval "$("$0" completion bash)"; COMP_WORDS=(%s); COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); _cexec; '
+              'echo "${COMPREPLY[*]}"; complete -p cmap >&2' % typed)
+    done = run_command("bash", "--norc", "-c", script, tools / "cexec.py")
+    assert done.stdout.decode() == found + "\n" and b"_cexec cmap" in done.stderr
+
+
+@pytest.mark.parametrize("typed, found", [("cmap --cut = b", "bytes"), ("cexec --group ", ""), ("cmap --log ", "")])
+def test_bash_knows_what_a_value_is(tools, typed, found):
+    need("bash")
+    script = ('eval "$("$0" completion bash)"; COMP_WORDS=(%s); COMP_CWORD=${#COMP_WORDS[@]}; '
+              '[ "%s" ] && COMP_CWORD=$((COMP_CWORD - 1)); _cexec; echo "${COMPREPLY[*]}"' % (typed, found))
+    assert run_command("bash", "--norc", "-c", script, tools / "cexec.py").stdout.decode() == found + "\n"
+
+
+@pytest.mark.parametrize("typed, found", COMPLETED[:-1])
+def test_fish_completes(tools, tmp_path, typed, found):
+    need("fish")
+    script = "%s completion fish | source; complete -C %r" % (tools / "cexec.py", typed)
+    done = run_command("fish", "--no-config", "-c", script, env={"HOME": tmp_path})
+    assert [line.split("\t")[0] for line in done.stdout.decode().splitlines()] == [found], done.stderr
+
+
+@pytest.mark.parametrize("typed, found", COMPLETED + [("cmap --cut=b", "--cut=bytes")])
+def test_zsh_completes(tools, tmp_path, typed, found):
+    need("zsh")
+    leader, follower = pty.openpty()
+    shell = Process(["zsh", "-f", "-i"], env={"HOME": tmp_path, "TERM": "dumb"}, stdin=follower, stdout=follower,
+                    stderr=follower, start_new_session=True)
+    os.close(follower)
+    told = b""
+    os.write(leader, b"autoload -Uz compinit; compinit -D -u; bindkey '^I' complete-word; PS1=; "
+             b"eval \"$(%s completion zsh)\"; echo RE''ADY\n" % os.fsencode(str(tools / "cexec.py")))
+    try:
+        while b"READY\r\n" not in told:
+            told += os.read(leader, 4096)
+        os.write(leader, typed.encode() + b"\t")
+        while found.encode() not in told.rpartition(b"READY\r\n")[2]:
+            told += os.read(leader, 4096)
+    finally:
+        shell.kill()
+        os.close(leader)
+
+
+def test_completion_of_another_shell_is_wrong_usage():
+    for argv in (), ("tcsh",), ("bash", "zsh"):
+        done = run("completion", *argv)
+        assert (done.returncode, done.stdout) == (2, b"") and b"completion bash|zsh|fish" in done.stderr
 
 
 # ---------------------------------------------------------------- refusals
