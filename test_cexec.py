@@ -3975,7 +3975,7 @@ MALFORMED = [
     ("crat", "CRAT_MAX_SKEW", "-5"),
     ("cproxy", "CPROXY_IDLE", "0"), ("cmap", "CMAP_JOBS", "0"), ("cmap", "CMAP_BLOCK", "1x"), ("cmap", "CMAP_CUT", "x"),
     ("cmap", "CMAP_AGAIN", "-1"), ("cmap", "CMAP_TIMEOUT", "x"), ("cmap", "CMAP_HALT", "x"),
-    ("cmap", "CMAP_SPILL", "0")]
+    ("cmap", "CMAP_SPILL", "0"), ("cmap", "CMAP_COUNT", "0")]
 
 
 @pytest.mark.parametrize("tool, name, text", MALFORMED)
@@ -7490,6 +7490,191 @@ def test_no_order_of_events_confuses_a_submitter(seed):
     assert selection.winner and not selection.candidates
 
 
+# ---------------------------------------------------------------- batch
+
+class SimulatedRoom:
+    """A Batch whose jobs run on workers that take so long and fail as they are told, in simulated seconds.
+
+    workers: {instance: (slots, seconds a job takes, fails(number of the job, how many ran there before))}
+    """
+
+    def __init__(self, workers, count, joins={}, **options):
+        self.workers = workers
+        self.joins = joins                  # {instance: when}
+        self.now, self.ends, self.waiting = 0.0, [], []
+        self.ran = collections.Counter()
+        self.told, self.delivered, self.results = [], [], {}
+        self.batch = cexec.Batch(100, working=lambda: {end[2] for end in self.ends}, serving=self.there, **options)
+        for _ in range(count):
+            job = cexec.BatchJob()
+            self.batch.add(job)
+            self.start(job)
+        self.batch.complete()
+        while self.batch.going and self.now < 10000:
+            self.give()
+            self.step()
+
+    def there(self):
+        return {each for each in self.workers if self.joins.get(each, 0) <= self.now}
+
+    def start(self, job):
+        run = object()
+        self.batch.start(job, run)
+        self.waiting.append((job, run))
+
+    def give(self):
+        for instance in sorted(self.there()):
+            for job, run in list(self.waiting):
+                busy = sum(end[2] == instance for end in self.ends)
+                if busy < self.workers[instance][0] and self.batch.may_run(job, instance, self.now):
+                    self.waiting.remove((job, run))
+                    self.ran[instance] += 1
+                    failed = self.workers[instance][2](job.number, self.ran[instance])
+                    self.ends.append((self.now + self.workers[instance][1], job.number, instance, job, run, failed))
+
+    def step(self):
+        if not self.ends:
+            self.now += 0.25
+            return
+        self.ends.sort(key=lambda end: end[:2])
+        if self.waiting and self.ends[0][0] > self.now + 0.25:
+            self.now += 0.25
+            return
+        self.now, _, instance, job, run, failed = self.ends.pop(0)
+        line = self.batch.workers.add(instance, instance, failed, self.now)
+        self.told += [line] if line else []
+        outcome = cexec.FAILED if failed else cexec.SUCCEEDED
+        decision = self.batch.ended(job, run, outcome, instance, self.now)
+        if decision is cexec.AGAIN:
+            self.start(job)
+        elif decision is cexec.COUNTS:
+            self.results[job.number] = outcome
+            self.batch.settle(job, failed)
+            self.delivered += [each.number for each in self.batch.deliverable(job)]
+
+    def failed(self):
+        return sum(outcome is cexec.FAILED for outcome in self.results.values())
+
+
+def never(number, before):
+    return False
+
+
+def always(number, before):
+    return True
+
+
+GOOD, FAST_AND_BAD = (2, 1.0, never), (2, 0.01, always)
+
+
+def test_a_worker_that_fails_all_jobs_gets_few_of_them():
+    """Three and some trials, where it would have had nearly all; a line says so once."""
+    room = SimulatedRoom({"bad": FAST_AND_BAD, "good": GOOD, "other": GOOD}, 300)
+    assert room.ran["bad"] <= 10 and room.failed() == room.ran["bad"], room.ran
+    assert len(room.told) == 1 and re.match(
+        r"worker bad: \d+ jobs failed there in a row, and elsewhere 0 of \d+: it gets only a trial", room.told[0])
+    room = SimulatedRoom({"bad": FAST_AND_BAD, "good": GOOD, "other": GOOD}, 300, again=3)
+    assert room.failed() == 0 and room.now < 90
+
+
+def test_a_worker_that_goes_bad_is_found_out_and_one_that_recovers_is_trusted_again():
+    room = SimulatedRoom({"a": (2, 1.0, lambda number, before: before > 20), "b": GOOD}, 300)
+    assert room.failed() < 25 and len(room.told) == 1, (room.failed(), room.told)
+    room = SimulatedRoom({"a": (2, 1.0, lambda number, before: 20 < before < 31), "b": GOOD}, 600)
+    assert room.ran["a"] > 150 and room.failed() < 15, room.ran
+
+
+@pytest.mark.parametrize("fails", [
+    always, lambda number, before: 100 < number < 250, lambda number, before: number % 3 == 0,
+    lambda number, before: number < 40, lambda number, before: number % 20 < 4])
+def test_inputs_that_fail_everywhere_hold_nobody_back(fails):
+    """Bad stretches, a bad third and all of them: no worker is accused and none waits for long."""
+    workers = {each: (2, 1.0, fails) for each in "abcd"}
+    room = SimulatedRoom(workers, 400)
+    assert room.told == [] and room.now < 60, (room.now, room.told)
+    assert room.failed() == sum(fails(number, 0) for number in range(1, 401))
+    room = SimulatedRoom({"a": (4, 0.5, fails)}, 100)
+    assert room.told == [] and room.now < 14, "a room of one worker"
+
+
+def test_what_is_run_again_goes_elsewhere_as_long_as_it_can():
+    """To one that serves or joins within ten seconds; otherwise to the same one, then."""
+    bad_for_one = (1, 1.0, lambda number, before: number == 1)
+    room = SimulatedRoom({"a": bad_for_one, "b": (1, 30.0, never)}, 3, again=1)
+    assert room.failed() == 0 and room.ran["b"] == 2
+    room = SimulatedRoom({"a": (1, 1.0, lambda number, before: before == 1)}, 1, again=1)
+    assert room.failed() == 0 and 10 < room.now < 13
+    room = SimulatedRoom({"a": (1, 1.0, always), "b": (1, 1.0, never)}, 1, again=1, joins={"b": 6})
+    assert room.failed() == 0 and room.ran["b"] == 1 and room.now < 9
+    room = SimulatedRoom({"a": (1, 1.0, always), "b": (1, 1.0, always)}, 1, again=3)
+    assert room.failed() == 1 and sum(room.ran.values()) == 4 and len(room.ran) == 2
+
+
+def test_a_batch_delivers_in_order_or_as_jobs_end():
+    slow = {"a": (4, 1.0, never), "b": (1, 7.3, never)}
+    assert SimulatedRoom(slow, 30).delivered == list(range(1, 31))
+    room = SimulatedRoom(slow, 30, ordered=False)
+    assert sorted(room.delivered) == list(range(1, 31)) != room.delivered
+
+
+def test_a_batch_takes_as_many_jobs_as_may_run():
+    batch = cexec.Batch(2)
+    jobs = [cexec.BatchJob() for _ in range(3)]
+    for job in jobs[:2]:
+        assert batch.wants_job()
+        batch.add(job)
+        batch.start(job, object())
+    assert not batch.wants_job() and batch.wants_job(held_back=1) and not batch.wants_job(cexec.HELD_BACK_MAX)
+    assert batch.ended(jobs[1], jobs[1].runs[0], cexec.SUCCEEDED, "a", 0.0) is cexec.COUNTS
+    batch.settle(jobs[1])
+    assert batch.wants_job() and list(batch.deliverable(jobs[1])) == [] and batch.unfinished() == [jobs[0]]
+    batch.complete()
+    assert not batch.wants_job() and not batch.is_over()
+    batch.settle(jobs[0])
+    assert list(batch.deliverable(jobs[0])) == jobs[:2] and batch.is_over() and not batch.jobs
+    with pytest.raises(KeyError):
+        jobs[0].happens(cexec.START)
+
+
+def test_of_two_runs_the_first_to_end_with_0_counts():
+    """A failure counts when the other one has ended too; a twin uses up no --again; --halt sees what counts."""
+    def batch_of_one(**options):
+        batch, job = cexec.Batch(2, **options), cexec.BatchJob()
+        batch.add(job)
+        batch.start(job, "one")
+        batch.complete()
+        assert batch.twin_wanted(lambda run: None) is None and batch.twin_wanted(lambda run: 1.0) is job
+        batch.start(job, "two")
+        assert batch.twin_wanted(lambda run: 1.0) is None
+        return batch, job
+    batch, job = batch_of_one()
+    assert batch.ended(job, "two", cexec.SUCCEEDED, "b", 0.0) is cexec.COUNTS and job.runs == ["one"]
+    for outcome in cexec.FAILED, cexec.LOST:
+        batch, job = batch_of_one(again=1, halt=True)
+        assert batch.ended(job, "two", outcome, "b", 0.0) is cexec.WAIT and batch.state is cexec.COMPLETE
+        assert batch.twin_wanted(lambda run: 1.0) is None, "one twin is enough"
+        assert batch.ended(job, "one", cexec.FAILED, "a", 0.0) is cexec.AGAIN and job.tries == 1
+        batch.start(job, "three")
+        assert batch.ended(job, "three", cexec.FAILED, "a", 0.0) is cexec.COUNTS and batch.state is cexec.COMPLETE
+        batch.settle(job, failed=True)
+        assert batch.state is cexec.STOPPING and batch.is_over()
+    batch, job = batch_of_one(again=5)
+    batch.stop()
+    batch.forget(job, "two")
+    assert batch.ended(job, "one", cexec.FAILED, "a", 0.0) is cexec.COUNTS, "nothing runs again"
+
+
+def test_the_summary_names_workers_whose_failures_are_not_spread():
+    records = cexec.WorkerRecords()
+    for instance, name, failures in ("i", "a", 0), ("j", "b", 3), ("k", "b", 1), ("l", "c", 1):
+        for number in range(4):
+            records.add(instance, name, number < failures, 0.0)
+    assert records.spread_text() == "4 of 8 on b, 1 of 4 on c"
+    for number in range(4):
+        records.add("i", "a", True, 0.0)
+    assert records.spread_text() == ""
+
+
 # ---------------------------------------------------------------- the choice, with real workers
 
 def jobs_of(worker):
@@ -10778,6 +10963,7 @@ def test_the_status_says_that_some_failed_and_the_summary_how_many(farm, failing
 
 def test_again_timeout_and_halt(farm, tmp_path):
     once = "--set=RUN=cd %s; read n; test -e $n && echo ok $n && exit; touch $n; echo not $n; exit 1" % tmp_path
+    farm.serve("sh", "-c", 'eval "$PEER_RUN"', CONCURRENCY=2)
     done = mapped(farm, "--again", "1", "--lines", once, "APP", input=b"1\n2\n")
     assert (done.returncode, done.stdout) == (0, b"ok 1\nok 2\n")
     done = mapped(farm, "--timeout", "0.3", "--lines", "--set=RUN=read n; echo $n; sleep $n", "APP", input=b"100\n0\n")
@@ -10973,6 +11159,20 @@ def test_a_line_and_a_block_that_are_larger_than_all_else(farm, tmp_path):
         assert mapped(farm, "-q", *argv, "--set=RUN=cat", "APP", input=part).stdout == part
 
 
+def test_a_machine_that_fails_all_jobs_does_not_get_them(room, tmp_path):
+    """One of three has no licence: with --again nothing fails; without, few; lines and summary name it."""
+    room.serve("sh", "-c", "exit 3", CONCURRENCY=2)
+    for _ in range(2):
+        room.serve("sh", "-c", "read n; sleep 0.2; echo $n", CONCURRENCY=2)
+    lines = b"".join(b"%d\n" % n for n in range(60))
+    done = mapped(room, "--again", "3", "--lines", "APP", input=lines)
+    assert (done.returncode, done.stdout) == (0, lines), done.stderr
+    assert re.search(rb"worker 127.0.0.1: \d+ jobs failed there in a row, and elsewhere 0 of \d+", done.stderr)
+    done = mapped(room, "--lines", "--log", tmp_path / "log", "APP", input=lines)
+    failed = int(re.search(rb"60 jobs, (\d+) failed", done.stderr).group(1))
+    assert done.returncode == 1 and 3 <= failed <= 12 and b"status 3 on 127.0.0.1" in done.stderr, done.stderr
+
+
 # -- "0 failed" is the truth
 
 def test_each_run_reads_its_own_input(room, tmp_path):
@@ -11009,7 +11209,7 @@ CLAIMS = [      # --out, inputs, output files afterwards, words about those that
 ]
 
 
-@pytest.mark.parametrize("out, inputs, made, words", CLAIMS)
+@pytest.mark.parametrize("out, inputs, made, words", CLAIMS, ids=range(len(CLAIMS)))
 def test_an_output_has_its_name_alone(farm, tmp_path, out, inputs, made, words):
     """Names are claimed once, by folder and last name, and what stands there may not be an input or no file."""
     work = tmp_path / "w"
