@@ -1294,6 +1294,19 @@ SCRYPT_MEMORY = 1 << 28     # OpenSSL's own limit, 32 MiB, refuses that cost
 PHRASE_START = 1 << 16      # the part of a text that is judged; a program shows its variety long before
 PHRASE_BYTES = 16           # characters that are not white space: four short words and more
 PHRASE_KINDS = 8            # different ones among them: "aaaa..." and "123123..." are guessed at once
+PHRASE_PIECES = 9           # what a guesser has to put together, see guess_pieces()
+PHRASE_JUDGED = 1 << 12     # characters that are looked through for pieces
+PIECE_LEAST = 4             # characters of one: shorter ones any sentence has
+GUESSED = " ".join(row + " " + row[::-1] for row in (   # runs and keyboards' rows, both ways; then common words
+    "abcdefghijklmnopqrstuvwxyz 01234567890 qwertyuiop qwertzuiop azertyuiop asdfghjkl qsdfghjklm zxcvbnm yxcvbnm "
+    "wxcvbn !@#$%^&*() 1q2w3e4r5t6y7u8i9o0p 1qaz2wsx3edc4rfv5tgb6yhn7ujm8ik 1a2b3c4d5e6f7g8h9i qazwsxedcrfvtgbyhnujm "
+    "1qay2wsx3edc4rfv").split()) + (
+    " password passwort passphrase secret geheim welcome willkommen letmein iloveyou hello world admin administrator "
+    "root login user guest test testing changeme default master monkey dragon football baseball sunshine princess "
+    "shadow superman batman trustno access server cluster computer network internet school student teacher university "
+    "classroom laboratory january february march april june july august september october november december monday "
+    "tuesday wednesday thursday friday saturday sunday summer winter spring autumn cexec ckeygen example sample")
+LEET = str.maketrans("013457@$", "oleastas")   # digits that stand for letters
 KEY_FILE_LIMIT = 8192       # a private half has about 1,540 bytes; more is some other file
 
 PRIVATE_LABELS = (b"PRIVATE KEY", b"CERTIFICATE", b"CKEY CLIENT KEY", b"CKEY CLIENT CERT", b"CKEY CHECKSUM")
@@ -1421,32 +1434,26 @@ def key_text(labels, blocks):
 
 def key_blocks(text):
     """(labels, DER blocks) of a key file; ProtocolError, which says why, unless key_text() wrote every byte of it."""
-    labels, blocks = [], []
     if len(text) > KEY_FILE_LIMIT:
         raise ProtocolError("it is too large")
+    if b"-----BEGIN OPENSSH" in text or text.startswith((b"ssh-", b"ecdsa-")):
+        raise ProtocolError("it is a key of ssh, which has its own")
+    if b"-----BEGIN " not in text:
+        raise ProtocolError("it holds no key at all")
     if b"\r" in text:
         raise ProtocolError("its lines end in CR LF: a copy by way of Windows, or as text, has changed it")
-    for part in text.split(b"-----BEGIN ")[1:]:
-        label, _, body = part.partition(b"-----\n")
-        try:
-            blocks.append(binascii.a2b_base64(body.partition(b"-----END ")[0]))
-        except ValueError:
-            raise ProtocolError("its base64 is damaged or cut short") from None
-        labels.append(label)
-    if not blocks:
-        raise ProtocolError("it holds no key at all")
-    pairs = zip(text.splitlines(True) + [None], pem_text(labels, blocks).splitlines(True) + [None])
-    for number, (found, written) in enumerate(pairs, 1):
-        if found != written:
-            raise ProtocolError("line %d is not as ckeygen wrote it: a line too many or too few, or an edit" % number)
-    labels = tuple(labels)
+    labels = tuple(part.partition(b"-----\n")[0] for part in text.split(b"-----BEGIN ")[1:])
     if labels not in (PRIVATE_LABELS, PUBLIC_LABELS):
         short = labels in (PRIVATE_LABELS[:len(labels)], PUBLIC_LABELS[:len(labels)])
         raise ProtocolError("its end is missing" if short else "it holds something else")
-    checksum = blocks.pop()
-    if hashlib.sha256(pem_text(labels, blocks)).digest() != checksum:
+    head, mark, checksum = text.rpartition(b"-----BEGIN " + labels[-1])
+    if mark + checksum != pem_text(labels[-1:], [hashlib.sha256(head).digest()]):
         raise ProtocolError("it is damaged: its checksum does not fit")
-    return labels, blocks
+    try:
+        return labels, [binascii.a2b_base64(part.partition(b"-----\n")[2].partition(b"-----END ")[0])
+                        for part in head.split(b"-----BEGIN ")[1:]]
+    except ValueError:
+        raise ProtocolError("its base64 is no base64") from None
 
 
 # Private keys (PKCS#8, RFC 5958 and 5915) and certificates (X.509 v3, RFC 5280).
@@ -1507,21 +1514,44 @@ def public_half(private):
     return key_text(PUBLIC_LABELS, client + [worker_certificate])
 
 
-def master_from_pieces(pieces):
-    """The 32 secret bytes that a text stands for, a phrase or a program; Failure when it is too easy to guess.
+def guess_pieces(text, enough):
+    """How many pieces a guesser has to put together for this text: a run, a part of a keyboard's row, a common word and
+    what has come before are one each, like any other character.  It counts no further than `enough`."""
+    text, at, pieces = text.lower(), 0, 0
+    plain = text.translate(LEET)
+    while at < len(text) and pieces < enough:
+        size = len(text) - at
+        while size >= PIECE_LEAST and not (text[at:at + size] in GUESSED or plain[at:at + size] in GUESSED
+                                           or text.find(text[at:at + size], 0, at + size - 1) >= 0):
+            size -= 1
+        at += size if size >= PIECE_LEAST else 1
+        pieces += 1
+    return pieces
 
-    The text comes in pieces and may have any size: what scrypt gets is its SHA-512. The rule for phrases is simple and
-    knows no dictionary: PHRASE_BYTES that are not white space, PHRASE_KINDS of them different.
-    """
+
+def refuse_weak(start):
+    """Failure when a text that begins so is easy to guess.  The salt is the same everywhere and a key's id travels in
+    clear: one list of guesses serves against every room."""
+    marks = b"".join(start.split())
+    hint = "use six random words and more, drawn by dice, or a program"
+    if len(marks) < PHRASE_BYTES or len(set(marks)) < PHRASE_KINDS:
+        raise Failure("the text is too easy to guess",
+                      "it needs %d characters besides white space, %d of them different" % (PHRASE_BYTES, PHRASE_KINDS),
+                      hint, EXIT_USAGE)
+    if guess_pieces(marks[:PHRASE_JUDGED].decode("latin-1"), PHRASE_PIECES) < PHRASE_PIECES:
+        raise Failure("the text is too easy to guess", "it is made of runs, keyboard rows, common or repeated words",
+                      hint, EXIT_USAGE)
+
+
+def master_from_pieces(pieces, new=True):
+    """The 32 secret bytes that a text stands for, a phrase or a program; Failure for a new key when it is too easy to
+    guess.  The text comes in pieces and may have any size: what scrypt gets is its SHA-512."""
     digest, start = hashlib.sha512(), b""
     for piece in pieces:
         digest.update(piece)
         start += piece[:PHRASE_START - len(start)]
-    marks = b"".join(start.split())
-    if len(marks) < PHRASE_BYTES or len(set(marks)) < PHRASE_KINDS:
-        raise Failure("the text is too easy to guess",
-                      "it needs %d characters besides white space, %d of them different" % (PHRASE_BYTES, PHRASE_KINDS),
-                      "use a sentence that only your group knows, or a program", EXIT_USAGE)
+    if new:
+        refuse_weak(start)
     elsewhere = "make the key on another machine and copy it"
     if not hasattr(hashlib, "scrypt"):
         raise Failure("cannot make a key from text", "this Python was built without scrypt", elsewhere)
@@ -1540,6 +1570,7 @@ class Key:
     """What the tools need of one half of a key.
 
     path         the file, for load_cert_chain: its first two blocks are this half's own identity
+    text         that file's bytes, where it is not there: a public half that was made of the private one
     name         the key as the user named it, for logs
     private      whether this is the private half (own is the worker, peer is the client; else the reverse)
     id           4 bytes that name the key in datagrams: the start of the SHA-256 of the worker's certificate
@@ -1548,10 +1579,11 @@ class Key:
     own_der, peer_der, peer_pem   the certificates to show and to demand (peer_pem is a str, for cadata=)
     """
 
-    __slots__ = ("path", "name", "private", "id", "fingerprint", "udp", "own_der", "peer_der", "peer_pem")
+    __slots__ = ("path", "text", "name", "private", "id", "fingerprint", "udp", "own_der", "peer_der", "peer_pem")
 
     def __init__(self, path, private, blocks):
         self.path = self.name = path
+        self.text = None
         self.private, self.own_der, self.peer_der = private, blocks[1], blocks[-1]
         digest = hashlib.sha256(self.own_der if private else self.peer_der).digest()
         self.id, self.fingerprint = digest[:4], "SHA256:" + digest[:16].hex()
@@ -2780,7 +2812,7 @@ def tls_context(key, server_side):
     context.verify_mode = ssl.CERT_REQUIRED
     try:
         context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.load_cert_chain(key.path)
+        load_own_half(context, key)
         context.load_verify_locations(cadata=key.peer_pem)
     except (ValueError, ssl.SSLError, OSError) as error:
         raise Failure(key.path, "no TLS 1.3 channel can be made of it: %s" % reason_of(error),
@@ -2788,6 +2820,25 @@ def tls_context(key, server_side):
     if server_side:
         context.num_tickets = 0         # a ticket that crosses a close resets the connection and loses its tail
     return context
+
+
+def load_own_half(context, key):
+    """Gives the context this half of the key.  OpenSSL reads it from a file only."""
+    if key.text is None:
+        return context.load_cert_chain(key.path)
+    place = None
+    try:
+        fd = os.memfd_create("key")
+    except (AttributeError, OSError):       # not Linux, or not allowed
+        place = os.path.join(os.environ.get("TMPDIR") or "/tmp", ".cexec-" + os.urandom(8).hex())
+        fd = os.open(place, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(fd, key.text)
+        context.load_cert_chain(place or "/proc/self/fd/%d" % fd)
+    finally:
+        os.close(fd)
+        if place:
+            os.unlink(place)
 
 
 class TlsConnection:
@@ -12111,6 +12162,8 @@ def read_key(path):
     key, warning, mode = parse_key(text, path), None, stat.S_IMODE(status.st_mode)
     if mode & 0o077:
         warning = "warning: others can use the key %s (mode %04o); to stop that: chmod 600 %s" % (path, mode, path)
+    elif status.st_uid not in (os.geteuid(), 0):
+        warning = "warning: the key %s belongs to another user (%d), who can read and change it" % (path, status.st_uid)
     return text, key, warning
 
 
@@ -12125,24 +12178,29 @@ def load_keys(tool, paths):
 def load_key(path, want=None):
     """(Key, warning or None) from the file PATH, or PATH.pub unless want is "private"; the first usable one counts.
 
-    WANT is "private", "public" or None for either half. Failure: why PATH itself (or, where it is missing, PATH.pub)
-    is of no use. The warning is for a file that others can use.
+    WANT is "private", "public" or None for either half.  Where a public half is wanted and only the private one is
+    there, its public half serves.  Failure: why PATH itself (or, where it is missing, PATH.pub) is of no use.  The
+    warning is for a file that others can use.
     """
-    refusal = None
+    refusal = whole = None
     for name in [path] if want == "private" else [path, path + ".pub"]:
         try:
-            _, key, warning = read_key(name) or (None, None, None)
+            text, key, warning = read_key(name) or (None, None, None)
             if key and want == "private" and not key.private:
                 raise Failure("%s is a public half" % name, "serving needs the private key", status=EXIT_USAGE)
-            if key and want == "public" and key.private:
-                raise Failure("%s is a private half" % name, "submitting needs the public one",
-                              "make it with: ckeygen %s" % name, EXIT_USAGE)
         except Failure as problem:
             refusal = refusal or problem
-        else:
-            if key:
-                key.name, key.path = path, os.path.abspath(name)    # the program may go to another folder
-                return key, warning
+            continue
+        if key and want == "public" and key.private:
+            whole = text, warning
+        elif key:
+            key.name, key.path = path, os.path.abspath(name)    # the program may go to another folder
+            return key, warning
+    if whole:
+        text, warning = whole
+        key = parse_key(public_half(text), path)
+        key.text = public_half(text)
+        return key, warning
     raise refusal or Failure("no key %s" % path, "there is no such file",
                              "make one with ckeygen, or copy it from where it was made", EXIT_USAGE)
 
@@ -12166,13 +12224,13 @@ def ckeygen(arguments, settings):
     replaced = existing_half(public_path, False, "cannot replace %s", leave + ", or move it", EXIT_NO_PUBLIC)
     private = found
     if settings.stdin:
-        private = make_keypair(master_from_pieces(standard_input()))[0]
+        private = make_keypair(master_from_pieces(standard_input(), new=not found))[0]
     elif not found:
         private = make_keypair(os.urandom(32))[0]
     if found not in (None, private):
         raise Failure("%s exists and is another key" % private_path, "the text given does not lead to it",
                       leave, EXIT_OTHER_KEY)
-    if not (found or replaced in (None, public_half(private)) or os.path.lexists(private_path)):
+    if replaced not in (None, public_half(private)):
         raise Failure("cannot replace %s" % public_path, "it is the public half of another key, perhaps the only copy",
                       "it was left as it is; name another file, or move it away", EXIT_NO_PUBLIC)
     write_halves(private_path, public_path, private, not found)
@@ -12190,7 +12248,8 @@ def list_keys(paths):
         try:
             key, = load_keys("ckeygen", [path])
             half = "private" if key.private else "public "
-            status = print_out("%s %s %s\n" % (key.fingerprint, half, printable(key.name))) or status
+            name = path if key.path == os.path.abspath(path) else path + ".pub"
+            status = print_out("%s %s %s\n" % (key.fingerprint, half, printable(name))) or status
         except Failure as failure:
             status = status or failure.status
             report_failure("ckeygen", failure, None)
