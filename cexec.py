@@ -12875,7 +12875,7 @@ class Demo:
     with its own command also a cmap over a few inputs.
 
     The tools are forks of this process and no new programs, so that it does not matter whether there is a file to start
-    again: `ssh host python3 - demo < cexec.py` works.  What they say is shown while something is waited for.
+    again: `ssh host python3 - demo < cexec.py` works.  What they say is shown where something fails.
     """
     PATIENCE = 30.0         # seconds until a tool must be ready
     SLOW = "sleep 0.5; tr a-z A-Z"      # what each job of the cmap does
@@ -12886,7 +12886,7 @@ class Demo:
         self.many = many                    # whether to show a cmap too
         self.running, self.ended = {}, {}   # {pid: name}, {name: status as of a shell}
         self.outputs = {}                   # {descriptor: [name, bytes of a line that has no end yet]}
-        self.lines = {}                     # {name: what it said}
+        self.lines = {}                     # {name: the lines that it said}
         self.folder, self.key = make_temporary_key()
         self.environment = {name: value for name, value in os.environ.items()
                             if not any(name in setting.names for setting in SETTINGS)}
@@ -12899,59 +12899,93 @@ class Demo:
     def tell(self, text):
         say("demo", text)
 
+    def type(self, line, words=""):
+        """What a user would type, and what comes of it."""
+        self.tell("$ " + ("%-31s  # %s" % (line, words) if words else line))
+
+    def act(self, title):
+        self.tell("")
+        self.tell(title)
+
     def run(self):
-        text = " ".join(self.command)
-        self.tell("$ export GROUP=%s      # only here: keeps the demo on this machine" % self.environment["GROUP"])
-        self.tell("$ ckeygen app app.pub")
+        """The acts in turn; returns the status of the first one's job."""
+        self.tell("a room on this machine alone; what you would type stands behind $")
+        self.type("ckeygen app", "a key: app for workers, app.pub for submitters")
         for number in (1, 2):
-            self.tell("$ cservice app %s      # worker %d" % (text, number))
-            self.start("worker %d" % number, [CSERVICE, self.key, *self.command])
-        self.tell("$ crat app.pub      # the log")
+            self.serve("worker %d" % number, self.command)
         self.start("crat", [CRAT, "app.pub"], self.folder)
-        self.tell("$ cexec app.pub < input      # the job")
-        source = self.input()
-        self.fork("cexec", lambda: self.become([CEXEC, "app.pub"], source, 1, 2, self.folder))
-        self.show(lambda: "cexec" in self.ended, float("inf"))
-        self.show(lambda: "for app.pub" in self.lines["crat"], 2)
-        self.tell("the job's exit status: %d" % self.ended["cexec"])
-        if self.many and not self.ended["cexec"]:
+        self.type("crat app.pub", "the log")
+        status = self.run_one()
+        if self.many and not status:
             self.run_many()
-        return self.ended["cexec"]
+        return status
+
+    def serve(self, name, command, *options):
+        """A worker of that command."""
+        self.start(name, [CSERVICE, *options, self.key, *command])
+        words = [*options, "app", *("'%s'" % word if " " in word else word for word in command)]
+        self.type("cservice " + " ".join(words), name + " is ready")
+
+    def run_one(self):
+        """One job."""
+        self.act("1. One job, on the best worker:")
+        self.type("cexec app.pub < input")
+        source, began = self.input(), time.monotonic()
+        self.fork("cexec", lambda: self.become([CEXEC, "app.pub"], source, 1, 2, self.folder))
+        self.wait(lambda: "cexec" in self.ended, math.inf)
+        took = time.monotonic() - began
+        self.wait(lambda: any("for app.pub" in line for line in self.lines["crat"]), 2)
+        status = self.ended["cexec"]
+        if status == EXIT_TEMPORARY:
+            self.show("worker 1", "worker 2")
+        self.tell("==> status %d after %.2f s" % (status, took))
+        self.tell("    the log: " + "".join(self.lines["crat"][1:]).partition(" job ")[0])
+        return status
 
     def run_many(self):
         """Many inputs at once, on workers whose jobs take a while."""
         workers = [pid for pid, name in self.running.items() if name.startswith("worker")]
         for pid in workers:
             os.kill(pid, signal.SIGTERM)
-        self.show(lambda: not set(workers) & set(self.running), 5)
-        self.environment["CONCURRENCY"] = "2"
+        self.wait(lambda: not set(workers) & set(self.running), 5)
+        self.act("2. Many jobs, on all workers:")
         for number in (3, 4):
-            self.tell("$ cservice --concurrency 2 app sh -c '%s'      # worker %d" % (self.SLOW, number))
-            self.start("worker %d" % number, [CSERVICE, self.key, "sh", "-c", self.SLOW])
-        self.tell("$ printf '%%s\\n' %s | cmap --lines app.pub" % b" ".join(self.INPUTS).decode())
+            self.serve("worker %d" % number, ["sh", "-c", self.SLOW], "--concurrency", "2")
+        self.type("printf '%%s\\n' %s | cmap --lines app.pub" % b" ".join(self.INPUTS).decode())
         reading, writing = os.pipe()
         os.write(writing, b"\n".join(self.INPUTS) + b"\n")
         os.close(writing)
         began = time.monotonic()
         self.start("cmap", [CMAP, "--lines", "app.pub"], self.folder, reading, "failed, on")
         took, one_by_one = time.monotonic() - began, 0.5 * len(self.INPUTS)
-        self.tell("%d jobs of half a second each took %.1f s: %.1f times as fast as one after another" % (
+        self.tell(" ".join(line for line in self.lines["cmap"] if line.isupper()))
+        self.tell("==> %d jobs of half a second each took %.1f s: %.1f times as fast as one after another" % (
             len(self.INPUTS), took, one_by_one / took))
 
     def start(self, name, arguments, folder=None, source=None, word="ready"):
         """Starts a tool and waits until it has said the word."""
         reading, writing = os.pipe()
-        self.outputs[reading], self.lines[name] = [name, b""], ""
+        self.outputs[reading], self.lines[name] = [name, b""], []
         source = os.open(os.devnull, os.O_RDONLY) if source is None else source
         self.fork(name, lambda: self.become(arguments, source, writing, writing, folder))
         os.close(writing)
         os.close(source)
-        self.show(lambda: word in self.lines[name] or name in self.ended, self.PATIENCE)
+
+        def ready():
+            return any(word in line for line in self.lines[name])
+        self.wait(lambda: ready() or name in self.ended, self.PATIENCE)
         if name in self.ended:
-            self.show(lambda: reading not in self.outputs, 1)       # its last words
-        if word not in self.lines[name]:
+            self.wait(lambda: reading not in self.outputs, 1)       # its last words
+        if not ready():
+            self.show(name)
             raise Failure("%s did not get ready" % name, "it ended with status %d" % self.ended[name]
                           if name in self.ended else "", "what it said is above")
+
+    def show(self, *names):
+        """What these tools have said."""
+        for name in names:
+            for line in self.lines[name]:
+                self.tell("%s: %s" % (name, line))
 
     def fork(self, name, call):
         child = os.fork()
@@ -12983,8 +13017,8 @@ class Demo:
         os.environ.update(self.environment)
         return main(["cexec.py", *arguments])
 
-    def show(self, over, seconds):
-        """Shows what the tools say until over() holds, or for so long; remembers those that end."""
+    def wait(self, over, seconds):
+        """Hears what the tools say until over() holds, or for so long; remembers those that end."""
         end = time.monotonic() + seconds
         while not over() and time.monotonic() < end:
             for fd in select.select(list(self.outputs), [], [], 0.02)[0]:
@@ -12994,9 +13028,7 @@ class Demo:
                 if not data:
                     os.close(fd)
                     del self.outputs[fd]
-                for line in lines:
-                    self.tell("%s: %s" % (name, line.decode("utf-8", "replace")))
-                    self.lines[name] += line.decode("utf-8", "replace")
+                self.lines[name] += [line.decode("utf-8", "replace") for line in lines]
             for pid in list(self.running):
                 done, status = os.waitpid(pid, os.WNOHANG)
                 if done:
@@ -13031,7 +13063,7 @@ class Demo:
         for number in signal.SIGTERM, signal.SIGKILL:
             for pid in reversed(list(self.running)):
                 os.kill(pid, number)
-            self.show(lambda: not self.running and not self.outputs, 10)
+            self.wait(lambda: not self.running and not self.outputs, 10)
         remove_temporary_key(self.folder)
 
 
