@@ -17954,6 +17954,47 @@ while True:
                 pass        # a full queue loses packets, as a network does
 """
 
+# A switch between TAP devices, which it makes: each packet after a delay, and some of those that are for all dropped.
+# Between frames it reads new settings, "DELAY LOSS" in seconds and of 1, a line each, and answers each with "ready".
+BENCH_SWITCH = """
+import fcntl, heapq, os, random, select, struct, sys, time
+TUNSETIFF, TAP, NO_PI = 0x400454CA, 2, 0x1000
+chance, known, waiting, number, ports = random.Random(1), {}, [], 0, []
+for device in sys.argv[1:]:
+    ports.append(os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK))
+    fcntl.ioctl(ports[-1], TUNSETIFF, struct.pack("16sH22x", device.encode(), TAP | NO_PI))
+delay = loss = 0.0
+print("ready", file=sys.stderr, flush=True)
+while True:
+    wait = max(0, waiting[0][0] - time.monotonic()) if waiting else None
+    readable = select.select([0, *ports], [], [], wait)[0]
+    if 0 in readable:
+        line = os.read(0, 100).split()
+        if not line:
+            break
+        delay, loss = map(float, line)
+        print("ready", file=sys.stderr, flush=True)
+    for source in readable:
+        for _ in range(64 if source in ports else 0):
+            try:
+                frame = os.read(source, 1 << 16)
+            except OSError:
+                break
+            known[frame[6:12]] = source
+            if frame[0] & 1 and frame[12:14] != b"\\x08\\x06" and chance.random() < loss:
+                continue
+            for sink in [known[frame[:6]]] if frame[:6] in known else ports:
+                if sink != source:
+                    number += 1
+                    heapq.heappush(waiting, (time.monotonic() + delay, number, sink, frame))
+    while waiting and waiting[0][0] <= time.monotonic():
+        due, _, sink, frame = heapq.heappop(waiting)
+        try:
+            os.write(sink, frame)
+        except OSError:
+            pass        # a device that is down, or full: the network loses it
+"""
+
 
 class NotMeasured(Exception):
     """Why a contestant, or a whole part, cannot be measured here."""
@@ -18136,7 +18177,8 @@ class Bench(Crew):
 
     def once(self, make, *arguments):
         """What make(*arguments) returns, made at the first call; a NotMeasured is remembered as well."""
-        memory = self.networks if make in (self.veth, self.host, self.pair) else self.servers
+        lasting = self.veth, self.host, self.pair, self.street, self.switched
+        memory = self.networks if make in lasting else self.servers
         name = (make.__name__, *map(str, arguments))
         if name not in memory:
             try:
@@ -18235,6 +18277,47 @@ class Bench(Crew):
         self.holders.append(relay)
         relay.ready()
         return Path(name + ", own relay", control, subnet + "1", subnet + "2", subnet + "255", far)
+
+    def street(self, count):
+        """Paths from this host to `count` others, all on one switch of the kernel's."""
+        hosts = [self.host("street") for _ in range(count)]
+        subnet = "10.%d." % (100 + next(self.subnets))
+        name = "s" + subnet.split(".")[1]
+        self.done(*"ip link add {} type bridge mcast_snooping 0".format(name).split())
+        self.done(*"ip addr add {}0.1/16 brd + dev {}".format(subnet, name).split())
+        self.done("ip", "link", "set", name, "up")
+        paths = []
+        for number, inside in enumerate(hosts):
+            port, address = "%sp%d" % (name, number), subnet + "1.%d" % (number + 1)
+            self.done(*"ip link add {} type veth peer name eth0 netns {}".format(port, inside[3]).split())
+            self.done("ip", "link", "set", port, "master", name, "up")
+            self.done(*inside, *"ip addr add {}/16 brd + dev eth0".format(address).split())
+            self.done(*inside, "ip", "link", "set", "eth0", "up")
+            paths.append(Path("one switch", "", subnet + "0.1", address, subnet + "255.255", inside))
+        return paths
+
+    def switched(self):
+        """(Path, set) to a host behind a switch in user space; set(ms, loss) tells the switch the round trip and what
+        share of the broadcasts it drops."""
+        far, number = self.host("switched"), next(self.subnets)
+        devices, subnet = ["t%da" % number, "t%db" % number], "10.%d." % (100 + number)
+        if not os.access("/dev/net/tun", os.W_OK):
+            raise NotMeasured("there is no /dev/net/tun")
+        switch = Process([self.python, "-ISc", BENCH_SWITCH, *devices], self.env, stdin=subprocess.PIPE)
+        self.holders.append(switch)
+        switch.ready()
+        self.done("ip", "link", "set", devices[1], "netns", far[3])
+        for inside, device, last in ([], devices[0], 1), (far, devices[1], 2):
+            self.done(*inside, *"ip addr add {}0.{}/16 brd + dev {}".format(subnet, last, device).split())
+            self.done(*inside, "ip", "link", "set", device, "up")
+
+        def settle(ms, loss=0.0):
+            switch.stdin.write(b"%f %f\n" % (ms / 2000, loss))
+            switch.stdin.flush()
+            settle.answers += 1
+            switch.log.wait("ready", count=settle.answers)
+        settle.answers = 1
+        return Path("switch", "", subnet + "0.1", subnet + "0.2", subnet + "255.255", far), settle
 
     # -------- the contestants
 
@@ -18371,7 +18454,7 @@ class Bench(Crew):
         return {"seconds": seconds, "cpu": used.ru_utime + used.ru_stime + far}
 
     def spawn(self, command, env, stdin=os.devnull, stdout=os.devnull):
-        """Starts a command the cheapest way; its pid."""
+        """Starts a command the cheapest way; its pid.  stdin: the path of a file, or of a descriptor here."""
         flags = os.O_WRONLY | os.O_CREAT
         streams = (stdin, os.O_RDONLY), (stdout, flags | os.O_TRUNC), (self.file("stderr"), flags | os.O_APPEND)
         actions = [(os.POSIX_SPAWN_OPEN, number, *stream, 0o600) for number, stream in enumerate(streams)]
@@ -18601,10 +18684,13 @@ def bench_tiny(lab):
     def warm():
         words = lab.once(lab.master, path)
         return lambda: lab.timed(words)
+    reading, writing = os.pipe()
     link, compiled, script = "cexec, by its link", "python3 cexec.py cexec, compiled anew", lab.file("bin/cexec.py")
     imports = "python3 -I -S and the imports"
     found = lab.interleave("tiny", {
         link: lambda: lambda: lab.timed(direct, env=env),
+        "cexec, an empty pipe as its input": lambda: lambda: lab.timed(direct, env=env,
+                                                                       stdin="/dev/fd/%d" % reading),
         compiled: lambda: lambda: lab.timed([lab.python, script, "cexec", *direct[1:]], env=env),
         imports: lambda: lambda: lab.timed([lab.python, "-I", "-S", "-c", IMPORTS]),
         "import cexec": lambda: lambda: lab.timed([lab.python, "-ISc", "import sys; sys.path.append(sys.argv[1]); "
@@ -18859,9 +18945,101 @@ def bench_room(lab):
     time_results(lab, "room", lab.interleave("room", found, runs=lab.options.runs * 3), "idle workers: 1", path.name)
 
 
+def bench_ramp(lab):
+    """128 slots on eight hosts: time until all have a job, the submitter's CPU for each connection."""
+    hosts, slots = 8, 16
+    paths = lab.once(lab.street, hosts)
+    group = paths[0].group()
+    workers = [lab.worker(path, group, "sleep", "4", CONCURRENCY=slots) for path in paths]
+    lines, env = lab.write("inputs", "\n".join(map(str, range(hosts * slots)))), dict(lab.env, GROUP=group)
+
+    def running():
+        return sum(len(worker.log.having(": start from")) for worker in workers)
+
+    def measure():
+        before, started = running(), time.perf_counter()
+        with open(lines) as inputs:
+            job = lab.start("cmap", "-q", "--lines", lab.pub, env=env, stdin=inputs)
+        while running() - before < hosts * slots and time.perf_counter() - started < 60 and job.alive():
+            time.sleep(0.005)
+        seconds, cpu = time.perf_counter() - started, own_cpu(job.pid)[0] if job.alive() else math.nan
+        if job.wait(60):
+            lab.fail("cmap: status %d" % job.wait())
+        return {"seconds": seconds, "cpu": cpu / hosts / slots}
+    for name, result in lab.interleave("ramp", {"128 slots full": lambda: measure},
+                                       runs=1 if lab.options.quick else 5).items():
+        lab.result("ramp", name, "after", "%.2f s" % result["seconds"], **result)
+        lab.result("ramp", name, "CPU for each connection", "%.2f ms" % (result["cpu"] * 1000))
+        lab.target("ramp", "seconds until all are full", {"": result, "one": {"seconds": 1}}, "", "one", 3, most=True)
+
+
+def bench_crowd(lab):
+    """240 jobs of one second on 40 workers of two slots, which have these processors for all of them."""
+    count, jobs = 40, 240
+    paths = lab.once(lab.street, count)
+    group = paths[0].group()
+    for worker in [lab.start(*path.inside, "cservice", lab.key, "sleep", "1", env={"GROUP": group, "CONCURRENCY": "2"})
+                   for path in paths]:
+        worker.ready(60)
+    lines, env, log = lab.write("inputs", "\n".join(map(str, range(jobs)))), dict(lab.env, GROUP=group), lab.file("log")
+
+    def measure():
+        with contextlib.suppress(OSError):
+            os.unlink(log)
+        result = lab.timed(["cmap", "-q", "--log", log, "--lines", lab.pub], env=env, stdin=lines)
+        with open(log) as file:
+            names = next(file).rstrip("\n").split("\t")
+            workers = [line.split("\t")[names.index("worker")] for line in file]
+        return dict(result, workers=len(set(workers)))
+    found = lab.interleave("crowd", {"240 jobs of 1 s, 80 slots": lambda: measure}, runs=1 if lab.options.quick else 3)
+    for name, result in found.items():
+        lab.result("crowd", name, "in all", "%.1f s" % result["seconds"], **result)
+        lab.result("crowd", name, "workers used", "%d of %d" % (result["workers"], count))
+        lab.result("crowd", name, "submitter's CPU", "%.2f ms a job" % (result["cpu"] / jobs * 1000))
+        lab.target("crowd", "seconds for 240 jobs", {"": result, "one": {"seconds": 1}}, "", "one", 9, most=True)
+
+
+def bench_distance(lab):
+    """Jobs that do nothing, over a switch in user space: four slots by cmap, and one cexec after the other."""
+    path, settle = lab.once(lab.switched)
+    group = lab.served(path, "true", concurrency=4)[1]
+    jobs = 100 if lab.options.quick else 1000
+    lines, env = lab.write("inputs", "\n".join(map(str, range(jobs)))), dict(lab.env, GROUP=group)
+    command, one_env = lab.cexec(group)
+
+    def at(ms, measure):
+        def measured():
+            settle(ms)
+            return measure()
+        return lambda: measured
+    contestants = {}
+    for ms in 0, 5, 20:
+        contestants["cmap", ms] = at(ms, lambda: lab.timed(["cmap", "-q", "--lines", lab.pub], env=env, stdin=lines,
+                                                           jobs=jobs))
+        contestants["cexec", ms] = at(ms, lambda: lab.timed(command, env=one_env))
+    found = lab.interleave("distance", contestants, runs=1 if lab.options.quick else 5)
+    for (name, ms), result in found.items():
+        text = "%.0f jobs/s" % (1 / result["seconds"]) if name == "cmap" else "%.1f ms" % (result["seconds"] * 1000)
+        lab.result("distance", name, "round trip %d ms" % ms, text, round_trip=ms, **result)
+
+
+def bench_lossy(lab):
+    """How long a job takes to start where a switch drops a share of the broadcasts, each for all."""
+    path, settle = lab.once(lab.switched)
+    command, env = lab.cexec(lab.served(path, "true", concurrency=8)[1])
+    starts = 20 if lab.options.quick else 100
+    for loss in 0, 20, 50:
+        settle(0, loss / 100)
+        times = sorted(lab.timed(command, env=env)["seconds"] for _ in range(starts))
+        figures = {"median": statistics.median(times), "slowest": times[-1]}
+        for name, seconds in figures.items():
+            lab.result("lossy", "%d %% lost" % loss, "%s of %d" % (name, starts), "%.2f s" % seconds, seconds=seconds)
+
+
 PARTS = {"stream": bench_stream, "long": bench_long, "tiny": bench_tiny, "eight": bench_eight, "cmap": bench_cmap,
          "blocks": bench_blocks, "import": bench_import, "growth": bench_growth, "host": bench_host,
-         "memory": bench_memory, "room": bench_room}
+         "memory": bench_memory, "room": bench_room, "ramp": bench_ramp, "crowd": bench_crowd,
+         "distance": bench_distance, "lossy": bench_lossy}
 
 
 def bench_command(*arguments):
