@@ -549,6 +549,7 @@ FLAGS = {   # options without a value: {option: (attribute, value, tools, help)}
     "-t": ("terminal", 1, (CEXEC,), "give the job a terminal"),
     "-tt": ("terminal", 2, (CEXEC,), "give the job a terminal even without a local one"),
     "-v": ("verbose", True, (CEXEC,), "tell each step on standard error"),
+    "-n": ("no_input", True, (CEXEC,), "standard input is empty: what is there stays for others"),
     "-q": ("quiet", True, (CEXEC, CMAP), "no line that tells what is waited for; cmap: no summary either"),
     "--lines": ("lines", True, (CMAP,), "each line of standard input, or of the FILEs, is one job's input"),
     "--header": ("header", True, (CMAP,), "the first line stands before each job's lines or block"),
@@ -4405,23 +4406,43 @@ def read_link(path):
         return ""
 
 
-def in_background(fd):
-    """Whether another process group has this terminal: reading it would stop this process."""
-    try:
-        return os.tcgetpgrp(fd) != os.getpgrp()
-    except OSError:
-        return False        # no terminal, or not that of this session
+class Input:
+    """What feeds one input of a job, for one attempt after another.  read_into(view) returns bytes read, 0 at the end,
+    or None when there is nothing now and ready() will be called once there is."""
+
+    def copies(self):
+        """The worker can tell when its job reads: until emptied() or commit() only a copy of the beginning is sent.
+        Returns whether it is so."""
+        return False
+
+    def emptied(self):
+        """The job has read all that was sent of a copy.  Returns whether that was still there to be taken."""
+        return True
+
+    def remember(self, most):
+        """A worker has the job: from now on so many bytes are remembered for the next one; 0: there is none."""
+
+    def can_rewind(self):
+        """Whether rewind() may be called."""
+        return True
+
+    def rewind(self):
+        """The next attempt reads it from its beginning."""
+
+    def commit(self, consumed):
+        """The job has read so many bytes, and reads no more; UNKNOWN stands for all that was sent.  What follows stays
+        for others.  Returns whether they were still there to be taken."""
+        return True
+
+    def close(self):
+        """The channel lets go of it; the next one may take it up."""
+
+    def end(self):
+        """Gives back what it holds here."""
 
 
-def stop_reading_group():
-    """What the system does to the process group of one that reads its terminal from the background."""
-    if signal.getsignal(signal.SIGTTIN) is not signal.SIG_IGN:
-        os.kill(0, signal.SIGTTIN)
-
-
-class Source:
-    """Something to read.  read_into(view) returns bytes read, 0 at the end, or None when there is nothing now and
-    `ready` will be called once there is."""
+class Source(Input):
+    """A descriptor that is read as it comes, by one job."""
 
     def __init__(self, loop, fd, ready):
         self.loop, self.fd, self.ready = loop, fd, ready
@@ -4477,24 +4498,46 @@ class Source:
             self.closed = True
             self.loop.watch(self.fd)
 
+    def end(self):
+        self.close()
+
 
 class FileSource(Source):
     """A file that is open for reading only, read at a position of its own: the offset, which other processes share,
-    stays at `start` until settle() puts it behind what was used."""
+    stays at `start` until commit() puts it behind what was used."""
 
-    def __init__(self, loop, fd, ready, start):
+    def __init__(self, loop, fd, ready):
         super().__init__(loop, fd, ready)
-        self.start = self.position = start
+        self.start = self.position = offset_of(fd)
+        self.most = math.inf            # bytes to be sent before the job reads
         self.enlarged = True
 
     def _read(self, view):
-        size = read_into(self.fd, view, self.position)
+        room = self.most + self.start - self.position
+        if room <= 0:
+            return None
+        size = read_into(self.fd, view if len(view) <= room else view[:room], self.position)
         self.position += size
         return size
 
-    def settle(self, used):
-        """Moves the shared offset behind the first `used` bytes of what was read; None for all of it."""
-        os.lseek(self.fd, self.position if used is None else min(self.position, self.start + used), os.SEEK_SET)
+    def copies(self):
+        self.most = COPY_MAX if self.fd > 2 else math.inf
+        return self.fd > 2
+
+    def emptied(self):
+        self.most = math.inf
+        self.ready()
+        return True
+
+    def rewind(self):
+        self.position, self.most = self.start, math.inf
+
+    def commit(self, consumed):
+        os.lseek(self.fd, min(self.position, self.start + consumed), os.SEEK_SET)
+        return True
+
+    def close(self):
+        """It waits for nothing."""
 
 
 class EditedFileSource(Source):
@@ -4591,13 +4634,11 @@ class SharedSource(Source):
     else and on other systems a helper thread reads: once, whenever somebody wants it.
     """
     CHUNK = 1 << 16
-    LOOK = 0.25             # seconds until the next look whether a terminal is ours again
 
     def __init__(self, loop, fd, ready):
         super().__init__(loop, fd, ready)
-        kind = stream_kind(fd)
-        self.pipe, self.terminal = kind is PIPE, kind is TERMINAL
-        self.threaded = kind is not PIPE or RWF_NOWAIT is None
+        self.pipe = stream_kind(fd) is PIPE
+        self.threaded = not self.pipe or RWF_NOWAIT is None
         self.tap = None             # a PipeTap, once it was copied
         self.helper, self.asked = Helper(loop), False       # whether it reads, or will
         self.result = None          # bytes or an OSError
@@ -4651,23 +4692,17 @@ class SharedSource(Source):
         return read_whole(self.tap.read_into, len(copy)) == copy
 
     def _ask(self):
-        if self.asked or self.closed:
-            return
-        self.asked = True
-        if self.terminal and in_background(self.fd):
-            stop_reading_group()        # the system would do it to a thread that reads on and on
-            self.loop.call_later(self.LOOK, self._arrived)
-            return
+        if not self.asked and not self.closed:
+            self.asked = True
+            self._fetch_soon()
+
+    def _fetch_soon(self):
         self.helper.call(self._fetch, self._arrived)
 
     def _fetch(self):
-        """None when the terminal has become somebody else's while this waited."""
+        """Bytes, an OSError, or None for nothing after all."""
         while not self.closed:
             try:
-                if self.terminal and not MACOS:     # whose poll knows no terminals
-                    wait_for(self.fd, select.POLLIN)
-                    if self.closed or in_background(self.fd):
-                        return None
                 return os.read(self.fd, self.CHUNK)
             except BlockingIOError:     # somebody else set O_NONBLOCK on it
                 wait_for(self.fd, select.POLLIN)
@@ -4692,15 +4727,134 @@ class SharedSource(Source):
         self.helper.end()
 
 
+class TerminalSource(SharedSource):
+    """The user's terminal, read while this process is in its foreground.  stops: whether the process stops like others
+    when it would read from the background; else it leaves the terminal alone and looks again."""
+    LOOK = 1.0              # seconds
+    STOPPED_LOOK = 0.25     # after the stop, which may not have been possible
+
+    def __init__(self, loop, fd, ready, stops=False):
+        super().__init__(loop, fd, ready)
+        self.stops = stops
+
+    def _fetch_soon(self):
+        if not in_background(self.fd):
+            return super()._fetch_soon()
+        if self.stops:
+            stop_reading_group()        # the system would do it to a thread that reads on and on
+        self.loop.call_later(self.STOPPED_LOOK if self.stops else self.LOOK, self._arrived)
+
+    def _fetch(self):
+        """None also when the terminal has become somebody else's while this waited."""
+        if not MACOS:       # whose poll knows no terminals
+            wait_for(self.fd, select.POLLIN)
+        result = super()._fetch() if not in_background(self.fd) else None
+        return None if isinstance(result, OSError) and result.errno == errno.EIO and in_background(self.fd) else result
+
+
 def open_source(loop, fd, ready):
     kind, offset = stream_kind(fd), offset_of(fd)
     if kind is REGULAR and access_of(fd) is IN and offset is not None:
-        return FileSource(loop, fd, ready, offset)
+        return FileSource(loop, fd, ready)
     if kind is REGULAR and offset is not None:
         return EditedFileSource(loop, fd, ready)
     if kind is DEVICE and is_memory(fd):
         return Source(loop, fd, ready)
-    return (SocketSource if kind is SOCKET else SharedSource)(loop, fd, ready)
+    return {SOCKET: SocketSource, TERMINAL: TerminalSource}.get(kind, SharedSource)(loop, fd, ready)
+
+
+class ReplayableInput(Input):
+    """One that can start again by remembering what was read, up to a cap, in memory.
+
+    Until a worker has accepted the job all is remembered, which the first window bounds: a refusal loses nothing.
+    While it is `copying` what is remembered is still there to be read by others as well.
+    """
+
+    def __init__(self, live):
+        self.live = live
+        self.cap = WINDOW_START
+        self.recording = True
+        self.ended = False
+        self.copying = False
+        self.taken = False              # something was read that is not there any more
+        self.kept = bytearray()
+        self.position = 0
+
+    def read_into(self, view):
+        if self.position < len(self.kept):
+            return self._replay(view)
+        if self.ended or self.copying:
+            return 0 if self.ended else self._copy(view)
+        self.taken = True
+        size = self.live.read_into(view)
+        self.ended = size == 0
+        if size and self.recording:
+            if len(self.kept) + size > self.cap:
+                self.remember(0)
+            else:
+                self.kept += view[:size]
+                self.position += size
+        return size
+
+    def _replay(self, view):
+        size = min(len(view), len(self.kept) - self.position)
+        view[:size] = self.kept[self.position:self.position + size]
+        self.position += size
+        if not self.recording:
+            self._forget()
+        return size
+
+    def _copy(self, view):
+        """What is there, once, and the end where it follows."""
+        if self.kept:
+            return None
+        size = self.live.copy_into(view[:COPY_MAX])
+        if size:
+            self.kept += view[:size]
+            self.position = size
+        self.ended = size == 0 or bool(size) and self.live.is_all(size)
+        return size
+
+    def copies(self):
+        self.copying = not self.taken and self.live.can_copy()
+        return self.copying
+
+    def emptied(self):
+        whole = self.commit(UNKNOWN)
+        self.live.ready()
+        return whole
+
+    def commit(self, consumed):
+        if not self.copying:
+            return True
+        self.copying, self.taken = False, True
+        whole = self.live.take(self.kept[:consumed])
+        if not self.recording:
+            self._forget()
+        return whole
+
+    def remember(self, most):
+        self.cap = most
+        if not most or len(self.kept) > most:
+            self.recording = False
+            self._forget()
+
+    def can_rewind(self):
+        return self.recording or self.copying
+
+    def rewind(self):
+        self.position = 0
+        if self.copying:
+            self.copying = self.ended = False
+            self.kept.clear()
+
+    def _forget(self):
+        if self.position >= len(self.kept) and not self.copying:
+            self.kept = bytearray()
+            self.position = 0
+
+    def end(self):
+        self.live.close()
 
 
 class Sink:
@@ -5553,6 +5707,164 @@ class LocalTerminal:
             return self.tty is None or os.tcgetpgrp(self.tty) == os.getpgrp()
         except OSError as error:
             return error.errno == errno.ENOTTY
+
+
+class TypedInput(Input):
+    """What the user types, less the commands to cexec, which go to on_command(name).
+
+    From start() to stop(), while the job has the terminal, it is read whether or not the worker takes it: else one that
+    takes nothing would keep the user from every command.  on_error(error) tells what a terminal that cannot be read is
+    taken for: 0 its end, None nothing yet.
+    """
+    MOST = 1 << 20          # bytes that wait for the worker
+
+    def __init__(self, loop, fd, ready, character, on_command, on_error):
+        self.loop = loop
+        if stream_kind(fd) is TERMINAL:
+            self.live = TerminalSource(loop, fd, self._typed, stops=True)
+        else:
+            self.live = open_source(loop, fd, self._typed)
+        self.ready = ready
+        self.escapes = EscapeFilter(character)
+        self.on_command = on_command
+        self.on_error = on_error
+        self.view = memoryview(bytearray(4096))
+        self.buffer = bytearray()
+        self.reading = False
+        self.wanted = True              # by the job
+        self.ended = False
+        self.touched = False
+
+    def start(self):
+        self.reading = True
+        self._typed()
+
+    def stop(self):
+        self.reading = False
+
+    def _typed(self):
+        while self.reading and not self.ended and len(self.buffer) < self.MOST:
+            try:
+                size = self.live.read_into(self.view)
+            except OSError as error:
+                size = self.on_error(error)
+            if size is None:
+                break
+            self.ended = size == 0
+            typed, commands = self.escapes.filter(bytes(self.view[:size]))
+            self.buffer += typed if self.wanted else b""
+            for command in commands:
+                self.loop.call_soon_threadsafe(functools.partial(self.on_command, command))
+        self.ready()
+
+    def read_into(self, view):
+        size = min(len(view), len(self.buffer))
+        if not size:
+            return 0 if self.ended else None
+        if len(self.buffer) >= self.MOST:
+            self.loop.call_soon_threadsafe(self._typed)
+        view[:size] = self.buffer[:size]
+        del self.buffer[:size]
+        self.touched = True
+        return size
+
+    def can_rewind(self):
+        return not self.touched
+
+    def commit(self, consumed):
+        """The job takes nothing more; the commands are still heard."""
+        self.wanted = False
+        self.buffer.clear()
+        return True
+
+    def end(self):
+        self.live.close()
+
+
+class JobTerminalSource(Source):
+    """What a job writes to its terminal.  The handler holds the terminal open, so the end is told: `ending` means that
+    what can be read at once is all."""
+    ending = False
+
+    def read_into(self, view):
+        size = super().read_into(view)
+        return 0 if size is None and self.ending else size
+
+
+class JobTerminalSink(Sink):
+    """The keyboard's side of a job's terminal.  The end of what is typed is the terminal's own end character, twice
+    behind an unfinished line."""
+
+    def __init__(self, loop, fd, *calls):
+        super().__init__(loop, os.dup(fd), *calls)
+        self.last = b"\n"
+
+    def feed(self, view):
+        if len(view):
+            self.last = bytes(view[-1:])
+        return super().feed(view)
+
+    def finish(self):
+        import termios
+        modes = termios.tcgetattr(self.fd)
+        if modes[3] & termios.ICANON:
+            end = modes[6][termios.VEOF]
+            self.feed(end if self.last in (b"\n", b"\r", end) else end * 2)
+        super().finish()
+
+    def close(self):
+        if not self.done:
+            super().close()
+            os.close(self.fd)
+
+
+def in_background(fd):
+    """Whether another process group has this terminal: reading it would stop this process."""
+    try:
+        return os.tcgetpgrp(fd) != os.getpgrp()
+    except OSError:
+        return False        # no terminal, or not that of this session
+
+
+def stop_reading_group():
+    """What the system does to the process group of one that reads its terminal from the background."""
+    if signal.getsignal(signal.SIGTTIN) is not signal.SIG_IGN:
+        os.kill(0, signal.SIGTTIN)
+
+
+def wake_for_signals():
+    """Starts a process that continues this one, while it is stopped, for a signal that ends it: the kernel keeps TERM
+    for a stopped process until then, and with it the worker's slot.  Returns its pid, or None (Linux only).
+
+    A program of its own: to fork would be wrong where helper threads run."""
+    ends = sum(1 << number - 1 for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT))
+    closed = [(os.POSIX_SPAWN_CLOSE, fd) for fd in open_descriptors(FD_SETSIZE)] if LINUX else []
+    try:
+        return os.posix_spawn(sys.executable or "", [sys.executable, "-ISc", WAKER, str(os.getpid()), str(ends)], {},
+                              file_actions=closed, setpgroup=0) if LINUX else None
+    except OSError:
+        return None
+
+
+WAKER = """\
+import os, signal, sys, time
+stopped, ends = map(int, sys.argv[1:])
+while os.getppid() == stopped:
+    with open("/proc/%d/status" % stopped) as file:
+        pending, = [int(line.split()[1], 16) for line in file if line.startswith("ShdPnd:")]
+    if pending & ends:
+        os.kill(stopped, signal.SIGCONT)
+    time.sleep(0.1)
+"""
+
+
+def has_lost_terminal():
+    """Whether the controlling terminal is another process group's at the moment."""
+    try:
+        with open("/dev/tty") as terminal:
+            return in_background(terminal.fileno())
+    except OSError:
+        return False
 
 
 # ---------------------------------------------------------------- discovery: from an announcement to a proven worker
@@ -7078,198 +7390,6 @@ class StatusLine:
                 pass        # the terminal has gone
 
 
-class JobInput:
-    """What feeds one input of a job, for one attempt after another.  read_into() as a Source has it."""
-
-    def __init__(self, live):
-        self.live = live
-
-    def copies(self):
-        """The worker can tell when its job reads: until emptied() or commit() only a copy of the beginning is sent.
-        Returns whether it is so."""
-        return False
-
-    def emptied(self):
-        """The job has read all that was sent of a copy.  Returns whether that was still there to be taken."""
-        return True
-
-    def accepted(self, cap):
-        """A worker has the job: from now on up to cap bytes are remembered; None for nothing."""
-
-    def can_rewind(self):
-        """Whether rewind() may be called."""
-        return True
-
-    def rewind(self):
-        """The next attempt reads it from its beginning."""
-
-    def forget(self):
-        """There is no further attempt."""
-
-    def commit(self, consumed):
-        """The job has read so many bytes, and reads no more; UNKNOWN stands for all that was sent.  What follows stays
-        for others.  Returns whether they were still there to be taken."""
-        return True
-
-    def close(self):
-        """The channel lets go of it; the next one may take it up."""
-
-    def end(self):
-        self.live.close()
-
-
-class FileInput(JobInput):
-    """A regular file that is open for reading only.  Its offset, which other processes share, stays where it is until
-    commit()."""
-
-    def __init__(self, loop, fd, ready):
-        super().__init__(FileSource(loop, fd, ready, offset_of(fd)))
-        self.most = math.inf            # bytes to be sent before the job reads
-
-    def read_into(self, view):
-        room = self.most + self.live.start - self.live.position
-        if room >= len(view):
-            return self.live.read_into(view)
-        return self.live.read_into(view[:room]) if room > 0 else None
-
-    def copies(self):
-        self.most = COPY_MAX if self.live.fd > 2 else math.inf
-        return self.live.fd > 2
-
-    def emptied(self):
-        self.most = math.inf
-        self.live.ready()
-        return True
-
-    def rewind(self):
-        self.live.position = self.live.start
-        self.most = math.inf
-
-    def commit(self, consumed):
-        self.live.settle(None if consumed == UNKNOWN else consumed)
-        return True
-
-
-class ReplayableInput(JobInput):
-    """One that can start again by remembering what was read, up to a cap, in memory.
-
-    Until a worker has accepted the job all is remembered, which the first window bounds: a refusal loses nothing.
-    While it is `copying` what is remembered is still there to be read by others as well.
-    """
-
-    def __init__(self, live):
-        super().__init__(live)
-        self.cap = WINDOW_START
-        self.recording = True
-        self.ended = False
-        self.copying = False
-        self.taken = False              # something was read that is not there any more
-        self.kept = bytearray()
-        self.position = 0
-
-    def read_into(self, view):
-        if self.position < len(self.kept):
-            return self._replay(view)
-        if self.ended or self.copying:
-            return 0 if self.ended else self._copy(view)
-        self.taken = True
-        size = self.live.read_into(view)
-        self.ended = size == 0
-        if size and self.recording:
-            if len(self.kept) + size > self.cap:
-                self.forget()
-            else:
-                self.kept += view[:size]
-                self.position += size
-        return size
-
-    def _replay(self, view):
-        size = min(len(view), len(self.kept) - self.position)
-        view[:size] = self.kept[self.position:self.position + size]
-        self.position += size
-        if not self.recording:
-            self.forget()
-        return size
-
-    def _copy(self, view):
-        """What is there, once, and the end where it follows."""
-        if self.kept:
-            return None
-        size = self.live.copy_into(view[:COPY_MAX])
-        if size:
-            self.kept += view[:size]
-            self.position = size
-        self.ended = size == 0 or bool(size) and self.live.is_all(size)
-        return size
-
-    def copies(self):
-        self.copying = not self.taken and self.live.can_copy()
-        return self.copying
-
-    def emptied(self):
-        whole = self.commit(UNKNOWN)
-        self.live.ready()
-        return whole
-
-    def commit(self, consumed):
-        if not self.copying:
-            return True
-        self.copying, self.taken = False, True
-        whole = self.live.take(self.kept[:consumed])
-        if not self.recording:
-            self.forget()
-        return whole
-
-    def accepted(self, cap):
-        self.cap = cap or 0
-        if cap is None or len(self.kept) > self.cap:
-            self.forget()
-
-    def can_rewind(self):
-        return self.recording or self.copying
-
-    def rewind(self):
-        self.position = 0
-        if self.copying:
-            self.copying = self.ended = False
-            self.kept.clear()
-
-    def forget(self):
-        self.recording = False
-        if self.position >= len(self.kept) and not self.copying:
-            self.kept = bytearray()
-            self.position = 0
-
-
-class TypedInput(JobInput):
-    """What the user types, less the commands to cexec, which go to on_command(name)."""
-
-    def __init__(self, loop, fd, ready, character, on_command):
-        super().__init__(open_source(loop, fd, ready))
-        self.loop = loop
-        self.escapes = EscapeFilter(character)
-        self.on_command = on_command
-        self.buffer = b""
-        self.touched = False
-
-    def read_into(self, view):
-        while not self.buffer:
-            part = bytearray(min(len(view), 4096))
-            size = self.live.read_into(memoryview(part))
-            if not size:
-                return size
-            self.touched = True
-            self.buffer, commands = self.escapes.filter(bytes(part[:size]))
-            for command in commands:
-                self.loop.call_soon_threadsafe(functools.partial(self.on_command, command))
-        size = min(len(view), len(self.buffer))
-        view[:size], self.buffer = self.buffer[:size], self.buffer[size:]
-        return size
-
-    def can_rewind(self):
-        return not self.touched
-
-
 class InheritedStreams(JobStreams):
     """The descriptors of this process, as its caller left them.  run hears of what breaks here: on_local_failure,
     on_hang_up, on_command."""
@@ -7284,6 +7404,7 @@ class InheritedStreams(JobStreams):
         self.numbers = {}               # {descriptor: it and the others that share it}
         self.owned = {}                 # {descriptor: a duplicate for its sink}
         self.stopped = {}               # {input that the job reads no more: bytes of it that it has read}
+        self.typed = None               # the TypedInput of -t
         self.failure = None             # what the end of the job has shown
         for fd, kind in descriptors.items():
             if isinstance(kind, int):
@@ -7296,10 +7417,9 @@ class InheritedStreams(JobStreams):
         ready = functools.partial(self.source_ready, fd)
         if kind == TTY:
             self._open_terminal(fd, ready)
-        elif kind == IN and stream_kind(fd) is REGULAR and offset_of(fd) is not None:
-            self.sources[fd] = FileInput(self.loop, fd, ready)
         elif kind in (IN, BOTH):
-            self.sources[fd] = ReplayableInput(open_source(self.loop, fd, ready))
+            source = open_source(self.loop, fd, ready)
+            self.sources[fd] = source if isinstance(source, FileSource) else ReplayableInput(source)
         if kind == BOTH:        # so that source and sink can wait for one descriptor each
             self.owned[fd] = duplicate(fd, min(DESCRIPTOR_FLOOR, os.sysconf("SC_OPEN_MAX") // 2))
         if kind in (OUT, BOTH):
@@ -7313,7 +7433,8 @@ class InheritedStreams(JobStreams):
         terminal = self.terminal
         if terminal.reading is not None:
             escape = self.settings.escape if terminal.tty is not None else b""
-            self.sources[fd] = TypedInput(self.loop, terminal.reading, ready, escape, self.run.on_command)
+            self.sources[fd] = self.typed = TypedInput(self.loop, terminal.reading, ready, escape, self.run.on_command,
+                                          functools.partial(self.read_error, fd))
         if terminal.writing is None:
             terminal.writing = os.open("/dev/tty" if terminal.tty is not None else os.devnull, os.O_WRONLY)
         self._open_sink(fd, terminal.writing)
@@ -7338,22 +7459,26 @@ class InheritedStreams(JobStreams):
 
     def accepted(self):
         for source in self.sources.values():
-            source.accepted(self.settings.replay << 20 if self.settings.retries else None)
+            source.remember(self.settings.replay << 20 if self.settings.retries else 0)
         if self.terminal:
             self.terminal.raw()
+            if self.typed:
+                self.typed.start()
 
     def moved(self):
         if self.terminal:
             self.terminal.restore()     # what is typed while no worker has the job, as Ctrl-C, is for cexec
+            if self.typed:
+                self.typed.stop()
 
     def visible(self):
         for source in self.sources.values():
-            source.forget()
+            source.remember(0)
 
     def input_stopped(self, number, consumed):
         self.stopped[number] = consumed
         source = self.sources[number]
-        if not isinstance(source, FileInput) and not source.commit(consumed):
+        if not isinstance(source, FileSource) and not source.commit(consumed):
             return self.run.on_local_failure(self._other_reader(number))
         self._let_go(number)
 
@@ -7435,8 +7560,12 @@ class CexecRun:
         for name in ("INT", "TERM", "QUIT", "USR1", "USR2"):
             self.loop.on_signal_unless_ignored(SIGNAL_NAMES[name], functools.partial(self._signal, name))
         self.loop.on_signal_unless_ignored(signal.SIGHUP, lambda number: self.on_hang_up())
-        for number in (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU):
+        for number in (signal.SIGTSTP, signal.SIGTTOU):
             self.loop.on_signal_unless_ignored(number, self._suspend)
+        if self.terminal:
+            self.loop.on_signal_unless_ignored(signal.SIGTTIN, self._suspend)
+        else:
+            signal.signal(signal.SIGTTIN, signal.SIG_IGN)       # a read from the background is an error, and no stop
         self.loop.on_signal_unless_ignored(signal.SIGCONT, lambda number: self._resume())
         if self.terminal and self.terminal.tty is not None:
             self.loop.on_signal_unless_ignored(signal.SIGWINCH, lambda number: self._resize())
@@ -7526,7 +7655,7 @@ class CexecRun:
 
     def _resume(self):
         self.pool.signal(self.submission, "CONT")
-        if any(stream_kind(fd) is TERMINAL and in_background(fd) for fd in self.streams.sources):
+        if self.terminal and any(stream_kind(fd) is TERMINAL and in_background(fd) for fd in self.streams.sources):
             stop_reading_group()        # a read that has begun would do it as well
         attempt = self.submission.attempt
         if self.terminal and attempt and attempt.is_running():
@@ -7539,43 +7668,10 @@ class CexecRun:
             attempt.resize(*self.terminal.size())
 
 
-def wake_for_signals():
-    """Starts a process that continues this one, while it is stopped, for a signal that ends it: the kernel keeps TERM
-    for a stopped process until then, and with it the worker's slot.  Returns its pid, or None (Linux only).
-
-    A program of its own: to fork would be wrong where helper threads run."""
-    ends = sum(1 << number - 1 for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT))
-    closed = [(os.POSIX_SPAWN_CLOSE, fd) for fd in open_descriptors(FD_SETSIZE)] if LINUX else []
-    try:
-        return os.posix_spawn(sys.executable or "", [sys.executable, "-ISc", WAKER, str(os.getpid()), str(ends)], {},
-                              file_actions=closed, setpgroup=0) if LINUX else None
-    except OSError:
-        return None
-
-
-WAKER = """\
-import os, signal, sys, time
-stopped, ends = map(int, sys.argv[1:])
-while os.getppid() == stopped:
-    with open("/proc/%d/status" % stopped) as file:
-        pending, = [int(line.split()[1], 16) for line in file if line.startswith("ShdPnd:")]
-    if pending & ends:
-        os.kill(stopped, signal.SIGCONT)
-    time.sleep(0.1)
-"""
-
-
-def has_lost_terminal():
-    """Whether the controlling terminal is another process group's at the moment."""
-    try:
-        with open("/dev/tty") as terminal:
-            return in_background(terminal.fileno())
-    except OSError:
-        return False
-
-
 def cexec(arguments, settings):
     """cexec APP[.pub] [NAME=VALUE...]"""
+    if settings.no_input:
+        park(0)
     inherited = carried_descriptors(settings.max_fd)
     park_standard()
     if settings.errors_fd is not None:
@@ -10186,7 +10282,7 @@ class RunningJob:
         for fd, ours in list(self.ends.items()):
             kind = self.job.descriptors[fd]
             make_source, make_sink = {BOTH: (SocketSource, SocketSink),
-                                      TTY: (TerminalSource, TerminalSink)}.get(kind, (Source, Sink))
+                                      TTY: (JobTerminalSource, JobTerminalSink)}.get(kind, (Source, Sink))
             if fd in self.copied:
                 make_sink = self._copy_sink(fd)
             if kind in UPWARD:
@@ -10329,7 +10425,7 @@ class RunningJob:
         """What its terminal holds now is all."""
         self.cleared = self.ended = True
         for number, source in list(self.channel.sources.items()):
-            if isinstance(source, TerminalSource):
+            if isinstance(source, JobTerminalSource):
                 source.ending = True
                 self.channel.source_ready(number)
         self.maybe_over()
@@ -10599,43 +10695,6 @@ class Handler:
         self.board.end()
         self.channel.close()
         self.loop.stop(0)
-
-
-class TerminalSource(Source):
-    """What a job writes to its terminal.  The handler holds the terminal open, so the end is told: `ending` means that
-    what can be read at once is all."""
-    ending = False
-
-    def read_into(self, view):
-        size = super().read_into(view)
-        return 0 if size is None and self.ending else size
-
-
-class TerminalSink(Sink):
-    """The keyboard's side of a job's terminal.  The end of what is typed is the terminal's own end character, twice
-    behind an unfinished line."""
-
-    def __init__(self, loop, fd, *calls):
-        super().__init__(loop, os.dup(fd), *calls)
-        self.last = b"\n"
-
-    def feed(self, view):
-        if len(view):
-            self.last = bytes(view[-1:])
-        return super().feed(view)
-
-    def finish(self):
-        import termios
-        modes = termios.tcgetattr(self.fd)
-        if modes[3] & termios.ICANON:
-            end = modes[6][termios.VEOF]
-            self.feed(end if self.last in (b"\n", b"\r", end) else end * 2)
-        super().finish()
-
-    def close(self):
-        if not self.done:
-            super().close()
-            os.close(self.fd)
 
 
 def is_hung_up(fd):
@@ -12681,10 +12740,10 @@ class PipeStreams(JobStreams):
             self.sinks[number] = Sink(loop, self.fds[number], functools.partial(self.consumed, number), over, over)
 
     def accepted(self):
-        self.sources[0].accepted(WINDOW_MAX)
+        self.sources[0].remember(WINDOW_MAX)
 
     def visible(self):
-        self.sources[0].forget()
+        self.sources[0].remember(0)
 
     def input_stopped(self, number, consumed):
         self._close(0)

@@ -5137,7 +5137,7 @@ def ends_of(kind, directory):
 
 
 KINDS = ["pipe", "fifo", "socket", "terminal"]
-SOURCES = {"pipe": "SharedSource", "fifo": "SharedSource", "socket": "SocketSource", "terminal": "SharedSource"}
+SOURCES = {"pipe": "SharedSource", "fifo": "SharedSource", "socket": "SocketSource", "terminal": "TerminalSource"}
 SINKS = {"pipe": "SharedSink", "fifo": "SharedSink", "socket": "SocketSink", "terminal": "SharedSink"}
 
 
@@ -5241,9 +5241,9 @@ def test_a_regular_file_is_read_from_where_it_stands(loop, tmp_path, size):
     source = drain.source
     assert bytes(drain.data) == OCTETS[:size] and (source.start, source.position) == (4, 4 + size)
     assert os.lseek(fd, 0, os.SEEK_CUR) == 4
-    source.settle(3)
+    source.commit(3)
     assert os.lseek(fd, 0, os.SEEK_CUR) == 4 + min(3, size)
-    source.settle(None)
+    source.commit(cexec.UNKNOWN)
     assert os.lseek(fd, 0, os.SEEK_CUR) == 4 + size
     os.close(fd)
 
@@ -5584,7 +5584,7 @@ def test_a_job_that_closes_its_socket_is_seen_though_its_end_is_kept_here(loop, 
 
 
 def test_a_terminal_is_not_read_while_another_group_has_it():
-    """It stops this process, where a shell can continue it.  The read comes when the terminal does."""
+    """It is left alone, and read once it is ours."""
     leader, follower = pty.openpty()
     tty.setraw(follower)
     report_in, report_out = os.pipe()
@@ -5728,9 +5728,9 @@ def test_old_kernels_are_asked_by_moving_the_place(opened, monkeypatch):
 
 def input_of(loop, fd, cap=1 << 20):
     """An input whose job has been accepted."""
-    made = cexec.FileInput(loop, fd, lambda: None) if cexec.stream_kind(fd) is cexec.REGULAR else cexec.ReplayableInput(
-        cexec.open_source(loop, fd, lambda: None))
-    made.accepted(cap)
+    source = cexec.open_source(loop, fd, lambda: None)
+    made = source if isinstance(source, cexec.FileSource) else cexec.ReplayableInput(source)
+    made.remember(cap)
     return made
 
 
@@ -5765,7 +5765,7 @@ def test_a_pipe_is_replayed_from_its_beginning(loop, filled, before):
     assert take(replayable) == OCTETS[:60000] and take(replayable) == b""
     replayable.rewind()
     take(replayable, 10)
-    replayable.forget()
+    replayable.remember(0)
     assert not replayable.can_rewind() and take(replayable) == OCTETS[10:60000]
     replayable.end()
 
@@ -5796,7 +5796,7 @@ def test_a_file_is_replayed_whatever_its_length_and_its_offset_stays(loop, tmp_p
 
 
 def test_an_input_that_is_not_kept_cannot_start_again(loop, filled):
-    replayable = input_of(loop, filled, None)
+    replayable = input_of(loop, filled, 0)
     assert not replayable.can_rewind() and take(replayable) == OCTETS[:60000]
     replayable.end()
 
@@ -5806,7 +5806,7 @@ def test_before_a_job_is_accepted_all_its_input_is_remembered(loop, filled):
     for _ in range(2):
         assert take(replayable, 50000) == OCTETS[:50000] and replayable.can_rewind()
         replayable.rewind()
-    replayable.accepted(10)
+    replayable.remember(10)
     assert not replayable.can_rewind() and take(replayable) == OCTETS[:60000]
     replayable.end()
 
@@ -5859,7 +5859,7 @@ def test_a_copy_that_was_read_is_taken_and_then_all_is_read(loop, tmp_path, kind
     feeder(writing, OCTETS[:size]).join(10)
     told = []
     source = copied(loop, reading, lambda: told.append(1))
-    source.accepted(1 << 20)
+    source.remember(1 << 20)
     view = memoryview(bytearray(8000))
     assert source.read_into(view) == cexec.COPY_MAX and source.read_into(view) is None
     assert source.emptied() and told == [1]
@@ -5876,7 +5876,7 @@ def test_a_worker_that_is_lost_before_costs_a_copied_input_nothing(loop, tmp_pat
     reading, writing = ends_of(kind, tmp_path)
     os.write(writing, b"data")
     source, view = copied(loop, reading), memoryview(bytearray(100))
-    source.accepted(None)       # --retries 0
+    source.remember(0)       # --retries 0
     for _ in range(3):
         assert source.read_into(view) == 4 and source.can_rewind()
         source.rewind()
@@ -5944,6 +5944,51 @@ def test_without_tee_a_pipe_is_read_as_it_comes(loop, filled, monkeypatch, missi
     source = cexec.ReplayableInput(cexec.open_source(loop, filled, lambda: None))
     assert not source.copies() and take(source) == OCTETS[:60000]
     source.end()
+
+
+# ---------------------------------------------------------------- what is typed
+
+@pytest.fixture
+def typing(loop):
+    """(what types at a terminal, the TypedInput that reads it, commands)."""
+    leader, follower = pty.openpty()
+    tty.setraw(follower)
+    commands = []
+    source = cexec.TypedInput(loop, follower, lambda: None, b"~", lambda name: (commands.append(name), loop.stop()),
+                              lambda error: None)
+    yield lambda text: os.write(leader, text), source, commands
+    source.end()
+    os.close(leader)
+    os.close(follower)
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_commands_are_heard_when_a_worker_takes_nothing_that_is_typed(loop, typing, taken):
+    """It has stopped the stream, or gives no credit: else it would lock the terminal."""
+    keys, source, commands = typing
+    source.start()
+    if not taken:
+        source.commit(0)
+    keys(b"text\r")
+    loop.call_later(0.1, lambda: keys(b"more\r~."))
+    run_loop(loop)
+    assert commands == ["end"]
+    view = memoryview(bytearray(100))
+    size = source.read_into(view)
+    assert bytes(view[:size or 0]) == (b"text\rmore\r" if taken else b"")
+
+
+def test_what_is_typed_while_no_worker_has_the_job_is_left_where_it_is(loop, typing):
+    keys, source, commands = typing
+    keys(b"\r~.")
+    source.stop()
+    loop.call_later(0.1, loop.stop)
+    run_loop(loop)
+    assert not commands and source.read_into(memoryview(bytearray(9))) is None and source.can_rewind()
+    loop.running = True
+    source.start()
+    run_loop(loop)
+    assert commands == ["end"]
 
 
 # ---------------------------------------------------------------- the channel
@@ -12768,25 +12813,64 @@ def test_where_nobody_could_continue_it_nothing_is_suspended(room, terminal):
     assert terminal.modes() == modes
 
 
-@pytest.mark.parametrize("option", ["-t", "--"])
-def test_who_reads_a_terminal_from_the_background_stops(room, terminal, option):
+def test_who_reads_a_terminal_of_t_from_the_background_stops(room, terminal):
     serve_sh(room, "read x; echo got $x; exit 3")
     shell = terminal.bash()
     modes = terminal.ask("stty -g", "here> ")
     for _ in range(2):
-        terminal.ask(terminal.line(option) + " &", "here> ")
+        terminal.ask(terminal.line() + " &", "here> ")
         pid = the_cexec_of(shell)
         wait_stopped(pid)
         assert sum(map(int, stat_fields(pid)[11:13])) < 2 * os.sysconf("SC_CLK_TCK")     # CPU time: it did not spin
         terminal.type("fg\r")
         terminal.wait(room.pub)
-        if option == "-t":
-            terminal.wait_raw()
+        terminal.wait_raw()
         terminal.type("it\r")
         terminal.wait("got it\r\n")
         terminal.wait("here> ")
         assert terminal.ask("echo status $?", "here> ").endswith("status 3")
         assert terminal.ask("stty -g", "here> ") == modes
+
+
+def test_in_the_background_without_t_the_terminal_is_left_alone_until_it_comes(room, terminal):
+    """None of three is stopped; each that is brought to the front reads what is typed from then on."""
+    worker = serve_sh(room, "read x; echo got $x; exit 3", CONCURRENCY=3)
+    shell = terminal.bash()
+    for _ in range(3):
+        terminal.ask(terminal.line("--") + " &", "here> ")
+    worker.log.wait(": start from ", count=3)
+    for _ in range(2):      # one line for the shell each time, which they must not take
+        assert terminal.ask("sleep 0.6; echo $((40+2))", "here> ").endswith("42")
+    assert [stat_fields(pid)[0] for pid in cexecs_of(shell)] == ["S"] * 3
+    assert "Stopped" not in terminal.ask("jobs", "here> ")
+    for number in 1, 2, 3:
+        terminal.type("fg %%%d\r" % number)
+        terminal.wait(room.pub)
+        terminal.type("it\r")
+        terminal.wait("got it\r\n")
+        terminal.wait("here> ")
+        assert terminal.ask("echo status $?", "here> ").endswith("status 3")
+
+
+def test_what_the_job_does_not_read_from_a_terminal_in_the_background_costs_nothing(room, terminal):
+    worker = serve_sh(room, "exit 4")
+    terminal.bash()
+    terminal.ask(terminal.line("--") + "; echo status $?", "here> ")
+    terminal.type("(%s; echo back $?) &\r" % terminal.line("--"))
+    terminal.wait("back 4")
+    worker.log.wait("end, status 4", count=2)
+
+
+@pytest.mark.parametrize("kind", ["-n", "-tn"])
+def test_an_empty_standard_input_leaves_what_is_there(shell, kind):
+    reading, writing = os.pipe()
+    os.write(writing, b"kept")
+    done = run("cexec", *kind.replace("tn", "tt -n").split(), shell.pub, "RUN=cat; echo end", env=shell.settings({}),
+               stdin=reading)
+    assert (done.returncode, done.stderr) == (0, b"") and done.stdout.strip() == b"end"
+    assert os.read(reading, 10) == b"kept"
+    os.close(reading)
+    os.close(writing)
 
 
 def test_in_the_background_it_does_not_touch_the_terminal_of_others(room, terminal):
