@@ -2561,7 +2561,7 @@ ROW = 3                     # failures in a row from which on a worker is looked
 TRIAL_FIRST, TRIAL_MOST = 1.0, 60.0     # seconds from one trial of a worker that fails to the next
 ELSEWHERE = 10.0            # seconds for which a job that failed waits for another worker to join
 HELD_BACK_MAX = 1000        # jobs that may wait so beside those that run
-UNDELIVERED_MAX = 10000     # jobs that may have ended before an earlier one
+UNDELIVERED_MAX = 10000     # jobs that may run, or have ended before an earlier one
 
 NEW, GOING, DONE_WITH, DELIVERED = "new", "going", "done with", "delivered"
 START, SETTLE, DELIVER = "start", "settle", "deliver"
@@ -2687,13 +2687,15 @@ class WorkerRecords:
 class Batch:
     """Many jobs in order.
 
-    most: how many may run at once.  again: how often a job that failed is run again, elsewhere where that can be.
+    most: how many may run at once.  undelivered: how many may be there that have not been delivered, those that run
+    among them.  again: how often a job that failed is run again, elsewhere where that can be.
     halt: whether a failure that counts lets no further job begin.  ordered: whether jobs are delivered in their order
     or as they end.  working(), serving(): the instances of the workers that run a job, and of those that could.
     """
 
     def __init__(self, most, again=0, halt=False, ordered=True, working=set, serving=set):
         self.most = most
+        self.undelivered = UNDELIVERED_MAX
         self.again = again
         self.halt = halt
         self.ordered = ordered
@@ -2709,7 +2711,7 @@ class Batch:
     def wants_job(self, held_back=0):
         """Whether there is room for one more.  held_back: how many of those that go wait for another worker."""
         return (self.state is TAKING and self.going - held_back < self.most and held_back < HELD_BACK_MAX
-                and len(self.jobs) - self.going < UNDELIVERED_MAX)
+                and len(self.jobs) < self.undelivered)
 
     def add(self, job):
         """The next one."""
@@ -2776,10 +2778,18 @@ class Batch:
         if failed and self.halt:
             self.stop()
 
-    def deliverable(self, job):
+    def first(self):
+        """The first job of those not delivered, or None."""
+        return next(iter(self.jobs.values()), None)
+
+    def has_ready(self):
+        """Whether there is something to be delivered in order."""
+        return bool(self.jobs) and self.first().state is DONE_WITH
+
+    def deliverable(self, ended=None):
         """The jobs that are to be delivered now that this one has ended, in their order."""
         while self.jobs:
-            first = self.jobs[next(iter(self.jobs))] if self.ordered else job
+            first = self.first() if self.ordered else ended
             if first.state is not DONE_WITH:
                 break
             del self.jobs[first.number]
@@ -12405,16 +12415,20 @@ class Result(collections.namedtuple("Result", "status stdout stderr worker secon
 
     status: its exit status, or minus the number of the signal that it died of, as in subprocess.
     stdout, stderr: bytes.  worker: the address it ran at.  seconds: from the call to the end.
+    returncode: the status, as subprocess calls it.
     """
     __slots__ = ()
+    returncode = property(lambda self: self.status)
 
 
 class JobError(Exception):
-    """A job ended with another status than 0 and `check` was set.  result: its Result."""
+    """A job ended with another status than 0 and `check` was set.  result: its Result; returncode, stdout and stderr
+    are that one's, as in subprocess.CalledProcessError."""
 
     def __init__(self, result):
         super().__init__(result)
         self.result = result
+        self.returncode, self.stdout, self.stderr = result.status, result.stdout, result.stderr
 
     def __str__(self):
         return "the job ended with status %d on %s" % (self.result.status, self.result.worker)
@@ -12461,7 +12475,17 @@ class Room:
 
     def run(self, input=b"", names={}, check=False, timeout=None):
         """Runs one job and returns its Result."""
-        return next(self.map((input,), names, check, timeout))
+        from queue import SimpleQueue
+        ended = SimpleQueue()
+        job = HeldJob(self._thread, input, names, check, timeout, ended.put)
+        try:
+            ended.get()
+        except BaseException:
+            job.cancel()
+            raise
+        if job.error:
+            raise job.error
+        return job.result
 
     def submit(self, input=b"", names={}, check=False, timeout=None):
         """Starts one job; returns a concurrent.futures.Future of its Result.  Its cancel() ends a running job too; what
@@ -12477,32 +12501,10 @@ class Room:
         return future
 
     def map(self, inputs, names={}, check=False, timeout=None):
-        """Yields the Results of one job for each input, in the order of the inputs, which are taken as slots come free:
-        a few more than there are slots.  What goes wrong with one is raised in its turn; then, or when the generator is
-        closed, the other jobs end."""
-        from queue import SimpleQueue
-        thread, inputs, pending, news = self._thread, iter(inputs), collections.deque(), SimpleQueue()
-        more = True
-        thread.maps.add(news)           # hears of ended jobs, and of new slots
-        try:
-            while more or pending:
-                if more and len(pending) < 2 * AHEAD + thread.slots:
-                    input = next(inputs, news)
-                    if input is news:
-                        more = False
-                    else:
-                        pending.append(HeldJob(thread, input, names, check, timeout, news.put))
-                elif pending[0].over:
-                    job = pending.popleft()
-                    if job.error:
-                        raise job.error
-                    yield job.result
-                else:
-                    news.get()
-        finally:
-            thread.maps.discard(news)
-            for job in pending:
-                job.cancel()
+        """Yields the Results of one job for each input, in the order of the inputs, each as soon as it is there.  A
+        thread takes the inputs as slots come free: a few more than there are slots.  A job's error is raised in its
+        turn, that of an input at once; then, or when the generator is closed, the other jobs end."""
+        return RoomMap(self._thread, inputs, names, check, timeout).results()
 
     def popen(self, names={}):
         """Starts one job whose standard input, output and error are pipes of this program; returns a Process."""
@@ -12518,6 +12520,98 @@ class Room:
             import warnings
             warnings.warn("unclosed %r" % self, ResourceWarning, source=self)
             thread.close(wait=False)
+
+
+class MappedJob(BatchJob):
+    """A job of Room.map."""
+    __slots__ = ("held",)
+
+    def __init__(self):
+        super().__init__()
+        self.held = None            # its HeldJob
+
+
+class RoomMap:
+    """One Room.map: a thread of its own takes the inputs, the Room's thread says which jobs have ended, and that of the
+    caller takes the results; `news` tells each what the others did."""
+
+    def __init__(self, thread, inputs, names, check, timeout):
+        import threading
+        self.thread = thread
+        self.inputs = iter(inputs)
+        self.make_job = functools.partial(HeldJob, thread, names=names, check=check, timeout=timeout)
+        self.batch = Batch(0)
+        self.failure = None                     # what an input raised
+        self.closed = False
+        self.news = threading.Condition()
+        self.taker = threading.Thread(target=self._take, name="cexec.Room.map", daemon=True)
+        self.slots_changed()
+
+    def slots_changed(self):
+        with self.news:
+            self.batch.most = self.batch.undelivered = self.thread.slots + 2 * AHEAD
+            self.news.notify_all()
+
+    def results(self):
+        self.thread.maps.add(self)
+        self.slots_changed()
+        self.taker.start()
+        try:
+            while True:
+                with self.news:
+                    self.news.wait_for(lambda: self.batch.has_ready() or self.failure or self.batch.is_over())
+                    held = next((job.held for job in self.batch.deliverable()), None)
+                    self.news.notify_all()
+                if not held:
+                    break
+                if held.error:
+                    raise held.error
+                yield held.result
+            if self.failure:
+                raise self.failure
+        finally:
+            self._close()
+
+    def _take(self):
+        try:
+            while self._wants_input():
+                input = next(self.inputs, NO_MORE)
+                if input is NO_MORE or self.closed:
+                    break
+                job = MappedJob()
+                with self.news:
+                    self.batch.add(job)
+                    self.batch.start(job, self)
+                job.held = self.make_job(input, on_end=functools.partial(self._ended, job))
+                if self.closed:
+                    job.held.cancel()
+        except BaseException as error:
+            self.failure = error
+        with self.news:
+            self.batch.complete()
+            self.news.notify_all()
+
+    def _wants_input(self):
+        with self.news:
+            self.news.wait_for(lambda: self.closed or self.batch.wants_job())
+        return not self.closed
+
+    def _ended(self, job, held):
+        with self.news:
+            job.held = held
+            job.runs.clear()
+            self.batch.settle(job)
+            self.news.notify_all()
+
+    def _close(self):
+        """Ends the jobs that are left."""
+        self.thread.maps.discard(self)
+        with self.news:
+            self.closed = True
+            self.news.notify_all()
+            left = [job.held for job in self.batch.unfinished()]
+        for held in filter(None, left):
+            held.cancel()
 
 
 class PoolThread:
@@ -12536,7 +12630,7 @@ class PoolThread:
         self.loop = None
         self.pool = None
         self.submissions = set()        # those without an end
-        self.maps = set()               # queues of those that take inputs
+        self.maps = set()               # RoomMaps, which take more inputs where there are more slots
         self.slots = 0                  # connections there are
         self.budget = Budget()
         self.pid = os.getpid()
@@ -12579,9 +12673,9 @@ class PoolThread:
 
     def _count_slots(self):
         before, self.slots = self.slots, len(self.pool.connections)
-        if self.slots > before:
-            for news in list(self.maps):
-                news.put(None)
+        if self.slots != before:
+            for each in list(self.maps):
+                each.slots_changed()
 
     def _run(self, loop, pool):
         cause = None
@@ -12770,7 +12864,7 @@ class Process:
     """A job whose descriptors are pipes of this program, in the manner of subprocess.Popen.
 
     stdin, stdout, stderr: files for bytes.  worker: the address it ran at, after its end.
-    status: None while it runs, then as in a Result.
+    status, and returncode, as subprocess calls it: None while it runs, then as in a Result.
     A worker that is lost before anything of the job was read is replaced; later that is a Failure, which wait() and
     poll() raise.  As a context manager it closes the files and waits.
     """
@@ -12809,6 +12903,8 @@ class Process:
         if not failure:
             self.status = returncode(submission.report)
         self._over.set()
+
+    returncode = property(lambda self: self.status)
 
     def poll(self):
         """The status, or None while it runs."""

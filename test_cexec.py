@@ -10659,6 +10659,37 @@ def test_map_takes_its_inputs_lazily_and_yields_in_order(room):
     assert number == jobs and most <= slots + 2 * cexec.AHEAD
 
 
+def test_map_yields_what_is_ready_however_slowly_inputs_come(api):
+    """The first result of an iterator that has no second input yet; what an iterator raises, at once."""
+    more = threading.Event()
+
+    def inputs():
+        yield b"1"
+        assert more.wait(20), "the second input is asked for, and nobody waits for it"
+        raise ValueError("no second")
+    results = api.map(inputs(), {"RUN": "cat"})
+    assert next(results).stdout == b"1"
+    more.set()
+    with pytest.raises(ValueError, match="no second"):
+        next(results)
+    more.clear()
+    blocked = api.map(inputs(), {"RUN": "cat"})
+    assert next(blocked).stdout == b"1"
+    blocked.close()
+    more.set()
+
+
+def test_results_have_the_names_of_subprocess(api):
+    with pytest.raises(cexec.JobError) as caught:
+        api.run(b"in", {"RUN": "cat; echo err >&2; exit 3"}, check=True)
+    error = caught.value
+    assert (error.returncode, error.stdout, error.stderr) == (3, b"in", b"err\n") and error.result.returncode == 3
+    with api.popen({"RUN": "exit 4"}) as process:
+        assert process.returncode is None
+        process.communicate()
+    assert process.returncode == process.status == 4
+
+
 def test_map_takes_inputs_while_its_first_job_runs(api, tmp_path):
     """All the others wait for the last one."""
     text = 'read x; cd %s; [ "$x" = wait ] || touch go; until [ -e go ]; do sleep 0.05; done' % (
