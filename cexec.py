@@ -79,8 +79,8 @@ if sys.version_info < (3, 8):
     raise SystemExit(2)
 
 try:
-    import _thread, binascii, collections, errno, fcntl, functools, gc, hashlib, heapq, hmac, math
-    import os, select, signal, socket, stat, struct, time
+    import _thread, binascii, collections, errno, fcntl, functools, gc, hashlib, heapq, hmac, io, itertools, math
+    import operator, os, select, signal, socket, stat, struct, time
 except ImportError as missing:
     if __name__ != "__main__":
         raise
@@ -564,6 +564,7 @@ FLAGS = {   # options without a value: {option: (attribute, value, tools, help)}
     "--stop": ("stop", True, (CSERVICE,), "tell this user's cservices of APP on this machine to stop, and wait for it"),
     "--now": ("now", True, (CSERVICE,), "with --stop: end the running jobs too"),
     "--scratch": ("scratch", True, (CSERVICE,), "an empty folder for each job, removed after it"),
+    "--python": ("python", True, (CSERVICE,), "serve calls of Python functions, for cexec.Executor"),
     "--check": ("check", True, (CWHO,), "find out why nobody answers, and what to do"),
     "--watch": ("watch", True, (CWHO,), "show the room every two seconds, and the jobs that end; q ends"),
     "--slots": ("slots", True, (CWHO,), "print only the number of free slots, 1 where none is free"),
@@ -1924,6 +1925,138 @@ class Session:
         if quiet > self.timeout / 4 and now - self.pinged > self.timeout / 4:
             self.ping(now)
         return quiet > self.timeout
+
+
+# ---------------------------------------------------------------- calls
+#
+# What an Executor and the loop of calls in an interpreter say to each other, on two descriptors of the job: messages of
+# a head and a pickle; where there are buffers (those of pickle protocol 5) the sizes of pickle and buffers stand before
+# it, and each buffer begins at a multiple of ALIGN from the message's beginning.  Every CALL has one answer, in the
+# order of the calls: RETURNED, RAISED, or DROPPED.
+
+CALLS, ANSWERS, PROGRAM, STATUS = 3, 4, 5, 6        # the job's descriptors; the worker opens the last two
+CALL_DESCRIPTORS = {1: OUT, 2: OUT, CALLS: IN, ANSWERS: OUT}
+CALL_VERSION = "1"
+CALL_HEAD = struct.Struct(">BxHIIQ")    # kind; buffers; number; microseconds that the call took; size without the head
+(SETUP, CALL, DROP, REPLY,                                  # to the interpreter
+ READY, RETURNED, RAISED, DROPPED, WANTED, ENOUGH) = range(10)      # from it
+CALL_MAX = 1 << 42          # bytes of one message; no memory holds more
+BUFFERS_MAX = 1 << 12       # of one call; more of them go into the pickle
+BUFFER_LEAST = 1 << 16      # bytes of a buffer that does not
+ALIGN = 64                  # what the fastest instructions for arrays like
+
+CALLS_BUSY = 0.02           # seconds of work that are sent ahead to an interpreter, beside the round trip
+CALL_LEAST = 2e-5           # seconds that any call takes
+CALLS_BYTES = 1 << 22       # bytes of arguments that are sent ahead, once there is a second call
+
+# A call at the submitter.  It is its submitter's until it has begun: then it may have done something.
+CALL_QUEUED, CALL_SENT, CALL_BEGUN, CALL_OVER = "queued", "sent ahead", "begun", "over"
+CALL_STATES = {
+    (CALL_QUEUED, "sent"): CALL_SENT,
+    (CALL_SENT, "its turn"): CALL_BEGUN,
+    (CALL_SENT, "taken back"): CALL_QUEUED,
+    (CALL_BEGUN, "lost"): CALL_QUEUED,
+}
+CALL_STATES.update({(state, event): CALL_OVER for state in (CALL_QUEUED, CALL_SENT, CALL_BEGUN)
+                    for event in ("answered", "failed", "cancelled")})
+
+# An interpreter at the submitter, from the search for a slot on.
+SEEKING, BOOTING, SERVING, LEAVING = "seeking", "booting", "serving", "leaving"
+INTERPRETER_STATES = {
+    (SEEKING, "started"): BOOTING,
+    (BOOTING, "ready"): SERVING,
+    (BOOTING, "lost"): SEEKING,             # its worker: the pool looks for another one
+    (BOOTING, "leave"): LEAVING,
+    (SERVING, "leave"): LEAVING,
+}
+
+
+def next_state(table, state, event):
+    """Where the event leads to; what the table has no entry for cannot be."""
+    if (state, event) not in table:
+        raise RuntimeError("%s, of what is %s" % (event, state))
+    return table[state, event]
+
+
+def calls_most(seconds, trip):
+    """How many calls an interpreter owes at most, where one takes so many seconds (None: not known yet): enough to keep
+    it busy until the next ones come, and one where they are long."""
+    return 1 if seconds is None else 1 + int((CALLS_BUSY + trip) / max(seconds, CALL_LEAST))
+
+
+def encode_call(kind, number=0, data=b"", buffers=(), microseconds=0):
+    """The parts (bytes and views) of a message."""
+    if not buffers:
+        head = CALL_HEAD.pack(kind, 0, number, min(microseconds, U32_MAX), len(data))
+        return [head + data] if len(data) < BUFFER_LEAST else [head, data]
+    sizes = struct.pack(">%dQ" % (len(buffers) + 1), len(data), *map(len, buffers))
+    parts, size = [sizes, data], len(sizes) + len(data)
+    for buffer in buffers:
+        gap = -(CALL_HEAD.size + size) % ALIGN
+        parts += [bytes(gap), buffer]
+        size += gap + len(buffer)
+    return [CALL_HEAD.pack(kind, len(buffers), number, min(microseconds, U32_MAX), size), *parts]
+
+
+class CallReader:
+    """Cuts a stream of bytes into messages of calls."""
+
+    def __init__(self):
+        self.begun = bytearray()        # of a message that is not complete
+
+    def read(self, data):
+        """Yields (kind, number, microseconds, pickle, [buffer]) of each message that data completes; pickle and buffers
+        are bytes or views of memory that nobody else has.  ProtocolError for what no encoder makes."""
+        view = memoryview(data)
+        while True:
+            if self.begun:
+                view = self._fill(view)
+                if len(self.begun) < CALL_HEAD.size or len(self.begun) < self._whole(self.begun):
+                    return
+                message, self.begun = self.begun, bytearray()
+            elif len(view) < CALL_HEAD.size or len(view) < self._whole(view):
+                self.begun += view
+                return
+            else:
+                size = self._whole(view)
+                message, view = bytes(view[:size]), view[size:]
+            yield self._parts(message)
+
+    @staticmethod
+    def _whole(view):
+        """The size of the message that begins there."""
+        kind, buffers, _, _, size = CALL_HEAD.unpack_from(view)
+        if kind > ENOUGH or buffers > BUFFERS_MAX or not (8 * buffers + 8 if buffers else 0) <= size <= CALL_MAX:
+            raise ProtocolError("a message of calls that no Executor sends")
+        return CALL_HEAD.size + size
+
+    def _fill(self, view):
+        """Completes, as far as the data goes, the message that has begun; returns what is left of the data."""
+        missing = CALL_HEAD.size - len(self.begun)
+        if missing > 0:
+            self.begun += view[:missing]
+            view = view[missing:]
+        if len(self.begun) >= CALL_HEAD.size:
+            missing = self._whole(self.begun) - len(self.begun)
+            self.begun += view[:missing]
+            view = view[missing:]
+        return view
+
+    @staticmethod
+    def _parts(message):
+        kind, count, number, microseconds, _ = CALL_HEAD.unpack_from(message)
+        view = memoryview(message)[CALL_HEAD.size:]
+        if not count:
+            return kind, number, microseconds, view, []
+        sizes = struct.unpack_from(">%dQ" % (count + 1), view)
+        view, at, parts = memoryview(message), CALL_HEAD.size + 8 * (count + 1), []
+        for size in sizes:
+            parts.append(view[at:at + size])
+            at += size
+            at += -at % ALIGN if len(parts) <= count else 0
+        if at != len(view):
+            raise ProtocolError("buffers of a call that do not add up")
+        return kind, number, microseconds, parts[0], parts[1:]
 
 
 # ---------------------------------------------------------------- choice: which worker runs the job
@@ -9067,8 +9200,9 @@ class Daemon:
     TESTS_MAX = 16          # roll calls that it tries to connect back to at once, and in a second
     LINGERING = 64          # handlers without a slot, whose submitters have not taken the last words yet
 
-    def __init__(self, key, settings, command, log, unit=""):
+    def __init__(self, key, settings, command, log, unit="", program=None):
         self.loop = Loop(on_error=self._fault)
+        self.program = program          # under --python: a descriptor of this program, for interpreters to run
         self.key = key
         self.settings = settings
         self.command = command
@@ -9077,6 +9211,10 @@ class Daemon:
         self.environment = job_environment(settings.user)
         self.scratch = scratch_place(key) if settings.scratch else None
         self.folder = os.getcwd() if settings.scratch else None
+        if program is not None:
+            share = b"%d" % max(1, usable_cpus() // settings.concurrency)
+            for name in THREAD_VARIABLES:
+                self.environment.setdefault(name.encode(), share)
         self.context = tls_context(key, server_side=False)
         self.group = GroupSocket(settings.group, listen=True)
         if LINUX:
@@ -10203,6 +10341,7 @@ class RunningJob:
         self.wall_timer = None
         self.scratch = None         # the Scratch that it stands in
         self.after_scratch = None   # what to call once that is removed
+        self.call_status = None     # the CallStatus of an interpreter
 
     # -- start
     def start(self):
@@ -10215,6 +10354,8 @@ class RunningJob:
                 self.scratch = Scratch(*self.daemon.scratch)
                 os.chdir(self.scratch.path)
             theirs = self._open_ends()
+            if self.daemon.program is not None:
+                self._open_calls(theirs)
             limits = [(name, value) for name, value in settings.limits if name != WALL]
             self.pid = spawn(self.daemon.path, self.daemon.command, self._environment(), theirs, self.slave, limits)
         except (OSError, ValueError):
@@ -10228,9 +10369,28 @@ class RunningJob:
                 os.chdir("/")       # a module that is loaded later comes from nowhere that a job can write
         self.handler.board.post(self.pid, job.id)
         wall = dict(settings.limits).get(WALL)
-        if wall:
+        if self.call_status:
+            self._look_at_call()
+        elif wall:
             self.wall_timer = self.loop.call_later(wall, self._out_of_time)
         self._attach()
+
+    def _open_calls(self, theirs):
+        """What an interpreter needs beside the ends that its submitter asks for: the program, and where it shows when
+        its call has begun."""
+        if self.job.descriptors != CALL_DESCRIPTORS:
+            raise ValueError("it serves calls of Python functions (cexec.Executor), no commands")
+        status = shared_file(CallStatus.FORM.size)
+        self.to_close.append(status)
+        self.call_status = CallStatus(status)
+        theirs.update({PROGRAM: self.daemon.program, STATUS: status})
+
+    def _look_at_call(self):
+        """Under --python the limit of wall counts from a call's start."""
+        began, wall = self.call_status.read(), dict(self.handler.settings.limits).get(WALL, math.inf)
+        if began and time.monotonic() - began > wall:
+            return self._out_of_time()
+        self.wall_timer = self.loop.call_later(CALL_STATUS_LOOK, self._look_at_call)
 
     def _out_of_time(self):
         self.limit_met = "wall"
@@ -10736,8 +10896,11 @@ def cservice(arguments, settings):
     if settings.stop or settings.now:
         raise Failure("--stop wants a key and nothing else" if settings.stop else "--now goes with --stop", "",
                       "usage: cservice --stop [--now] APP", EXIT_USAGE)
+    if settings.python and len(arguments) == 1:
+        arguments = [arguments[0], sys.executable]
     if len(arguments) < 2:
-        raise Failure("key and command wanted", "", "usage: cservice APP COMMAND [ARG...]", EXIT_USAGE)
+        raise Failure("key and command wanted", "", "usage: cservice APP COMMAND [ARG...], or cservice --python APP",
+                      EXIT_USAGE)
     if settings.user and os.geteuid() != 0:
         raise Failure("--user", "only root can change user", "", EXIT_USAGE)
     find_command(arguments[1])
@@ -10766,7 +10929,11 @@ def cservice(arguments, settings):
     hide_memory()
     if warning:
         log(warning)
-    daemon = Daemon(key, settings, arguments[1:], log, unit)
+    command, program = arguments[1:], None
+    if settings.python:
+        program = open_program(command, settings.user)
+        command = [*command, "-c", PROGRAM_START]
+    daemon = Daemon(key, settings, command, log, unit, program)
     if hasattr(gc, "freeze"):       # PyPy has none
         gc.freeze()     # what is here stays, and a handler that does not look at it shares its memory
     return daemon.run()
@@ -12403,11 +12570,640 @@ def discard(temporary):
         pass
 
 
+# ---------------------------------------------------------------- the loop of calls
+#
+# What runs in each interpreter of `cservice --python`: takes calls, one after another, and answers each.  Modules that
+# this machine has not, or must not take from here, come from the submitter.
+
+HERE_SIDE, THERE_SIDE, NAMESPACE, MISSING = "here", "there", "namespace", "missing"      # where a module comes from
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS",
+                    "VECLIB_MAXIMUM_THREADS", "NUMEXPR_NUM_THREADS", "RAYON_NUM_THREADS")
+CALL_STATUS_LOOK = 0.25     # seconds between two looks at an interpreter's CallStatus
+PRINTED_LOOK = 0.0002       # seconds until the first look whether what a call has printed has been taken
+PRINTED_PATIENCE = 5.0      # seconds after which the result does not wait for it: a child may print on and on
+DESCRIPTORS_HIGH = 4096     # where descriptors stand that calls are not to find
+NO_EXECUTOR = """this worker runs calls of Python functions, no commands
+  use it with: with cexec.Executor("app.pub") as pool: ..."""
+
+# What PYTHON is given to run: all of this program, as cservice has it, comes by the descriptor PROGRAM.
+PROGRAM_START = """\
+import marshal, os, sys
+from _frozen_importlib_external import MAGIC_NUMBER
+data = os.pread(%d, os.fstat(%d).st_size, 0)
+path, magic, code, source = marshal.loads(data)
+os.close(%d)
+module = sys.modules["cexec"] = type(sys)("cexec")
+module.__file__ = path
+exec(marshal.loads(code) if magic == MAGIC_NUMBER else compile(source, path, "exec", dont_inherit=True), vars(module))
+del data, code, source
+module.serve_calls()
+""" % (PROGRAM, PROGRAM, PROGRAM)
+
+PROGRAM_COMPILER = """\
+import marshal, sys
+if sys.version_info < (3, 8):
+    sys.exit("needs Python 3.8 or later, this is %d.%d" % sys.version_info[:2])
+from _frozen_importlib_external import MAGIC_NUMBER
+path, source = marshal.loads(sys.stdin.buffer.read())
+code = marshal.dumps(compile(source, path, "exec", dont_inherit=True))
+sys.stdout.buffer.write(marshal.dumps((path, MAGIC_NUMBER, code, source)))
+"""
+
+
+def open_program(command, user):
+    """A descriptor of this whole program, compiled by the command's Python, which nobody can write to.  Failure when
+    that Python cannot run it."""
+    import marshal, subprocess
+    path = os.path.realpath(__file__)
+    with open(path, "rb") as file:
+        source = file.read()
+    made = subprocess.run([*command, "-c", PROGRAM_COMPILER], input=marshal.dumps((path, source)),
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=job_environment(user),
+                          preexec_fn=user and functools.partial(become_user, user))
+    if made.returncode or not made.stdout:
+        words = made.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
+        raise Failure(" ".join(command), words or "it ended with status %d" % made.returncode,
+                      "PYTHON is an interpreter of Python 3.8 or later", EXIT_USAGE)
+    return sealed_file(made.stdout)
+
+
+def sealed_file(data):
+    """A descriptor for reading of a file without a name, whose contents nobody can change."""
+    if hasattr(os, "memfd_create"):
+        fd = os.memfd_create("cexec", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        path = "/proc/self/fd/%d" % fd
+    else:
+        import tempfile
+        fd, path = tempfile.mkstemp("", "cexec-")
+    try:
+        with open(fd, "wb", closefd=False) as file:
+            file.write(data)
+        os.fchmod(fd, 0o444)
+        if hasattr(os, "memfd_create"):
+            fcntl.fcntl(fd, F_ADD_SEALS, F_SEAL_ALL)
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        os.close(fd)
+        if not hasattr(os, "memfd_create"):
+            os.unlink(path)
+
+
+def shared_file(size):
+    """A descriptor of a file without a name, of so many zero bytes, for memory that processes share."""
+    if hasattr(os, "memfd_create"):
+        fd = os.memfd_create("cexec")
+    else:
+        import tempfile
+        fd, path = tempfile.mkstemp("", "cexec-")
+        os.unlink(path)
+    os.ftruncate(fd, size)
+    return fd
+
+
+F_ADD_SEALS, F_SEAL_ALL = 1033, 15      # Linux: no more seals, not shorter, not longer, no writing
+
+
+class CallStatus:
+    """One number that an interpreter shows its handler, in memory that both have: when the call in hand has begun,
+    monotonic seconds, or 0."""
+    FORM = struct.Struct("@d")
+
+    def __init__(self, fd):
+        import mmap
+        self.memory = mmap.mmap(fd, self.FORM.size)
+
+    def show(self, began):
+        self.FORM.pack_into(self.memory, 0, began)
+
+    def read(self):
+        return self.FORM.unpack_from(self.memory)[0]
+
+
+def serve_calls():
+    """Runs the calls that come by CALLS; in the interpreter, after PROGRAM_START."""
+    if not is_open(CALLS) or not is_open(ANSWERS):
+        sys.stderr.write(NO_EXECUTOR + "\n")
+        raise SystemExit(EXIT_USAGE)
+    CallLoop.current = CallLoop()
+    CallLoop.current.run()
+
+
+class CallLoop:
+    """The loop of calls of one interpreter: reads messages, runs calls, and answers them in their order.
+
+    Calls find standard input empty, and as descriptors 1 and 2 pipes of which the submitter prints what comes; the
+    descriptors of the loop itself are out of their way.  A message may be read by any thread that imports a module, so
+    reading is under a lock.
+    """
+    current = None                  # the one of this process
+
+    def __init__(self):
+        import pickle
+        self.pickle = pickle
+        high = min(os.sysconf("SC_OPEN_MAX"), DESCRIPTORS_HIGH) - 16
+        self.calls, self.answers = move_descriptor(CALLS, high), move_descriptor(ANSWERS, high)
+        os.set_blocking(self.calls, False)
+        self.poll = select.poll()
+        self.poll.register(self.calls, select.POLLIN)
+        self.status = None
+        if is_open(STATUS):
+            self.status = CallStatus(STATUS)
+            os.close(STATUS)
+        self.place = os.environ.get("SERVER_ADDR", "this worker")
+        self.pid = os.getpid()
+        self.reader = CallReader()
+        self.lock = _thread.RLock()
+        self.ahead = collections.OrderedDict()      # {number: (pickle, buffers), or None for one that was dropped}
+        self.replies = {}                           # {number of a question: what the submitter says}
+        self.asked = 0
+        self.setup = None                           # what the submitter said first
+        self.input_over = False
+        self.main = None                            # the submitter's script, once it has been run
+        self.main_failed = None                     # words, once that has failed
+        self.main_runs = False
+        self.enough = False                         # this interpreter wants no more calls
+        self.cpu_limit = math.inf
+        self.modules = ModuleFinder(self)
+        self.unpickler = unpickler_class(self._find)
+        self._open_standard(high)
+
+    def _open_standard(self, high):
+        """Standard input is empty; the others take text of any kind, and are remembered as they are."""
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in range(3):
+            if fd == 0 or not is_open(fd):
+                os.dup2(null, fd)
+        if null > 2:
+            os.close(null)
+        self.kept = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, high) for fd in range(3)]
+        self.printed = [fd for fd in self.kept[1:] if unread_bytes(fd) is not None]
+        self._open_files()
+
+    def _open_files(self):
+        """sys.stdin and its kin anew, where a call has closed them."""
+        if sys.stdin is None or sys.stdin.closed:
+            sys.stdin = sys.__stdin__ = open(0, closefd=False)
+        for fd, name in (1, "stdout"), (2, "stderr"):
+            file = sys.stdout if fd == 1 else sys.stderr
+            if file is None or file.closed:
+                file = open(fd, "w", closefd=False)
+            if isinstance(file, io.TextIOWrapper):
+                file.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
+            if fd == 1:
+                sys.stdout = sys.__stdout__ = file
+            else:
+                sys.stderr = sys.__stderr__ = file
+
+    # -- messages
+    def run(self):
+        sys.path[:] = [folder for folder in sys.path if folder]     # this worker's own folder is nobody's business
+        sys.meta_path.insert(0, self.modules)
+        os.register_at_fork(after_in_child=self._forked)
+        try:
+            import resource
+            limit = resource.getrlimit(resource.RLIMIT_CPU)[0]
+            self.cpu_limit = math.inf if limit == resource.RLIM_INFINITY else limit
+        except ImportError:
+            pass        # then the limit ends it under a call
+        while True:
+            self._read()
+            if self.setup is None and not self.input_over:
+                self.poll.poll()
+            elif self.ahead:
+                number, message = self.ahead.popitem(last=False)
+                if message is None:
+                    self._send(DROPPED, number)
+                else:
+                    self._call(number, *message)
+                del message
+            elif self.input_over:
+                return
+            else:       # threads that calls have left behind may read a message as well
+                self.poll.poll(100 if _thread._count() else None)
+
+    def _read(self, patience=0):
+        """Takes what messages there are now, or come within so many milliseconds; None waits."""
+        with self.lock:
+            while not self.input_over and self.poll.poll(patience):
+                data = os.read(self.calls, BUFFER)
+                self.input_over = not data
+                for kind, number, _, message, buffers in self.reader.read(data):
+                    self.TAKEN[kind](self, number, message, buffers)
+                patience = 0
+
+    def _take_setup(self, number, message, buffers):
+        self.setup = self.pickle.loads(message)
+        self.modules.shadowed = frozenset(self.setup["shadowed"])
+        if self.setup["argv"] is not None:
+            sys.argv[:] = self.setup["argv"]
+        failed = self._run_initializer()
+        self._flush()
+        self._send(READY, 0, pack_texts([text.encode("utf-8", "replace") for text in (
+            CALL_VERSION, "%d.%d" % sys.version_info[:2], *failed)]))
+
+    def _take_call(self, number, message, buffers):
+        self.ahead[number] = message, buffers
+
+    def _take_drop(self, number, message, buffers):
+        if number in self.ahead:
+            self.ahead[number] = None
+
+    def _take_reply(self, number, message, buffers):
+        self.replies[number] = self.pickle.loads(message)
+
+    TAKEN = {SETUP: _take_setup, CALL: _take_call, DROP: _take_drop, REPLY: _take_reply}
+
+    def _run_initializer(self):
+        """The traceback and the words of what it raises, or nothing."""
+        if self.setup["initializer"] is not None:
+            try:
+                initializer, arguments = self._load(self.setup["initializer"], self.setup["buffers"])
+                initializer(*arguments)
+            except BaseException as error:
+                return self._describe(error)[:2]
+        return ()
+
+    def _send(self, kind, number=0, data=b"", buffers=(), microseconds=0):
+        parts = encode_call(kind, number, data, buffers, microseconds)
+        try:
+            for part in parts:
+                size = os.write(self.answers, part)
+                while size < len(part):
+                    part = memoryview(part)[size:]
+                    size = os.write(self.answers, part)
+        except OSError:
+            os._exit(EXIT_TEMPORARY)        # nobody is there any more, or a call has closed the descriptor
+
+    def ask(self, kind, name, more):
+        """What the submitter says to a question (see SourceLibrary); None at its end."""
+        with self.lock:
+            if os.getpid() != self.pid:
+                return None         # a child of a call has no word with the submitter
+            self.asked += 1
+            number = self.asked
+            self._send(WANTED, number, pack_texts([text.encode("utf-8", "replace") for text in (kind, name, more)]))
+            while number not in self.replies and not self.input_over:
+                self._read(None)
+            return self.replies.pop(number, None)
+
+    # -- a call
+    def _call(self, number, message, buffers):
+        began = time.monotonic()
+        if self.status:
+            self.status.show(began)
+        kind, data, out = RETURNED, b"", []
+        try:
+            function, arguments, named = self._load(message, buffers)
+            del message, buffers
+            value = function(*arguments, **named)
+            data, out = dump(self.pickle.dumps, value)
+        except BaseException as error:
+            kind, out = RAISED, []
+            data = self.pickle.dumps(self._describe(error), 4)
+        if os.getpid() != self.pid:
+            os._exit(0)             # a child that the call has forked and let come back
+        function = arguments = named = value = None
+        self._flush()
+        seconds = time.monotonic() - began
+        self._send(kind, number, data, out, int(seconds * 1e6))
+        if self.status:
+            self.status.show(0.0)
+        if not self.enough and time.process_time() > self.cpu_limit / 2:
+            self.enough = True
+            self._send(ENOUGH)
+
+    def _load(self, message, buffers):
+        if self.main:
+            return self.pickle.loads(message, buffers=buffers)
+        return self.unpickler(io.BytesIO(message), buffers=buffers).load()
+
+    def _find(self, module, name, find):
+        if module in ("__main__", "__mp_main__"):
+            self._run_main()
+        return find(module, name)
+
+    def _run_main(self):
+        """The submitter's script, once, as multiprocessing's spawn runs it."""
+        if self.main_failed:
+            raise CallError(self.main_failed)
+        if self.main:
+            return
+        module, loader = self.modules.main(self.setup["main"])
+        before = sys.modules["__main__"]
+        sys.modules["__main__"] = sys.modules["__mp_main__"] = module
+        self.main_runs = True
+        try:
+            loader.exec_module(module)
+        except BaseException as error:
+            self.main_failed = "%s could not be run on %s, as it has to be for its functions: %s" % (
+                module.__file__, self.place, words_of(error))
+            sys.modules["__main__"] = before
+            del sys.modules["__mp_main__"]
+            raise CallError(self.main_failed) from error
+        finally:
+            self.main_runs = False
+        self.main = module
+
+    def _describe(self, error):
+        """(traceback, words, pickle or None) of what a call raised."""
+        self.modules.explain(error)
+        import linecache, traceback
+        self.modules.show_lines(linecache)
+        try:
+            trace = error.__traceback__ and error.__traceback__.tb_next       # from the call's own part on
+            text = "".join(traceback.format_exception(type(error), error, trace))
+        except Exception as problem:
+            text = "the traceback cannot be told: %s\n" % words_of(problem)
+        try:
+            data = self.pickle.dumps(error, 5)
+            self.pickle.loads(data)
+        except BaseException:
+            data = None
+        return "(on %s)\n%s" % (self.place, text), words_of(error), data
+
+    def _flush(self):
+        """What calls have printed is to be at the submitter before their results; what they have done to the standard
+        descriptors is undone."""
+        for file in sys.stdout, sys.stderr:
+            try:
+                file.flush()
+            except Exception:
+                pass        # it is closed, or the call's own
+        if not (sys.stdin and sys.stdout and sys.stderr) or sys.stdin.closed or sys.stdout.closed or sys.stderr.closed:
+            self._restore()
+        for fd in range(3):
+            if not is_open(fd):
+                self._restore()
+        wait, until = PRINTED_LOOK, 0.0
+        while any(map(unread_bytes, self.printed)):
+            until = until or time.monotonic() + PRINTED_PATIENCE
+            if time.monotonic() > until:
+                break
+            time.sleep(wait)
+            wait = min(2 * wait, 0.02)
+
+    def _restore(self):
+        for fd, kept in enumerate(self.kept):
+            if not is_open(fd):
+                os.dup2(kept, fd)
+        self._open_files()
+
+    def _forked(self):
+        """In a child that a call has forked: it keeps away from what is its parent's, and keeps none of it open."""
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in self.calls, self.answers:
+            try:
+                os.dup2(null, fd, inheritable=False)
+            except OSError:
+                pass        # a call has closed it
+        os.close(null)
+        self.lock = _thread.RLock()
+
+
+def move_descriptor(fd, least):
+    """Moves a descriptor to a number that is free from `least` on; children do not inherit it."""
+    moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, least)
+    os.close(fd)
+    return moved
+
+
+def unpickler_class(find):
+    """A pickle.Unpickler that finds classes and functions by find(module, name, the way of
+    pickle)."""
+    import pickle
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            return find(module, name, super().find_class)
+    return Unpickler
+
+
+def dump(dumps, value):
+    """(pickle, [buffer]) of the value, by the dumps of pickle or cloudpickle."""
+    buffers = []
+
+    def take(buffer):
+        """Whether it goes into the pickle."""
+        view = buffer.raw()
+        if len(view) < BUFFER_LEAST or len(buffers) == BUFFERS_MAX:
+            return True
+        buffers.append(view)
+        return False
+    return dumps(value, protocol=5, buffer_callback=take), buffers
+
+
+def words_of(error):
+    """What an exception is and says, whatever its own methods do."""
+    try:
+        text = str(error)
+    except Exception:
+        text = ""
+    return type(error).__name__ + (": " + text if text else "")
+
+
+class ModuleFinder:
+    """Finds modules at the submitter, for the import system of an interpreter.
+
+    What counts for a module that is not below another one counts for all below it: it comes from here, or wholly from
+    there.  Below a namespace package each one counts by itself.
+    """
+
+    def __init__(self, loop):
+        self.loop = loop
+        self.shadowed = frozenset()     # modules of the standard library that the submitter has others for
+        self.sides = {}                 # {name: where it comes from}
+        self.absent = {}                # {name: why it cannot come}
+        self.loaders = {}               # {file name at the submitter: SentLoader}
+        self.standard = standard_names()
+
+    def find_spec(self, name, path=None, target=None):
+        top, parent = name.partition(".")[0], name.rpartition(".")[0]
+        if top == "cexec" or top in self.standard and top not in self.shadowed or name in self.absent:
+            return None
+        side = self.sides.get(parent, HERE_SIDE) if parent else NAMESPACE
+        if side is HERE_SIDE:
+            self.sides[name] = HERE_SIDE
+            return None
+        local = self._local(name, path) if side is NAMESPACE else None
+        answer = self.loop.ask("module", name, "here" if local else "")
+        if answer is None:
+            return None
+        side, origin, is_package, source, words = answer
+        if side is not None:
+            self.sides[name] = {each: each for each in (HERE_SIDE, THERE_SIDE, NAMESPACE)}.get(side, MISSING)
+        return self._spec(name, side, origin, is_package, source, words, local)
+
+    def _spec(self, name, side, origin, is_package, source, words, local):
+        from _frozen_importlib import ModuleSpec
+        if side == THERE_SIDE:
+            loader = self.loaders[origin] = SentLoader(self, name, origin, is_package, source)
+            spec = ModuleSpec(name, loader, origin=origin, is_package=is_package)
+            spec.has_location = True
+            if is_package:      # no folder of this machine
+                spec.submodule_search_locations = ["cexec:" + os.path.dirname(origin)]
+            return spec
+        if side == NAMESPACE:
+            spec = ModuleSpec(name, None, is_package=True)
+            spec.submodule_search_locations = list(local.submodule_search_locations or ()) if local else []
+            spec.submodule_search_locations.append("cexec:" + name)
+            return spec
+        if side == MISSING and local is None:
+            self.absent[name] = words
+        return None
+
+    def _local(self, name, path):
+        from _frozen_importlib_external import PathFinder
+        return PathFinder.find_spec(name, path)
+
+    def main(self, told):
+        """(module, loader) of the submitter's script, which is not run yet."""
+        from _frozen_importlib import ModuleSpec
+        if told is None:
+            raise CallError("the submitter's __main__ has no source that could be run here")
+        loader = self.loaders[told["file"]] = SentLoader(self, told["name"], told["file"], False, told["source"])
+        module = type(sys)("__mp_main__")
+        module.__file__, module.__package__, module.__loader__ = told["file"], told["package"], loader
+        module.__spec__ = told["name"] and ModuleSpec(told["name"], loader, origin=told["file"])
+        return module, loader
+
+    def explain(self, error):
+        """An import that failed since the module cannot come from the submitter says why."""
+        name = error.name if isinstance(error, ModuleNotFoundError) else None
+        why = self.absent.get(name)
+        if why and str(error) == "No module named %r" % name:
+            error.msg = "No module named %r on worker %s%s" % (name, self.loop.place, why)
+            error.args = error.msg,
+
+    def show_lines(self, linecache):
+        """Makes tracebacks show the lines of sources that are not on this machine."""
+        for origin, loader in self.loaders.items():
+            if origin not in linecache.cache:
+                source = loader.get_source(loader.name)
+                linecache.cache[origin] = len(source), None, source.splitlines(True), origin
+
+
+def standard_names():
+    """The modules of the standard library that are not below others."""
+    names = set(sys.builtin_module_names)
+    if hasattr(sys, "stdlib_module_names"):
+        return names.union(sys.stdlib_module_names)
+    folder = os.path.dirname(os.__file__)
+    for each in folder, os.path.join(folder, "lib-dynload"):
+        if os.path.isdir(each):
+            names.update(entry.partition(".")[0] for entry in os.listdir(each))
+    return names - {"site-packages", "dist-packages"}
+
+
+class SentLoader:
+    """Loads one module from its source, which the submitter has sent; asks for data files of a package."""
+
+    def __init__(self, finder, name, origin, is_package, source):
+        self.finder = finder
+        self.name = name
+        self.origin = origin
+        self.package = is_package
+        self.source = source
+
+    def create_module(self, spec):
+        return None
+
+    def exec_module(self, module):
+        exec(self.get_code(module.__name__), module.__dict__)
+
+    def get_code(self, name):
+        return compile(self.source, self.origin, "exec", dont_inherit=True)
+
+    def get_source(self, name):
+        from importlib.util import decode_source
+        return decode_source(self.source)
+
+    def get_filename(self, name):
+        return self.origin
+
+    def is_package(self, name):
+        return self.package
+
+    def get_data(self, path):
+        """A file of the package that this module is, or is in."""
+        package = self.name if self.package else self.name.rpartition(".")[0]
+        folder = os.path.dirname(self.origin) + "/"
+        if path == self.origin:
+            return self.source
+        if not path.startswith(folder):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        return self.read(package, path[len(folder):])
+
+    def read(self, package, name):
+        data = self.finder.loop.ask("data", package, name)
+        if not isinstance(data, bytes):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+        return data
+
+    def names(self, package, name):
+        """{name: whether it is a folder} of what is in a folder of the package; None where there is none."""
+        return self.finder.loop.ask("folder", package, name)
+
+    def get_resource_reader(self, name):
+        return SentResources(self, name) if self.package else None
+
+
+class SentResources:
+    """What importlib.resources reads of a package that the submitter has sent: the reader, and each folder and file."""
+
+    def __init__(self, loader, package, path=""):
+        self.loader = loader
+        self.package = package
+        self.path = path
+
+    name = property(lambda self: self.path.rpartition("/")[2] or self.package.rpartition(".")[2])
+
+    def files(self):
+        return self
+
+    def joinpath(self, *names):
+        return SentResources(self.loader, self.package, "/".join(filter(None, [self.path, *map(str, names)])))
+
+    __truediv__ = joinpath
+
+    def iterdir(self):
+        return (self.joinpath(name) for name in self.loader.names(self.package, self.path) or ())
+
+    def is_dir(self):
+        return self.loader.names(self.package, self.path) is not None
+
+    def is_file(self):
+        folder, _, name = self.path.rpartition("/")
+        return (self.loader.names(self.package, folder) or {}).get(name) is False
+
+    def read_bytes(self):
+        return self.loader.read(self.package, self.path)
+
+    def read_text(self, encoding="utf-8", errors="strict"):
+        return self.read_bytes().decode(encoding or "utf-8", errors)
+
+    def open(self, mode="r", *, encoding="utf-8", errors=None, newline=None, **more):
+        file = io.BytesIO(self.read_bytes())
+        return file if "b" in mode else io.TextIOWrapper(file, encoding, errors, newline)
+
+    # -- the reader of older versions of importlib.resources
+    def open_resource(self, name):
+        return io.BytesIO(self.loader.read(self.package, name))
+
+    def resource_path(self, name):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+
+    def is_resource(self, name):
+        return self.joinpath(name).is_file()
+
+    def contents(self):
+        return iter(self.loader.names(self.package, "") or ())
+
+
 # ---------------------------------------------------------------- the Python API
 #
 # What another program imports.  The import alone has no effect.
 
-__all__ = ["Room", "Result", "Process", "Failure", "JobError"]
+__all__ = ["Executor", "Room", "Result", "Process", "Failure", "JobError", "CallError", "InterpreterDied"]
 
 
 class Result(collections.namedtuple("Result", "status stdout stderr worker seconds")):
@@ -12620,8 +13416,9 @@ class PoolThread:
     Whatever goes wrong in it ends the jobs there are with a Failure, and the thread; the next call starts another one.
     """
 
-    def __init__(self, key, settings, most):
+    def __init__(self, key, settings, most, on_ready=None):
         import threading
+        self.on_ready = on_ready        # called in the thread when there may be a slot for one more job
         self.key = key
         self.settings = settings
         self.most = most
@@ -12672,6 +13469,8 @@ class PoolThread:
         self.thread, self.loop, self.pool = thread, loop, pool
 
     def _count_slots(self):
+        if self.on_ready:
+            self.on_ready()
         before, self.slots = self.slots, len(self.pool.connections)
         if self.slots != before:
             for each in list(self.maps):
@@ -12993,6 +13792,1290 @@ class Process:
             except BrokenPipeError:
                 pass        # what was not written yet has no reader any more
         self._over.wait()
+
+
+# ---------------------------------------------------------------- Executor
+#
+# The room as a pool of Python functions.
+
+class CallError(RuntimeError):
+    """What went wrong with a call of an Executor, in words: it raised what cannot be brought here, or could not be
+    run."""
+
+
+class InterpreterDied(CallError):
+    """The interpreter that ran a call has ended under it; the words tell of what, and where."""
+
+
+class RemoteTraceback(Exception):
+    """The traceback of what a call raised, as text: the cause of its exception here."""
+
+    def __str__(self):
+        return '\n"""\n%s"""' % self.args[0]
+
+
+INTERPRETER_IDLE = 60.0     # seconds without a call after which an interpreter gives its slot back
+ABORT_PATIENCE = 2.0        # seconds until a Ctrl-C does not wait any longer
+LEAVE_PATIENCE = 1.0        # seconds that an interpreter has to end by itself
+CALL_LOOK = 0.02            # seconds between two looks whether a call turns out to be long
+MIND = 0.25                 # seconds between two looks which interpreters are needed
+START_FAILURES = 3          # in a row, and none that started: what waits is told why
+START_AVOID = 0.25          # seconds for which a worker is passed over after that; doubled with each
+START_AVOID_MOST = 60.0
+LINE_LONGEST = 1 << 16      # bytes of a printed line that passes as one
+SENT_EACH = 1 << 24        # bytes of one module or data file that is sent
+SENT_MAX = 1 << 28       # bytes of all of them for one interpreter
+QUESTIONS_MAX = 20000       # of one interpreter
+MAP_LEAST = 1000            # inputs that map takes at once
+
+
+class Call:
+    """One call at the submitter.  taker is told how it ends; it has three methods of concurrent.futures.Future."""
+    __slots__ = ("data", "buffers", "size", "by_value", "taker", "state", "losses", "interpreter", "number",
+                 "claimed")
+
+    def __init__(self, data, buffers, by_value, taker):
+        self.data = data
+        self.buffers = buffers
+        self.size = len(data) + sum(map(len, buffers))
+        self.by_value = by_value        # the only version of Python that can read it, as code is in it; or None
+        self.taker = taker
+        self.state = CALL_QUEUED
+        self.losses = 0                 # workers that were lost while they ran it
+        self.interpreter = None         # which has it, unless it is queued
+        self.number = None              # by which that one knows it
+        self.claimed = False            # its taker cannot cancel it any more
+
+    def claim(self):
+        """Whether its taker still waits for it; from now on it does."""
+        self.claimed = self.claimed or self.taker.set_running_or_notify_cancel()
+        return self.claimed
+
+    def on(self, event):
+        self.state = next_state(CALL_STATES, self.state, event)
+        if self.state is CALL_QUEUED:
+            self.interpreter = None
+        elif self.state is CALL_OVER:     # no reference is kept
+            self.data = self.buffers = self.taker = self.interpreter = None
+
+
+class CallSource:
+    """The messages on their way to an interpreter."""
+
+    def __init__(self):
+        self.parts = collections.deque()
+        self.over = False               # nothing comes behind them
+
+    def put(self, parts):
+        self.parts.extend(parts)
+
+    def read_into(self, view):
+        at = 0
+        while self.parts and at < len(view):
+            part = self.parts[0]
+            size = min(len(part), len(view) - at)
+            view[at:at + size] = part[:size] if size < len(part) else part
+            at += size
+            if size < len(part):
+                self.parts[0] = memoryview(part)[size:]
+            else:
+                self.parts.popleft()
+        return at if at or self.over else None
+
+    def can_rewind(self):
+        return True
+
+    def rewind(self):
+        """The Interpreter puts in what the next attempt needs."""
+
+    def close(self):
+        self.parts.clear()
+
+
+class AnswerSink:
+    """The messages from an interpreter."""
+
+    def __init__(self, interpreter):
+        self.interpreter = interpreter
+        self.reader = CallReader()
+
+    def feed(self, view):
+        try:
+            for message in self.reader.read(view):
+                if self.interpreter.attempt:
+                    self.interpreter.on_message(*message)
+        except ProtocolError as error:
+            self.interpreter.broken(error)
+        self.interpreter.consumed(ANSWERS, len(view))
+        self.interpreter.pool.after_messages()
+        return False
+
+    def finish(self):
+        self.interpreter.sink_finished(ANSWERS)
+
+
+class PrintSink:
+    """What calls print: passes whole lines on."""
+
+    def __init__(self, interpreter, number):
+        self.interpreter = interpreter
+        self.number = number
+        self.line = bytearray()
+
+    def feed(self, view):
+        self.line += view
+        end = self.line.rfind(b"\n") + 1
+        self.pass_on(end if end or len(self.line) < LINE_LONGEST else len(self.line))
+        self.interpreter.pool.after_messages()
+        return False
+
+    def pass_on(self, size=None):
+        """So much of what is there; a call that has ended has no more of its line."""
+        data = bytes(self.line[:size])
+        if data:
+            del self.line[:size]
+            self.interpreter.pool.tell(self.interpreter.pool.print, self.interpreter, self.number, data)
+
+    def finish(self):
+        self.pass_on()
+        self.interpreter.sink_finished(self.number)
+
+
+class Interpreter(JobStreams):
+    """One interpreter of an Executor: the streams of its job, and the calls that it owes.  A CallPool makes it, and
+    hears of its end from the Pool."""
+
+    def __init__(self, pool):
+        super().__init__()
+        self.pool = pool
+        self.state = SEEKING
+        self.descriptors = CALL_DESCRIPTORS
+        self.submission = Submission(self, [], pool.settings.retries, pool.on_end)
+        self.submission.avoid = pool.avoid
+        self.instance = None            # of its worker
+        self.leave_timer = None
+        self._reset()
+
+    def _reset(self):
+        self.wanted_back = False            # its worker has others that wait for the slot
+        self.worn_out = False               # it asks to be replaced
+        self.owed = collections.OrderedDict()       # {number: Call} of those without an answer, as they were sent
+        self.dropped = set()                # numbers of those that it is to leave out
+        self.bytes_owed = 0
+        self.sent = 0                       # calls in all
+        self.seconds = None                 # that a call takes, on average
+        self.began = None                   # when the call in hand did
+        self.idle_since = time.monotonic()
+        self.python = None                  # its version
+        self.library = SourceLibrary(self.pool.main)
+        self.source = CallSource()
+        self.sources = {CALLS: self.source}
+        self.sinks = {1: PrintSink(self, 1), 2: PrintSink(self, 2), ANSWERS: AnswerSink(self)}
+        self.delivered.clear()
+
+    # -- what the Pool says
+    def begin(self, attempt):
+        if self.state is BOOTING:
+            self.lost_calls()
+            self.on("lost")
+        self._reset()
+        self.instance = attempt.kept.instance
+        self.source.put(self.pool.setup)
+        super().begin(attempt)
+
+    def accepted(self):
+        self.on("started")
+        self.pool.pump()
+
+    def others_wait(self, waiting):
+        self.wanted_back = waiting
+        if waiting and self.state in (BOOTING, SERVING):
+            self.take_back()
+            self.pool.pump()
+
+    def broken(self, error):
+        if self.attempt:
+            self.attempt.pool.fail(self.attempt.submission, Failure("interpreter on %s" % self.place, error))
+
+    # -- calls
+    def on(self, event):
+        self.state = next_state(INTERPRETER_STATES, self.state, event)
+
+    @property
+    def place(self):
+        return self.submission.worker
+
+    def trip(self):
+        return self.attempt.session.round_trip or 0.0 if self.attempt else 0.0
+
+    def count(self):
+        """How many calls it has to run."""
+        return len(self.owed) - len(self.dropped)
+
+    def room(self):
+        """How many more calls it may be given now."""
+        if self.state not in (BOOTING, SERVING) or self.wanted_back or self.worn_out or not self.attempt:
+            return 0
+        owed = self.count()
+        return 0 if owed and self.bytes_owed > CALLS_BYTES else calls_most(self.seconds, self.trip()) - owed
+
+    def is_done(self, now):
+        """Whether it is to give its slot back, having no call."""
+        return self.state is SERVING and not self.count() and (
+            self.wanted_back or self.worn_out or now - self.idle_since > INTERPRETER_IDLE)
+
+    def give(self, call):
+        """The caller then calls source_ready(CALLS)."""
+        call.on("sent")
+        self.sent += 1
+        call.interpreter, call.number = self, self.sent
+        self.owed[call.number] = call
+        self.bytes_owed += call.size
+        self.source.put(encode_call(CALL, call.number, call.data, call.buffers))
+        self.worn_out = self.worn_out or self.sent == self.pool.tasks
+        if self.state is SERVING and self.began is None:
+            self._begin_next()
+
+    def _begin_next(self):
+        """The first call that it owes is the one that it runs."""
+        for number, call in self.owed.items():
+            if number in self.dropped:
+                continue
+            if call.state is CALL_BEGUN:
+                return
+            if call.claim():
+                call.on("its turn")
+                self.began = time.monotonic()
+                return
+            self.pool.forget(call)
+        self.began = None
+        self.idle_since = time.monotonic()
+
+    def drop(self, call):
+        """It is not to run this call, which it may have begun all the same."""
+        self.dropped.add(call.number)
+        self.source.put(encode_call(DROP, call.number))
+        self.source_ready(CALLS)
+
+    def take_back(self, keep=0):
+        """Calls that were sent ahead, but for so many, wait again, in front of the others."""
+        calls = [call for number, call in self.owed.items() if number not in self.dropped][keep:]
+        for call in reversed(calls):
+            if call.state is CALL_SENT:
+                self.drop(call)
+                self.pool.again(call, "taken back")
+
+    def lost_calls(self):
+        """It has ended: those that it had not begun wait again; returns the others."""
+        calls = [call for number, call in self.owed.items() if number not in self.dropped]
+        for call in reversed(calls):
+            if call.state is CALL_SENT:
+                self.pool.again(call, "taken back")
+        self.owed.clear()
+        return [call for call in calls if call.state is CALL_BEGUN]
+
+    def look(self, now):
+        """A call in hand that is a long one keeps no others waiting."""
+        if self.began is not None and now - self.began > (self.seconds or 0):
+            self.take_back(calls_most(now - self.began, self.trip()))
+
+    def leave(self):
+        """No more calls: it ends by itself, or is ended."""
+        self.on("leave")
+        self.source.over = True
+        self.source_ready(CALLS)
+        self.leave_timer = self.pool.loop.call_later(LEAVE_PATIENCE, lambda: self.pool.end_interpreter(self))
+
+    # -- messages
+    def on_message(self, kind, number, microseconds, data, buffers):
+        if kind == READY and self.state is BOOTING:
+            self._ready(data)
+        elif kind in (RETURNED, RAISED, DROPPED) and self.state is not BOOTING:
+            self._answered(kind, number, microseconds, data, buffers)
+        elif kind == WANTED:
+            self._asked(number, bytes(data))
+        elif kind == ENOUGH:
+            self.worn_out = True
+            self.take_back(1)
+        else:
+            raise ProtocolError("a message of calls out of place")
+
+    def _ready(self, data):
+        version, python, *failed = (text.decode("utf-8", "replace") for text in unpack_texts(bytes(data)))
+        if version != CALL_VERSION:
+            raise ProtocolError("a cservice of another version")
+        if failed:
+            return self.pool.on_start_failed(self, *failed)
+        self.python = tuple(map(int, python.split(".")))
+        self.on("ready")
+        self.pool.on_started(self)
+        self._begin_next()
+
+    def _answered(self, kind, number, microseconds, data, buffers):
+        call = self.owed.pop(number, None)
+        if call is None:
+            raise ProtocolError("an answer to no call")
+        self.bytes_owed -= call.size
+        self.dropped.discard(number)
+        for sink in self.sinks[1], self.sinks[2]:
+            sink.pass_on()
+        if kind != DROPPED:
+            seconds = microseconds / 1e6
+            self.seconds = seconds if self.seconds is None else (self.seconds + seconds) / 2
+            self.pool.on_answer(self, call, number, kind, data, buffers)
+        self._begin_next()
+
+    def _asked(self, number, question):
+        attempt = self.attempt
+
+        def answer(reply):
+            if self.attempt is attempt and not self.source.over:
+                self.source.put(encode_call(REPLY, number, reply))
+                self.source_ready(CALLS)
+        self.pool.librarian().call(functools.partial(self.library.answer, question), answer)
+
+
+class CallPool:
+    """What an Executor does, without the Executor, which may be forgotten before its calls have ended: calls, the
+    interpreters that run them, and two threads, one for the network (a PoolThread) and one that tells results.  A third
+    one answers questions for modules, since reading files may take a while.
+
+    What is not said to be for any thread is for the network's.
+    """
+    open = set()                        # those that have begun, until they are over
+
+    def __init__(self, key, settings, most, setup, main, tasks):
+        import threading
+        from queue import SimpleQueue
+        self.thread = PoolThread(key, settings, most, self.pump_soon)
+        self.settings = settings
+        self.most = most
+        self.setup = setup              # parts of the first message to each interpreter
+        self.main = main                # what is told of __main__, or None
+        self.tasks = tasks              # calls that an interpreter runs before it is replaced, or None
+        self.waiting = collections.deque()
+        self.interpreters = set()
+        self.left = 0                   # calls that are not settled
+        self.avoid = {}                 # {instance of a worker: monotonic seconds until which it is passed over}
+        self.start_failures = collections.Counter()     # {instance: in a row}
+        self.started = set()            # instances whose interpreters have started
+        self.woken = False              # pump() will be called
+        self.closing = False            # no more calls are taken
+        self.lock = threading.Lock()    # of `closing`, `left` and what is put into `waiting`
+        self.told = []                  # what the teller is to be given
+        self.news = SimpleQueue()       # what it has been
+        self.teller = None
+        self.finished = threading.Event()
+        self.maps = []                  # MapRuns from which nobody has taken yet
+        self.looking = None             # the timer of _look()
+        self.minding = None             # of _mind()
+        self.helper = None
+        self.aborted = False
+        self.load = CallLoader().load
+        self.pid = os.getpid()
+
+    # -- for any thread
+    def submit(self, data, buffers, by_value, taker, of_map=False):
+        """Makes a Call.  RuntimeError after shutdown, Failure in a forked child."""
+        if not of_map or self.finished.is_set():
+            self.check_open()
+        call = Call(data, buffers, by_value, taker)
+        with self.lock:
+            self.left += 1
+            if self.teller is None:
+                self._begin()
+        self.waiting.append(call)
+        self.pump_soon()
+        return call
+
+    def _begin(self):
+        import threading
+        self.teller = threading.Thread(target=self._tell_all, name="cexec.Executor", daemon=True)
+        self.teller.start()
+        self.open.add(self)
+
+    def check_open(self):
+        if self.pid != os.getpid():
+            raise RuntimeError("this Executor belongs to another process; a forked child makes one of its own")
+        if self.closing:
+            raise RuntimeError("cannot schedule new futures after shutdown")
+
+    def _call(self, function):
+        """function() in the network's thread, unless that is over."""
+        try:
+            self.thread.call(function)
+        except Failure:
+            pass
+
+    def pump_soon(self):
+        if not self.woken:
+            self.woken = True
+            self._call(self.pump)
+
+    def cancelled(self, call):
+        """Nobody wants its result any more."""
+        self._call(lambda: self._cancelled(call))
+
+    def shutdown(self, cancel=False):
+        """No more calls; those there are run to their end, or are cancelled where they have not begun."""
+        if self.pid == os.getpid():
+            self.closing = True
+            if self.teller is None:
+                self.finished.set()
+            else:
+                self._call(self._cancel_waiting if cancel else self.pump)
+
+    def finish(self, wait, cancel=False):
+        """shutdown(), and waits until all is over."""
+        self.closing = True
+        if cancel:
+            for run in self.maps:
+                run.close()
+            self.maps.clear()
+        while wait and self.maps:
+            self.maps[0].complete()
+            del self.maps[0]
+        self.shutdown(cancel)
+        if wait:
+            self.finished.wait()
+
+    def abort(self):
+        """Ends all, the calls in hand too."""
+        self.closing = self.aborted = True
+        self.maps.clear()
+        if self.teller is not None:
+            self._call(self._abort)
+            self.finished.wait(ABORT_PATIENCE)
+
+    def is_own_thread(self):
+        import threading
+        return threading.current_thread() in (self.teller, self.thread.thread)
+
+    # -- the teller's thread
+    def tell(self, what, *arguments):
+        """From the network's thread: what(*arguments) is called by the teller, in the order of the calls of this."""
+        self.told.append((what, arguments))
+
+    def flush(self):
+        if self.told:
+            told, self.told = self.told, []
+            self.news.put(told)
+
+    def after_messages(self):
+        self.flush()
+        if self.waiting or self.closing:
+            self.pump()
+
+    def _tell_all(self):
+        while True:
+            told = self.news.get()
+            if told is None:
+                self.finished.set()
+                return
+            for what, arguments in told:
+                try:
+                    what(*arguments)
+                except BaseException as error:
+                    report_in_thread(error)
+            told = what = arguments = None      # no reference is kept
+
+    def print(self, interpreter, number, data):
+        """Writes what a call has printed to this program's own standard output or error."""
+        file = sys.stdout if number == 1 else sys.stderr
+        try:
+            file.write(data.decode("utf-8", "replace"))
+            file.flush()
+        except Exception:
+            pass        # it is closed, or None: as with a print here, the program goes on without
+        try:
+            self.thread.call(lambda: interpreter.consumed(number, len(data)))
+        except Failure:
+            pass
+
+    def _result(self, taker, kind, data, buffers, place):
+        try:
+            if kind == RETURNED:
+                return taker.set_result(self.load(data, buffers))
+            error = self._raised(data, place)
+        except BaseException as problem:
+            error = problem
+        taker.set_exception(error)
+
+    def _raised(self, data, place):
+        """The exception of a call, its remote traceback as its cause."""
+        text, words, pickled = self.load(data, [])
+        try:
+            error = self.load(pickled, []) if pickled is not None else None
+        except BaseException as problem:
+            words += " (it cannot be unpickled here: %s)" % words_of(problem)
+            error = None
+        if not isinstance(error, BaseException):
+            error = CallError("on %s: %s" % (place, words))
+        error.__cause__ = RemoteTraceback(text)
+        return error
+
+    # -- calls
+    def pump(self):
+        """Gives calls to interpreters, looks for more of them, and ends when all is done."""
+        self.woken = False
+        self._give()
+        now = time.monotonic()
+        for interpreter in self.interpreters:
+            if interpreter.is_done(now):
+                interpreter.leave()
+        self._look_for_slots()
+        self.flush()
+        self._maybe_over()
+
+    def _give(self):
+        slots = [each for each in self.interpreters if each.room() > 0]
+        while self.waiting and slots:
+            share = -(-len(self.waiting) // len(slots))
+            slots.sort(key=Interpreter.count)
+            given = 0
+            for slot in slots:
+                room, before = min(slot.room(), share), given
+                while room > 0 and self.waiting:
+                    call = self.waiting.popleft()
+                    if call.state is CALL_OVER:
+                        continue
+                    if call.by_value and slot.python != call.by_value:
+                        if slot.python is None:
+                            self.waiting.appendleft(call)
+                            break
+                        self._refuse(call, slot)
+                        continue
+                    slot.give(call)
+                    room, given = room - 1, given + 1
+                if given > before:
+                    slot.source_ready(CALLS)
+            slots = [each for each in slots if each.room() > 0] if given else []
+        if not self.looking and any(len(each.owed) > 1 for each in self.interpreters):
+            self.looking = self.loop.call_later(CALL_LOOK, self._look)
+
+    def _refuse(self, call, interpreter):
+        self.fail(call, CallError("the function has no source, so its code would be sent, which Python %d.%d here has "
+                                  "made and Python %d.%d on worker %s cannot run" % (
+                                      *call.by_value, *interpreter.python, interpreter.place)))
+
+    def _look(self):
+        self.looking = None
+        now = time.monotonic()
+        for interpreter in self.interpreters:
+            interpreter.look(now)
+        self.pump()
+
+    def again(self, call, event):
+        """It waits again, in front."""
+        call.on(event)
+        self.waiting.appendleft(call)
+
+    def settle(self, call, event):
+        """It has ended; returns who is to be told."""
+        taker = call.taker
+        call.on(event)
+        with self.lock:
+            self.left -= 1
+        return taker
+
+    def forget(self, call):
+        """It was cancelled."""
+        if call.interpreter:
+            call.interpreter.drop(call)
+        self.settle(call, "cancelled")
+
+    def fail(self, call, error):
+        if call.claim():
+            self.tell(self.settle(call, "failed").set_exception, error)
+        else:
+            self.forget(call)
+
+    def on_answer(self, interpreter, call, number, kind, data, buffers):
+        """Where a call was sent twice, the first answer counts."""
+        if call.state is CALL_OVER:
+            return
+        if call.interpreter and (call.interpreter is not interpreter or call.number != number):
+            call.interpreter.drop(call)
+        if call.claim():
+            self.tell(self._result, self.settle(call, "answered"), kind, data, buffers, interpreter.place)
+        else:
+            self.settle(call, "cancelled")
+
+    def _cancelled(self, call):
+        if call.state in (CALL_QUEUED, CALL_SENT):
+            call.taker.set_running_or_notify_cancel()
+            self.forget(call)
+            self.flush()
+            self.pump()
+
+    def _cancel_waiting(self):
+        calls = [*self.waiting, *(call for each in self.interpreters for call in each.owed.values())]
+        self.waiting.clear()
+        for call in calls:
+            if call.state in (CALL_QUEUED, CALL_SENT) and call.taker.cancel():
+                call.taker.set_running_or_notify_cancel()
+                self.forget(call)
+        self.pump()
+
+    def fail_waiting(self, make_error):
+        calls, self.waiting = self.waiting, collections.deque()
+        for call in calls:
+            if call.state is CALL_QUEUED:
+                self.fail(call, make_error())
+
+    def _abort(self):
+        self._cancel_waiting()
+        for interpreter in list(self.interpreters):
+            self.end_interpreter(interpreter)
+
+    # -- interpreters
+    @property
+    def loop(self):
+        return self.thread.loop
+
+    def librarian(self):
+        """The thread that answers questions for modules."""
+        if self.helper is None or self.helper.loop is not self.loop:
+            self.helper = Helper(self.loop)
+        return self.helper
+
+    def _look_for_slots(self):
+        pool, waiting = self.thread.pool, len(self.waiting)
+        seeking = sum(each.state is SEEKING for each in self.interpreters)
+        while seeking < waiting and len(self.interpreters) < self.most and pool.has_capacity():
+            interpreter = Interpreter(self)
+            self.interpreters.add(interpreter)
+            self.thread.submissions.add(interpreter.submission)
+            pool.submit(interpreter.submission)
+            seeking = sum(each.state is SEEKING for each in self.interpreters)
+        pool.more = max(0, min(waiting - seeking, self.most - len(self.interpreters)))
+        if self.interpreters and not self.minding:
+            self.minding = self.loop.call_later(MIND, self._mind)
+
+    def _mind(self):
+        """No more slots are looked for than there are calls for; interpreters that nobody needs end."""
+        self.minding = None
+        if not self.waiting:
+            for interpreter in [each for each in self.interpreters if each.state is SEEKING]:
+                self.end_interpreter(interpreter)
+        self.pump()
+
+    def end_interpreter(self, interpreter):
+        """At once, whatever it does."""
+        if not interpreter.submission.done:
+            self.thread.pool.cancel(interpreter.submission)
+            self.on_end(None, Failure("the call", "cancelled"), interpreter.submission)
+
+    def on_started(self, interpreter):
+        instance = interpreter.attempt.kept.instance
+        self.started.add(instance)
+        self.start_failures.pop(instance, None)
+
+    def on_start_failed(self, interpreter, trace, words):
+        """Its initializer has raised something."""
+        place = interpreter.place
+
+        def error():
+            failure = CallError("the initializer failed on worker %s: %s" % (place, words))
+            failure.__cause__ = RemoteTraceback(trace)
+            return failure
+        interpreter.lost_calls()
+        self._count_failure(interpreter.attempt.kept.instance, error)
+        self.end_interpreter(interpreter)
+
+    def _count_failure(self, instance, make_error):
+        """An interpreter did not start.  Its worker is passed over for a while; if nobody else has done better, calls
+        that wait are told."""
+        self.start_failures[instance] += 1
+        count = self.start_failures[instance]
+        self.avoid[instance] = time.monotonic() + min(START_AVOID * 2 ** (count - 1), START_AVOID_MOST)
+        if count >= START_FAILURES and not self.started - {instance}:
+            self.fail_waiting(make_error)
+
+    def on_end(self, status, failure, submission):
+        """An interpreter has ended, or its worker is lost, or none was found."""
+        interpreter = submission.streams
+        self.thread.submissions.discard(submission)
+        self.interpreters.discard(interpreter)
+        if interpreter.leave_timer:
+            interpreter.leave_timer.cancel()
+        begun = interpreter.lost_calls()
+        if failure is None:
+            self._ended(interpreter, submission, begun)
+        else:
+            for call in begun:
+                self._lost(call, failure)
+        if isinstance(failure, NoWorker) or failure and self.thread.thread is None:
+            self.fail_waiting(lambda: Failure(*failure.args))
+        self.flush()
+        self.pump_soon()
+
+    def _ended(self, interpreter, submission, begun):
+        report = submission.report
+        words = "%s%s on worker %s" % (
+            "was ended by signal %d (%s)" % (report.number, report.name or "unknown") if report.signalled else
+            "ended with status %d" % report.number, ", " + report.reason if report.reason else "", submission.worker)
+        for call in begun:
+            self.fail(call, InterpreterDied("the interpreter that ran the call %s" % words))
+        if interpreter.state is BOOTING:
+            self._count_failure(interpreter.instance, lambda: InterpreterDied(
+                "the interpreter %s before it was ready" % words))
+
+    def _lost(self, call, failure):
+        call.losses += 1
+        if call.losses > self.settings.retries or self.thread.thread is None or self.aborted:
+            self.fail(call, Failure(*failure.args))
+        else:
+            self.again(call, "lost")
+
+    def _maybe_over(self):
+        """After shutdown, when nothing is left to be done, all ends: interpreters, the network, the teller."""
+        if not self.closing or self.left or self.maps or self.thread.closed:
+            return
+        for interpreter in list(self.interpreters):
+            if interpreter.state is SEEKING:
+                self.end_interpreter(interpreter)
+            elif interpreter.state is not LEAVING:
+                interpreter.leave()
+        if not self.interpreters:
+            self.thread.close(wait=False)
+            if self.helper:
+                self.helper.end()
+            self.flush()
+            self.news.put(None)
+            self.open.discard(self)
+
+
+def end_pools():
+    """At the program's end: calls complete, unless it ends by a Ctrl-C."""
+    interrupted = getattr(sys, "last_type", None)
+    for pool in list(CallPool.open):
+        if pool.pid != os.getpid():
+            continue
+        try:
+            if interrupted is not None and issubclass(interrupted, KeyboardInterrupt):
+                pool.abort()
+            else:
+                pool.finish(wait=True)
+        except KeyboardInterrupt:
+            pool.abort()
+
+
+@functools.lru_cache(maxsize=None)
+def end_pools_at_exit():
+    import atexit
+    atexit.register(end_pools)
+
+
+def report_in_thread(error):
+    """What a callback of a future has raised that futures do not catch."""
+    import traceback
+    traceback.print_exception(type(error), error, error.__traceback__)
+
+
+class SourceLibrary:
+    """Answers the questions of one interpreter for modules of this program.  Nothing is imported for that, a module is
+    asked for by its dotted name and never by a path, and what is sent is bounded.  Used in one thread."""
+
+    def __init__(self, main):
+        self.main = main
+        self.packages = {}              # {name: folder} of regular packages that were sent
+        self.questions = 0
+        self.bytes_sent = 0
+
+    def answer(self, question):
+        """The pickle of the reply: for a module (where it comes from, file name, whether it is a package, source, words
+        for what is missing); for data its bytes, for a folder {name: whether it is a folder}; None where there is
+        nothing."""
+        import pickle
+        self.questions += 1
+        kind, name, more = (text.decode("utf-8", "replace") for text in unpack_texts(question)[:3])
+        reply = None
+        try:
+            if self.questions <= QUESTIONS_MAX and all(part.isidentifier() for part in name.split(".")):
+                reply = {"module": self._module, "data": self._data, "folder": self._folder}[kind](name, more)
+        except Exception:
+            pass        # what cannot be looked up or read is not there
+        if reply is None and kind == "module":
+            reply = MISSING, "", False, b"", ""
+        return pickle.dumps(reply, 4)
+
+    # -- modules
+    def _module(self, name, local):
+        spec = find_spec_here(name)
+        if spec is None:
+            return (HERE_SIDE if local else MISSING), "", False, b"", ""
+        if spec.loader is None or spec.origin in (None, "namespace"):
+            return (NAMESPACE, "", True, b"", "") if spec.submodule_search_locations is not None else None
+        side = side_of(spec.origin)
+        if side == "standard" or side == "installed" and local and name.partition(".")[0] != "cloudpickle":
+            return (HERE_SIDE if local else MISSING), "", False, b"", ": it is of the submitter's standard library"
+        source = self._read(spec.loader, spec.origin) if spec.origin.endswith(".py") else None
+        if source is None:
+            return MISSING, "", False, b"", ": it is compiled, or has no source, so it has to be installed there"
+        is_package = spec.submodule_search_locations is not None
+        if is_package:
+            self.packages[name] = os.path.realpath(os.path.dirname(spec.origin))
+        return THERE_SIDE, spec.origin, is_package, source, ""
+
+    def _read(self, loader, path):
+        """The bytes of a file, or of a member of a zip file; None for what is no regular file, or too much."""
+        if not os.path.isfile(path):
+            data = loader.get_data(path) if type(loader).__name__ == "zipimporter" else None
+        elif os.path.getsize(path) > SENT_EACH:
+            return None
+        else:
+            with open(path, "rb") as file:
+                data = file.read(SENT_EACH)
+        if data is None or self.bytes_sent + len(data) > SENT_MAX:
+            return None
+        self.bytes_sent += len(data)
+        return data
+
+    # -- data files, of packages that were sent
+    def _inside(self, package, name):
+        """(loader, path) of what is in the package's folder, or None."""
+        folder = self.packages.get(package)
+        parts = name.split("/") if name else []
+        if folder is None or not set(parts).isdisjoint({"", ".", ".."}) or "\0" in name or os.sep != "/":
+            return None
+        path = os.path.join(folder, *parts)
+        if os.path.realpath(path) != path:
+            return None         # a link, of which nobody knows where it leads to the next moment
+        return find_spec_here(package).loader, path
+
+    def _data(self, package, name):
+        inside = self._inside(package, name)
+        return inside and self._read(*inside)
+
+    def _folder(self, package, name):
+        inside = self._inside(package, name)
+        if not inside or not os.path.isdir(inside[1]):
+            return None
+        with os.scandir(inside[1]) as entries:
+            return {entry.name: entry.is_dir(follow_symlinks=False) for entry in entries}
+
+
+def find_spec_here(name):
+    """The spec of a module of this program, without importing anything: of what has been imported, or what the path
+    finders find; None where there is none."""
+    from importlib.machinery import PathFinder
+    module = sys.modules.get(name)
+    spec = getattr(module, "__spec__", None)
+    if module is not None:
+        return spec if getattr(spec, "name", None) == name else None
+    parent = name.rpartition(".")[0]
+    if not parent:
+        return PathFinder.find_spec(name)
+    above = find_spec_here(parent)
+    places = getattr(sys.modules.get(parent), "__path__", None)
+    if places is None:
+        places = above and above.submodule_search_locations
+    return PathFinder.find_spec(name, list(places)) if places is not None else None
+
+
+def side_of(path):
+    """"standard", "installed" or "own": whose a file that is imported from is."""
+    path = os.path.realpath(path)
+    parts = path.split(os.sep)
+    if "site-packages" in parts or "dist-packages" in parts or is_below(path, installed_folders()):
+        return "installed"
+    return "standard" if is_below(path, standard_folders()) else "own"
+
+
+def is_below(path, folders):
+    return any(path.startswith(folder.rstrip(os.sep) + os.sep) for folder in folders)
+
+
+@functools.lru_cache(maxsize=None)
+def standard_folders():
+    import sysconfig
+    return {os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")}
+
+
+@functools.lru_cache(maxsize=None)
+def installed_folders():
+    import site, sysconfig
+    folders = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    if hasattr(site, "getsitepackages"):
+        folders.update(site.getsitepackages())
+        folders.add(site.getusersitepackages())
+    return {os.path.realpath(folder) for folder in folders if folder}
+
+
+def shadowed_modules():
+    """Names of the standard library by which this program has imported modules from elsewhere."""
+    names = standard_names().intersection(sys.modules)
+    specs = [(name, getattr(sys.modules[name], "__spec__", None)) for name in names]
+    return [name for name, spec in specs
+            if getattr(spec, "has_location", False) and spec.origin and side_of(spec.origin) == "own"]
+
+
+def main_here():
+    """What interpreters are told of this program's __main__ so that they can run it; None where it has no source."""
+    module = sys.modules["__main__"]
+    path, spec = getattr(module, "__file__", None), getattr(module, "__spec__", None)
+    loader = getattr(module, "__loader__", None)
+    try:
+        if path and os.path.isfile(path):
+            with open(path, "rb") as file:
+                source = file.read()
+        elif path and hasattr(loader, "get_data"):
+            source = loader.get_data(path)
+        else:
+            return None
+    except (OSError, ImportError):
+        return None
+    return {"file": os.path.abspath(path), "source": source, "name": spec and spec.name,
+            "package": getattr(module, "__package__", None)}
+
+
+class CallPickler:
+    """Pickles what is called, in the caller's thread."""
+
+    def __init__(self, main):
+        import pickle
+        self.dumps = pickle.dumps
+        self.error = pickle.PicklingError
+        self.main = main
+        self.finds_main = None if main else main_finder_class()
+
+    def pickle(self, value):
+        """(pickle, [buffer], the version of Python that alone can read it or None)."""
+        try:
+            if self.finds_main:
+                self.finds_main(io.BytesIO(), 5).dump(value)
+            data, buffers = dump(self.dumps, value)
+            version = None
+        except Exception as error:
+            try:
+                import cloudpickle
+            except ImportError:
+                raise error from None
+            data, buffers = dump(cloudpickle.dumps, value)
+            version = sys.version_info[:2]
+        # What is changed from now on is not what runs.
+        return data, [bytes(buffer) for buffer in buffers], version
+
+
+def main_finder_class():
+    import pickle, types
+
+    class MainFinder(pickle.Pickler):
+        """Fails for what is of a __main__ that has no source."""
+
+        def reducer_override(self, value):
+            if isinstance(value, (type, types.FunctionType)) and value.__module__ == "__main__":
+                raise pickle.PicklingError(
+                    "%r is of a __main__ that has no source which a worker could run; put it into a module or a "
+                    "script, or install cloudpickle here" % value.__qualname__)
+            return NotImplemented
+    return MainFinder
+
+
+class CallLoader:
+    """Unpickles what workers send.  A module that has been imported, or is just being so, is not waited for."""
+
+    def __init__(self):
+        self.unpickler = unpickler_class(self._find)
+
+    def load(self, data, buffers):
+        return self.unpickler(io.BytesIO(data), buffers=buffers).load()
+
+    def _find(self, module, name, find):
+        found = sys.modules.get("__main__" if module == "__mp_main__" else module)
+        try:
+            return operator.attrgetter(name)(found)
+        except AttributeError:
+            return find(module, name)
+
+
+class MapItem:
+    """One call of a map; the taker of its Call."""
+    __slots__ = ("run", "over", "value", "error")
+
+    def __init__(self, run):
+        self.run = run
+        self.over = False
+        self.value = None
+        self.error = None
+
+    def set_running_or_notify_cancel(self):
+        return not self.run.closed
+
+    def cancel(self):
+        self.set_exception(cancelled_error())
+        return True
+
+    def set_result(self, value):
+        self.value = value
+        self._end()
+
+    def set_exception(self, error):
+        self.error = error
+        self._end()
+
+    def _end(self):
+        with self.run.changed:
+            self.over = True
+            self.run.open -= 1
+            self.run.changed.notify_all()
+
+
+class MapRun:
+    """The calls of one map, whose inputs are taken in callers' threads, a bounded number ahead of the results."""
+
+    def __init__(self, pool, pickler, function, inputs, timeout, most):
+        import threading
+        self.pool = pool
+        self.pickler = pickler
+        self.function = function
+        self.inputs = inputs            # None once they are at their end
+        self.until = None if timeout is None else time.monotonic() + timeout
+        self.most = most
+        self.items = collections.deque()    # (MapItem, Call or None) whose results nobody has taken yet
+        self.open = 0                   # of those, without a result
+        self.changed = threading.Condition()
+        self.wanted = True              # somebody may still take results
+        self.closed = False
+
+    def take_inputs(self, count):
+        """Starts calls for more inputs until there are so many items."""
+        while self.inputs is not None and count > 0:
+            arguments = next(self.inputs, self)
+            if arguments is self:
+                self.inputs = None
+                return
+            item = MapItem(self)
+            with self.changed:
+                self.open += 1
+            try:
+                data, buffers, version = self.pickler.pickle((self.function, arguments, {}))
+            except Exception as error:
+                item.set_exception(error)
+                self.items.append((item, None))
+            else:
+                self.items.append((item, self.pool.submit(data, buffers, version, item, of_map=True)))
+            count -= 1
+
+    def next_result(self):
+        self.take_inputs(min(1, self.most - len(self.items) + 1))
+        if not self.items:
+            raise StopIteration
+        item = self.items[0][0]
+        with self.changed:
+            while not item.over:
+                patience = None if self.until is None else self.until - time.monotonic()
+                if patience is not None and patience <= 0:
+                    from concurrent.futures import TimeoutError
+                    raise TimeoutError()
+                self.changed.wait(patience)
+        self.items.popleft()
+        if item.error is not None:
+            raise item.error
+        return item.value
+
+    def complete(self):
+        """Runs what is left, for nobody, or for whoever takes the results later."""
+        while self.inputs is not None and not self.closed:
+            with self.changed:
+                while self.open >= self.most:
+                    self.changed.wait()
+            while not self.wanted and self.items and self.items[0][0].over:
+                self.items.popleft()
+            self.take_inputs(1)
+
+    def close(self):
+        """Nobody wants it any more: calls that have not begun never do."""
+        self.closed, self.inputs = True, None
+        for _, call in self.items:
+            if call is not None:
+                self.pool.cancelled(call)
+        self.items.clear()
+
+
+class MapResults:
+    """The iterator that Executor.map returns."""
+
+    def __init__(self, executor, run):
+        self._executor = executor       # which is not to be forgotten before
+        self._run = run
+        self._taken = False
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if not self._taken:
+            self._taken = True
+            self._executor.forget_map(self._run)
+        try:
+            return self._run.next_result()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self):
+        """Ends the map: calls that have not begun never do."""
+        self._taken = True
+        self._executor.forget_map(self._run)
+        self._run.close()
+
+    def __del__(self):
+        if self._taken:
+            self._run.close()
+        else:
+            self._run.wanted = False
+
+
+class CallExecutor:
+    """The room as a concurrent.futures.Executor, for Python functions; see Executor.
+
+        with cexec.Executor("py.pub") as pool:
+            for result in pool.map(simulate, seeds):
+                print(result)
+    """
+
+    def __init__(self, key, max_workers=None, initializer=None, initargs=(), max_tasks_per_child=None, **settings):
+        if CallLoop.current and CallLoop.current.main_runs:
+            raise RuntimeError(NO_GUARD)
+        if "mp_context" in settings:
+            raise TypeError("an Executor of cexec has no mp_context: its interpreters run on other machines, each "
+                            "started anew")
+        for name, number in ("max_workers", max_workers), ("max_tasks_per_child", max_tasks_per_child):
+            if number is not None and (not isinstance(number, int) or number <= 0):
+                raise ValueError("%s must be greater than 0" % name)
+        if initializer is not None and not callable(initializer):
+            raise TypeError("initializer must be a callable")
+        key, warning = load_key(os.fsdecode(key), "public")
+        if warning:
+            import warnings
+            warnings.warn(warning, stacklevel=2)
+        self._max_workers = min(256, max_workers or 256)        # dask reads it
+        self._pickler = CallPickler(main_here())
+        self._pool = CallPool(key, room_settings(settings), self._max_workers,
+                              self._setup(initializer, initargs), self._pickler.main, max_tasks_per_child)
+        import weakref
+        weakref.finalize(self, self._pool.shutdown).atexit = False
+        end_pools_at_exit()
+
+    def _setup(self, initializer, arguments):
+        import pickle
+        main, data, buffers = self._pickler.main, None, []
+        if initializer is not None:
+            data, buffers, _ = self._pickler.pickle((initializer, tuple(arguments)))
+        return encode_call(SETUP, 0, pickle.dumps({
+            "main": main, "argv": sys.argv if main else None, "shadowed": shadowed_modules(),
+            "initializer": data, "buffers": buffers}, 4))
+
+    def submit(*call, **named):
+        """submit(function, *arguments, **named): calls function(*arguments, **named) in the room; returns the Future of
+        its result.  The call is pickled here and now."""
+        if len(call) < 2:
+            raise TypeError("submit() missing the function to call")
+        self, function, *arguments = call
+        future = future_class()()
+        try:
+            pickled = self._pickler.pickle((function, arguments, named))
+        except Exception as error:
+            self._pool.check_open()
+            future.set_exception(error)
+            return future
+        future.call = self._pool.submit(*pickled, future)
+        future.pool = self._pool
+        return future
+
+    def map(self, function, *iterables, timeout=None, chunksize=1, buffersize=None):
+        """An iterator of function(*inputs) for the inputs that iterables give, as the built-in map; results come in the
+        inputs' order.
+
+        Inputs are taken at once, up to twice the room's slots and at least 1,000 (buffersize: so many), and the rest as
+        results are.  timeout: seconds from this call after which a result that is not there is a TimeoutError.
+        chunksize counts for nothing: calls travel together by themselves.
+        """
+        if chunksize < 1:
+            raise ValueError("chunksize must be >= 1.")
+        if buffersize is not None and not isinstance(buffersize, int):
+            raise TypeError("buffersize must be an integer or None")
+        if buffersize is not None and buffersize < 1:
+            raise ValueError("buffersize must be None or > 0")
+        self._pool.check_open()
+        most = buffersize or max(MAP_LEAST, 2 * self._pool.thread.slots)
+        run = MapRun(self._pool, self._pickler, function, zip(*iterables), timeout, most)
+        self._pool.maps.append(run)
+        try:
+            run.take_inputs(most)
+        except BaseException:
+            self.forget_map(run)
+            run.close()
+            raise
+        if run.inputs is None:
+            self.forget_map(run)
+        return MapResults(self, run)
+
+    def forget_map(self, run):
+        """It needs no shutdown() to be complete."""
+        if run in self._pool.maps:
+            self._pool.maps.remove(run)
+
+    def shutdown(self, wait=True, *, cancel_futures=False):
+        """Takes no more calls.  wait: until all are done, also those of a map from which nobody has taken yet.
+        cancel_futures: those that have not begun never do."""
+        pool = self._pool
+        if pool.pid == os.getpid():
+            try:
+                pool.finish(wait and not pool.is_own_thread(), cancel_futures)
+            except KeyboardInterrupt:
+                pool.abort()
+                raise
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *exception):
+        """Waits for all calls; after a Ctrl-C it ends them."""
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            self._pool.abort()
+        else:
+            self.shutdown()
+        return False
+
+
+@functools.lru_cache(maxsize=None)
+def future_class():
+    """A Future whose cancel() keeps its call from being run.  Its module takes as long to import as all others."""
+    from concurrent.futures import Future
+
+    class CallFuture(Future):
+        call = pool = None
+
+        def cancel(self):
+            cancelled = super().cancel()
+            if cancelled and self.call:
+                self.pool.cancelled(self.call)
+            return cancelled
+    return CallFuture
+
+
+@functools.lru_cache(maxsize=None)
+def executor_class():
+    from concurrent.futures import Executor as Base
+
+    class Executor(CallExecutor, Base):
+        __doc__ = CallExecutor.__doc__
+    Executor.__qualname__ = "Executor"
+    return Executor
+
+
+def __getattr__(name):
+    """Executor is made when it is first wanted."""
+    if name == "Executor":
+        return executor_class()
+    raise AttributeError("module %r has no attribute %r" % (__name__, name))
+
+
+NO_GUARD = """this script makes an Executor while a worker runs it to find its functions
+  what only the program itself shall do belongs behind: if __name__ == "__main__":"""
 
 
 # ---------------------------------------------------------------- demo
