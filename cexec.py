@@ -56,10 +56,11 @@ How a job flows:
     writes data, ends as it did   <- session -     sends data and the exit status
     tells how it went             - GROUP ->       crat prints a line
 
-The order of the sections: numbers, errors, groups, settings, the wire, keys, the session, the choice of a worker (all
-of them pure: bytes, times and chance come in as arguments); then, touching the world: TLS, log, loop, group sockets,
-TCP listeners, this machine, streams, channel, children, terminals, discovery, pool, and the tools: cexec, cmap,
-cservice, cwho, crat, cproxy, ckeygen, the Python API, demo; at the end the table of tools and main.
+The order of the sections: numbers, errors, groups, settings, the wire, keys, the session, calls, the choice of a worker
+(all of them pure: bytes, times and chance come in as arguments); then, touching the world: TLS, log, loop, group
+sockets, TCP listeners, this machine, streams, channel, children, terminals, discovery, pool, and the tools: cexec,
+cmap, cservice, cwho, crat, cproxy, ckeygen, the loop of calls, the Python API, Executor, demo; at the end the table of
+tools and main.
 """
 
 import sys
@@ -10899,8 +10900,7 @@ def cservice(arguments, settings):
     if settings.python and len(arguments) == 1:
         arguments = [arguments[0], sys.executable]
     if len(arguments) < 2:
-        raise Failure("key and command wanted", "", "usage: cservice APP COMMAND [ARG...], or cservice --python APP",
-                      EXIT_USAGE)
+        raise Failure("key and command wanted", "", "usage: cservice APP COMMAND [ARG...]", EXIT_USAGE)
     if settings.user and os.geteuid() != 0:
         raise Failure("--user", "only root can change user", "", EXIT_USAGE)
     find_command(arguments[1])
@@ -13831,10 +13831,11 @@ MAP_LEAST = 1000            # inputs that map takes at once
 
 class Call:
     """One call at the submitter.  taker is told how it ends; it has three methods of concurrent.futures.Future."""
-    __slots__ = ("data", "buffers", "size", "by_value", "taker", "state", "losses", "interpreter", "number",
+    __slots__ = ("pool", "data", "buffers", "size", "by_value", "taker", "state", "losses", "interpreter", "number",
                  "claimed")
 
-    def __init__(self, data, buffers, by_value, taker):
+    def __init__(self, pool, data, buffers, by_value, taker):
+        self.pool = pool
         self.data = data
         self.buffers = buffers
         self.size = len(data) + sum(map(len, buffers))
@@ -14166,7 +14167,7 @@ class CallPool:
         self.news = SimpleQueue()       # what it has been
         self.teller = None
         self.finished = threading.Event()
-        self.maps = []                  # MapRuns from which nobody has taken yet
+        self.maps = []                  # CallMaps from which nobody has taken yet
         self.looking = None             # the timer of _look()
         self.minding = None             # of _mind()
         self.helper = None
@@ -14179,7 +14180,7 @@ class CallPool:
         """Makes a Call.  RuntimeError after shutdown, Failure in a forked child."""
         if not of_map or self.finished.is_set():
             self.check_open()
-        call = Call(data, buffers, by_value, taker)
+        call = Call(self, data, buffers, by_value, taker)
         with self.lock:
             self.left += 1
             if self.teller is None:
@@ -14246,6 +14247,11 @@ class CallPool:
         if self.teller is not None:
             self._call(self._abort)
             self.finished.wait(ABORT_PATIENCE)
+
+    def forget_map(self, run):
+        """It needs no finish() to be complete."""
+        if run in self.maps:
+            self.maps.remove(run)
 
     def is_own_thread(self):
         import threading
@@ -14790,7 +14796,7 @@ class CallLoader:
             return find(module, name)
 
 
-class MapItem:
+class CallMapItem:
     """One call of a map; the taker of its Call."""
     __slots__ = ("run", "over", "value", "error")
 
@@ -14822,7 +14828,7 @@ class MapItem:
             self.run.changed.notify_all()
 
 
-class MapRun:
+class CallMap:
     """The calls of one map, whose inputs are taken in callers' threads, a bounded number ahead of the results."""
 
     def __init__(self, pool, pickler, function, inputs, timeout, most):
@@ -14833,7 +14839,7 @@ class MapRun:
         self.inputs = inputs            # None once they are at their end
         self.until = None if timeout is None else time.monotonic() + timeout
         self.most = most
-        self.items = collections.deque()    # (MapItem, Call or None) whose results nobody has taken yet
+        self.items = collections.deque()    # (CallMapItem, Call or None) whose results nobody has taken yet
         self.open = 0                   # of those, without a result
         self.changed = threading.Condition()
         self.wanted = True              # somebody may still take results
@@ -14846,7 +14852,7 @@ class MapRun:
             if arguments is self:
                 self.inputs = None
                 return
-            item = MapItem(self)
+            item = CallMapItem(self)
             with self.changed:
                 self.open += 1
             try:
@@ -14894,7 +14900,7 @@ class MapRun:
         self.items.clear()
 
 
-class MapResults:
+class CallResults:
     """The iterator that Executor.map returns."""
 
     def __init__(self, executor, run):
@@ -14908,7 +14914,7 @@ class MapResults:
     def __next__(self):
         if not self._taken:
             self._taken = True
-            self._executor.forget_map(self._run)
+            self._run.pool.forget_map(self._run)
         try:
             return self._run.next_result()
         except BaseException:
@@ -14918,7 +14924,7 @@ class MapResults:
     def close(self):
         """Ends the map: calls that have not begun never do."""
         self._taken = True
-        self._executor.forget_map(self._run)
+        self._run.pool.forget_map(self._run)
         self._run.close()
 
     def __del__(self):
@@ -14981,8 +14987,7 @@ class CallExecutor:
             self._pool.check_open()
             future.set_exception(error)
             return future
-        future.call = self._pool.submit(*pickled, future)
-        future.pool = self._pool
+        future.room_call = self._pool.submit(*pickled, future)
         return future
 
     def map(self, function, *iterables, timeout=None, chunksize=1, buffersize=None):
@@ -15001,22 +15006,17 @@ class CallExecutor:
             raise ValueError("buffersize must be None or > 0")
         self._pool.check_open()
         most = buffersize or max(MAP_LEAST, 2 * self._pool.thread.slots)
-        run = MapRun(self._pool, self._pickler, function, zip(*iterables), timeout, most)
+        run = CallMap(self._pool, self._pickler, function, zip(*iterables), timeout, most)
         self._pool.maps.append(run)
         try:
             run.take_inputs(most)
         except BaseException:
-            self.forget_map(run)
+            self._pool.forget_map(run)
             run.close()
             raise
         if run.inputs is None:
-            self.forget_map(run)
-        return MapResults(self, run)
-
-    def forget_map(self, run):
-        """It needs no shutdown() to be complete."""
-        if run in self._pool.maps:
-            self._pool.maps.remove(run)
+            self._pool.forget_map(run)
+        return CallResults(self, run)
 
     def shutdown(self, wait=True, *, cancel_futures=False):
         """Takes no more calls.  wait: until all are done, also those of a map from which nobody has taken yet.
@@ -15047,12 +15047,12 @@ def future_class():
     from concurrent.futures import Future
 
     class CallFuture(Future):
-        call = pool = None
+        room_call = None            # its Call
 
         def cancel(self):
             cancelled = super().cancel()
-            if cancelled and self.call:
-                self.pool.cancelled(self.call)
+            if cancelled and self.room_call:
+                self.room_call.pool.cancelled(self.room_call)
             return cancelled
     return CallFuture
 
@@ -15499,8 +15499,9 @@ $ seq 100 | cmap --value FRAME --out 'frames/{}.png' app.pub
 """)),
     (CSERVICE, Tool(cservice, "cservice [OPTION...] APP COMMAND [ARG...], or cservice --stop APP", """\
 Serves jobs for the key: each runs COMMAND with the submitter's descriptors.
+--python APP [PYTHON [ARG...]]: calls of Python functions, in place of COMMAND.
 SIGTERM: no new jobs, the running ones finish; a second one ends them.
-""", ("-d", "--stop", "--now", "--concurrency", "--user", "--if", "--limit", "--scratch", "--allow", "--log"), """\
+""", ("-d", "--stop", "--now", "--python", "--concurrency", "--user", "--if", "--limit", "--scratch", "--allow", "--log"), """\
 0    told to stop; -d: it is ready; --stop: all have ended
 111  a temporary failure
 2    wrong usage; --stop: a service manager runs one, which is not stopped
@@ -15508,6 +15509,7 @@ SIGTERM: no new jobs, the running ones finish; a second one ends them.
 $ cservice app oggenc -o- -            # serves until Ctrl-C
 $ cservice -d app oggenc -o- -         # in the background
 $ cservice --stop app
+$ cservice --python py venv/bin/python # for cexec.Executor("py.pub")
 """)),
     (CWHO, Tool(cwho, "cwho [OPTION...] APP[.pub]...", """\
 Lists the workers of the keys: who is there, what they do, what they are worth.
