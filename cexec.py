@@ -15501,7 +15501,8 @@ $ seq 100 | cmap --value FRAME --out 'frames/{}.png' app.pub
 Serves jobs for the key: each runs COMMAND with the submitter's descriptors.
 --python APP [PYTHON [ARG...]]: calls of Python functions, in place of COMMAND.
 SIGTERM: no new jobs, the running ones finish; a second one ends them.
-""", ("-d", "--stop", "--now", "--python", "--concurrency", "--user", "--if", "--limit", "--scratch", "--allow", "--log"), """\
+""", ("-d", "--stop", "--now", "--python", "--concurrency", "--user", "--if", "--limit", "--scratch", "--allow",
+       "--log"), """\
 0    told to stop; -d: it is ready; --stop: all have ended
 111  a temporary failure
 2    wrong usage; --stop: a service manager runs one, which is not stopped
