@@ -188,6 +188,7 @@ class Runner:
     def __init__(self):
         self.reports = None         # of the test that runs, in a process that runs tests
         self.quiet = False          # whether a progress line stands for pytest's dots
+        self.selected = {}          # {selection: how many tests it selects of all}
 
     # -------- what pytest calls
 
@@ -205,6 +206,9 @@ class Runner:
     def pytest_collection_modifyitems(self, config, items):
         if items:
             mark_by_place(items)
+            self.selected = {name: sum(bool(item.get_closest_marker(name)) for item in items)
+                             for name in (text.partition("(")[0] for text in MARKS)}
+            self.selected["--quick"] = len(list(everyday(items)))
         chosen = items[:]
         if config.option.quick:
             chosen = list(everyday(chosen))
@@ -481,7 +485,9 @@ class Progress:
             if report.failed:
                 self.clear()
                 self.failures += 1
-                print("FAILED %s" % report.nodeid, file=self.out, flush=True)
+                crash = getattr(report.longrepr, "reprcrash", None)     # all of it comes at the end
+                print("FAILED %s%s" % (report.nodeid, " - " + crash.message.split("\n")[0][:150] if crash else ""),
+                      file=self.out, flush=True)
 
     def left(self):
         """Seconds left, in words: what is expected, as long as it has taken so far by what had been expected."""
@@ -7816,6 +7822,7 @@ def serve_alone(room, tmp_path, queue=1, cpus=None, **env):
     return worker
 
 
+@alone("who answers first depends on how soon workers wake")
 def test_the_idle_one_of_four_workers_gets_the_jobs(room, tmp_path):
     busy = []
     for _ in range(3):          # with one job each, for the others are asleep when it starts
@@ -7836,6 +7843,7 @@ def test_the_idle_one_of_four_workers_gets_the_jobs(room, tmp_path):
     assert max(shares) >= 18, shares
 
 
+@alone("who answers first depends on how soon workers wake")
 def test_a_machine_with_other_work_is_passed_over(room, tmp_path):
     loaded = [serve_alone(room, tmp_path, queue=1 + 3 * (os.cpu_count() or 1)) for _ in range(2)]
     free = serve_alone(room, tmp_path)
@@ -7907,6 +7915,7 @@ def most_at_once(workers):
     return most
 
 
+@alone("who answers first depends on how soon workers wake")
 def test_few_workers_connect_for_each_job(room):
     """Seen by a relay before the submitter, over many jobs with four real workers.  The random part of their timers is
     some milliseconds, so a machine that wakes processes later than that cannot show it."""
@@ -18008,6 +18017,56 @@ def test_a_restarted_crat_is_not_told_the_past(net, key, tmp_path):
     assert net.run_tool("s", "cexec", key + ".pub").returncode == 0
     crat.out.wait("completed", 10)
     assert len(str(crat.out).splitlines()) == 1
+
+
+# ---------------------------------------------------------------- the runner
+
+@pytest.fixture
+def runner(request):
+    """The Runner that these tests run under."""
+    found = [each for each in request.config.pluginmanager.get_plugins() if type(each).__name__ == "Runner"]
+    if not found:
+        pytest.skip("pytest itself runs these tests")
+    return found[0]
+
+
+def test_every_selection_selects_some_tests_and_not_all(runner, request):
+    if any("::" in argument for argument in request.config.args):
+        pytest.skip("only some of the tests have been read")
+    assert {"pure", "net", "root", "slow", "alone", "--quick"} == set(runner.selected)
+    assert all(0 < count < sum(runner.selected.values()) for count in runner.selected.values()), runner.selected
+
+
+BROKEN = """
+import os, pytest
+def test_passes(): pass
+def test_fails(): assert "one" == "two", os.getpid()
+def test_skips(): pytest.skip("no reason")
+def test_ends_its_process(): os._exit(3)
+@pytest.fixture(scope="session")
+def shared():
+    yield
+    raise ValueError("at the end")
+def test_shares(shared): pass
+@pytest.mark.alone("x")
+def test_alone(): pass
+@pytest.mark.alone("x")
+def test_alone_too(): pass
+"""
+
+
+def test_what_happens_in_several_processes_is_reported_by_one(tmp_path):
+    """Each failure by name and in its words, the loss of a process as that of its test, the counts in the last line."""
+    with open(os.path.join(HERE, "test_cexec.py"), encoding="utf-8") as file:
+        head = file.read().partition("\nclass NoPytest")[0]
+    (tmp_path / "test_cexec.py").write_text(
+        head + BROKEN + "def before_processes(): pass\ndef in_new_process(): pass\n")
+    done = run_command(sys.executable, tmp_path / "test_cexec.py", "-q", "--processes", "3", "-rs",
+                       env={"XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME")}, timeout=60)
+    text = done.stdout.decode()
+    assert done.returncode == 1 and re.match(r"3 failed, 4 passed, 1 skipped in ", text.splitlines()[-1]), text
+    for words in ("assert 'one' == 'two'", "no reason", "the process that ran this test ended: status 3", "at the end"):
+        assert words in text
 
 
 # ---------------------------------------------------------------- the benchmark: python3 test_cexec.py bench
