@@ -80,7 +80,7 @@ if sys.version_info < (3, 8):
     raise SystemExit(2)
 
 try:
-    import _thread, binascii, collections, errno, fcntl, functools, gc, hashlib, heapq, hmac, io, itertools, math
+    import _thread, binascii, collections, enum, errno, fcntl, functools, gc, hashlib, heapq, hmac, io, itertools, math
     import operator, os, select, signal, socket, stat, struct, time
 except ImportError as missing:
     if __name__ != "__main__":
@@ -2058,6 +2058,64 @@ class CallReader:
         if at != len(view):
             raise ProtocolError("buffers of a call that do not add up")
         return kind, number, microseconds, parts[0], parts[1:]
+# ---------------------------------------------------------------- slots: what a worker has to give
+#
+# A slot belongs to a connection: it is offered to one search, may serve several jobs of that submitter in turn, and is
+# free when nothing of the last one is left.  The daemon has the truth; a handler reports each of its events by the
+# link before it acts on it.
+
+SlotState = enum.Enum("SlotState", "CONNECTING ASKED HANDSHAKE RUNNING IDLE LEAVING FREE")
+SlotEvent = enum.Enum("SlotEvent", "CONNECTED GO JOB EXIT LEAVE STAY")
+
+SLOTS = {
+    (SlotState.CONNECTING, SlotEvent.CONNECTED): SlotState.ASKED,
+    (SlotState.CONNECTING, SlotEvent.LEAVE): SlotState.FREE,
+    (SlotState.ASKED, SlotEvent.GO): SlotState.HANDSHAKE,
+    (SlotState.ASKED, SlotEvent.LEAVE): SlotState.FREE,
+    (SlotState.HANDSHAKE, SlotEvent.JOB): SlotState.RUNNING,
+    (SlotState.HANDSHAKE, SlotEvent.LEAVE): SlotState.FREE,
+    (SlotState.RUNNING, SlotEvent.EXIT): SlotState.IDLE,
+    (SlotState.RUNNING, SlotEvent.LEAVE): SlotState.LEAVING,    # the job goes on, or is being ended
+    (SlotState.IDLE, SlotEvent.JOB): SlotState.RUNNING,
+    (SlotState.IDLE, SlotEvent.LEAVE): SlotState.FREE,
+    (SlotState.LEAVING, SlotEvent.LEAVE): SlotState.LEAVING,    # told so again, or its submitter or handler has gone
+    (SlotState.LEAVING, SlotEvent.STAY): SlotState.RUNNING,     # nobody waits any more
+    (SlotState.LEAVING, SlotEvent.EXIT): SlotState.FREE,
+}
+PENCILLED = SlotState.CONNECTING, SlotState.ASKED       # offered, and not taken yet
+WITH_JOB = SlotState.RUNNING, SlotState.LEAVING
+
+
+# id, user: as in Job.  submitter: its address, as it says it.  began: monotonic seconds.
+SlotJob = collections.namedtuple("SlotJob", "id submitter user began")
+
+
+class Slot:
+    """One slot of a worker, from the offer to a search until it is free.  A Responder makes it and forgets it.
+
+    answer: what its preamble says.  origin: whom it was offered to.  since: when it was offered, got its GO or began
+    with its first job, in milliseconds, whichever was last; connected: when the connection was made.  reserved: whether
+    it counts against the worker's slots; an offer that has been silent does not any more.  job: the SlotJob it has, or
+    had last.  jobs: how many it has had.
+    """
+    __slots__ = "search answer origin state since connected reserved job jobs".split()
+
+    def __init__(self, search, answer, origin, now):
+        self.search, self.answer, self.origin = search, answer, origin
+        self.state = SlotState.CONNECTING
+        self.since = now
+        self.connected = None
+        self.reserved = True
+        self.job = None
+        self.jobs = 0
+
+    def move(self, event):
+        """The next state, by the table: before anything is done about it."""
+        state = SLOTS.get((self.state, event))
+        if state is None:
+            raise RuntimeError("slot of job %s: event %s in state %s" % (
+                self.job.id if self.job else "none yet", event.name, self.state.name))
+        self.state = state
 
 
 # ---------------------------------------------------------------- choice: which worker runs the job
@@ -2083,8 +2141,15 @@ PENALTY = 3.0           # added to the cost of a ratted-out worker: any other go
 PER_SOURCE = 128        # announcements remembered for one submitting host, the oldest jobs first
 PENDING_MOST = 1024     # and in all; each event looks through them, which takes a third of a millisecond at worst
 ANSWERED_MOST = 1024    # nonces that have been answered: most get no second connection
-PLACES_MOST = 8         # addresses that one search was heard from: the submitter's interfaces, proxies, and copies
-REFUSALS_MOST = 2       # when each of its addresses has failed so often, and the last one refused, a search is over
+REFUSALS_MOST = 2       # a search whose submitter has refused so often is over
+OFFER_RESERVES = 1000.0 # an offer keeps its slot from others for so long
+SILENT_PATIENCE = 100.0 # while others wait, less if the submitter has not shown that it is there: so long, or two round
+                        # trips, from the connected moment on; the more such there are, the sooner
+SILENT_MARK = 3000.0    # an address and port that was silent comes behind others for so long
+SILENT_MOST = 1024      # such marks
+LAPSED_MOST = 64        # offers that have lapsed but may still be taken
+TURN = 500.0            # ms that a submitter keeps a connection while others wait
+FIRST_JOB = 3000.0      # from GO to the first job while others wait: a distant handshake takes several round trips
 PORT_LEAST = 1024       # nobody makes a worker connect to a system's own services
 FORGET = 2.5            # a waiting submitter not heard for so many of its intervals is gone
 INTERVAL_RANGE = (40.0, 10000.0)
@@ -2122,93 +2187,88 @@ def clamp(value, low, high):
     return min(value, high) if value >= low else low
 
 
-class Place:
-    """One address that a search was heard from.  source: as the kernel gives it, with the UDP port; port: TCP.
-    sequence: of the last announcement that came from here first."""
-    __slots__ = ("source", "port", "sequence", "failures")
-
-    def __init__(self, source, port):
-        self.source, self.port = source, port
-        self.sequence, self.failures = -1, 0
+class Origin(collections.namedtuple("Origin", "source port")):
+    """Where an announcement came from.  source: as the kernel gives it, with the UDP port; port: TCP, to connect to."""
+    __slots__ = ()
+    address = property(lambda self: (self.source[0], self.port) + tuple(self.source[2:]), doc="As connect() wants it.")
 
 
-class PendingAnnouncement:
-    """One search for a worker as one worker remembers it, from its first announcement until it is forgotten."""
-    __slots__ = ("nonce source room since until sequence answered hold_sequence hold_end held base jitter cost delay "
-                 "fire queued busy_at busy_told wants_busy places current failed connections over learnt").split()
+class HeardSearch:
+    """One search for workers as one worker remembers it, from its first announcement until it is forgotten."""
+    __slots__ = ("nonce submitter since until sequence times_heard origin alternative connections refusals wanted "
+                 "credit proven over learnt hold_sequence hold_end deferred base jitter cost delay fire queued "
+                 "wants_busy busy_at busy_told").split()
 
-    def __init__(self, nonce):
-        self.nonce, self.room = nonce, None
-        self.sequence = self.answered = -1      # the highest of its announcements, that of the one answered last
-        self.hold_sequence, self.hold_end = -1, -math.inf
-        self.held = 0.0             # ms that holds have deferred it
-        self.queued = False         # its time has come, but no slot was free
-        self.wants_busy = False     # its last announcement had TELL_BUSY
+    def __init__(self, nonce, now, submitter=None):
+        self.nonce, self.submitter, self.since = nonce, submitter, now
+        self.sequence = -1                      # the highest of its announcements
+        self.times_heard = 0                    # announcements with a new sequence number: copies hardly rise
+        self.origin = self.alternative = None   # of the newest announcement; the last one from another address
+        self.connections = self.refusals = 0
+        self.wanted = 1                         # slots, by the newest announcement
+        self.credit = 0                         # connections that may still be made for that announcement
+        self.proven = False                     # a connection got its GO
+        self.over = False                       # it gets no answer any more
+        self.learnt = False                     # its new offset has been taken over
+        self.hold_sequence, self.hold_end, self.deferred = -1, -math.inf, 0.0   # deferred: ms, by all its holds
+        self.fire = math.inf                    # when it is to be answered
+        self.queued = False                     # that time has come, but no slot was free
+        self.wants_busy = False                 # its last announcement had TELL_BUSY
         self.busy_at, self.busy_told = None, -math.inf      # when to say that this worker is busy, and when it did
-        self.places, self.connections = [], 0
-        self.current = None         # the place of the connection under way, or of the last one
-        self.failed = False         # whether it has not shown itself to be the submitter's
-        self.over = False           # it gets no answer any more
-        self.learnt = False         # its new offset has been taken over
 
-    def heard_from(self, source, port, sequence):
+    def heard_from(self, origin, new):
         """Only the submitter can go on to be the first with new sequence numbers: copies come later."""
-        new = sequence > self.sequence
-        place = next((place for place in self.places if place.source[0] == source[0]), None)
-        if place is None:
-            if len(self.places) == PLACES_MOST:
-                if not new:
-                    return
-                self.places.remove(min(self.places, key=lambda place: (place.sequence, -place.failures)))
-            place = Place(source, port)
-            self.places.append(place)
-        elif new and place.failures:
-            place.source, place.port = source, port     # what was heard first may have been the copy
+        elsewhere = self.origin and self.origin.source[0] != origin.source[0]
+        if elsewhere:
+            self.alternative = self.origin if new else origin
         if new:
-            place.sequence = sequence
+            self.origin = origin
 
-    def newest_place(self):
-        """The one that was first with the last announcement: the submitter, unless its datagram was lost."""
-        return max(self.places, key=lambda place: place.sequence)
-
-    def moved(self):
-        """Whether it has been heard from another place since the connection was made."""
-        return self.sequence > self.answered and self.newest_place() is not self.current
-
-    def next_place(self):
-        """Every third connection tries another one, for the first to be heard need not be one that can be reached."""
+    def next_origin(self):
+        """Every third connection tries the other address, for the first to be heard need not be one that can be
+        reached."""
         self.connections += 1
-        self.failed, self.current = False, self.newest_place()
-        if self.connections % 3 == 0:
-            self.current = min(self.places, key=lambda place: (place.failures, -place.sequence))
-        return self.current
+        return self.alternative if self.alternative and self.connections % 3 == 0 else self.origin
+
+    def most_connections(self):
+        """How many at once may wait for their first job: a copy of an announcement costs one."""
+        return self.wanted if self.proven else 1
+
+    def answer_at_once(self):
+        self.fire, self.queued = -math.inf, True
 
 
 class Responder:
-    """When one worker answers which announcement.
+    """When one worker offers a slot to which search.
 
-    slots, cores: jobs at once, processors; speed: 1.0 is usual; uniform() returns a number in (0, 1];
-    boost: a fixed delay in microseconds in place of the load rule.  running counts jobs and reserved slots.
-    stopped: while it is set nobody is answered, as if all slots were taken."""
+    most, cores: slots, processors; speed: 1.0 is usual; uniform() returns a number in (0, 1];
+    boost: a fixed delay in microseconds in place of the load rule.
+    slots: those that are not free.  stopped: while it is set nobody is answered, as if all slots were taken.
 
-    def __init__(self, slots, cores, speed, uniform, boost=None):
-        self.slots, self.cores, self.speed, self.uniform, self.boost = slots, cores, speed, uniform, boost
-        self.running = 0
-        self.held = collections.Counter()           # {room: slots that it has here}
-        self.silent = collections.Counter()         # {address: connections to it that were given up as silent}
+    An offer reserves a slot for a second at most, and while others wait for less if its submitter has not shown yet
+    that it is there: then the slot is offered to them as well, and whose GO comes first has it.
+    """
+
+    def __init__(self, most, cores, speed, uniform, boost=None):
+        self.most, self.cores, self.speed, self.uniform, self.boost = most, cores, speed, uniform, boost
+        self.slots = []
         self.stopped = False
-        self.pending = collections.OrderedDict()    # {nonce: PendingAnnouncement}, the least recently heard first
-        self.connecting = {}                        # the same for connections under way
-        self.parked = {}                            # and for silent ones, which have no slot any more
-        self.answered = collections.OrderedDict()   # and for those that have had one, or need none
+        self.pending = collections.OrderedDict()    # {nonce: HeardSearch}, the least recently heard first
+        self.answered = collections.OrderedDict()   # those that have been, or need no answer
+        self.silent = collections.OrderedDict()     # {(address, port): when an offer to it lapsed}
+        self.turns = 0                              # offers made while several waited
         self.offset = OFFSET_UNSET + PER_COST * math.log(speed)
         self.offset_high = self.offset_at = -math.inf
         self.outside, self.outside_at = 0.0, -math.inf      # so the first sample counts fully
         self.penalty_until = self.next_connect_at = self.next_busy_at = -math.inf
 
-    @property
-    def full(self):
-        return self.stopped or self.running >= self.slots
+    def taken_slots(self):
+        """How many belong to a submitter: those that were only offered do not."""
+        return sum(slot.state not in PENCILLED for slot in self.slots)
+
+    def is_full(self):
+        """Whether there is nothing to offer."""
+        return self.stopped or sum(slot.reserved for slot in self.slots) >= self.most
 
     def load(self, now, outside):
         """Take one sample, each second, of how many processes, the own jobs left out, want a processor."""
@@ -2223,265 +2283,318 @@ class Responder:
     # -- what is heard
     def concerned(self, kind, nonce):
         """Whether a datagram can matter here: most are about jobs of others, and not worth an HMAC."""
-        record = self._find(nonce)
-        return nonce in self.pending if kind == HOLD else kind != TAKEN or record is None or not record.learnt
+        search = self._find(nonce)
+        return nonce in self.pending if kind == HOLD else kind != TAKEN or search is None or not search.learnt
 
     def announced(self, now, nonce, source, announcement, sequence, port):
         """Heard an Announcement.  source: the address it came from, as the kernel gives it; port: TCP, to connect to.
-        A copy with a sequence number that is not new can at most add a place to connect to."""
-        record = self._find(nonce) or PendingAnnouncement(nonce)
-        new = sequence > record.sequence
-        if port < PORT_LEAST or record.over or sequence < record.sequence:
+        A copy with a sequence number that is not new can at most add an address to connect to."""
+        search = self._find(nonce) or HeardSearch(nonce, now, announcement.submitter)
+        new = sequence > search.sequence
+        if port < PORT_LEAST or search.over or sequence < search.sequence:
             return
-        record.heard_from(source, port, sequence)
+        search.heard_from(Origin(source, port), new)
         if not new:
             return
-        record.sequence = sequence
-        record.room = record.room or announcement.submitter
-        record.until = now + FORGET * clamp(announcement.interval, *INTERVAL_RANGE)
-        record.wants_busy = bool(announcement.flags & TELL_BUSY)
-        if nonce in self.connecting or nonce in self.parked:
-            return
+        search.sequence = sequence
+        search.times_heard += 1
+        search.wanted = search.credit = announcement.wanted
+        search.until = now + FORGET * clamp(announcement.interval, *INTERVAL_RANGE)
+        search.wants_busy = bool(announcement.flags & TELL_BUSY)
         if nonce not in self.pending:
+            if self._unserved(search) >= search.most_connections():
+                return self._remember(search)
             self._make_room(now, source[0])
             self.answered.pop(nonce, None)
-            self.pending[nonce] = record
-            record.source, record.since, record.queued = source[0], now - clamp(announcement.waited, 0.0, 1e9), False
+            self.pending[nonce] = search
+            search.queued = False
             if now - self.offset_at > QUIET:
                 self.offset = max(self.offset, self.offset_high - QUIET_REST)
-            self._wait(now, now, record)
-        self._plan_busy(now, record)
+            self._wait(now, now, search)
+        self._plan_busy(now, search)
         self.pending.move_to_end(nonce)
 
     def hold(self, now, nonce, ms, sequence):
         """Another worker has connected: answer ms later, if it is still needed then."""
-        record = self.pending.get(nonce)
-        if record is None or sequence <= record.hold_sequence:
+        search = self.pending.get(nonce)
+        if search is None or sequence <= search.hold_sequence:
             return
-        record.hold_sequence, end = sequence, now + clamp(ms, 0.0, HOLD_MOST)
-        more = max(0.0, end - max(now, record.hold_end))
-        if record.held + more > HOLD_MOST:
+        search.hold_sequence, end = sequence, now + clamp(ms, 0.0, HOLD_MOST)
+        more = max(0.0, end - max(now, search.hold_end))
+        if search.deferred + more > HOLD_MOST:
             return
-        record.held, record.hold_end = record.held + more, max(end, record.hold_end)
-        if record.queued:
-            record.fire = end
+        search.deferred, search.hold_end = search.deferred + more, max(end, search.hold_end)
+        if search.queued:
+            search.fire = end
         else:
-            self._wait(now, end, record)
+            self._wait(now, end, search)
 
     def taken(self, now, nonce, offset):
-        """The job has found its worker; offset: the shared offset from now on, or None."""
-        record = self._find(nonce) or PendingAnnouncement(nonce)
+        """The search needs no more workers; offset: the shared offset from now on, or None."""
+        search = self._find(nonce) or HeardSearch(nonce, now)
         self.pending.pop(nonce, None)
-        record.over = True
-        if offset is not None and offset == offset and not record.learnt:
-            record.learnt, self.offset = True, clamp(offset, *OFFSET_RANGE)
+        search.over = True
+        if offset is not None and offset == offset and not search.learnt:
+            search.learnt, self.offset = True, clamp(offset, *OFFSET_RANGE)
             above = max(0.0, self.offset_high - self.offset) * 2 ** ((self.offset_at - now) / HIGH_HALF_LIFE)
             self.offset_high, self.offset_at = self.offset + above, now
-        if nonce not in self.connecting and nonce not in self.parked:
-            self._remember(record)
+        self._remember(search)
 
-    # -- connections
+    # -- offers
     def due(self, now):
-        """The connections to make now.  Each has reserved a slot until won and freed, or lost."""
+        """The slots to offer now, each by a connection to its `origin`."""
         self._forget_silent(now)
-        fired = [record for record in self._timed() if record.fire <= now]
         self.next_connect_at = max(self.next_connect_at, now - CONNECT_BURST * CONNECT_GAP)
-        answers = []
-        for record in sorted(fired, key=lambda record: (
-                self.silent[record.newest_place().source[0]], self.held[record.room], record.since)):
-            if self.full:
-                record.queued = True
-                self._plan_busy(now, record)
-            elif self.next_connect_at <= now and (record.queued or self._settled(now, record)):
-                answers.append(self._answer(record))
-        return answers
+        offers, fired = [], [search for search in self.pending.values() if search.fire <= now]
+        while fired:
+            if self.is_full():
+                self._lapse(now)
+            if self.is_full() or self.next_connect_at > now:
+                break
+            search = self._next_turn(now, fired)
+            if search.queued or self._settled(now, search):
+                offers.append(self._offer(now, search))
+            if search.nonce not in self.pending or not search.fire <= now:
+                fired.remove(search)
+        if self.is_full():
+            for search in fired:
+                search.queued = True
+                self._plan_busy(now, search)
+        return offers
 
     def next_due(self):
         """When to ask due() and busy_due() again, or None."""
-        times = [record.busy_at for record in self.pending.values() if record.busy_at is not None]
-        times += [max(record.fire, self.next_connect_at) for record in self._timed()]
+        full, times = self.is_full(), []
+        for search in self.pending.values():
+            if search.busy_at is not None:
+                times.append(search.busy_at)
+            if not (full and search.queued):
+                times.append(max(search.fire, self.next_connect_at))
+        if full and not self.stopped and self.waiting():
+            times += [self._lapses_at(slot) for slot in self.slots if slot.reserved and slot.state in PENCILLED]
         return min(times, default=None)
 
-    def _timed(self):
-        """Those whose timer counts: one that is queued waits for a slot instead."""
-        full = self.full
-        return [record for record in self.pending.values() if not (full and record.queued)]
+    def surplus(self, now):
+        """Offers to be withdrawn: the oldest of more than LAPSED_MOST that have lapsed, and those after a second whose
+        submitter has been heard from another address since."""
+        lapsed = [slot for slot in self.slots if slot.state in PENCILLED and not slot.reserved]
+        return lapsed[:-LAPSED_MOST] + [slot for slot in lapsed[-LAPSED_MOST:] if (
+            now - slot.since > OFFER_RESERVES and not slot.search.proven and self._has_moved(slot))]
 
-    def place(self, nonce):
-        """Where to connect to for an answer that is due: the address and port, as connect() wants them."""
-        place = self.connecting[nonce].next_place()
-        return (place.source[0], place.port) + tuple(place.source[2:])
+    def _offer(self, now, search):
+        waited = 0.0 if self.boost is not None else search.delay   # a fixed wait says nothing about the offset
+        answer = Answer(search.nonce, search.cost, self.offset, waited, search.queued)
+        slot = Slot(search, answer, search.next_origin(), now)
+        self.slots.append(slot)
+        search.busy_at = None
+        search.credit -= 1
+        self.next_connect_at += CONNECT_GAP
+        if not search.credit or self._unserved(search) >= search.most_connections():
+            del self.pending[search.nonce]
+            self._remember(search)
+        return slot
 
-    def sender(self, nonce):
-        """The UDP address for what is to be said to the submitter; None when it is not known any more."""
-        record = self._find(nonce)
-        if record is None or not record.places:
-            return None
-        return (record.current if nonce in self.connecting and record.current else record.newest_place()).source
+    def _next_turn(self, now, fired):
+        """Who has fewest slots here, of these who has waited longest, and behind them those that were silent when they
+        were called; but every third offer goes to who has waited longest, whoever that is."""
+        self.turns += len(fired) > 1
+        if self.turns % 3 == 0:
+            return min(fired, key=lambda search: search.since)
+        held = self.slots_by_submitter()
+        return min(fired, key=lambda search: (self._was_silent(now, search), held[search.submitter], search.since))
 
-    def room(self, nonce):
-        """Who made the announcement that a connection under way answers."""
-        return self.connecting[nonce].room
+    def _was_silent(self, now, search):
+        origin = search.origin
+        return now - self.silent.get((origin.source[0], origin.port), -math.inf) < SILENT_MARK
 
-    def place_failed(self, nonce):
-        """The connection under way has not shown itself to be the submitter's: no such address, no GO.  To be said
-        before lost(); again it counts no more.  Returns how often that address has failed."""
-        record = self.connecting[nonce]
-        if not record.current:
-            return 0
-        record.current.failures += not record.failed
-        record.failed = True
-        return record.current.failures
+    def _lapses_at(self, slot):
+        """When an offer reserves its slot no longer, while others wait."""
+        if slot.search.proven:
+            return slot.since + OFFER_RESERVES
+        patience = SILENT_PATIENCE / (1 + sum(not each.reserved for each in self.slots))
+        if slot.connected is None:
+            return slot.since + patience
+        return min(slot.since + OFFER_RESERVES, slot.connected + max(patience, 2 * (slot.connected - slot.since)))
 
-    def gives_way(self, nonce, proven=False):
-        """Whether a connection that has been silent for long is to be given up: others wait for its slot, or, if it has
-        not proven itself by its GO, its submitter is heard from another place."""
-        return nonce in self.connecting and (not proven and self.connecting[nonce].moved() or self.crowded())
+    def _lapse(self, now):
+        """Others wait: the offer that has been silent for longest lapses, if it is time."""
+        offers = [slot for slot in self.slots if slot.reserved and slot.state in PENCILLED]
+        slot = min(offers, key=self._lapses_at, default=None)
+        if slot and self._lapses_at(slot) <= now:
+            slot.reserved = False
+            place = slot.origin.source[0], slot.origin.port
+            self.silent.pop(place, None)
+            self.silent[place] = now
+            if len(self.silent) > SILENT_MOST:
+                self.silent.popitem(last=False)
 
-    def crowded(self):
-        """Whether somebody waits for a slot and there is none."""
-        return self.full and self.waiting() > 0
+    # -- what becomes of a slot
+    def connected(self, now, slot):
+        slot.move(SlotEvent.CONNECTED)
+        slot.connected = now
 
-    def park(self, nonce):
-        """The connection under way has been silent while others wait: its slot is theirs, but it may still speak.  When
-        it does so resume() tells whether there is a slot for it; it ends with forget()."""
-        self.place_failed(nonce)
-        record = self.connecting[nonce]
-        if len(self.silent) >= FAILURES_MOST:
-            self.silent.clear()
-        self.silent[record.current.source[0]] += 1
-        if record.moved():
-            return self.lost(nonce)
-        self.parked[nonce] = self.connecting.pop(nonce)
-        self.freed(record.room)
-
-    def resume(self, nonce):
-        if self.full or nonce not in self.parked or self.parked[nonce].over:
+    def go(self, now, slot):
+        """Its submitter has said GO.  Returns whether there is a slot for it; else it is the next to be called."""
+        search = slot.search
+        search.proven = True
+        search.refusals = 0
+        self.silent.pop((slot.origin.source[0], slot.origin.port), None)
+        if self.taken_slots() >= self.most or self.stopped:
+            self.move(now, slot, SlotEvent.LEAVE)
+            if not search.over:
+                self._call_again(search)
             return False
-        record = self.connecting[nonce] = self.parked.pop(nonce)
-        self.running += 1
-        self.held[record.room] += 1
+        slot.move(SlotEvent.GO)
+        slot.reserved, slot.since = True, now
+        if not search.over and search.credit and self._unserved(search) < search.wanted:
+            self._call_again(search)
         return True
 
-    def forget(self, nonce):
-        if nonce in self.parked:
-            self._remember(self.parked.pop(nonce))
+    def start(self, now, slot, job):
+        """A job has come; job: a SlotJob."""
+        slot.move(SlotEvent.JOB)
+        slot.since = slot.since if slot.jobs else now
+        slot.job = job
+        slot.jobs += 1
+        if slot.search.wanted == 1:
+            slot.search.over = True
+            self.pending.pop(slot.search.nonce, None)
+            self._remember(slot.search)
 
-    def won(self, nonce):
-        """The connection for nonce has become a job, which keeps the slot until freed()."""
-        record = self.connecting.pop(nonce)
-        if record.current:
-            self.silent.pop(record.current.source[0], None)
-        record.over = True
-        self._remember(record)
+    def move(self, now, slot, event):
+        """EXIT, LEAVE or STAY: the job has ended, no more are to come, or they may again."""
+        slot.move(event)
+        if slot.state is SlotState.FREE:
+            self.slots.remove(slot)
+            if not slot.jobs:
+                self._came_to_nothing(slot)
 
-    def lost(self, nonce, refused=False):
-        """The connection for nonce ended without a job; refused: nobody listens there any more.  A later announcement
-        may be answered again, for the submitter is still looking: at once if it has come from another place."""
-        if refused:
-            self.place_failed(nonce)
-        record = self.connecting.pop(nonce)
-        if refused and all(place.failures >= REFUSALS_MOST for place in record.places):
-            record.over = True
-        if record.current and record.moved() and not record.over:
-            record.fire, record.queued = -math.inf, True
-            self.pending[nonce] = record
-        else:
-            self._remember(record)
-        self.freed(record.room)
+    def refused(self, slot):
+        """Nobody listens where it was offered; to be said before LEAVE.  Returns whether its submitter has refused
+        before and so has not just taken another worker."""
+        slot.search.refusals += slot.origin is not slot.search.alternative
+        slot.search.over = slot.search.over or slot.search.refusals >= REFUSALS_MOST
+        return slot.search.refusals > 1
 
-    def freed(self, room):
-        """The slot of a job that was won is free again."""
-        self.running -= 1
-        self.held[room] -= 1
-        if not self.held[room]:
-            del self.held[room]
+    def _came_to_nothing(self, slot):
+        """Without a job.  Its search may be answered again at its next announcement, for the submitter is still
+        looking: at once if it has been heard from another address."""
+        search = slot.search
+        if self._has_moved(slot) and not search.over and search.nonce not in self.pending:
+            self._call_again(search)
+        elif search.nonce not in self.pending:
+            search.credit = 0
+
+    def _has_moved(self, slot):
+        return slot.origin.source[0] != slot.search.origin.source[0]
+
+    def _call_again(self, search):
+        self.answered.pop(search.nonce, None)
+        self.pending[search.nonce] = search
+        search.credit = max(1, search.credit)
+        search.answer_at_once()
 
     # -- who waits
     def waiting(self):
         """How many searches wait for a slot here."""
-        return sum(record.queued for record in self.pending.values())
+        return sum(search.queued for search in self.pending.values())
 
-    def others_wait(self, room):
-        """Whether somebody waits who has fewer slots here than this room."""
-        return any(record.queued and self.held[record.room] < self.held[room] for record in self.pending.values())
+    def slots_by_submitter(self):
+        """{submitter: slots that it has here}; those that were only offered count."""
+        return collections.Counter(slot.search.submitter for slot in self.slots)
+
+    def turns_over(self, now):
+        """The slots whose submitters have had their turn, as many as others wait for who have fewer."""
+        held = self.slots_by_submitter()
+        ripe = sorted((slot for slot in self.slots if slot.state not in PENCILLED and now - slot.since > (
+            TURN if slot.jobs else FIRST_JOB)), key=lambda slot: slot.since)
+        over = []
+        for search in sorted((each for each in self.pending.values() if each.queued), key=lambda each: each.since):
+            for _ in range(min(search.wanted, len(ripe))):
+                slot = max(ripe, key=lambda each: held[each.search.submitter])      # the longest turn of equals
+                if held[slot.search.submitter] <= held[search.submitter]:
+                    break
+                ripe.remove(slot)
+                over.append(slot)
+                held[slot.search.submitter] -= 1
+                held[search.submitter] += 1
+        return over
 
     def busy_due(self, now):
-        """The nonces whose submitters are to hear now that this worker has no slot free."""
+        """The searches whose submitters are to hear now that this worker has no slot free."""
         self.next_busy_at = max(self.next_busy_at, now - BUSY_BURST * BUSY_GAP)
         told = []
-        for record in self.pending.values():
-            if record.busy_at is not None and record.busy_at <= now:
-                record.busy_at = None
-                if self.full and self.next_busy_at <= now:
+        for search in self.pending.values():
+            if search.busy_at is not None and search.busy_at <= now:
+                search.busy_at = None
+                if self.is_full() and self.next_busy_at <= now:
                     self.next_busy_at += BUSY_GAP
-                    record.busy_told = now
-                    told.append(record.nonce)
+                    search.busy_told = now
+                    told.append(search)
         return told
 
-    def _plan_busy(self, now, record):
+    def _plan_busy(self, now, search):
         """Of many workers only a few are to speak before the submitter has heard enough: waits are exponential, so
         that twice as many workers mean no more answers but an earlier first one."""
-        if not record.wants_busy or not record.queued:
-            record.busy_at = None
-        elif record.busy_at is None and now - record.busy_told >= BUSY_PAUSE:
-            record.busy_at = now + BUSY_SPREAD * max(0.0, 1 + math.log(self.uniform()) / math.log(BUSY_WORKERS))
+        if not search.wants_busy or not search.queued:
+            search.busy_at = None
+        elif search.busy_at is None and now - search.busy_told >= BUSY_PAUSE:
+            search.busy_at = now + BUSY_SPREAD * max(0.0, 1 + math.log(self.uniform()) / math.log(BUSY_WORKERS))
 
     # -- the rule
-    def _find(self, nonce):
-        return (self.pending.get(nonce) or self.connecting.get(nonce) or self.parked.get(nonce)
-                or self.answered.get(nonce))
-
     def cost(self, now):
         """What this worker is worth at the moment, as the preamble says it."""
         if self.boost is not None:
             return 0.0
-        used = self.running * (1 / self.slots + 1 / self.cores) / 2 + self.outside / self.cores
+        running = sum(slot.reserved for slot in self.slots)
+        used = running * (1 / self.most + 1 / self.cores) / 2 + self.outside / self.cores
         return math.log((1 + used) / self.speed) + (PENALTY if now < self.penalty_until else 0.0)
 
-    def _wait(self, now, base, record):
+    def _wait(self, now, base, search):
         """Set the timer: a fresh wait that begins at base."""
-        record.base, record.jitter = base, JITTER * math.log(self.uniform())
-        self._settled(now, record)
+        search.base, search.jitter = base, JITTER * math.log(self.uniform())
+        self._settled(now, search)
 
-    def _settled(self, now, record):
+    def _settled(self, now, search):
         """The timer by load and offset as they are now.  False if it has to wait on: they may have risen meanwhile."""
-        record.cost = self.cost(now)
-        record.delay = (max(0.0, self.offset + PER_COST * record.cost + record.jitter) if self.boost is None
+        search.cost = self.cost(now)
+        search.delay = (max(0.0, self.offset + PER_COST * search.cost + search.jitter) if self.boost is None
                         else self.boost / 1000.0)
-        record.fire = record.base + record.delay
-        return record.fire <= now + SETTLED
+        search.fire = search.base + search.delay
+        return search.fire <= now + SETTLED
 
-    def _answer(self, record):
-        self.connecting[record.nonce] = self.pending.pop(record.nonce)
-        record.busy_at, record.answered = None, record.sequence
-        self.running += 1
-        self.held[record.room] += 1
-        self.next_connect_at += CONNECT_GAP
-        waited = 0.0 if self.boost is not None else record.delay   # a fixed wait says nothing about the offset
-        return Answer(record.nonce, record.cost, self.offset, waited, record.queued)
+    # -- what is remembered
+    def _find(self, nonce):
+        return self.pending.get(nonce) or self.answered.get(nonce) or next(
+            (slot.search for slot in self.slots if slot.search.nonce == nonce), None)
 
-    def _remember(self, record):
-        if record.over:
-            record.places = []
-        self.answered[record.nonce] = record
+    def _unserved(self, search):
+        """How many connections it has here that wait for their first job."""
+        return sum(slot.search is search and not slot.jobs for slot in self.slots)
+
+    def _remember(self, search):
+        if search.over:
+            search.alternative = None
+        self.answered[search.nonce] = search
         if len(self.answered) > ANSWERED_MOST:
             self.answered.popitem(last=False)
 
     def _forget_silent(self, now):
-        for record in [record for record in self.pending.values() if record.until <= now]:
-            del self.pending[record.nonce]
-            if record.connections:
-                self._remember(record)      # its announcements so far have had their connection
+        for search in [search for search in self.pending.values() if search.until <= now]:
+            del self.pending[search.nonce]
+            if search.connections:
+                self._remember(search)      # its announcements so far have had their connection
 
     def _make_room(self, now, source):
-        """Before one more announcement of source: those that are gone or young go first."""
-        same = [record for record in self.pending.values() if record.source == source]
-        if len(same) >= PER_SOURCE:
-            last = max(same, key=lambda record: (record.until <= now, record.since))
+        """Before one more search of this address: who is gone makes room, then of those heard once the oldest, which
+        had its time to be heard again, and last the youngest of the others: copies cannot rise, and what they claim
+        counts for nothing."""
+        same = [search for search in self.pending.values() if search.origin.source[0] == source]
+        crowd = same if len(same) >= PER_SOURCE else self.pending.values() if len(self.pending) >= PENDING_MOST else ()
+        if crowd:
+            last = min(crowd, key=lambda search: (search.until > now, search.times_heard > 1,
+                                                  -search.since if search.times_heard > 1 else search.since))
             del self.pending[last.nonce]
-        elif len(self.pending) >= PENDING_MOST:
-            self.pending.popitem(last=False)
 
 
 class Candidate:
@@ -4064,13 +4177,13 @@ class Connector:
 
 def address_towards(place):
     """This machine's address as whoever is at that place sees it; "" where there is no way."""
-    with socket.socket(socket.AF_INET6 if ":" in place[0] else socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in place[0] else socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
             probe.connect(place)
             return probe.getsockname()[0].partition("%")[0]
-        except OSError:
-            return ""
+    except OSError:
+        return ""
 
 
 def is_own_address(address):
@@ -4353,6 +4466,16 @@ def enlarge_pipe(fd):
         pass        # no pipe, or the user's share of pipe memory is used up: smaller pipes are only slower
 
 
+
+def resize_pipe(fd, size):
+    """Makes a pipe hold so much, at least a page, where that can be chosen."""
+    try:
+        if LINUX:
+            fcntl.fcntl(fd, F_SETPIPE_SZ, size)
+    except OSError:
+        pass
+
+
 COPY_MAX = 4096             # bytes of an input that are copied before its job reads it: one page of a pipe everywhere
 
 
@@ -4453,7 +4576,7 @@ class InputCount:
     def read(self):
         """In bytes, None when it cannot be known."""
         left = self.left if self.fd is None else unread_bytes(self.fd)
-        return None if left is None else self.sink.written - left
+        return None if left is None else max(0, self.sink.written - left)      # a job may write to its own input
 
     def leader_ended(self):
         """The pipe tells by itself."""
@@ -4515,7 +4638,7 @@ class SocketCount:
     def read(self):
         """In bytes, None when it cannot be known."""
         left = self.left if self.own is None else unread_bytes(self.own)
-        return None if left is None else self.sink.written - left
+        return None if left is None else max(0, self.sink.written - left)      # a job may write to its own input
 
     def close(self):
         self._cancel()
@@ -4591,6 +4714,7 @@ class Source(Input):
     def __init__(self, loop, fd, ready):
         self.loop, self.fd, self.ready = loop, fd, ready
         self.closed = self.enlarged = False
+        self.ending = False         # what can be read at once is all
 
     def read_into(self, view):
         size = self._now(self._read, view)
@@ -4606,6 +4730,8 @@ class Source(Input):
         try:
             return read(view)
         except (BlockingIOError, InterruptedError):
+            if self.ending:
+                return 0
             self.loop.watch(self.fd, read=self._readable)
             return None
 
@@ -5481,6 +5607,9 @@ class Channel:
 
 KILL_GRACE = 2.0            # seconds a job's group has between TERM and KILL
 KILL_LOOK = 0.02            # seconds between two looks at what is left of it
+JOB_DESCRIPTORS_MAX = 1024
+PIPES_MAX = 1 << 24         # bytes that the system may hold for a job's descriptors together
+SOCKET_FULL = 1 << 18       # what a socket pair holds by default, about
 
 
 def spawn(path, command, environment, ends, terminal=None, limits=()):
@@ -5612,99 +5741,147 @@ def signal_group(group, number):
     return True
 
 
-def session_groups(leader):
-    """The process groups of a session, those of zombies alone left out.  Where there is no /proc as Linux has it, the
-    leader's own group."""
-    pids = process_ids()
-    if str(os.getpid()) not in pids:
-        return {leader}
+class OwnChildren:
+    """This process's children, those included that it inherits as a subreaper (Linux).  Whoever makes it is the one
+    that waits for them, so their numbers are their own until then."""
+
+    def __init__(self):
+        try:
+            self.fd = os.open("/proc/self/task/%d/children" % os.getpid(), os.O_RDONLY)
+        except OSError:
+            self.fd = None          # not Linux, or a kernel without this file
+
+    def pids(self):
+        if self.fd is None:
+            return self._search()
+        data = part = os.pread(self.fd, 1 << 16, 0)
+        while part:
+            part = os.pread(self.fd, 1 << 16, len(data))
+            data += part
+        return list(map(int, data.split()))
+
+    def _search(self):
+        """The same by looking at every process; none where there is no /proc as Linux has it."""
+        found, own = [], b"%d" % os.getpid()
+        for name in process_ids():
+            try:
+                with open("/proc/%s/stat" % name, "rb") as file:
+                    if file.read().rpartition(b")")[2].split()[1] == own:
+                        found.append(int(name))
+            except (OSError, IndexError):
+                pass        # it has ended
+        return found
+
+
+PR_SET_CHILD_SUBREAPER = 36     # linux/prctl.h
+PR_SET_DUMPABLE = 4
+
+
+def prctl(option, value):
+    """Where there is such a call (Linux)."""
+    try:
+        import ctypes
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+    except (ImportError, OSError, AttributeError):
+        pass
+
+
+def become_subreaper():
+    """Whatever loses its parent below this process becomes its child, and so ends with the job that it came from."""
+    if LINUX:
+        prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def hide_memory():
+    """Keeps this process's memory, and so the key, from other processes of its user, such as its jobs (Linux); else the
+    manual tells to use --user."""
+    if LINUX:
+        prctl(PR_SET_DUMPABLE, 0)
+
+
+def is_reaped(pid):
+    """Waits for this child if it has ended; whether it has, now or before."""
+    try:
+        return os.waitpid(pid, os.WNOHANG)[0] == pid
+    except ChildProcessError:
+        return True
+
+
+def signal_all(pids, number):
+    """Sends a signal to these processes, and to everybody in their process groups but this one's own.  Where only a
+    group is left, its number may stand for its leader's."""
     groups = set()
     for pid in pids:
         try:
-            with open("/proc/%s/stat" % pid, "rb") as file:
-                fields = file.read().rpartition(b")")[2].split()
-            if int(fields[3]) == leader and fields[0] != b"Z":
-                groups.add(int(fields[2]))
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-                return {leader}     # there is no way to look; else it has ended meanwhile
-        except (ValueError, IndexError):
-            pass
-    return groups
+            groups.add(os.getpgid(pid))
+            os.kill(pid, number)        # it may change its group just now
+        except ProcessLookupError:
+            groups.add(pid)
+        except PermissionError:
+            pass        # it has changed its user
+    for group in groups - {os.getpgrp()}:
+        signal_group(group, number)
 
 
-class GroupKill:
-    """Ends a job's session, the whole of it or only its leader's group: TERM (and CONT, for the stopped), then KILL
-    after a grace.  look() is called until it returns True, KILL_LOOK seconds apart.
+class JobKill:
+    """Ends what is left of a job: TERM, HUP and CONT (for the stopped) to each process group as it comes to light, and
+    after a grace STOP and then KILL, again and again, until nothing is left.
 
-    Whoever uses it has the job's rights, not root's, and the leader is still there or not yet waited for, or the
-    group was seen a moment ago: so its number cannot be another's.  Nobody must be found twice: a look at /proc takes
-    a while, and may miss who is just being born.
+    left: a function, the pids of what is left: children of this process, which waits for those that have ended.  look()
+    is called, KILL_LOOK seconds apart, until it returns True.  A child's children become ours when it has gone.
     """
+    ROUNDS = 20             # in one look, against those that beget others meanwhile
 
-    def __init__(self, leader, whole=True):
-        self.leader, self.whole = leader, whole
-        self.deadline, self.killed, self.seen = time.monotonic() + KILL_GRACE, False, True
-        self._send(signal.SIGTERM, signal.SIGHUP, signal.SIGCONT)
-
-    def _send(self, *numbers):
-        """Sends the signals to every group; returns whether there was any process."""
-        found = False
-        groups = session_groups(self.leader)
-        for group in groups if self.whole else groups & {self.leader}:
-            for number in numbers:
-                found = signal_group(group, number) or found
-        return found
+    def __init__(self, left):
+        self.left = left
+        self.deadline = time.monotonic() + KILL_GRACE
+        self.told = set()       # pids and groups that have been asked to end
 
     def look(self):
         """Whether it is over."""
-        late = time.monotonic() - self.deadline
-        before, self.seen = self.seen, self._send(0)
-        if not (before or self.seen) or (self.killed and late > KILL_GRACE):
-            return True
-        if late >= 0 and not self.killed:
-            self.kill()
-        return False
+        pids = self.left()
+        if time.monotonic() >= self.deadline:
+            for _ in range(self.ROUNDS):
+                signal_all(pids, signal.SIGSTOP)
+                signal_all(pids, signal.SIGKILL)
+                pids = self.left()
+                if not pids:
+                    break
+        else:
+            self._ask(pids)
+        return not pids
+
+    def _ask(self, pids):
+        new = [pid for pid in pids if pid not in self.told and group_of(pid) not in self.told]
+        self.told.update(new, map(group_of, new))
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCONT) if new else ():
+            signal_all(new, number)
 
     def kill(self):
         """At once."""
-        self.killed = True
-        self._send(signal.SIGKILL)
+        self.deadline = 0.0
+        self.look()
 
 
-def kill_job_in_child(group, job, user, port=0):
-    """Forks a child that ends a job's session with the job's rights; returns its pid.  Where the group is not known,
-    since the job's handler was killed before it could tell, the job is looked for by its id and this worker's port."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-                signal.signal(number, signal.SIG_IGN)
-            if user:
-                become_user(user)
-            for wait in (0.0,) if group > 0 else (0.0, 0.1, 1.0):       # it may be anywhere between fork and exec
-                time.sleep(wait)
-                for leader in {group} if group > 0 else sessions_of(job, port):
-                    kill = GroupKill(leader)
-                    while not kill.look():
-                        time.sleep(KILL_LOOK)
-        finally:
-            os._exit(0)
-    return pid
+def group_of(pid):
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return pid
 
 
-def sessions_of(job, port):
-    """The sessions whose processes have this job's id and this worker's port in their environment (Linux).  The id
-    alone would not do: the job may have started again on this machine."""
-    found, marks = set(), {b"CEXEC_JOB=" + job.encode(), b"SERVER_PORT=%d" % port}
-    for pid in process_ids():
-        try:
-            with open("/proc/%s/environ" % pid, "rb") as file:
-                if marks.issubset(file.read().split(b"\0")):
-                    found.add(os.getsid(int(pid)))
-        except OSError:
-            pass        # it has ended, or is another user's
-    return found - {os.getsid(0)}
+def end_group_as(user, group):
+    """In a forked child: ends a process group with the rights of its user, and then itself."""
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        if user:
+            become_user(user)
+        kill = JobKill(lambda: [group] if group and signal_group(group, 0) else [])
+        while not kill.look():
+            time.sleep(KILL_LOOK)
+    finally:
+        os._exit(0)
 
 
 def process_ids():
@@ -5923,16 +6100,6 @@ class TypedInput(Input):
 
     def end(self):
         self.live.close()
-
-
-class JobTerminalSource(Source):
-    """What a job writes to its terminal.  The handler holds the terminal open, so the end is told: `ending` means that
-    what can be read at once is all."""
-    ending = False
-
-    def read_into(self, view):
-        size = super().read_into(view)
-        return 0 if size is None and self.ending else size
 
 
 class JobTerminalSink(Sink):
@@ -9052,157 +9219,705 @@ def check_map_inputs(settings, operands):
 
 
 # ---------------------------------------------------------------- cservice: the daemon
+#
+# One process that hears and decides.  Offers calls submitters back, Handlers forks a process for each that says GO,
+# Receiver, RollCalls and AlertJudge act on datagrams, Veto and CommandWatch keep the worker from answering, Drain ends
+# it.  The slots, and so all that is known of jobs, are the Responder's; handlers report their events by a Link.
+
+OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)    # nobody else's fault
+
 
 class SubmitterConnection:
-    """A connection to a submitter that has not said GO yet.  The Daemon makes it; it ends with
-    daemon.on_go(self) or daemon.on_no_job(self)."""
+    """The connection by which a slot is offered: it connects, says the preamble and waits for GO.  Offers makes it; it
+    ends with on_go(self) or on_no_go(self, errno or 0) there, or by close()."""
     CONNECT = 5.0           # seconds to connect
     GO = 15.0               # seconds to be told to go ahead or away
 
-    def __init__(self, daemon, answer, place):
-        self.daemon = daemon
-        self.loop = daemon.loop
-        self.answer = answer
-        self.place = place
-        self.began = time.monotonic()
-        self.preamble = encode_preamble(daemon.key.udp, answer, os.urandom(8))
+    def __init__(self, offers, key, slot):
+        self.offers, self.loop, self.key, self.slot = offers, offers.loop, key, slot
+        self.preamble = encode_preamble(key.udp, slot.answer, os.urandom(8))
         self.go = b""
-        self.over = False
-        self.parked = False         # it has been silent, and others have its slot
-        self.error = None           # why the connection could not be made
+        self.ended = False
         self.socket = self.timer = None
-        self.connector = Connector(self.loop, place, self.CONNECT, self._connected, self._failed)
-
-    def _failed(self, problem):
-        self.error = problem
-        self.end()
+        self.connector = Connector(self.loop, slot.origin.address, self.CONNECT, self._connected, self._end)
 
     def _connected(self, connection):
         self.socket = connection
-        self.timer = self.loop.call_later(self.GO, self.end)
+        self.timer = self.loop.call_later(self.GO, self._end)
+        self.offers.on_connected(self)
         try:
             connection.send(self.preamble)
         except OSError as error:
-            return self._failed(error.errno)
+            return self._end(error.errno)
         self.loop.watch(connection.fileno(), read=self._read_go)
 
     def _read_go(self):
         try:
             self.go = receive_up_to(self.socket, self.go, GO_SIZE)
         except (OSError, EOFError):
-            return self.end()
+            return self._end()
         if len(self.go) < GO_SIZE:
             return
-        if hmac.compare_digest(self.go, encode_go(self.daemon.key.udp, self.preamble)):
-            self._release()
-            self.daemon.on_go(self)
-        else:
-            self.end()
+        if not hmac.compare_digest(self.go, encode_go(self.key.udp, self.preamble)):
+            return self._end()
+        self._release()
+        self.offers.on_go(self)
+
+    def _end(self, problem=0):
+        self.close()
+        self.offers.on_no_go(self, problem)
 
     def _release(self):
-        self.over = True
-        self.timer.cancel()
-        self.loop.watch(self.socket.fileno())
-
-    def close(self):
-        """Gives up what it holds, and tells nobody.  May be called again."""
-        self.over = True
+        self.ended = True
         self.connector.close()
         if self.socket:
             self.timer.cancel()
             self.loop.watch(self.socket.fileno())
+
+    def close(self):
+        """Gives up what it holds, and tells nobody.  May be called again."""
+        self._release()
+        if self.socket:
             self.socket.close()
 
-    def end(self):
-        """No job from there.  May be called again."""
-        if not self.over:
-            self.close()
-            self.daemon.on_no_job(self)
+
+class Offers:
+    """The worker's slots on offer: calls back whom the Responder picks.  The Daemon makes it."""
+
+    def __init__(self, daemon):
+        self.daemon, self.loop, self.responder, self.log = daemon, daemon.loop, daemon.responder, daemon.log
+        self.connections = {}           # {Slot: SubmitterConnection}
+        self.timer = None
+
+    def consider(self):
+        """Asks the rule what is due, does it, and comes back when it wants to be asked again."""
+        if self.timer:
+            self.timer.cancel()
+            self.timer = None
+        for slot in self.responder.due(now_ms()):
+            self.connections[slot] = SubmitterConnection(self, self.daemon.key, slot)
+        for slot in self.responder.surplus(now_ms()):
+            self.withdraw(slot)
+        for search in self.responder.busy_due(now_ms()):
+            self.daemon.roll_calls.send_here(search.nonce, search.origin.source)
+        due = self.responder.next_due()
+        if due is not None:
+            self.timer = self.loop.call_at(due / 1000, self.consider)
+
+    def on_connected(self, connection):
+        self.responder.connected(now_ms(), connection.slot)
+
+    def on_go(self, connection):
+        """The submitter has proven itself and wants this worker.  Where the last slot has become another's meanwhile,
+        it learns that from the end of the connection before the first byte of TLS."""
+        del self.connections[connection.slot]
+        if self.responder.go(now_ms(), connection.slot):
+            self.daemon.handlers.start(connection)
+        else:
+            connection.close()
+        self.consider()
+
+    def on_no_go(self, connection, problem):
+        """The submitter has taken another worker, or cannot be reached."""
+        slot = connection.slot
+        del self.connections[slot]
+        # One whose job has been taken refuses too; one that refuses again is still looking.
+        again = problem == errno.ECONNREFUSED and self.responder.refused(slot)
+        self.responder.move(now_ms(), slot, SlotEvent.LEAVE)
+        if problem in OUT_OF_RESOURCES:
+            self.log.note("connect", "no connection to a submitter: %s" % os.strerror(problem))
+        elif problem and (again or problem != errno.ECONNREFUSED):
+            self._unreachable(slot, os.strerror(problem))
+        self.consider()
+
+    def _unreachable(self, slot, words):
+        """Tells both sides: the submitter waits and does not know why."""
+        address = slot.origin.address
+        self.log.note(address[0], "no connection back to %s: %s; does a firewall there let TCP in?" % (
+            address_text(address), words))
+        self.daemon.roll_calls.send_here(slot.search.nonce, slot.origin.source, address, words)
+
+    def withdraw(self, slot):
+        """Takes back what nobody has said GO to."""
+        self.connections.pop(slot).close()
+        self.responder.move(now_ms(), slot, SlotEvent.LEAVE)
+
+    def look(self):
+        """A fault in a callback must not keep an offer for ever."""
+        oldest = now_ms() - 1000 * (SubmitterConnection.CONNECT + SubmitterConnection.GO + 1)
+        for slot, connection in list(self.connections.items()):
+            if connection.ended or slot.since < oldest:
+                self.withdraw(slot)
 
 
-class Board:
-    """What a handler posts for the daemon to read when it is killed: in shared memory, so that neither has to wake the
-    other for each of a thousand jobs a second."""
-    FORM = struct.Struct("@q16sq")      # group of the job in hand, STARTING or 0; id of the last job; jobs so far
-    STARTING = -1                       # its group is not known yet
+class Link:
+    """One end of the line between daemon and handler: messages of words, a line each.  heard(words) gets each message,
+    and an empty list once, at the end.  What the other end does not take at once waits here."""
 
-    def __init__(self):
-        import mmap
-        self.memory = mmap.mmap(-1, self.FORM.size)
+    def __init__(self, loop, end, heard):
+        self.loop, self.end, self.heard = loop, end, heard
+        self.incoming, self.unsent = b"", b""
+        self.open = True
+        end.setblocking(False)
+        loop.watch(end.fileno(), read=self.read)
+
+    def send(self, *words):
+        """The last word may have spaces in it."""
+        self.unsent += " ".join(words).encode("utf-8", "surrogateescape") + b"\n"
+        self._flush()
+
+    def _flush(self):
+        try:
+            while self.open and self.unsent:
+                self.unsent = self.unsent[self.end.send(self.unsent):]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.unsent = b""       # it is about to end
+        if self.open:
+            self.loop.watch(self.end.fileno(), read=self.read, write=self._flush if self.unsent else None)
 
     def read(self):
-        """(group, job id, jobs)."""
-        group, job, jobs = self.FORM.unpack_from(self.memory)
-        return group, job.rstrip(b"\0").decode(), jobs
+        """Passes on what has come so far."""
+        while self.open:
+            try:
+                data = self.end.recv(1 << 16)
+            except BlockingIOError:
+                return
+            except OSError:
+                data = b""
+            *lines, self.incoming = (self.incoming + data).split(b"\n")
+            try:
+                for line in lines:
+                    self.heard(line.decode("utf-8", "surrogateescape").split(" "))
+            except Exception:
+                self.close()        # what was lost of it would be missed
+                raise
+            if not data:
+                self.close()
+                self.heard([])
 
-    @property
-    def jobs(self):
-        return self.read()[2]
-
-    def post(self, group, job):
-        """A new job, STARTING; then its group."""
-        self.FORM.pack_into(self.memory, 0, group, job.encode(), self.jobs + (group == self.STARTING))
-
-    def end(self):
-        """No job is in hand."""
-        _, job, jobs = self.read()
-        self.FORM.pack_into(self.memory, 0, 0, job.encode(), jobs)
+    def close(self):
+        if self.open:
+            self.open = False
+            self.loop.watch(self.end.fileno())
+            self.end.close()
 
 
-def link_words(link):
-    """Words that daemon and handler have said to each other: none at the link's end, None when nothing is there now."""
-    try:
-        return link.recv(4096).split()
-    except BlockingIOError:
-        return None
-    except OSError:
-        return []
+class Children:
+    """The processes that the daemon has started itself.  add(pid, ended): ended(wait status) is called once.  One that
+    is stopped is killed: a job, whose user it has, must not keep a slot so for ever."""
+
+    def __init__(self):
+        self.ended = {}         # {pid: what to call}
+        self.own = OwnChildren()
+
+    def add(self, pid, ended):
+        self.ended[pid] = ended
+
+    def reap(self):
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            if os.WIFSTOPPED(status):
+                if pid in self.ended:
+                    signal_process(pid, signal.SIGKILL)
+            elif pid in self.ended:
+                self.ended.pop(pid)(status)
+
+    def orphans(self):
+        """Those that came from handlers that have ended (Linux)."""
+        return [pid for pid in self.own.pids() if pid not in self.ended]
 
 
 class HandlerProcess:
-    """What the daemon knows of one handler: its pid, the link to it, its board, and who it serves."""
+    """What the daemon knows of one handler beside its slot."""
 
-    def __init__(self, pid, link, board, answer, address, port, room):
+    def __init__(self, pid, slot, port):
         self.pid = pid
-        self.link = link
-        self.board = board
-        self.answer = answer
-        self.address = address
+        self.slot = slot
         self.port = port            # this worker's, of the connection
-        self.room = room
-        self.began = time.monotonic()
-        self.won = False            # a job has come by it
-        self.over = False           # its slot is free again
+        self.link = None
+        self.group = 0              # of the job in hand, or the last one
         self.told_to_leave = False
 
     def tell(self, leave):
         if leave != self.told_to_leave:
             self.told_to_leave = leave
-            try:
-                self.link.send(b"leave\n" if leave else b"stay\n")
-            except OSError:
-                pass        # it is about to end
+            self.link.send((SlotEvent.LEAVE if leave else SlotEvent.STAY).name)
+
+
+class Handlers:
+    """The processes that serve submitters, and what they report.  The Daemon makes it."""
+    LINGERING = 64          # handlers without a slot, whose submitters have not taken the last words yet
+
+    def __init__(self, daemon):
+        self.daemon, self.loop, self.responder, self.log = daemon, daemon.loop, daemon.responder, daemon.log
+        self.processes = {}         # {pid: HandlerProcess}, the oldest first
+        self.jobs_done = 0
+
+    def start(self, connection):
+        """A process of its own goes on with a connection whose submitter has said GO."""
+        slot, address = connection.slot, connection.slot.origin.address
+        try:
+            ours, far = socket.socketpair()
+            pid = os.fork()
+        except OSError as error:
+            self.log("no process for a job from %s: %s" % (address[0], fork_reason(error)))
+            connection.close()
+            return self.responder.move(now_ms(), slot, SlotEvent.LEAVE)
+        if pid == 0:
+            self._become_handler(connection.socket, far, slot)
+        handler = self.processes[pid] = HandlerProcess(pid, slot, connection.socket.getsockname()[1])
+        self.daemon.children.add(pid, lambda status: self._ended(handler))
+        far.close()
+        connection.close()
+        handler.link = Link(self.loop, ours, functools.partial(self._heard, handler))
+
+    def _become_handler(self, connection, link, slot):
+        """In the forked child: serves the connection and ends.  Nothing here may raise or return."""
+        status = 1
+        try:
+            os.setsid()         # a Ctrl-C at the daemon's terminal is for the daemon
+            self.loop.close()
+            kept = connection.fileno(), link.fileno(), self.daemon.program
+            close_strays(*[fd for fd in kept if fd is not None])
+            status = Handler(self.daemon, connection, link, slot).run()
+        except BaseException as error:
+            self.daemon.fault(error)
+        finally:
+            os._exit(status)
+
+    def _heard(self, handler, words):
+        if words:
+            self.HEARD[words[0]](self, handler, *words[1:])
+
+    def _job(self, handler, id, submitter, *user):
+        self.responder.start(now_ms(), handler.slot, SlotJob(id, submitter, " ".join(user), time.monotonic()))
+        self.daemon.alerts.served(id)
+
+    def _group(self, handler, pid, *line):
+        handler.group = int(pid)
+        self.log(" ".join(line))
+
+    def _exit(self, handler, *line):
+        self.jobs_done += 1
+        if line:
+            self.log(" ".join(line))
+        self._moved(handler, SlotEvent.EXIT)
+
+    def _failed(self, handler, *line):
+        """A job could not be started."""
+        self.log(" ".join(line))
+        self.daemon.alerts.forget(handler.slot.job.id)      # that it ends well elsewhere is no credit to this one
+        self.daemon.command_watch.look_after_failure()
+        self._moved(handler, SlotEvent.EXIT)
+
+    def _leave(self, handler):
+        self._moved(handler, SlotEvent.LEAVE)
+
+    def _stay(self, handler):
+        self._moved(handler, SlotEvent.STAY)
+
+    def _line(self, handler, *line):
+        self.log(" ".join(line))
+
+    HEARD = {"JOB": _job, "GROUP": _group, "EXIT": _exit, "FAILED": _failed, "LEAVE": _leave, "STAY": _stay,
+             "LINE": _line}
+
+    def _moved(self, handler, event):
+        self.responder.move(now_ms(), handler.slot, event)
+        if handler.slot.state is SlotState.FREE:
+            lingering = [each for each in self.processes.values() if each.slot.state is SlotState.FREE]
+            if len(lingering) > self.LINGERING:
+                signal_process(lingering[0].pid, signal.SIGKILL)
+        self.daemon.changed()
+
+    def _ended(self, handler):
+        """Its job has ended with it, unless it was killed."""
+        handler.link.read()
+        handler.link.close()
+        del self.processes[handler.pid]
+        slot = handler.slot
+        if slot.state is not SlotState.FREE:
+            self.responder.move(now_ms(), slot, SlotEvent.LEAVE)
+        if slot.state is SlotState.LEAVING:
+            self.log("job %s: its handler was killed; the job ends" % slot.job.id)
+            self.daemon.orphans.add(handler)
+        self.daemon.changed()
+
+    def look(self):
+        """A fault in a callback must not keep a slot for ever."""
+        for handler in list(self.processes.values()):
+            if handler.pid not in self.daemon.children.ended:
+                self._ended(handler)
+        owned = {handler.slot for handler in self.processes.values()}
+        owned.update(self.daemon.orphans.slots, self.daemon.offers.connections)
+        for slot in [each for each in self.responder.slots if each not in owned]:
+            self.responder.move(now_ms(), slot, SlotEvent.LEAVE)
+            if slot.state is SlotState.LEAVING:
+                self.responder.move(now_ms(), slot, SlotEvent.EXIT)
+
+    def take_turns(self):
+        """Whose submitter has had its turn takes no more jobs of it, while others wait that have less; nobody does when
+        the worker takes no more jobs at all."""
+        over = () if self.responder.stopped else self.responder.turns_over(now_ms())
+        for handler in self.processes.values():
+            if handler.slot.state is not SlotState.FREE:
+                handler.tell(self.responder.stopped or handler.slot in over)
+
+
+class Orphans:
+    """What handlers that were killed have left behind: it is ended, and only then their slots are free.
+
+    On Linux the daemon inherits it, and signals nobody but its own children.  Elsewhere a child with the job's rights
+    ends the job's group, whose number could be another's by then."""
+
+    def __init__(self, daemon):
+        self.daemon = daemon
+        self.slots = []             # of killed handlers
+        self.killing = None         # a JobKill
+
+    def add(self, handler):
+        if LINUX:
+            self.slots.append(handler.slot)
+            self.look()
+        else:
+            self._end_in_child(handler)
+
+    def look(self):
+        """To be called often: whatever is there is ended."""
+        if not LINUX:
+            return
+        if self.killing is None:
+            if not self.slots and not self.daemon.children.orphans():
+                return
+            self.killing = JobKill(self.daemon.children.orphans)
+        if not self.killing.look():
+            self.daemon.loop.call_later(KILL_LOOK, self.look)
+            return
+        self.killing = None
+        slots, self.slots = self.slots, []
+        for slot in slots:
+            self.daemon.responder.move(now_ms(), slot, SlotEvent.EXIT)
+        if slots:
+            self.daemon.sweep_scratch()
+        self.daemon.changed()
+
+    def _end_in_child(self, handler):
+        try:
+            pid = os.fork()
+        except OSError as error:
+            self.daemon.log("job %s: no process to end it: %s" % (handler.slot.job.id, fork_reason(error)))
+            self.daemon.loop.call_later(1.0, lambda: self._end_in_child(handler))
+            return
+        if pid == 0:
+            end_group_as(self.daemon.settings.user, handler.group)
+        self.slots.append(handler.slot)
+        self.daemon.children.add(pid, lambda status: self._ended_in_child(handler.slot))
+
+    def _ended_in_child(self, slot):
+        self.slots.remove(slot)
+        self.daemon.responder.move(now_ms(), slot, SlotEvent.EXIT)
+        self.daemon.changed()
+
+
+class Receiver:
+    """Hears the group and gives each authentic datagram to the part that it concerns.  The Daemon makes it."""
+
+    def __init__(self, daemon):
+        self.daemon, self.key, self.log = daemon, daemon.key, daemon.log
+        self.responder = daemon.responder
+
+    def read(self):
+        changed = False
+        for data, source, _ in self.daemon.group.datagrams():
+            changed = self.datagram(data, source) or changed
+        if changed:
+            self.daemon.changed()
+
+    def datagram(self, data, source):
+        """Acts on one datagram; returns whether it was worth anything."""
+        try:
+            datagram = parse_datagram(data)
+            if datagram.key_id == self.key.id and self._matters(datagram) and datagram.authentic(self.key.udp):
+                self.RECEIVED[datagram.kind](self, datagram, source)
+                return True
+            if datagram.kind == ASK and datagram.key_id != self.key.id:
+                self.daemon.roll_calls.asked_by_stranger(datagram, source)
+        except ProtocolError as error:
+            if speaks_another_version(data):
+                self.log.note("version", "from %s: %s" % (source[0], error))
+                self.daemon.roll_calls.asked_by_another_version(data, source)
+        return False
+
+    def _matters(self, datagram):
+        """Most of what a worker hears is about jobs of others, and not worth an HMAC."""
+        if datagram.kind == ALERT:
+            return any(self.daemon.alerts.counts(alert) for alert in parse_alerts(datagram))
+        return datagram.kind != HERE and self.responder.concerned(datagram.kind, datagram.nonce)
+
+    def _announce(self, datagram, source):
+        if not self.daemon.drain.began:
+            self.responder.announced(now_ms(), datagram.nonce, source, parse_announcement(datagram),
+                                     datagram.sequence, datagram.port)
+
+    def _hold(self, datagram, source):
+        self.responder.hold(now_ms(), datagram.nonce, parse_hold(datagram), datagram.sequence)
+
+    def _taken(self, datagram, source):
+        self.responder.taken(now_ms(), datagram.nonce, parse_taken(datagram))
+
+    def _alert(self, datagram, source):
+        for alert in parse_alerts(datagram):
+            self.daemon.alerts.heard(alert)
+
+    def _ask(self, datagram, source):
+        self.daemon.roll_calls.asked(datagram, source)
+
+    RECEIVED = {ANNOUNCE: _announce, HOLD: _hold, TAKEN: _taken, ALERT: _alert, ASK: _ask}
+
+
+class AlertJudge:
+    """Which alerts make this worker hold back: only one about a job that it has really had counts, and each job's first
+    one only, so that no copy begins or ends anything."""
+    MUTE = 10000.0          # milliseconds that a ratted out worker holds back
+    REMEMBERED = 2048       # jobs that an alert may still speak of
+
+    def __init__(self, responder, log):
+        self.responder, self.log = responder, log
+        self.jobs = collections.OrderedDict()       # {id: True} of those without an alert so far
+
+    def served(self, job):
+        self.jobs[job] = True
+        if len(self.jobs) > self.REMEMBERED:
+            self.jobs.popitem(last=False)
+
+    def forget(self, job):
+        self.jobs.pop(job, None)
+
+    def counts(self, alert):
+        return alert.job in self.jobs and alert.words != "test"
+
+    def heard(self, alert):
+        if not self.counts(alert):
+            return
+        self.forget(alert.job)
+        ratted = alert.verdict == RATTED_OUT
+        self.responder.penalise(now_ms(), self.MUTE if ratted else 0)
+        if ratted:
+            self.log("ratted out by %s: %s; holding back for %d s" % (alert.submitter, alert.words, self.MUTE / 1000))
+
+
+class RollCalls:
+    """Answers who asks how this worker is, and who is to hear that it is busy or cannot connect."""
+    RATE = 20               # answers to roll calls and announcements a second
+    TESTS_MAX = 16          # roll calls that it tries to connect back to at once, and in a second
+
+    def __init__(self, daemon):
+        self.daemon, self.loop, self.key, self.group = daemon, daemon.loop, daemon.key, daemon.group
+        self.bucket = TokenBucket(self.RATE, self.RATE)
+        self.stranger_bucket = TokenBucket(1, 1)    # answers to roll calls of other keys
+        self.test_bucket = TokenBucket(self.TESTS_MAX, self.TESTS_MAX)
+        self.tests = {}                             # {nonce: Connector}
+        self.answers = collections.OrderedDict()    # {nonce of a roll call: (its last sequence number, Timer)}
+        self.sequence = 0
+
+    def asked_by_stranger(self, datagram, source):
+        """A check of another key learns that somebody is there."""
+        if parse_ask(datagram)[1] & CHECK:
+            self._show_up(datagram.nonce, source)
+
+    def asked_by_another_version(self, data, source):
+        """cwho --check there shows it."""
+        if data[5] == ASK:
+            self._show_up(bytes(8), source)
+
+    def _show_up(self, nonce, source):
+        if self.stranger_bucket.take(time.monotonic()):
+            self.group.send_to(encode_datagram(self.key.udp, HERE, self.key.id, nonce, 0), source)
+
+    def asked(self, datagram, source):
+        """Answers after a random part of the spread, and connects first if that is wanted."""
+        spread, flags, heard = parse_ask(datagram)
+        nonce, now = datagram.nonce, time.monotonic()
+        last, timer = self.answers.get(nonce, (-1, None))
+        if datagram.sequence <= last or is_heard(heard, nonce, datagram.sequence, self.daemon.instance):
+            return          # a copy may claim to come from anywhere
+        answer = functools.partial(self.send_here, nonce, source, jobs=bool(flags & ASK_JOBS))
+        if flags & CONNECT and datagram.port >= PORT_LEAST:
+            if last >= 0 or not self.test_bucket.take(now):
+                return
+            answer = functools.partial(self._test, nonce, Origin(source, datagram.port))
+        if timer:
+            timer.cancel()
+        self.answers[nonce] = datagram.sequence, self.loop.call_later(uniform() * spread / 1000, answer)
+        self.answers.move_to_end(nonce)
+        if len(self.answers) > ANSWERED_MOST:
+            self.answers.popitem(last=False)[1][1].cancel()
+
+    def _test(self, nonce, origin):
+        """Tries whether this worker can connect to who asks."""
+        if len(self.tests) < self.TESTS_MAX:
+            self.tests[nonce] = Connector(self.loop, origin.address, SubmitterConnection.CONNECT,
+                                          functools.partial(self._connected, nonce, origin),
+                                          functools.partial(self._tested, nonce, origin))
+
+    def _connected(self, nonce, origin, connection):
+        try:
+            connection.send(encode_preamble(self.key.udp, Answer(nonce, 0, 0, 0, False), os.urandom(8)))
+        except OSError:
+            pass        # it shows who has connected, where nothing else may
+        connection.close()
+        self._tested(nonce, origin, 0)
+
+    def _tested(self, nonce, origin, problem):
+        del self.tests[nonce]
+        self.send_here(nonce, origin.source, origin.address, os.strerror(problem) if problem else "")
+
+    def send_here(self, nonce, address, back=("", 0), error="", jobs=False):
+        """Tells who asked how this worker is; back: where it has tried to connect to; error: why that failed.  Where
+        there is no way to who asked, all who hear the group are told."""
+        if not self.bucket.take(time.monotonic()):
+            return
+        self.sequence += 1
+        here = encode_here(self.daemon.here(address, back, error, jobs))
+        data = encode_datagram(self.key.udp, HERE, self.key.id, nonce, self.sequence, here)
+        if not self.group.send_to(data, address):
+            self.group.send(data)
+
+
+class CommandWatch:
+    """Whether COMMAND is there: while it is missing nobody is answered, who would only be refused."""
+
+    def __init__(self, daemon):
+        self.daemon = daemon
+        self.missing = False
+
+    def look_after_failure(self):
+        """A job could not be started: where COMMAND is there, others go first."""
+        self._look()
+        if not self.missing:
+            self.daemon.responder.penalise(now_ms(), AlertJudge.MUTE)
+
+    def look(self):
+        if self.missing:
+            self._look()
+
+    def _look(self):
+        path, before = self.daemon.path, self.missing
+        self.missing = not (os.path.isfile(path) and os.access(path, os.X_OK))
+        if self.missing != before:
+            self.daemon.log("%s: %s" % (path, "missing or not executable, no new jobs until it is there"
+                                        if self.missing else "there again, takes jobs again"))
+            self.daemon.changed()
+
+
+class Veto:
+    """The owner's word by --if: while the command ends with another status than 0, or hangs, no job is taken.  The
+    Daemon makes it."""
+    EVERY = 10.0            # seconds between two runs
+
+    def __init__(self, daemon):
+        self.daemon = daemon
+        self.command = daemon.settings.veto
+        self.vetoed = bool(self.command)        # until it has said otherwise
+        self.answered = not self.command
+        self.words = ""                         # how the last one ended
+        self.pid = None                         # of the running command
+        self.began = -math.inf
+
+    def look(self):
+        if not self.command or time.monotonic() - self.began < self.EVERY:
+            return
+        if self.pid:        # it hangs: that is no yes
+            signal_process(-self.pid, signal.SIGKILL)
+        else:
+            self._run()
+
+    def _run(self):
+        self.began = time.monotonic()
+        try:
+            null = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
+            self.pid = os.posix_spawn("/bin/sh", ["sh", "-c", self.command], os.environ, file_actions=null,
+                                      setpgroup=0, setsigdef=RESETTABLE)
+        except (OSError, AttributeError) as error:
+            return self.daemon.log.note("veto", "--if: %s" % reason_of(error))
+        self.daemon.children.add(self.pid, self._ended)
+
+    def _ended(self, status):
+        first, before = not self.answered, self.vetoed
+        self.pid, self.vetoed, self.answered = None, status != 0, True
+        self.words = "--if ended " + ("by %s" % signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else
+                                      "with %d" % os.WEXITSTATUS(status))
+        if first:
+            self.daemon.say_ready()
+        if self.vetoed if first else self.vetoed != before:
+            self.daemon.log("--if: %s" % ("no new jobs for the time being (%s)" % self.words if self.vetoed else
+                                          "takes jobs again"))
+        self.daemon.changed()
+
+    def end(self):
+        if self.pid:
+            signal_process(-self.pid, signal.SIGKILL)
+
+
+class Drain:
+    """The end of a worker: after the first signal no job starts and none is killed, after the second all are.  The
+    Daemon makes it.
+
+    Handlers are told by their links and answer, so that what is logged is true: whoever has answered LEAVE starts no
+    job any more."""
+    PATIENCE = 2.0          # seconds that a handler may take for its answer before the line is logged without it
+
+    def __init__(self, daemon):
+        self.daemon = daemon
+        self.began = None           # monotonic seconds
+        self.signal = None          # its name, until the line about it is logged
+
+    def on_signal(self, number):
+        if self.began is not None:
+            for handler in self.daemon.handlers.processes.values():
+                handler.link.send("KILL")
+            return
+        self.began, self.signal = time.monotonic(), signal.Signals(number).name
+        for slot in list(self.daemon.offers.connections):
+            self.daemon.offers.withdraw(slot)
+        self.daemon.changed()
+
+    def asked_to_stop(self, now):
+        """By cservice --stop; returns how many jobs run."""
+        self.on_signal(signal.SIGTERM)
+        if now:
+            self.on_signal(signal.SIGTERM)
+        return sum(slot.state in WITH_JOB for slot in self.daemon.responder.slots)
+
+    def look(self):
+        if self.began is None:
+            return
+        slots = self.daemon.responder.slots
+        late = time.monotonic() - self.began > self.PATIENCE
+        if self.signal and (late or all(slot.state is SlotState.LEAVING for slot in slots)):
+            name, self.signal = self.signal, None
+            self.daemon.log("%s: no new jobs, %d running; again to kill them" % (
+                name, sum(slot.state in WITH_JOB for slot in slots)), always=True)
+        if not self.signal and not slots and not self.daemon.handlers.processes and not self.daemon.orphans.killing:
+            self.daemon.end()
 
 
 class Daemon:
-    """The worker: hears announcements, answers the ones the rule picks, forks a handler for each connection.
+    """The worker: its parts, and what they share.  cservice makes it.
 
     A fault in one of its callbacks costs the job or datagram in hand: it is logged, and the daemon serves on.
     """
-    PROVEN = 512            # jobs of ended handlers that an alert may still speak of
-    STALE = 1.0             # seconds after which a silent submitter makes room for those that wait
-    SILENT = 0.1            # after which its connection does, if it has not proven itself; less while many do so
-    PARKED_MAX = 64         # of such connections, which may still speak
-    TURN = 0.5              # seconds that a submitter keeps a connection while others wait
-    MUTE = 10000.0          # milliseconds that a ratted out worker holds back
     LOOK = 0.5              # seconds between two looks at load, waiting submitters and turns
-    VETO_EVERY = 10.0       # seconds between two runs of --if
-    HERE_RATE = 20          # answers to roll calls and announcements a second
-    TESTS_MAX = 16          # roll calls that it tries to connect back to at once, and in a second
-    LINGERING = 64          # handlers without a slot, whose submitters have not taken the last words yet
 
     def __init__(self, key, settings, command, log, unit="", program=None):
-        self.loop = Loop(on_error=self._fault)
+        self.loop = Loop(on_error=self.fault)
         self.program = program          # under --python: a descriptor of this program, for interpreters to run
         self.key = key
         self.settings = settings
@@ -9220,52 +9935,41 @@ class Daemon:
         self.group = GroupSocket(settings.group, listen=True)
         if LINUX:
             self.group.hear_only(key.id)
-        self.responder = Responder(settings.concurrency, usable_cpus(), measured_speed(), uniform, settings.boost)
-        self.meter = LoadMeter()
         self.instance = os.urandom(8).hex()
-        self.control = ControlSocket(self.loop, key, self.instance, unit, self._asked_to_stop)
         self.began = time.monotonic()
-        self.connecting = set()         # SubmitterConnections
-        self.handlers = {}              # {pid: HandlerProcess}
-        self.killers = {}               # {pid of a child that ends a job: the HandlerProcess it was of, or None}
-        self.proven = collections.OrderedDict()     # {id: True} of the last jobs of ended handlers
-        self.jobs_done = 0              # by handlers that have ended
-        self.here_bucket = TokenBucket(self.HERE_RATE, self.HERE_RATE)
-        self.stranger_bucket = TokenBucket(1, 1)    # answers to roll calls of other keys
-        self.tests = {}                 # {nonce: when its ConnectionTest began}
-        self.test_bucket = TokenBucket(self.TESTS_MAX, self.TESTS_MAX)
-        self.asked = collections.OrderedDict()      # {nonce of a roll call: (its last sequence number, Timer)}
-        self.sequence = 0
-        self.timer = None
-        self.draining = False
-        self.vetoed = False
-        self.missing = False            # COMMAND is no executable file any more
-        self.veto_pid = None            # of the running --if command
-        self.veto_words = ""            # how the last one ended
-        self.ready_said = False
-        self.veto_at = -math.inf
+        self.meter = LoadMeter()
         self.sampled_at = 0.0
         self.refreshed_at = time.monotonic()
+        self.responder = Responder(settings.concurrency, usable_cpus(), measured_speed(), uniform, settings.boost)
+        self.children = Children()
+        self.offers = Offers(self)
+        self.handlers = Handlers(self)
+        self.orphans = Orphans(self)
+        self.alerts = AlertJudge(self.responder, log)
+        self.roll_calls = RollCalls(self)
+        self.receiver = Receiver(self)
+        self.command_watch = CommandWatch(self)
+        self.veto = Veto(self)
+        self.drain = Drain(self)
+        self.control = ControlSocket(self.loop, key, self.instance, unit, self.drain.asked_to_stop)
 
     def run(self):
         """Serves until told to stop; returns 0."""
         loop = self.loop
-        loop.on_signal(signal.SIGCHLD, lambda number: self._reap())
+        loop.on_signal(signal.SIGCHLD, lambda number: self.reap())
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.on_signal_unless_ignored(number, self._stop)
+            loop.on_signal_unless_ignored(number, self.drain.on_signal)
         loop.on_signal(signal.SIGHUP, lambda number: None)
-        loop.watch(self.group.fileno(), read=self._heard)
-        loop.call_every(self.LOOK, self._look)
-        self._sweep_scratch()
-        if self.settings.veto:
-            self.responder.stopped = True       # until it has said otherwise
-            self._run_veto()
-        else:
-            self._ready()
+        loop.watch(self.group.fileno(), read=self.receiver.read)
+        loop.call_every(self.LOOK, self.look)
+        self.sweep_scratch()
+        self.changed()
+        self.veto.look()
+        if self.veto.answered:
+            self.say_ready()
         return loop.run()
 
-    def _ready(self):
-        self.ready_said = True
+    def say_ready(self):
         user, interfaces = self.settings.user, self.group.heard_on()
         self.log("ready: key %s, group %s%s, %s, command %s%s" % (
             self.key.fingerprint, self.settings.group, " on " + " ".join(interfaces) if interfaces else "",
@@ -9279,455 +9983,73 @@ class Daemon:
             self.log("warning: " + words, always=True)
         self.log.settle()
 
-    def _fault(self, error):
+    def sweep_scratch(self):
+        """Removes the folders of jobs whose handler was killed, now or in an earlier life."""
+        if self.scratch:
+            try:
+                pid = sweep_scratch_in_child(*self.scratch, self.settings.user, self.log)
+                self.children.add(pid, lambda status: None)
+            except OSError as error:
+                self.log("no process to remove old folders: %s" % fork_reason(error))
+
+    def fault(self, error):
         import traceback
         self.log.note(repr(error), "internal error, the daemon goes on: " + " | ".join(
             traceback.format_exc().strip().splitlines()))
 
-    # -- datagrams
-    def _heard(self):
-        changed = False
-        for data, source, _ in self.group.datagrams():
-            changed = self._datagram(data, source) or changed
-        if changed:
-            self.consider()
+    def changed(self):
+        """Something has changed that slots, turns or the end may depend on."""
+        self.responder.stopped = self.drain.began is not None or self.veto.vetoed or self.command_watch.missing
+        self.offers.consider()
+        self.handlers.take_turns()
+        self.drain.look()
 
-    def _datagram(self, data, source):
-        """Acts on one datagram; returns whether it was worth anything."""
-        try:
-            datagram = parse_datagram(data)
-            if datagram.key_id == self.key.id and self._matters(datagram) and datagram.authentic(self.key.udp):
-                self.RECEIVED[datagram.kind](self, datagram, source)
-                return True
-            if (datagram.kind == ASK and datagram.key_id != self.key.id and parse_ask(datagram)[1] & CHECK
-                    and self.stranger_bucket.take(time.monotonic())):
-                self.group.send_to(encode_datagram(self.key.udp, HERE, self.key.id, datagram.nonce, 0), source)
-        except ProtocolError as error:
-            if speaks_another_version(data):
-                self.log.note("version", "from %s: %s" % (source[0], error))
-                if data[5] == ASK and self.stranger_bucket.take(time.monotonic()):      # cwho --check there shows it
-                    self.group.send_to(encode_datagram(self.key.udp, HERE, self.key.id, bytes(8), 0), source)
-        return False
+    def look(self):
+        """What is looked at from time to time, whatever the calls have missed."""
+        now = time.monotonic()
+        self.reap()
+        self.offers.look()
+        self.handlers.look()
+        if now - self.sampled_at >= 1.0:
+            self.sampled_at = now
+            self.responder.load(now_ms(), self.meter.read(self.responder.taken_slots()))
+        if now - self.refreshed_at >= 10.0:
+            self.refreshed_at = now
+            self.group.refresh()
+        self.command_watch.look()
+        self.veto.look()
+        self.changed()
 
-    def _matters(self, datagram):
-        """Most of what a worker hears is about jobs of others, and not worth an HMAC."""
-        if datagram.kind == ALERT:
-            return any(self._counts(alert.job) for alert in parse_alerts(datagram))
-        return datagram.kind != HERE and self.responder.concerned(datagram.kind, datagram.nonce)
+    def reap(self):
+        self.children.reap()
+        self.orphans.look()
 
-    def _announce(self, datagram, source):
-        if not self.draining:
-            self.responder.announced(now_ms(), datagram.nonce, source, parse_announcement(datagram),
-                                     datagram.sequence, datagram.port)
-
-    def _hold(self, datagram, source):
-        self.responder.hold(now_ms(), datagram.nonce, parse_hold(datagram), datagram.sequence)
-
-    def _taken(self, datagram, source):
-        self.responder.taken(now_ms(), datagram.nonce, parse_taken(datagram))
-
-    def _alert(self, datagram, source):
-        """Only an alert about a job that a handler has really had counts, and each of those once."""
-        for alert in parse_alerts(datagram):
-            if alert.words == "test" or not self._counts(alert.job):
-                continue
-            ratted = alert.verdict == RATTED_OUT
-            self.responder.penalise(now_ms(), self.MUTE if ratted else 0)
-            if ratted:
-                self.proven[alert.job] = False      # a repetition says nothing new
-                self.log("ratted out by %s: %s; holding back for %d s" % (
-                    alert.submitter, alert.words, self.MUTE / 1000))
-
-    def _counts(self, job):
-        """Whether an alert about this job is one about a job that was served here, and not yet ratted out."""
-        if job in self.proven:
-            return self.proven[job]
-        return any(handler.won and handler.board.read()[1] == job for handler in self.handlers.values())
-
-    def _ask(self, datagram, source):
-        """A roll call: answers after a random part of the spread, and connects first if that is wanted."""
-        spread, flags, heard = parse_ask(datagram)
-        nonce, wait, now = datagram.nonce, uniform() * spread / 1000, time.monotonic()
-        last, timer = self.asked.get(nonce, (-1, None))
-        if datagram.sequence <= last or is_heard(heard, nonce, datagram.sequence, self.instance):
-            return          # a copy may claim to come from anywhere
-        answer = functools.partial(self.send_here, nonce, source)
-        if flags & CONNECT and datagram.port >= PORT_LEAST:
-            self.tests = {each: began for each, began in self.tests.items()
-                          if now - began < 2 * SubmitterConnection.CONNECT}
-            if nonce in self.tests or len(self.tests) >= self.TESTS_MAX or not self.test_bucket.take(now):
-                return
-            self.tests[nonce] = now
-            place = (source[0], datagram.port) + tuple(source[2:])
-            answer = functools.partial(ConnectionTest, self, nonce, source, place)
-        if timer:
-            timer.cancel()
-        self.asked[nonce] = datagram.sequence, self.loop.call_later(wait, answer)
-        self.asked.move_to_end(nonce)
-        if len(self.asked) > ANSWERED_MOST:
-            self.asked.popitem(last=False)[1][1].cancel()
-
-    RECEIVED = {ANNOUNCE: _announce, HOLD: _hold, TAKEN: _taken, ALERT: _alert, ASK: _ask}
-
-    def send_here(self, nonce, place, back=("", 0), error=""):
-        """Tells who asked how this worker is; back: where it has tried to connect to; error: why that failed.  Where
-        there is no way to who asked, all who hear the group are told."""
-        if not self.here_bucket.take(time.monotonic()):
-            return
-        responder, running = self.responder, self.responder.running
-        state = (UNREACHABLE if error else DRAINING if self.draining else UNABLE if self.missing else
-                 VETOED if responder.stopped else
-                 BUSY if running >= self.settings.concurrency else FREE)
-        here = Here(state, self.settings.concurrency, running, responder.waiting(), responder.cores, responder.outside,
-                    responder.cost(now_ms()), responder.speed, int(time.monotonic() - self.began), self._jobs_done(),
-                    back[1], address_towards(place), self.instance, socket.gethostname(), VERSION,
+    def here(self, address, back, error, jobs):
+        """This worker as a Here, for who asks from this address."""
+        responder, now = self.responder, time.monotonic()
+        running = responder.taken_slots()
+        state = (UNREACHABLE if error else DRAINING if self.drain.began is not None else
+                 UNABLE if self.command_watch.missing else VETOED if self.veto.vetoed else
+                 BUSY if running >= responder.most else FREE)
+        now_running = tuple(RunningNow(now - slot.job.began, slot.job.id, slot.job.submitter, slot.job.user)
+                            for slot in responder.slots if slot.state in WITH_JOB) if jobs else ()
+        return Here(state, responder.most, running, responder.waiting(), responder.cores, responder.outside,
+                    responder.cost(now_ms()), responder.speed, int(now - self.began), self.handlers.jobs_done, back[1],
+                    address_towards(address), self.instance, socket.gethostname(), VERSION,
                     "%d.%d.%d" % sys.version_info[:3], self.command_digest(), os.path.basename(self.path),
-                    error or ("COMMAND is missing" if self.missing else self.veto_words if self.vetoed else ""),
-                    back[0], (), 0)
-        self.sequence += 1
-        data = encode_datagram(self.key.udp, HERE, self.key.id, nonce, self.sequence, encode_here(here))
-        if not self.group.send_to(data, place):
-            self.group.send(data)
+                    error or ("COMMAND is missing" if self.command_watch.missing else
+                              self.veto.words if self.veto.vetoed else ""), back[0], now_running, 0)
 
     def command_digest(self):
         """The same for workers with the same command and arguments, wherever it is installed."""
         words = [os.path.basename(self.command[0])] + self.command[1:]
         return hashlib.sha256("\0".join(words).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
-    def _jobs_done(self):
-        return self.jobs_done + sum(handler.board.jobs for handler in self.handlers.values())
-
-    # -- connections
-    def consider(self):
-        """Asks the rule what is due, does it, and comes back when it wants to be asked again."""
-        if self.timer:
-            self.timer.cancel()
-            self.timer = None
-        if self.draining:
-            return
-        self._park_silent()
-        for answer in self.responder.due(now_ms()):
-            self._connect(answer)
-        for nonce in self.responder.busy_due(now_ms()):
-            self.send_here(nonce, self.responder.sender(nonce))
-        due = min(self._park_silent(), (self.responder.next_due() or math.inf) / 1000)
-        if due < math.inf:
-            self.timer = self.loop.call_at(due, self.consider)
-        self._take_turns()
-
-    def _connect(self, answer):
-        self.connecting.add(SubmitterConnection(self, answer, self.responder.place(answer.nonce)))
-
-    def on_no_job(self, connection):
-        """The submitter has taken another worker, or cannot be reached."""
-        self.connecting.discard(connection)
-        if connection.parked:
-            return self.responder.forget(connection.answer.nonce)
-        nonce, refused = connection.answer.nonce, connection.error == errno.ECONNREFUSED
-        failures = self.responder.place_failed(nonce)
-        # One whose job has been taken refuses too; one that refuses again is still looking.
-        if connection.error is not None and (not refused or failures > 1):
-            self._unreachable(nonce, connection.place, os.strerror(connection.error))
-        self._lost(connection.answer, refused)
-
-    def _unreachable(self, nonce, place, words):
-        """Tells both sides: the submitter waits and does not know why."""
-        self.log.note(place[0], "no connection back to %s: %s; does a firewall there let TCP in?" % (
-            address_text(place), words))
-        sender = self.responder.sender(nonce)
-        if sender:
-            self.send_here(nonce, sender, place, words)
-
-    def _lost(self, answer, refused=False):
-        self.responder.lost(answer.nonce, refused)
-        self.consider()
-
-    # -- handlers
-    def on_go(self, connection):
-        """The submitter has proven itself and wants this worker: a process of its own goes on from here."""
-        self.connecting.discard(connection)
-        if connection.parked:
-            if self.responder.full and self._oldest():
-                self._park(self._oldest())
-            if not self.responder.resume(connection.answer.nonce):
-                self.responder.forget(connection.answer.nonce)
-                return connection.socket.close()
-        address = connection.place[0]
-        try:
-            board, (link, far) = Board(), socket.socketpair()
-            pid = os.fork()
-        except OSError as error:
-            self.log("no process for a job from %s: %s" % (address, fork_reason(error)))
-            connection.socket.close()
-            return self._lost(connection.answer)
-        if pid == 0:
-            self._become_handler(connection, link, far, board)
-        port = connection.socket.getsockname()[1]
-        far.close()
-        connection.socket.close()
-        link.setblocking(False)
-        room = self.responder.room(connection.answer.nonce)
-        handler = self.handlers[pid] = HandlerProcess(pid, link, board, connection.answer, address, port, room)
-        self.loop.watch(link.fileno(), read=lambda: self._told(handler))
-
-    def _become_handler(self, connection, link, far, board):
-        """In the forked child: serves the connection and ends.  Nothing here may raise or return."""
-        status = 1
-        try:
-            os.setsid()         # a Ctrl-C at the daemon's terminal is for the daemon
-            self.loop.close()
-            self.group.close()
-            self.control.close()
-            for other in self.connecting:
-                other.close()
-            for handler in self.handlers.values():
-                handler.link.close()
-            link.close()
-            status = Handler(self, connection.socket, far, board).run()
-        except BaseException as error:
-            self._fault(error)
-        finally:
-            os._exit(status)
-
-    def _told(self, handler):
-        words = link_words(handler.link)
-        if words is None:
-            return
-        if not words:
-            self.loop.watch(handler.link.fileno())
-            return
-        if b"won" in words:
-            handler.won = True
-            self.responder.won(handler.answer.nonce)
-        if b"over" in words:
-            self._free(handler)
-            lingering = [each for each in self.handlers.values() if each.over]
-            if len(lingering) > self.LINGERING:
-                signal_process(lingering[0].pid, signal.SIGKILL)
-        if b"failed" in words:
-            self.proven[handler.board.read()[1]] = False        # that it ends well elsewhere is no credit to this one
-            self._look_for_command()
-        self.consider()
-
-    def _free(self, handler):
-        if handler.over:
-            return
-        handler.over = True
-        if handler.won:
-            self.responder.freed(handler.room)
-        else:
-            self.responder.lost(handler.answer.nonce)
-
-    def _reap(self):
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED)
-            except ChildProcessError:
-                break
-            if not pid:
-                break
-            if os.WIFSTOPPED(status):
-                signal_process(pid, signal.SIGKILL)     # its job, whose user it has, must not keep the slot for ever
-            elif pid in self.handlers:
-                self._handler_ended(self.handlers.pop(pid))
-            elif pid in self.killers:
-                self._free(self.killers.pop(pid))
-                self._sweep_scratch()
-            elif pid == self.veto_pid:
-                self._veto_told(status)
-        self.consider()
-        self._maybe_over()
-
-    def _handler_ended(self, handler):
-        """Its job has ended with it, unless it was killed: then its board still names the job's group."""
-        self._told(handler)
-        self.loop.watch(handler.link.fileno())
-        handler.link.close()
-        group, job, jobs = handler.board.read()
-        self.jobs_done += jobs
-        if job:
-            self.proven.setdefault(job, True)
-            while len(self.proven) > self.PROVEN:
-                self.proven.popitem(last=False)
-        if not group:
-            return self._free(handler)
-        self.log("job %s: its handler was killed; the job ends" % job)
-        try:
-            self.killers[kill_job_in_child(group, job, self.settings.user, handler.port)] = handler
-        except OSError as error:
-            self.log("job %s: no process to end it: %s" % (job, fork_reason(error)))
-            self._free(handler)
-
-    def _sweep_scratch(self):
-        """Removes the folders of jobs whose handler was killed, now or in an earlier life."""
-        if self.scratch:
-            try:
-                sweep_scratch_in_child(*self.scratch, self.settings.user, self.log)
-            except OSError as error:
-                self.log("no process to remove old folders: %s" % fork_reason(error))
-
-    # -- time
-    def _look(self):
-        now = time.monotonic()
-        self._reap()
-        self._release_orphans()
-        if now - self.sampled_at >= 1.0:
-            self.sampled_at = now
-            self.responder.load(now_ms(), self.meter.read(self.responder.running))
-        if now - self.refreshed_at >= 10.0:
-            self.refreshed_at = now
-            self.group.refresh()
-        if self.missing:
-            self._look_for_command()
-        if self.settings.veto and now - self.veto_at >= self.VETO_EVERY:
-            if self.veto_pid:       # it hangs: that is no yes
-                signal_process(-self.veto_pid, signal.SIGKILL)
-            else:
-                self._run_veto()
-        self._drop_stale(now)
-        self._take_turns()
-
-    def _release_orphans(self):
-        """A fault in a callback must not keep a slot for ever."""
-        for connection in [each for each in self.connecting if each.over]:
-            connection.close()
-            self.connecting.discard(connection)
-        owned = {each.answer.nonce for each in self.connecting}
-        owned.update(handler.answer.nonce for handler in self.handlers.values() if not handler.won)
-        owned.update(handler.answer.nonce for handler in self.killers.values() if not handler.won)
-        for nonce in set(self.responder.connecting) - owned:
-            self.responder.lost(nonce)
-
-    def _park_silent(self):
-        """While others wait, who was called and gives no word loses his slot, and the more of these there are, the
-        sooner; but he may still speak.  Returns when to look again."""
-        while self.responder.crowded():
-            oldest = self._oldest()
-            silent_at = oldest.began + self.SILENT / (
-                1 + sum(each.parked for each in self.connecting)) if oldest else math.inf
-            if time.monotonic() < silent_at:
-                return silent_at
-            self._park(oldest)
-        return math.inf
-
-    def _oldest(self, parked=False):
-        """The connection that has been silent for longest, of those that have lost their slot or have one; or None."""
-        return min((each for each in self.connecting if each.parked == parked), key=lambda each: each.began,
-                   default=None)
-
-    def _park(self, connection):
-        connection.parked = True
-        self.responder.park(connection.answer.nonce)
-        if sum(each.parked for each in self.connecting) > self.PARKED_MAX:
-            self._oldest(parked=True).end()
-
-    def _drop_stale(self, now):
-        """Who was called a while ago and gives no word keeps no slot from those who wait."""
-        for connection in [each for each in self.connecting if not each.parked and now - each.began > self.STALE]:
-            if self.responder.gives_way(connection.answer.nonce):
-                connection.end()
-        for handler in self.handlers.values():
-            if not handler.won and now - handler.began > self.STALE and self.responder.gives_way(
-                    handler.answer.nonce, proven=True):
-                signal_process(handler.pid, signal.SIGKILL)
-
-    def _take_turns(self):
-        """Whose submitter has had its turn takes no more jobs of it, while others wait that have less."""
-        now = time.monotonic()
-        for handler in self.handlers.values():
-            if not handler.over:
-                handler.tell(self.draining or self.responder.stopped or (
-                    now - handler.began > self.TURN and self.responder.others_wait(handler.room)))
-
-    # -- who answers nobody
-    def _look_for_command(self):
-        """A job could not be started.  While COMMAND is missing nobody is answered, who would only be refused; with
-        another cause others go first."""
-        before, self.missing = self.missing, not (os.path.isfile(self.path) and os.access(self.path, os.X_OK))
-        self.responder.stopped = self.vetoed or self.missing
-        if self.missing != before:
-            self.log("%s: %s" % (self.path, "missing or not executable, no new jobs until it is there"
-                                 if self.missing else "there again, takes jobs again"))
-            self.consider()
-        elif not self.missing:
-            self.responder.penalise(now_ms(), self.MUTE)
-
-    def _run_veto(self):
-        self.veto_at = time.monotonic()
-        try:
-            null = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
-            self.veto_pid = os.posix_spawn("/bin/sh", ["sh", "-c", self.settings.veto], os.environ, file_actions=null,
-                                           setpgroup=0, setsigdef=RESETTABLE)
-        except OSError as error:
-            self.log.note("veto", "--if: %s" % reason_of(error))
-
-    def _veto_told(self, status):
-        """The command of --if has ended, with this wait status."""
-        before, self.veto_pid, self.vetoed = self.vetoed, None, status != 0
-        self.veto_words = "--if ended " + ("by %s" % signal.Signals(os.WTERMSIG(status)).name
-                                           if os.WIFSIGNALED(status) else "with %d" % os.WEXITSTATUS(status))
-        self.responder.stopped = self.vetoed or self.missing
-        if not self.ready_said:
-            self._ready()
-        if self.vetoed != before:
-            self.log("--if: %s" % ("no new jobs for the time being (%s)" % self.veto_words if self.vetoed else
-                                   "takes jobs again"))
-
-    # -- the end
-    def _stop(self, number):
-        if self.draining:
-            for handler in self.handlers.values():
-                signal_process(handler.pid, signal.SIGTERM)
-            return
-        self.draining = True
-        running = sum(1 for handler in self.handlers.values() if handler.board.read()[0])
-        self.log("%s: no new jobs, %d running; again to kill them" % (signal.Signals(number).name, running),
-                 always=True)
-        for connection in list(self.connecting):
-            connection.end()
-        for handler in self.handlers.values():
-            if not handler.won:
-                signal_process(handler.pid, signal.SIGTERM)
-        self._take_turns()
-        self._maybe_over()
-
-    def _asked_to_stop(self, now):
-        """By cservice --stop; returns how many jobs run."""
-        self._stop(signal.SIGTERM)
-        if now and self.handlers:
-            self._stop(signal.SIGTERM)
-        return sum(1 for handler in self.handlers.values() if handler.board.read()[0])
-
-    def _maybe_over(self):
-        if self.draining and self.loop.running and not self.handlers and not self.killers:
-            if self.veto_pid:
-                signal_process(-self.veto_pid, signal.SIGKILL)
-            self.log("done", always=True)
-            self.control.end()
-            self.loop.stop(0)
-
-
-class ConnectionTest:
-    """Tries for a roll call whether this worker can connect to who asks, and then answers."""
-
-    def __init__(self, daemon, nonce, source, place):
-        self.daemon = daemon
-        self.nonce = nonce
-        self.source = source
-        self.place = place
-        self.connector = Connector(daemon.loop, place, SubmitterConnection.CONNECT, self._connected, self._over)
-
-    def _connected(self, connection):
-        try:
-            connection.send(encode_preamble(self.daemon.key.udp, Answer(self.nonce, 0, 0, 0, False), os.urandom(8)))
-        except OSError:
-            pass        # it shows who has connected, where nothing else may
-        connection.close()
-        self._over(0)
-
-    def _over(self, problem):
-        self.daemon.tests.pop(self.nonce, None)
-        self.daemon.send_here(self.nonce, self.source, self.place, os.strerror(problem) if problem else "")
+    def end(self):
+        self.veto.end()
+        self.log("done", always=True)
+        self.control.end()
+        self.loop.stop(0)
 
 
 def job_environment(user):
@@ -10010,6 +10332,16 @@ class ControlSocket:
         """In the daemon, when it is about to end: who waits learns that from the end of the process."""
         if not LINUX:
             discard(self.address)
+
+
+def link_words(link):
+    """The words that have come: none at the connection's end, None when nothing is there now."""
+    try:
+        return link.recv(4096).split()
+    except BlockingIOError:
+        return None
+    except OSError:
+        return []
 
 
 def service_unit():
@@ -10313,167 +10645,100 @@ def show_as(words):
 
 # ---------------------------------------------------------------- cservice: the handler
 
-class RunningJob:
-    """One job on the worker: its process, our ends of its descriptors, and its end.  A Handler makes it and hears of
-    it by on_job_over(report) or on_job_refused(words); it ends with its process's group."""
+class JobEnds:
+    """A job's descriptors at the worker: theirs, which it inherits, and our ends, each with its source or sink.
+    RunningJob makes it, all of it before the job is started, and closes it.  OSError when there are not enough.
 
-    def __init__(self, handler, job):
-        self.handler = handler
-        self.daemon = handler.daemon
-        self.loop = handler.loop
-        self.channel = handler.channel
-        self.session = handler.channel.session
+    theirs   {descriptor in the job: descriptor here}
+    sinks    {descriptor in the job: Sink}, its inputs
+    slave    its terminal, which stays open here: what it makes of its own descriptors must not look like the end
+    """
+
+    def __init__(self, run, job):
+        self.run, self.loop, self.channel, self.session = run, run.loop, run.channel, run.session
         self.job = job
-        self.began = time.monotonic()
-        self.pid = None
-        self.ended = False          # the process has, whether or not it was waited for
-        self.wait_status = None     # once it was waited for
+        self.theirs = {}
+        self.to_close = []          # of `theirs`, until it has been started
         self.ends = {}              # {descriptor in the job: our end of it}
-        self.sinks = {}             # {descriptor in the job: Sink}
+        self.sockets = {}           # the same of those open both ways
+        self.sources = {}
+        self.sinks = {}
         self.counts = {}            # {input: InputCount}, of those that are pipes
         self.consumed = {}          # {input that the job reads no more: bytes of it that it has read}
-        self.copied = job.copied if sees_reading() else frozenset()     # inputs that get a copy first
-        self.job_ends = {}          # {copied socket: the job's end of it}, until a SocketCount has it
-        self.to_close = []          # the job's ends, until it has been started
         self.master = self.slave = None
-        self.group_kill = None
-        self.cleared = False        # nothing of its group is left
-        self.limit_met = None
-        self.wall_timer = None
-        self.scratch = None         # the Scratch that it stands in
-        self.after_scratch = None   # what to call once that is removed
-        self.call_status = None     # the CallStatus of an interpreter
-
-    # -- start
-    def start(self):
-        """Runs the command with the submitter's descriptors.  OSError and ValueError when that cannot be."""
-        settings, job = self.handler.settings, self.job
+        self.copied = job.copied if sees_reading() else frozenset()     # inputs that get a copy first
+        self.share = PIPES_MAX // max(1, len(job.descriptors))     # bytes that each may hold in the system
         try:
-            if settings.user and os.geteuid() == 0:
-                become_user(settings.user)
-            if self.daemon.scratch:
-                self.scratch = Scratch(*self.daemon.scratch)
-                os.chdir(self.scratch.path)
-            theirs = self._open_ends()
-            if self.daemon.program is not None:
-                self._open_calls(theirs)
-            limits = [(name, value) for name, value in settings.limits if name != WALL]
-            self.pid = spawn(self.daemon.path, self.daemon.command, self._environment(), theirs, self.slave, limits)
+            self._open()
         except (OSError, ValueError):
-            self._release()
+            self.close()
             raise
-        finally:
-            for fd in self.to_close:
-                os.close(fd)
-            self.to_close = []
-            if self.scratch:
-                os.chdir("/")       # a module that is loaded later comes from nowhere that a job can write
-        self.handler.board.post(self.pid, job.id)
-        wall = dict(settings.limits).get(WALL)
-        if self.call_status:
-            self._look_at_call()
-        elif wall:
-            self.wall_timer = self.loop.call_later(wall, self._out_of_time)
-        self._attach()
 
-    def _open_calls(self, theirs):
-        """What an interpreter needs beside the ends that its submitter asks for: the program, and where it shows when
-        its call has begun."""
-        if self.job.descriptors != CALL_DESCRIPTORS:
-            raise ValueError("it serves calls of Python functions (cexec.Executor), no commands")
-        status = shared_file(CallStatus.FORM.size)
-        self.to_close.append(status)
-        self.call_status = CallStatus(status)
-        theirs.update({PROGRAM: self.daemon.program, STATUS: status})
-
-    def _look_at_call(self):
-        """Under --python the limit of wall counts from a call's start."""
-        began, wall = self.call_status.read(), dict(self.handler.settings.limits).get(WALL, math.inf)
-        if began and time.monotonic() - began > wall:
-            return self._out_of_time()
-        self.wall_timer = self.loop.call_later(CALL_STATUS_LOOK, self._look_at_call)
-
-    def _out_of_time(self):
-        self.limit_met = "wall"
-        self.kill()
-
-    def _environment(self):
-        handler, job = self.handler, self.job
-        environment = dict(self.daemon.environment)
-        environment.update({
-            b"REMOTE_ADDR": handler.remote.encode(), b"REMOTE_PORT": b"%d" % handler.peer[1],
-            b"SERVER_ADDR": handler.local[0].partition("%")[0].encode(), b"SERVER_PORT": b"%d" % handler.local[1],
-            b"CEXEC_JOB": job.id.encode()})
-        environment.update({b"PEER_" + name: value for name, value in job.names})
-        if self.scratch:
-            folder = os.fsencode(self.scratch.path)
-            environment.update({b"TMPDIR": folder, b"PWD": folder, b"CEXEC_DIR": os.fsencode(self.daemon.folder)})
-        if job.terminal:
-            environment[b"TERM"] = job.terminal[2]
-            for name in (b"LINES", b"COLUMNS"):     # of the terminal that cservice was started from
-                environment.pop(name, None)
-        return environment
-
-    def _open_ends(self):
-        """Makes the pipes and socket pairs; returns {descriptor in the job: descriptor here}."""
-        theirs, limit, job = {}, os.sysconf("SC_OPEN_MAX"), self.job
-        if 0 < limit <= max(job.descriptors, default=0) + 8:
+    def _open(self):
+        limit, numbers = os.sysconf("SC_OPEN_MAX"), self.job.descriptors
+        if len(numbers) > JOB_DESCRIPTORS_MAX:
+            raise OSError(errno.EMFILE, "%d descriptors, more than the %d that a job may have" % (
+                len(numbers), JOB_DESCRIPTORS_MAX))
+        if 0 < limit <= max(numbers, default=0) + 8:
             raise OSError(errno.EMFILE, "descriptor %d is too high for this machine's limit of %d" % (
-                max(job.descriptors), limit))
-        for fd, kind in job.descriptors.items():
+                max(numbers), limit))
+        for fd, kind in numbers.items():
             if isinstance(kind, int):
-                theirs[fd] = theirs[kind]
+                self.theirs[fd] = self.theirs[kind]
                 continue
-            ours, other = self._make_terminal() if kind == TTY else self._make_end(kind)
-            if kind != TTY:
-                self.to_close.append(other)
-            if kind == BOTH and fd in self.copied:
-                self.job_ends[fd] = os.dup(other)
-            self.ends[fd], theirs[fd] = ours, other
-        return theirs
+            make = {BOTH: self._make_sockets, TTY: self._make_terminal}.get(kind, self._make_pipe)
+            make(fd, kind)
+            self._attach(fd, kind)
 
-    def _make_terminal(self):
-        """Its slave stays open here: what the job makes of its own descriptors must not look like the end."""
+    def _make_terminal(self, fd, kind):
         self.master, self.slave = os.openpty()
+        self.ends[fd], self.theirs[fd] = self.master, self.slave
         os.set_blocking(self.master, False)
         rows, columns, _, modes = self.job.terminal
         set_terminal(self.slave, rows, columns, modes)
-        return self.master, self.slave
 
-    def _make_end(self, kind):
-        if kind == BOTH:
-            ours, other = socket.socketpair()
-            return ours.detach(), other.detach()
+    def _make_sockets(self, fd, kind):
+        ours, other = socket.socketpair()
+        self.to_close.append(other.detach())
+        self.sockets[fd], self.ends[fd], self.theirs[fd] = ours, ours.fileno(), self.to_close[-1]
+        if self.share < SOCKET_FULL:
+            with socket.socket(fileno=os.dup(self.theirs[fd])) as other:
+                for each in ours, other:
+                    each.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.share // 2)
+
+    def _make_pipe(self, fd, kind):
         reading, writing = os.pipe()
         ours, other = (writing, reading) if kind == IN else (reading, writing)
+        self.to_close.append(other)
+        self.ends[fd], self.theirs[fd] = ours, other
         os.set_blocking(ours, False)
-        return ours, other
+        if self.share < PIPE_SIZE:
+            resize_pipe(ours, self.share)
 
-    def _attach(self):
-        for fd, ours in list(self.ends.items()):
-            kind = self.job.descriptors[fd]
-            make_source, make_sink = {BOTH: (SocketSource, SocketSink),
-                                      TTY: (JobTerminalSource, JobTerminalSink)}.get(kind, (Source, Sink))
-            if fd in self.copied:
-                make_sink = self._copy_sink(fd)
-            if kind in UPWARD:
-                sink = make_sink(self.loop, ours, functools.partial(self.channel.consumed, fd),
-                                 functools.partial(self._input_closed, fd), functools.partial(self._input_ended, fd))
-                self.sinks[fd] = sink
-                if kind == IN:
-                    self.counts[fd] = InputCount(sink)
-                sink.watch_other_side()
-            if kind in DOWNWARD:
-                self.channel.add_source(fd, make_source(self.loop, ours,
-                                                        functools.partial(self.channel.source_ready, fd)))
+    def _attach(self, fd, kind):
+        ours = self.ends[fd]
+        make_source, make_sink = {BOTH: (SocketSource, SocketSink),
+                                  TTY: (Source, JobTerminalSink)}.get(kind, (Source, Sink))
+        if fd in self.copied:
+            make_sink = self._copy_sink(fd)
+        if kind in UPWARD:
+            sink = self.sinks[fd] = make_sink(
+                self.loop, ours, functools.partial(self.channel.consumed, fd),
+                functools.partial(self._input_closed, fd), functools.partial(self._input_ended, fd))
+            sink.enlarged = sink.enlarged or self.share < PIPE_SIZE
+            if kind == IN:
+                self.counts[fd] = InputCount(sink)
+        if kind in DOWNWARD:
+            source = self.sources[fd] = make_source(self.loop, ours,
+                                                    functools.partial(self.channel.source_ready, fd))
+            source.enlarged = source.enlarged or self.share < PIPE_SIZE
 
-    # -- its descriptors
     def _copy_sink(self, fd):
         """What makes the sink of an input that gets a copy first."""
         emptied = functools.partial(self._emptied, fd)
         if self.job.descriptors[fd] == IN:
             return functools.partial(CopySink, emptied=emptied)
-        self.counts[fd] = SocketCount(self.loop, self.job_ends.pop(fd), self.pid, emptied)
+        self.counts[fd] = SocketCount(self.loop, os.dup(self.theirs[fd]), None, emptied)
         return functools.partial(CopySocketSink, count=self.counts[fd])
 
     def _emptied(self, fd):
@@ -10482,14 +10747,36 @@ class RunningJob:
             self.session.emptied(fd)
             self.channel.flush()
 
-    def _read_so_far(self, fd):
+    def give(self):
+        """The job has been started, or could not be: its ends are its own."""
+        for fd in self.to_close:
+            os.close(fd)
+        self.to_close = []
+
+    def begin(self, leader):
+        """The job runs, with this first process: data flows from now on."""
+        self.give()
+        for count in self.counts.values():
+            count.leader = leader
+        for sink in self.sinks.values():
+            sink.watch_other_side()
+        for fd, source in self.sources.items():
+            self.channel.add_source(fd, source)
+
+    # -- while it runs
+    def read_so_far(self, fd):
         """How much of this input the job has read."""
         count = self.counts[fd].read() if fd in self.counts else None
         return UNKNOWN if count is None else count
 
+    def unstopped(self):
+        """{input that was not stopped: how much of it the job has read}, for the exit message."""
+        return {fd: self.consumed[fd] if fd in self.consumed else self.read_so_far(fd)
+                for fd, stream in self.session.receiving.items() if stream.state != "stopped"}
+
     def _input_closed(self, fd, error):
         """The job reads this descriptor no more."""
-        self.consumed[fd] = self._read_so_far(fd)
+        self.consumed[fd] = self.read_so_far(fd)
         self._close_end(fd, socket.SHUT_WR)
         if not self.channel.closed and self.session.phase is RUNNING:
             self.session.stop(fd, self.consumed[fd])
@@ -10501,107 +10788,267 @@ class RunningJob:
             self.counts[fd].keep()
         self._close_end(fd, socket.SHUT_WR)
 
-    def stopped(self, fd):
+    def output_stopped(self, fd):
         """The submitter reads this output no more."""
         self.channel.drop_source(fd)
         self._close_end(fd, socket.SHUT_RD)
-        self.maybe_over()
 
-    def source_ended(self, fd):
+    def output_ended(self, fd):
         """The job has closed its end, or shut down its half of a socket pair."""
-        both = self.job.descriptors[fd] == BOTH
-        if both and fd in self.ends and is_hung_up(self.ends[fd]):
-            self.session.stop(fd, self._read_so_far(fd))
-            self.sinks[fd].close()
-        if not both:
+        if self.job.descriptors[fd] != BOTH:
             self._close_end(fd)
-        self.maybe_over()
+        elif is_hung_up(self.ends[fd]):
+            self.session.stop(fd, self.read_so_far(fd))
+            self.sinks[fd].close()
 
     def _close_end(self, fd, how=None):
         """Shuts one direction of a socket pair, or closes a pipe's end."""
-        ours, kind = self.ends.get(fd), self.job.descriptors[fd]
-        if ours is None or kind == TTY:
+        kind = self.job.descriptors[fd]
+        if fd not in self.ends or kind == TTY:
             return          # a terminal stays until the job ends: closing it hangs up
         if kind == BOTH:
-            with socket.socket(fileno=os.dup(ours)) as half:
-                try:
-                    half.shutdown(how)
-                except OSError:
-                    pass        # the job has closed its end already
+            try:
+                self.sockets[fd].shutdown(how)
+            except OSError:
+                pass        # the job has closed its end already
         else:
-            del self.ends[fd]
-            self.loop.watch(ours)
-            os.close(ours)
+            self._close_pipe(self.ends.pop(fd))
 
-    def signal(self, name):
-        """A terminal's job is not stopped when only its user's cexec is suspended.  Another one is stopped for good:
-        its group has no parent in its session, and for such an orphan TSTP has no effect."""
-        if self.pid and self.wait_status is None and not (self.job.terminal and name in ("TSTP", "CONT")):
-            signal_group(self.pid, signal.SIGSTOP if name == "TSTP" else SIGNAL_NAMES[name])
+    def _close_pipe(self, end):
+        self.loop.watch(end)
+        os.close(end)
 
     def resize(self, size):
         if self.master is not None:
             set_window(self.master, *size)
 
-    # -- its end
-    def child_changed(self):
-        if self.pid and not self.ended and (has_ended(self.pid) if CAN_PEEK else self._reap()):
-            self.ended = True
-            for count in self.counts.values():
-                count.leader_ended()
-            self.maybe_over()
+    def leader_ended(self):
+        for count in self.counts.values():
+            count.leader_ended()
 
-    def _reap(self):
-        """Waits for the process, if it has ended; until then its number stays its own."""
+    def all_sent(self):
+        """Whether every output is at its end."""
+        return all(stream.state == "ended" for stream in self.session.sending.values())
+
+    def end_outputs(self):
+        """Nothing of the job is left that could be waited for: what can be read at once is all."""
+        for fd, source in list(self.channel.sources.items()):
+            source.ending = True
+            self.channel.source_ready(fd)
+
+    def close(self):
+        self.give()
+        for each in (*self.sinks.values(), *self.sources.values(), *self.counts.values()):
+            each.close()
+        for fd, end in self.ends.items():
+            if fd in self.sockets:
+                self.sockets[fd].close()
+            else:
+                self._close_pipe(end)
+        self.ends.clear()
+        if self.slave is not None:
+            os.close(self.slave)
+            self.slave = None
+
+
+class JobProcess:
+    """A job's first process and all that came of it, children of this process.  RunningJob makes it; it may be made
+    once there is a pid, and from then on there is no refusal, only an end."""
+
+    def __init__(self, loop, own, pid):
+        self.loop, self.own, self.pid = loop, own, pid
+        self.ended = False          # the first process has, whether or not it was waited for
+        self.wait_status = None     # once it was waited for
+        self.killing = None         # a JobKill
+
+    def look(self):
+        """After a SIGCHLD, and now and then: waits for what has ended.  Returns whether the first process has."""
+        self.left()
+        return self.ended
+
+    def left(self):
+        """The pids of what is left of it.  Those that have ended are waited for, but for the first one: its number is
+        its group's, which may be signalled until all has gone."""
+        if not self.ended:
+            self.ended = has_ended(self.pid) if CAN_PEEK else self.reap()
+        if not LINUX:
+            if self.killing:
+                self.reap()         # elsewhere a zombie passes for a living process
+            return [self.pid] if signal_group(self.pid, 0) else []
+        found = []
+        for pid in self.own.pids():
+            if pid == self.pid:
+                found += [] if self.ended else [pid]
+            elif not is_reaped(pid):
+                found.append(pid)
+        return found
+
+    def reap(self):
+        """Waits for the first process, if it has ended; until then its number stays its own."""
         if self.wait_status is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
                 self.wait_status = status
         return self.wait_status is not None
 
-    def maybe_over(self):
-        """The job is over when its process has ended and every output is at its end and sent.
+    def signal(self, name, terminal):
+        """A terminal's job is not stopped when only its user's cexec is suspended.  Without a terminal STOP is sent: an
+        orphaned process group ignores TSTP."""
+        if self.wait_status is None and not (terminal and name in ("TSTP", "CONT")):
+            signal_group(self.pid, signal.SIGSTOP if name == "TSTP" else SIGNAL_NAMES[name])
 
-        A terminal's output ends when nobody has it open, so there the rest of the session ends first.
-        """
-        if self.channel.closed or not self.ended or self.group_kill or self.session.phase is not RUNNING:
-            return
-        sent = all(stream.state == "ended" for stream in self.session.sending.values())
-        if self.slave is not None and not self.cleared:
-            self._kill_group(True, self._group_gone)
-        elif sent and not self.cleared:
-            self._reap()
-            if signal_group(self.pid, 0):
-                self._kill_group(False, self._group_gone)
-            else:
-                self._group_gone()
-        elif sent:
-            self._clear(self._report)
+    def end(self, done):
+        """Ends what is left of it, then calls done(); a second call does so at once, with the first one's done."""
+        if self.killing:
+            return self.killing.kill()
+        self.killing = JobKill(self.left)
+        self._check_kill(done)
 
-    def _kill_group(self, whole, done):
-        self.group_kill = GroupKill(self.pid, whole)
-        self._look(done)
-
-    def _look(self, done):
-        if not LINUX:
-            self._reap()        # elsewhere a zombie passes for a living process
-        if self.group_kill.look():
-            self.group_kill = None
-            self._reap()
+    def _check_kill(self, done):
+        if self.killing.look():
+            self.killing = None
+            self.reap()
             done()
         else:
-            self.loop.call_later(KILL_LOOK, lambda: self._look(done))
+            self.loop.call_later(KILL_LOOK, lambda: self._check_kill(done))
 
-    def _group_gone(self):
-        """What its terminal holds now is all."""
-        self.cleared = self.ended = True
-        for number, source in list(self.channel.sources.items()):
-            if isinstance(source, JobTerminalSource):
-                source.ending = True
-                self.channel.source_ready(number)
+
+class RunningJob:
+    """One job on the worker: its descriptors, its process, and its report.  A Handler makes it and hears of its end by
+    on_job_over(report).  OSError and ValueError when it cannot be started: then nothing of it is there."""
+
+    def __init__(self, handler, job):
+        self.handler = handler
+        self.loop = handler.loop
+        self.channel = handler.channel
+        self.session = handler.channel.session
+        self.job = job
+        self.began = time.monotonic()
+        self.limit_met = None
+        self.wall_timer = None
+        self.cleared = False        # nothing of the process and what came of it is left
+        self.gone = None            # what to call then, where its submitter has gone
+        self.scratch = None         # the Scratch that it stands in
+        self.after_scratch = None   # what to call once that is removed
+        self.call_status = None     # the CallStatus of an interpreter
+        self.ends = None
+        self.process = None
+        try:
+            self._prepare()
+            self.process = JobProcess(self.loop, handler.own, self._spawn())
+        except (OSError, ValueError):
+            self._undo()
+            raise
+        finally:
+            if self.scratch:
+                os.chdir("/")       # a module that is loaded later comes from nowhere that a job can write
+
+    def _prepare(self):
+        """All that can fail, before there is a process."""
+        if self.handler.daemon.scratch:
+            self.scratch = Scratch(*self.handler.daemon.scratch)
+            os.chdir(self.scratch.path)
+        self.ends = JobEnds(self, self.job)
+        if self.handler.daemon.program is not None:
+            self._open_calls()
+
+    def _open_calls(self):
+        """What an interpreter needs beside the ends that its submitter asks for: the program, and where it shows when
+        its call has begun."""
+        if self.job.descriptors != CALL_DESCRIPTORS:
+            raise ValueError("it serves calls of Python functions (cexec.Executor), no commands")
+        status = shared_file(CallStatus.FORM.size)
+        self.ends.to_close.append(status)
+        self.call_status = CallStatus(status)
+        self.ends.theirs.update({PROGRAM: self.handler.daemon.program, STATUS: status})
+
+    def _undo(self):
+        if self.ends:
+            self.ends.close()
+        self._remove_scratch(lambda: None)
+
+    def _spawn(self):
+        settings = self.handler.settings
+        limits = [(name, value) for name, value in settings.limits if name != WALL]
+        return spawn(self.handler.daemon.path, self.handler.daemon.command, self._environment(), self.ends.theirs,
+                     self.ends.slave, limits)
+
+    def begin(self):
+        """The submitter is to hear that it was accepted."""
+        wall = dict(self.handler.settings.limits).get(WALL)
+        if self.call_status:
+            self._look_at_call()
+        elif wall:
+            self.wall_timer = self.loop.call_later(wall, self._out_of_time)
+        self.ends.begin(self.process.pid)
+
+    def _look_at_call(self):
+        """Under --python the limit of wall counts from a call's start."""
+        began, wall = self.call_status.read(), dict(self.handler.settings.limits).get(WALL, math.inf)
+        if began and time.monotonic() - began > wall:
+            return self._out_of_time()
+        self.wall_timer = self.loop.call_later(CALL_STATUS_LOOK, self._look_at_call)
+
+    def _out_of_time(self):
+        self.limit_met = WALL
+        self.kill()
+
+    def _environment(self):
+        handler, job = self.handler, self.job
+        environment = dict(handler.daemon.environment)
+        environment.update({
+            b"REMOTE_ADDR": handler.remote.encode(), b"REMOTE_PORT": b"%d" % handler.peer[1],
+            b"SERVER_ADDR": handler.local[0].partition("%")[0].encode(), b"SERVER_PORT": b"%d" % handler.local[1],
+            b"CEXEC_JOB": job.id.encode()})
+        environment.update({b"PEER_" + name: value for name, value in job.names})
+        if self.scratch:
+            folder = os.fsencode(self.scratch.path)
+            environment.update({b"TMPDIR": folder, b"PWD": folder, b"CEXEC_DIR": os.fsencode(handler.daemon.folder)})
+        if job.terminal:
+            environment[b"TERM"] = job.terminal[2]
+            for name in (b"LINES", b"COLUMNS"):     # of the terminal that cservice was started from
+                environment.pop(name, None)
+        return environment
+
+    def signal(self, name):
+        self.process.signal(name, self.job.terminal)
+
+    # -- its end
+    def child_changed(self):
+        if self.cleared:
+            return          # what has ended is no part of the job
+        before = self.process.ended
+        if self.process.look():
+            if not before:
+                self.ends.leader_ended()
+            self.maybe_over()
+
+    def source_ended(self, fd):
+        self.ends.output_ended(fd)
         self.maybe_over()
 
-    def _clear(self, then):
+    def stopped(self, fd):
+        self.ends.output_stopped(fd)
+        self.maybe_over()
+
+    def maybe_over(self):
+        """The job is over when its process has ended, every output is at its end and sent, and what it left behind has
+        been ended.  A terminal's output ends when nobody has it open, so there the rest of the session ends first."""
+        if self.channel.closed or not self.process.ended or self.process.killing or self.session.phase is not RUNNING:
+            return
+        if not self.cleared and (self.ends.slave is not None or self.ends.all_sent()):
+            self.process.end(self._cleared)
+        elif self.cleared and self.ends.all_sent():
+            self._remove_scratch(self._report)
+
+    def _cleared(self):
+        self.cleared = True
+        if self.gone:
+            return self._remove_scratch(self.gone)
+        self.ends.end_outputs()
+        self.maybe_over()
+
+    def _remove_scratch(self, then):
         """Calls then(), the last one given, once the job's folder is removed."""
         self.after_scratch = then
         if not self.scratch:
@@ -10616,131 +11063,139 @@ class RunningJob:
         self.after_scratch()
 
     def _report(self):
-        status = signal.SIGKILL if self.wait_status is None else self.wait_status      # None: it cannot even be killed
+        status = self.process.wait_status
         signalled = os.WIFSIGNALED(status)
         number = os.WTERMSIG(status) if signalled else os.WEXITSTATUS(status)
         name = next((name for name, known in SIGNAL_NAMES.items() if known == number), "") if signalled else ""
         self.limit_met = self.limit_met or {"XCPU": "cpu", "XFSZ": "file"}.get(name)
-        consumed = {fd: self.consumed[fd] if fd in self.consumed else self._read_so_far(fd)
-                    for fd, stream in self.session.receiving.items() if stream.state != "stopped"}
-        report = ExitReport(
-            signalled, False, number, int((time.monotonic() - self.began) * 1000), name,
-            "its limit of %s" % self.limit_met if self.limit_met else "", consumed)
+        report = ExitReport(signalled, False, number, int((time.monotonic() - self.began) * 1000), name,
+                            "its limit of %s" % self.limit_met if self.limit_met else "", self.ends.unstopped())
         self._release()
         self.handler.on_job_over(report)
 
     def _release(self):
-        """Gives back what is held of the job here."""
         if self.wall_timer:
             self.wall_timer.cancel()
-        for sink in self.sinks.values():
-            sink.close()
-        for count in self.counts.values():
-            count.close()
-        for end in self.job_ends.values():
-            os.close(end)
-        self.job_ends.clear()
-        for end in self.ends.values():
-            self.loop.watch(end)
-            os.close(end)
-        self.ends.clear()
-        if self.slave is not None:
-            os.close(self.slave)
-            self.slave = None
+        self.ends.close()
 
     def kill(self):
         """Ends the job, whatever it does; a second call does so at once."""
-        if self.group_kill:
-            self.group_kill.kill()
-        elif self.pid and not self.cleared:
-            self._kill_group(True, self._group_gone)
+        if not self.cleared:
+            self.process.end(self._cleared)
 
     def abandon(self, done):
-        """The submitter has gone: ends the job and then calls done()."""
-        self._release()
-        if self.group_kill:
-            self.group_kill.kill()
-        elif self.pid and not self.cleared:
-            self._kill_group(True, lambda: self._clear(done))
-            return
-        self._abandoned(done)
-
-    def _abandoned(self, done):
-        if self.group_kill:
-            self.loop.call_later(KILL_LOOK, lambda: self._abandoned(done))
-        else:
-            self._clear(done)
+        """Its submitter has gone: ends the job and then calls done(); a second call hurries that."""
+        if self.gone is None:
+            self.gone = done
+            self._release()
+            if self.cleared:
+                return self._remove_scratch(done)
+        if not self.cleared:
+            self.process.end(self._cleared)
 
 
 class Handler:
     """One connection on the worker, in a process of its own: the channel, and the jobs that come by it in turn.
 
-    The daemon's child makes it and ends with it.  It tells the daemon by the link, a line each: `won` when the first
-    job has come, `failed` when a job could not be started, `over` when the slot is free.  The daemon says `leave` when
-    this connection shall take no more jobs, `stay` when it may again.  The end of the link means that the daemon was
-    killed.
+    The daemon's child makes it and ends with it.  It reports the events of its slot by the link, each before it acts
+    on it: `JOB id submitter user`, `GROUP pid line`, `EXIT line`, `FAILED line`, LEAVE, STAY; lines are for the log,
+    as is `LINE line`.  The daemon says LEAVE when this connection shall take no more jobs, STAY when it may again, KILL
+    when the job shall end.  The end of the link means that the daemon was killed.
     """
     PATIENCE = 15.0         # seconds for handshake and first job
     IDLE = 1.0              # seconds without a job after which a connection gives its slot back
     LINGER = 5.0            # seconds that a submitter has to read the last words
 
-    def __init__(self, daemon, connection, link, board):
+    def __init__(self, daemon, connection, link, slot):
         self.daemon = daemon
         self.settings = daemon.settings
-        self.log = daemon.log
         self.raw = connection
-        self.link = link
-        self.board = board
-        self.loop = Loop()
+        self.slot = slot            # a copy, as of the fork
+        self.loop = Loop(on_error=self._fault)
+        self.link = Link(self.loop, link, self._told)
+        self.own = OwnChildren()
+        self.peer, self.local = slot.origin.address, None
+        self.connection = None
         self.channel = None
         self.running = None         # the RunningJob in hand
         self.remote = None          # the submitter's address, as it says it
-        self.told_to_leave = False
-        self.slot_given_back = False
-        self.ending = False
-        self.timer = None
+        self.timer = self.loop.call_later(self.PATIENCE, self._finish)
 
-    # -- the channel
     def run(self):
         """Returns the process's exit status."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            self.loop.on_signal(number, lambda number: None)    # they are for the daemon, which says what is to be done
+        self.loop.on_signal(signal.SIGCHLD, lambda number: self.running and self.running.child_changed())
+        become_subreaper()
         try:
-            self.peer, self.local = self.raw.getpeername(), self.raw.getsockname()
-            connection = TlsConnection(self.raw, self.daemon.context, server_side=False)
-            connection.handshake_within(self.PATIENCE)
-            check_peer(connection.tls, self.daemon.key)
+            self.local = self.raw.getsockname()
+            self.connection = TlsConnection(self.raw, self.daemon.context, server_side=False)
+        except (OSError, ValueError):
+            return 1        # a connection that just ends was not needed any more
+        self._shake()
+        return self.loop.run()
+
+    def _fault(self, error):
+        """A fault of this program's own costs this connection."""
+        try:
+            self.daemon.fault(error)
+            self.give_up("an internal error at the worker")
+        except BaseException:
+            os._exit(1)         # the daemon ends what is left of the job
+
+    # -- the channel
+    def _shake(self):
+        try:
+            if not self.connection.handshake():
+                return self.loop.watch(self.connection.fileno(), read=self._shake,
+                                       write=self._shake if self.connection.unsent else None)
+            check_peer(self.connection.tls, self.daemon.key)
         except (OSError, ValueError) as error:
             loss = loss_of(error)
             if loss.kind is BROKEN and isinstance(error, ssl.SSLError):
-                self.log("from %s: %s" % (self.raw.getpeername()[0], loss.words))
-            return 1        # a connection that just ends was not needed any more
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self.loop.on_signal(number, lambda number: self.give_up("the worker was told to stop"))
-        self.loop.on_signal(signal.SIGHUP, lambda number: None)
-        self.loop.on_signal(signal.SIGCHLD, lambda number: self.running and self.running.child_changed())
+                self.log("from %s: %s" % (self.peer[0], loss.words))
+            return self._finish()
         session = Session(WORKER, 60.0, time.monotonic())
         session.hello(self.local[0].partition("%")[0], self.daemon.instance, sees_reading())
-        self.channel = Channel(self.loop, connection, session, self)
-        self.link.setblocking(False)
-        self.loop.watch(self.link.fileno(), read=self._told)
-        self.timer = self.loop.call_later(self.PATIENCE, self._finish)
-        return self.loop.run()
+        self.channel = Channel(self.loop, self.connection, session, self)
+        if self.slot.state is SlotState.FREE:       # told so meanwhile
+            self._say_last("no more jobs here")
 
-    def _tell(self, word):
-        try:
-            self.link.send(word + b"\n")
-        except OSError:
-            pass        # the daemon has gone; the link's end says so too
+    def log(self, line):
+        """By the daemon, as long as there is one: its lines are limited together."""
+        if self.link.open:
+            self.link.send("LINE", line)
+        else:
+            self.daemon.log(line)
 
-    def _told(self):
-        words = link_words(self.link)
-        if words is None:
-            return
+    def _report(self, event, *words):
+        """Records an event of the slot, here and at the daemon."""
+        self.slot.move(event)
+        self.link.send(event.name, *words)
+
+    def _told(self, words):
         if not words:
-            self.loop.watch(self.link.fileno())
-            return self.give_up("the worker was killed")
-        self.told_to_leave = words[-1] == b"leave"
-        if self.told_to_leave and self.channel.session.phase is ENDED:
+            self.give_up("the worker was killed")
+        elif words[0] == "KILL":
+            self.give_up("the worker was told to stop")
+        elif words[0] == "LEAVE":
             self._leave()
+        elif self.slot.state is SlotState.LEAVING and not self.channel.closed:
+            self._report(SlotEvent.STAY)
+            self._others_wait(False)
+
+    def _leave(self):
+        """This connection shall take no more jobs: others wait, or the worker wants none."""
+        if self.slot.state is SlotState.RUNNING:
+            self._report(SlotEvent.LEAVE)
+            self._others_wait(True)
+        elif self.slot.state is not SlotState.LEAVING:
+            self._take_no_more()
+
+    def _others_wait(self, waiting):
+        if self.channel.session.phase is RUNNING:
+            self.channel.session.others_wait(waiting)
+            self.channel.flush()
 
     # -- what the channel hears
     def on_message(self, kind, number, body):
@@ -10749,18 +11204,18 @@ class Handler:
         elif kind == JOB:
             self._start(body)
         elif kind == END:
-            self.running.sinks[number].finish()
+            self.running.ends.sinks[number].finish()
         elif kind == STOP:
             self.running.stopped(number)
         elif kind == SIGNAL:
             self.running.signal(body)
         elif kind == WINDOW:
-            self.running.resize(body)
+            self.running.ends.resize(body)
         elif kind == BYE:
             self._finish()
 
     def on_data(self, number, view):
-        return self.running.sinks[number].feed(view)
+        return self.running.ends.sinks[number].feed(view)
 
     def on_source_end(self, number):
         self.running.source_ended(number)
@@ -10780,91 +11235,103 @@ class Handler:
     def _start(self, job):
         self.timer.cancel()
         self.channel.tick()         # the job has brought its own timeout
-        if not self.board.jobs:
-            self._tell(b"won")
-        self.board.post(self.board.STARTING, job.id)
-        self.running = RunningJob(self, job)
+        self._report(SlotEvent.JOB, job.id, self.remote, job.user)
+        self.slot.jobs += 1
         refusal = refusal_of(job.names, self.settings.allow) if self.settings.allow else ""
         if refusal:
-            return self._refuse(job, refusal, final=True)
+            return self.refuse(job, refusal, final=True)
         try:
-            self.running.start()
+            self._become_user()
+            self.running = RunningJob(self, job)
         except (OSError, ValueError) as error:
-            self._tell(b"failed")
-            return self._refuse(job, "%s: %s" % (self.daemon.path, reason_of(error)))
+            return self.refuse(job, "%s: %s" % (self.daemon.path, reason_of(error)))
+        self.link.send("GROUP", str(self.running.process.pid), "job %s: start from %s, pid %d" % (
+            job.id, self.remote_text(), self.running.process.pid))
         self.channel.session.accept(time.monotonic())
+        self.running.begin()
         self.channel.flush()
-        self.log("job %s: start from %s, pid %d" % (job.id, self.remote_text(), self.running.pid))
 
-    def _refuse(self, job, words, final=False):
-        self.log("job %s: refused to %s: %s" % (job.id, self.remote_text(), words))
+    def _become_user(self):
+        if self.settings.user and os.geteuid() == 0:
+            become_user(self.settings.user)
+            hide_memory()       # which the change has undone
+
+    def refuse(self, job, reason, final=False):
+        """The job is not started.  final: asking this worker again would be in vain."""
         self.channel.reset_streams()
-        self.running.abandon(self.board.end)        # it may have been started already
-        self.running = None
-        self.channel.session.refuse(words, final)
-        self._give_slot_back()
+        self.channel.session.refuse(reason, final)
+        line = "job %s: refused to %s: %s" % (job.id, self.remote_text(), reason)
+        self.slot.move(SlotEvent.EXIT)
+        self.link.send("EXIT" if final else "FAILED", line)
+        self._take_no_more()
 
     def remote_text(self):
         peer = self.peer[0].partition("%")[0]
         return self.remote if self.remote == peer else "%s by %s" % (self.remote, peer)
 
     def on_job_over(self, report):
-        """All of its output is on its way, and its group is gone."""
-        job, limit_met, self.running = self.running.job, self.running.limit_met, None
-        met = " (its limit of %s)" % limit_met if limit_met else ""
-        words = "job %s: end, %s %d%s, %.3f s, %d bytes in, %d out" % (
-            job.id, "signal" if report.signalled else "status", report.number, met, report.milliseconds / 1000,
-            self.channel.received_total, self.channel.sent_total)
-        self.board.end()
+        """All of its output is on its way, and nothing of it is left."""
+        job, self.running = self.running.job, None
+        last = self.slot.state is SlotState.LEAVING
+        self._report(SlotEvent.EXIT, "job %s: end, %s %d%s, %.3f s, %d bytes in, %d out" % (
+            job.id, "signal" if report.signalled else "status", report.number,
+            " (%s)" % report.reason if report.reason else "", report.milliseconds / 1000,
+            self.channel.received_total, self.channel.sent_total))
         self.channel.reset_streams()
-        self.channel.session.exit(report._replace(last=self.told_to_leave))
-        if self.told_to_leave:
-            self.log(words)         # before the next job of this slot has a line
-            return self._give_slot_back()
-        self.timer = self.loop.call_later(self.IDLE, self._leave)
+        self.channel.session.exit(report._replace(last=last))
+        if last:
+            return self._linger()
+        self.timer = self.loop.call_later(self.IDLE, self._take_no_more)
         self.channel.flush()
-        self.log(words)             # behind what the submitter waits for
 
-    def _leave(self, words="no more jobs here"):
+    def _take_no_more(self):
         """Takes no more jobs on this connection.  A job that is on its way here is not started, and its submitter
         learns that from the same words."""
-        self.channel.session.abort(words)
-        self._give_slot_back()
+        if self.slot.state is not SlotState.FREE:
+            self._report(SlotEvent.LEAVE)
+        if self.channel:
+            self._say_last("no more jobs here")
 
-    def _give_slot_back(self):
-        """The last words are said: a submitter that is slow, or asleep, still gets all that the job wrote."""
+    def _say_last(self, words):
+        if self.channel.session.phase is not OVER:
+            self.channel.session.abort(words)
+        self._linger()
+
+    def _linger(self):
+        """A submitter that is slow, or asleep, still gets all that the job wrote."""
         self.timer.cancel()
-        if not self.slot_given_back:
-            self.slot_given_back = True
-            self._tell(b"over")
         self.channel.on_ended = self._finish
         self.channel.flush()
-        patience = max(self.LINGER, 2 * self.channel.session.timeout) if self.board.jobs else self.LINGER
+        patience = max(self.LINGER, 2 * self.channel.session.timeout) if self.slot.jobs else self.LINGER
         self.timer = self.loop.call_later(patience, self._finish)
 
     # -- the end
-    def give_up(self, words):
-        if self.running and not self.channel.closed:
-            self.log("job %s: %s; the job ends" % (self.running.job.id, words))
-            self.channel.session.abort(words)
+    def give_up(self, reason):
+        """The job in hand ends, whatever it does; said again, at once."""
+        if not self.running:
+            return self._take_no_more() if self.channel else self._finish()
+        if not self.channel.closed:
+            self.log("job %s: %s; the job ends" % (self.running.job.id, reason))
+            self.channel.session.abort(reason)
             self.channel.flush()
-        elif self.channel.session.phase is not OVER:
-            return self._leave(words)
         self._end_job()
 
     def _end_job(self):
         self.channel.close()
         if not self.running:
-            self._finish()
-        elif self.ending:
-            self.running.kill()
-        else:
-            self.ending = True
-            self.running.abandon(self._finish)
+            return self._finish()
+        self._report(SlotEvent.LEAVE)
+        self.running.abandon(self._job_gone)
+
+    def _job_gone(self):
+        self._report(SlotEvent.EXIT)
+        self._finish()
 
     def _finish(self):
-        self.board.end()
-        self.channel.close()
+        if self.slot.state is not SlotState.FREE:
+            self._report(SlotEvent.LEAVE)
+        if self.channel:
+            self.channel.close()
         self.loop.stop(0)
 
 
@@ -10876,18 +11343,6 @@ def is_hung_up(fd):
         if not any(events & select.POLLHUP for _, events in poll.poll(0)):
             return False
     return True
-
-
-PR_SET_DUMPABLE = 4         # linux/prctl.h
-
-
-def hide_memory():
-    """Keeps this process's memory, and so the key, from other processes of its user, such as its jobs (Linux)."""
-    try:
-        import ctypes
-        ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
-    except (ImportError, OSError, AttributeError):
-        pass        # the manual tells to use --user
 
 
 def cservice(arguments, settings):
@@ -10915,7 +11370,7 @@ def cservice(arguments, settings):
             return wait_for_background(pid, starter, path, arguments[0])
     log = Log(CSERVICE, file=LogFile(path, starter) if path else None)
     show_as("cservice " + arguments[0])
-    import termios, resource, mmap      # noqa: what handlers need: after --user they may not be allowed to read them
+    import termios, resource            # noqa: what handlers need: after --user they may not be allowed to read them
     if settings.user:
         check_user(settings.user)
     if settings.scratch:
@@ -10927,6 +11382,7 @@ def cservice(arguments, settings):
         import fnmatch          # noqa: for handlers too
     check_tls()
     hide_memory()
+    become_subreaper()
     if warning:
         log(warning)
     command, program = arguments[1:], None

@@ -643,6 +643,7 @@ def deadline():
     signal.signal(signal.SIGALRM, before)
 
 
+LINUX_ONLY = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
 DEADLINE = 120      # seconds; the longest test takes a tenth of it on an idle machine
 
 
@@ -6307,42 +6308,70 @@ GROUPS = {"obedient": "sleep 100 & exec sleep 100", "stubborn": "trap '' TERM HU
           "stopped": "kill -STOP $$"}
 
 
-@pytest.mark.parametrize("name", sorted(GROUPS))
-def test_a_group_is_ended_whatever_it_does(loop, monkeypatch, name):
-    monkeypatch.setattr(cexec, "KILL_GRACE", 0.3)
-    pid = cexec.spawn("/bin/sh", ["sh", "-c", GROUPS[name]], {b"PATH": b"/usr/bin:/bin"}, {})
-    statuses = []
-    if name == "stopped":
-        wait_until(lambda: stopped(pid))
-    if name == "stubborn":
-        wait_until(lambda: has_children(pid))       # it starts them behind its trap
+# Processes that get out of their group, or out of their session, before they are asked to end.
+GROUPS.update({
+    "in a session of its own": "setsid sh -c 'trap \"\" TERM HUP; while :; do sleep 1; done' & exit 0",
+    "ever another group": """exec '%s' -IS -c 'import os, time
+os.setpgid(0, 0) if os.fork() == 0 else time.sleep(9)
+while True:
+    if os.fork():
+        os._exit(0)
+    os.setpgid(0, 0)'""" % sys.executable,
+})
 
-    def reap():
-        if not statuses and os.waitpid(pid, os.WNOHANG)[0]:
-            statuses.append(pid)
-    began = time.monotonic()
-    kill = cexec.GroupKill(pid)
-    while not kill.look():
-        assert time.monotonic() - began < 10
-        reap()
-        time.sleep(cexec.KILL_LOOK)
-    took = time.monotonic() - began
-    reap()
-    assert statuses == [pid], "the leader was dead when the end was told"
-    assert not [other for other in map(stat_fields, all_pids()) if other[2:3] == [str(pid)] and other[0] != "Z"]
+
+@contextlib.contextmanager
+def subreaper():
+    """This process inherits what loses its parent below it, as a handler does."""
+    cexec.become_subreaper()
+    try:
+        yield
+    finally:
+        cexec.prctl(cexec.PR_SET_CHILD_SUBREAPER, 0)
+
+
+@LINUX_ONLY
+@pytest.mark.parametrize("name", sorted(GROUPS))
+def test_a_job_is_ended_whatever_it_does(loop, monkeypatch, name):
+    """R9: all that came of it, and its status is that of its first process."""
+    monkeypatch.setattr(cexec, "KILL_GRACE", 0.3)
+    with subreaper():
+        pid = cexec.spawn("/bin/sh", ["sh", "-c", GROUPS[name]], {b"PATH": b"/usr/bin:/bin"}, {})
+        process = cexec.JobProcess(loop, cexec.OwnChildren(), pid)
+        if name == "stopped":
+            wait_until(lambda: stopped(pid))
+        else:
+            wait_until(lambda: has_children(pid) if name in ("obedient", "stubborn") else must(process.left()))
+        began = time.monotonic()
+        process.end(loop.stop)
+        run_loop(loop)
+        took = time.monotonic() - began
+        with pytest.raises(ChildProcessError):
+            os.waitpid(-1, os.WNOHANG)
+    assert process.wait_status is not None and process.left() == []
     assert took >= 0.3 if name == "stubborn" else took < 5
 
 
 def test_where_a_zombie_passes_for_a_living_process_the_leader_is_reaped_first(loop, monkeypatch):
     monkeypatch.setattr(cexec, "LINUX", False)
     monkeypatch.setattr(cexec, "KILL_GRACE", 600)
-    channel = types.SimpleNamespace(session=None, closed=True)
-    job = cexec.RunningJob(types.SimpleNamespace(daemon=None, loop=loop, channel=channel), None)
-    job.pid = cexec.spawn("/bin/sh", ["sh", "-c", GROUPS["obedient"]], {b"PATH": b"/usr/bin:/bin"}, {})
-    job.abandon(loop.stop)
+    pid = cexec.spawn("/bin/sh", ["sh", "-c", GROUPS["obedient"]], {b"PATH": b"/usr/bin:/bin"}, {})
+    cexec.JobProcess(loop, None, pid).end(loop.stop)
     run_loop(loop)
     with pytest.raises(ChildProcessError):
-        os.waitpid(job.pid, os.WNOHANG)
+        os.waitpid(pid, os.WNOHANG)
+
+
+@LINUX_ONLY
+def test_own_children_are_found_with_and_without_the_kernels_list(tmp_path):
+    pid = cexec.spawn("/bin/sleep", ["sleep", "60"], {}, {})
+    try:
+        own = cexec.OwnChildren()
+        assert own.fd is None or pid in own.pids()
+        assert pid in own._search() and os.getpid() not in own._search()
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
 
 
 def has_children(pid):
@@ -6351,6 +6380,32 @@ def has_children(pid):
 
 def stopped(pid):
     assert stat_fields(pid)[:1] == ["T"]
+
+
+# ---------------------------------------------------------------- slots
+
+@pytest.mark.parametrize("event", cexec.SlotEvent)
+@pytest.mark.parametrize("state", cexec.SlotState)
+def test_every_event_of_a_slot_in_every_state(state, event):
+    """What is not in the table is an error that names slot, state and event, and changes nothing."""
+    slot = cexec.Slot(None, None, None, 0.0)
+    slot.state = state
+    if (state, event) in cexec.SLOTS:
+        slot.move(event)
+        assert slot.state is cexec.SLOTS[state, event]
+    else:
+        with pytest.raises(RuntimeError, match="slot of job none yet: event %s in state %s" % (event.name, state.name)):
+            slot.move(event)
+        assert slot.state is state
+
+
+def test_a_slot_that_leaves_is_free_at_once_or_when_its_job_has_ended():
+    """R21: no way leads from LEAVE to another job, but by STAY."""
+    for state in set(cexec.SlotState) - {cexec.SlotState.FREE}:
+        after = cexec.SLOTS[state, cexec.SlotEvent.LEAVE]
+        assert after is (cexec.SlotState.LEAVING if state in cexec.WITH_JOB else cexec.SlotState.FREE)
+    assert (cexec.SlotState.LEAVING, cexec.SlotEvent.JOB) not in cexec.SLOTS
+    assert not [key for key in cexec.SLOTS if key[0] is cexec.SlotState.FREE]
 
 
 # ---------------------------------------------------------------- choice: a simulated room
@@ -6397,6 +6452,7 @@ class Crowd:
                         for i in range(workers)]
         self.alarms = [INF] * workers
         self.jobs, self.peak, self.datagrams, self.waiting = {}, 0, 0, {}
+        self.slots, self.busy_ends = {}, 0      # {(worker, nonce): Slot} of connections under way
         self.overtaken, self.on_start = [], lambda job: None
         self.actions = {cexec.ANNOUNCE: self.announce, cexec.HOLD: self.hold, cexec.TAKEN: self.taken,
                         cexec.HANDSHAKE: self.handshakes, cexec.EVICT: self.evict, cexec.WIN: self.win}
@@ -6480,11 +6536,12 @@ class Crowd:
         if worker in self.stalled:
             return
         job.busy = max(job.busy, self.now) + 0.4
-        self.call_at(job.busy + 2 * self.far[worker] + self.handshake + self.late(), self.shaken, job, who)
+        self.call_at(job.busy + self.far[worker], self.went_on, job, who)
 
     def shaken(self, job, who):
-        job.selection.authenticated(self.now, who)
-        self.pump(job)
+        if who in self.slots:
+            job.selection.authenticated(self.now, who)
+            self.pump(job)
 
     def evict(self, job, who, why):
         self.call_at(self.now + self.far[who[0]], self.ended, *who)
@@ -6516,11 +6573,13 @@ class Crowd:
 
     def wake(self, worker):
         responder = self.responders[worker]
-        for answer in responder.due(self.now):
-            self.connect(worker, answer)
-        for nonce in responder.busy_due(self.now):
+        for slot in responder.due(self.now):
+            self.connect(worker, slot)
+        assert not responder.surplus(self.now)
+        for search in responder.busy_due(self.now):
             if self.random.random() >= self.loss:
-                self.call_at(self.now + self.far[worker] + self.late(), self.says_busy, worker, self.jobs[nonce[0]])
+                self.call_at(self.now + self.far[worker] + self.late(), self.says_busy, worker,
+                             self.jobs[search.nonce[0]])
         due = responder.next_due()
         if due is not None and due < self.alarms[worker]:
             self.alarms[worker] = due
@@ -6535,13 +6594,19 @@ class Crowd:
         self.alarms[worker] = INF
         self.wake(worker)
 
-    def connect(self, worker, answer):
-        job = self.jobs[answer.nonce[0]]
-        assert self.responders[worker].place(answer.nonce) == (job.source, 5000)
+    def connect(self, worker, slot):
+        answer, job = slot.answer, self.jobs[slot.answer.nonce[0]]
+        self.slots[worker, answer.nonce] = slot
+        assert slot.origin.address == (job.source, 5000)
         if self.now > job.closes or answer.nonce != job.nonce:
             self.call_at(self.now + 2 * self.far[worker], self.ended, worker, answer.nonce, True)
         else:
+            self.call_at(self.now + 2 * self.far[worker], self.connected, worker, slot)
             self.call_at(self.now + 3 * self.far[worker] + self.late(), self.arrived, job, worker, answer)
+
+    def connected(self, worker, slot):
+        if slot.state is cexec.SlotState.CONNECTING:
+            self.responders[worker].connected(self.now, slot)
 
     def arrived(self, job, worker, answer):
         if answer.nonce != job.nonce:
@@ -6550,17 +6615,42 @@ class Crowd:
         self.pump(job)
 
     def ended(self, worker, nonce, refused=False):
-        self.responders[worker].lost(nonce, refused)
+        slot = self.slots.pop((worker, nonce), None)
+        if slot:        # it had not ended by itself, being busy
+            if refused:
+                self.responders[worker].refused(slot)
+            self.responders[worker].move(self.now, slot, cexec.SlotEvent.LEAVE)
+            self.wake(worker)
+
+    def went_on(self, job, who):
+        """GO has come: the handshake follows, or an end that means busy."""
+        worker, nonce = who
+        slot = self.slots.get(who)
+        if slot is None:
+            return
+        if slot.state is cexec.SlotState.CONNECTING:
+            self.connected(worker, slot)
+        if self.responders[worker].go(self.now, slot):
+            self.call_at(self.now + self.far[worker] + self.handshake + self.late(), self.shaken, job, who)
+        else:
+            del self.slots[who]
+            self.busy_ends += 1
+            self.call_at(self.now + self.far[worker], self.gone, job, who)
         self.wake(worker)
 
-    def began(self, worker, nonce, length):
-        responder = self.responders[worker]
-        responder.won(nonce)
-        self.peak = max(self.peak, responder.running)
-        self.call_at(self.now + length / responder.speed, self.finished, worker, nonce[0])
+    def gone(self, job, who):
+        job.selection.closed(self.now, who)
+        self.pump(job)
 
-    def finished(self, worker, room):
-        self.responders[worker].freed(room)
+    def began(self, worker, nonce, length):
+        responder, slot = self.responders[worker], self.slots.pop((worker, nonce))
+        responder.start(self.now, slot, cexec.SlotJob(nonce, "", "", 0.0))
+        self.peak = max(self.peak, responder.taken_slots())
+        self.call_at(self.now + length / responder.speed, self.finished, worker, slot)
+
+    def finished(self, worker, slot):
+        for event in cexec.SlotEvent.EXIT, cexec.SlotEvent.LEAVE:
+            self.responders[worker].move(self.now, slot, event)
         self.wake(worker)
 
 
@@ -6642,12 +6732,12 @@ def test_the_faster_and_the_freer_machine_is_preferred():
     fast = crowd_of(10, speeds=[2.0] + 9 * [1.0])
     assert sum(job.worker == 0 for job in fast.place(40)) >= 38
     room = crowd_of(4)
-    room.responders[0].slots, room.responders[0].cores = 16, 16
+    room.responders[0].most, room.responders[0].cores = 16, 16
     room.burst(4, 1e6)
     room.run(room.now + 100)
-    busy = [responder.running / responder.cores for responder in room.responders]
+    busy = [responder.taken_slots() / responder.cores for responder in room.responders]
     room.burst(24, 1e6)
-    assert max(busy) <= 0.25 and room.responders[0].running >= 13
+    assert max(busy) <= 0.25 and room.responders[0].taken_slots() >= 13
 
 
 def test_a_burst_spreads_over_the_workers():
@@ -6709,7 +6799,7 @@ def test_a_winner_that_refuses_is_replaced():
         room.run(None)
         assert job.extra < 60
         room.run(room.now + 200)
-    assert not any(responder.running for responder in room.responders)
+    assert not any(responder.slots for responder in room.responders)
 
 
 def test_a_lone_worker_that_lost_its_connection_is_asked_again():
@@ -6762,25 +6852,67 @@ def responder(slots=2, jitter=1.0, **options):
     return cexec.Responder(slots, 2, 1.0, lambda: jitter, **options)
 
 
-def hears(worker, nonce, now=0.0, source="a", attempt=0, waited=0.0, interval=4e3, flags=0, room="room", port=5000):
-    announcement = cexec.Announcement(attempt, waited, interval, flags, room, 1)
+def hears(worker, nonce, now=0.0, source="a", attempt=0, waited=0.0, interval=4e3, flags=0, room="room", port=5000,
+          wanted=1):
+    announcement = cexec.Announcement(attempt, waited, interval, flags, room, wanted)
     worker.announced(now, nonce, (source, 40000), announcement, attempt, port)
 
 
 def answers(worker, now=1e3):
-    """The nonces answered; each connection has its place."""
-    nonces = [answer.nonce for answer in worker.due(now)]
-    assert all(worker.place(nonce) for nonce in nonces)
-    return nonces
+    """The nonces of the searches that a slot is offered to; each has an address."""
+    slots = worker.due(now)
+    assert all(slot.origin.address for slot in slots)
+    return [slot.search.nonce for slot in slots]
+
+
+def slot_of(worker, nonce):
+    """The slot that was offered last to this search."""
+    return [slot for slot in worker.slots if slot.search.nonce == nonce][-1]
+
+
+def lose(worker, nonce, refused=False, now=1e3):
+    """The connection comes to nothing."""
+    slot = slot_of(worker, nonce)
+    if refused:
+        worker.refused(slot)
+    worker.move(now, slot, cexec.SlotEvent.LEAVE)
+
+
+def says_go(worker, nonce, now=1e3):
+    """Whether there was a slot for it."""
+    slot = slot_of(worker, nonce)
+    worker.connected(now, slot)
+    return worker.go(now, slot)
+
+
+def win(worker, nonce, now=1e3):
+    """The connection becomes a job; the slot."""
+    slot = slot_of(worker, nonce)
+    assert says_go(worker, nonce, now)
+    worker.start(now, slot, cexec.SlotJob("id", "a", "", 0.0))
+    return slot
+
+
+def give_job(worker, nonce, now=0.0, room="running"):
+    """A job that it has, whoever waits; its slot."""
+    search = cexec.HeardSearch(nonce, now, room)
+    search.origin = cexec.Origin(("running", 40000), 5000)
+    worker.slots.append(cexec.Slot(search, None, search.origin, now))
+    return win(worker, nonce, now)
+
+
+def end_job(worker, slot, now=1e3):
+    for event in cexec.SlotEvent.EXIT, cexec.SlotEvent.LEAVE:
+        worker.move(now, slot, event)
 
 
 def test_an_announcement_is_answered_when_its_timer_fires():
     worker = responder()
     hears(worker, "n")
     assert worker.next_due() == cexec.OFFSET_UNSET and not worker.due(17.9)
-    (answer,) = worker.due(18.0)
-    assert answer == ("n", 0.0, cexec.OFFSET_UNSET, cexec.OFFSET_UNSET, False)
-    assert worker.running == 1 and worker.next_due() is None
+    (slot,) = worker.due(18.0)
+    assert slot.answer == ("n", 0.0, cexec.OFFSET_UNSET, cexec.OFFSET_UNSET, False)
+    assert worker.slots == [slot] and worker.taken_slots() == 0 and worker.next_due() is None
 
 
 def test_jitter_shortens_the_wait_but_never_below_nothing():
@@ -6798,7 +6930,7 @@ def test_a_faster_worker_starts_out_as_any_other():
 def test_no_second_connection_for_duplicates_and_replays():
     """S4: once answered, an announcement is worth nothing."""
     worker = responder(slots=4)
-    for end in lambda: worker.taken(0.0, "n", None), lambda: worker.won("n"):
+    for end in lambda: worker.taken(0.0, "n", None), lambda: win(worker, "n"):
         for attempt in range(3):
             hears(worker, "n", attempt=attempt)
             hears(worker, "n", attempt=attempt)
@@ -6816,8 +6948,8 @@ def test_a_submitter_that_refuses_twice_is_not_called_a_third_time():
         hears(worker, "n", now=100.0 * attempt, attempt=attempt)
         for nonce in answers(worker, 100.0 * attempt + 50):
             made += 1
-            worker.lost(nonce, True)
-    assert made == 2 and worker.running == 0
+            lose(worker, nonce, True)
+    assert made == 2 and not worker.slots
 
 
 def test_a_taken_that_overtakes_its_announcement_counts():
@@ -6833,8 +6965,8 @@ def test_a_closed_connection_is_made_again_only_for_a_later_attempt():
     assert answers(worker, 40.0) == ["n"]
     hears(worker, "n", attempt=2)
     assert worker.next_due() is None
-    worker.lost("n")
-    assert worker.running == 0
+    lose(worker, "n")
+    assert not worker.slots
     hears(worker, "n", attempt=1)
     assert worker.next_due() is None
     hears(worker, "n", attempt=3)
@@ -6860,7 +6992,7 @@ def test_all_holds_of_one_search_together_defer_a_worker_by_a_second(queued):
     hears(worker, "n", now=50.0, interval=10e3)
     if queued:
         worker.due(100.0)
-        worker.lost("busy")
+        lose(worker, "busy", now=100.0)
     now, sequence = 60.0, 0
     while not answers(worker, now):
         worker.hold(now, "n", 20.0, sequence)
@@ -6881,13 +7013,11 @@ def test_a_wait_whose_load_has_risen_goes_on():
 # -- where the submitter is
 
 def place_of(worker, now, nonce="n"):
-    """Whom the worker connects to now; a second later the connection has come to nothing."""
-    assert [answer.nonce for answer in worker.due(now)] == [nonce]
-    place = worker.place(nonce)
-    assert worker.sender(nonce) == (place[0], 40000)
-    worker.place_failed(nonce)
-    worker.lost(nonce)
-    return place
+    """Whom the worker connects to now; the connection comes to nothing."""
+    slot, = worker.due(now)
+    assert slot.search.nonce == nonce
+    worker.move(now, slot, cexec.SlotEvent.LEAVE)
+    return slot.origin.address
 
 
 def test_copies_from_other_addresses_and_ports_do_not_displace_the_submitter():
@@ -6902,7 +7032,6 @@ def test_copies_from_other_addresses_and_ports_do_not_displace_the_submitter():
             hears(worker, "n", now=now, source=("copy", copy), attempt=attempt)
             hears(worker, "n", now=now, source=("copy", copy), attempt=attempt, port=6000)
         seen.append(place_of(worker, now + 100))
-        assert len(worker.answered["n"].places) <= cexec.PLACES_MOST
     assert [place == real for place in seen] == [True, True, False] * 2
 
 
@@ -6926,8 +7055,8 @@ def test_a_forged_port_at_the_real_address_is_given_up_after_its_failure():
     worker = responder()
     hears(worker, "n", source="real", port=6000)
     hears(worker, "n", source="real", attempt=0)
-    assert answers(worker, 100.0) == ["n"] and worker.place("n") == ("real", 6000)
-    worker.lost("n", True)
+    assert answers(worker, 100.0) == ["n"] and slot_of(worker, "n").origin.address == ("real", 6000)
+    lose(worker, "n", True)
     hears(worker, "n", now=200.0, source="real", attempt=1)
     assert place_of(worker, 300.0) == ("real", 5000)
 
@@ -6937,7 +7066,7 @@ def test_old_announcements_again_change_nothing():
     hears(worker, "n", attempt=5)
     for attempt in range(5):
         hears(worker, "n", now=1.0, source="copy", attempt=attempt, waited=1e6)
-    assert len(worker.pending["n"].places) == 1
+    assert worker.pending["n"].alternative is None
     assert place_of(worker, 100.0) == ("a", 5000)
     for attempt in range(6):
         hears(worker, "n", now=200.0, source="copy", attempt=attempt)
@@ -6948,7 +7077,7 @@ def test_a_submitter_that_fell_silent_is_not_called_again_for_a_recording():
     worker = responder()
     hears(worker, "n", attempt=3, interval=100.0)
     assert answers(worker, 50.0) == ["n"]
-    worker.lost("n")
+    lose(worker, "n")
     hears(worker, "n", now=60.0, attempt=4, interval=100.0)
     assert worker.due(5000.0) == [] and not worker.pending
     hears(worker, "n", now=5000.0, attempt=4)
@@ -6961,48 +7090,175 @@ def test_no_connection_to_a_port_of_the_system():
     assert worker.next_due() is None
 
 
-def test_a_silent_connection_gives_way_when_others_wait_or_the_submitter_is_heard_elsewhere():
+def test_a_silent_offer_is_withdrawn_when_its_submitter_is_heard_elsewhere():
     worker = responder(slots=1)
     hears(worker, "n", source="copy")
-    assert answers(worker, 100.0) == ["n"] and not worker.gives_way("n")
-    hears(worker, "n", now=100.0, source="real", attempt=1)
-    assert worker.gives_way("n") and not worker.gives_way("n", proven=True)
-    worker.place_failed("n")
-    worker.lost("n")
-    assert place_of(worker, 101.0) == ("real", 5000)    # at once, not with its next announcement
-    worker = responder(slots=1)
-    hears(worker, "n")
     assert answers(worker, 100.0) == ["n"]
-    hears(worker, "m", now=100.0)
-    assert not worker.gives_way("n")
-    worker.due(200.0)
-    assert worker.gives_way("n")
-    worker.lost("n")
-    assert answers(worker, 200.0) == ["m"] and not worker.gives_way("n")
+    hears(worker, "n", now=100.0, source="real", attempt=1)
+    hears(worker, "m", now=100.0, source="other")
+    worker.due(1000.0)
+    assert not worker.surplus(1000.0)
+    slot, = worker.surplus(1101.0)
+    worker.move(1101.0, slot, cexec.SlotEvent.LEAVE)
+    assert worker.pending["n"].queued               # at once, not with its next announcement
+
+
+# -- slots before GO
+
+def test_an_offer_reserves_a_slot_for_a_second_and_for_less_while_others_wait():
+    """S3, S4: whoever is silent takes nothing from who waits."""
+    worker = responder(slots=1)
+    hears(worker, "silent")
+    assert answers(worker, 50.0) == ["silent"]
+    hears(worker, "n", now=50.0, source="b")
+    assert answers(worker, 100.0) == [] and worker.next_due() == 50.0 + cexec.SILENT_PATIENCE
+    assert answers(worker, 150.0) == ["n"]
+    assert says_go(worker, "n", 160.0) and not says_go(worker, "silent", 170.0)
+    assert worker.taken_slots() == 1 and worker.pending["silent"].queued, "it is called again when there is a slot"
+
+
+def test_a_submitter_that_was_too_late_once_gets_the_next_slot_and_a_whole_second_for_its_go():
+    worker = responder(slots=1)
+    hears(worker, "far", source="far", interval=10e3, room="far")
+    assert answers(worker, 50.0) == ["far"]
+    for name in "ab":
+        hears(worker, name, now=50.0, source=name, room=name, interval=10e3)
+    assert answers(worker, 200.0) == ["a"]
+    slot = win(worker, "a", 210.0)
+    assert not says_go(worker, "far", 550.0)
+    end_job(worker, slot, 600.0)
+    assert answers(worker, 600.0) == ["far"] and answers(worker, 1500.0) == []
+    assert says_go(worker, "far", 1550.0)
+
+
+def test_patience_with_an_offer_is_measured_in_round_trips():
+    worker = responder(slots=1)
+    hears(worker, "far", source="far")
+    slot, = worker.due(50.0)
+    worker.connected(140.0, slot)                   # 90 ms away
+    hears(worker, "n", now=60.0, source="b")
+    assert answers(worker, 319.0) == [] and answers(worker, 320.0) == ["n"]
+
+
+def test_no_order_of_offers_gives_more_slots_than_there_are():
+    worker = responder(slots=2)
+    for name in "abcdef":
+        hears(worker, name, source=name, room=name)
+    for now in range(0, 3000, 20):
+        worker.due(float(now))
+    assert len(worker.slots) == 6
+    assert [says_go(worker, name, 3000.0) for name in "abcdef"] == [True, True] + [False] * 4
+    assert worker.taken_slots() == 2
+
+
+def test_a_mark_of_silence_belongs_to_address_and_port_decays_and_is_cleared_by_a_go():
+    worker = responder(slots=1)
+    hears(worker, "silent", source="real", port=6000)
+    assert answers(worker, 50.0) == ["silent"]
+    hears(worker, "n", now=60.0, source="b")
+    assert answers(worker, 200.0) == ["n"]
+    assert dict(worker.silent) == {("real", 6000): 200.0}
+    search = worker.slots[0].search
+    assert worker._was_silent(201.0, search) and not worker._was_silent(200.0 + cexec.SILENT_MARK, search)
+    says_go(worker, "silent", 300.0)
+    assert not worker.silent
+
+
+def test_every_third_offer_goes_to_who_has_waited_longest():
+    worker, order = responder(slots=1), []
+    slot = give_job(worker, "first")
+    hears(worker, "marked", source="old", interval=10e3, room="marked")
+    worker.silent["old", 5000] = 0.0
+    for name in "abcdef":
+        hears(worker, name, now=1.0, source=name, room=name, interval=10e3)
+    worker.due(100.0)
+    for _ in range(3):
+        end_job(worker, slot, 100.0)
+        name, = answers(worker, 100.0)
+        order.append(name)
+        slot = win(worker, name, 100.0)
+    assert "marked" in order and order != ["marked"] * 3
+
+
+# -- more than one slot wanted
+
+def test_a_copy_of_an_announcement_that_wants_many_slots_costs_one_connection():
+    """S4: further ones are opened only after an authentic GO."""
+    worker = responder(slots=4)
+    hears(worker, "n", wanted=64)
+    assert answers(worker, 100.0) == ["n"]
+    hears(worker, "n", now=100.0, attempt=1, wanted=64)
+    assert answers(worker, 3000.0) == []
+    assert says_go(worker, "n", 3100.0)
+    assert answers(worker, 3100.0) == ["n"] * 3 and answers(worker, 3200.0) == []
+
+
+def test_no_more_connections_are_made_than_are_wanted():
+    worker = responder(slots=8)
+    hears(worker, "n", wanted=3)
+    assert answers(worker, 100.0) == ["n"] and says_go(worker, "n", 100.0)
+    assert answers(worker, 100.0) == ["n"] * 2
+    for slot in list(worker.slots[1:]):
+        worker.connected(110.0, slot)
+        assert worker.go(110.0, slot)
+    for slot in worker.slots:
+        worker.start(120.0, slot, cexec.SlotJob("id", "a", "", 0.0))
+    assert answers(worker, 200.0) == []
+    hears(worker, "n", now=200.0, attempt=1, wanted=2)
+    assert answers(worker, 400.0) == ["n"] * 2
+    worker.taken(400.0, "n", None)
+    hears(worker, "n", now=500.0, attempt=2, wanted=2)
+    assert answers(worker, 600.0) == []
+
+
+def test_slots_are_offered_to_each_submitter_in_turn():
+    worker, order = responder(slots=4), []
+    slots = [give_job(worker, number) for number in range(4)]
+    for name in "ab":
+        hears(worker, name, source=name, room=name, wanted=8, interval=10e3)
+        worker.due(100.0)
+    for slot in slots:
+        end_job(worker, slot, 100.0)
+        name, = answers(worker, 100.0)
+        order.append(name)
+        win(worker, name, 100.0)
+    assert sorted(order) == ["a", "a", "b", "b"]
 
 
 # -- who waits
 
-def test_a_room_gives_way_only_to_who_has_fewer_slots_here():
-    worker = responder(slots=2)
+def test_a_submitter_gives_way_only_to_who_has_fewer_slots_here():
+    worker, slots = responder(slots=2), {}
     for nonce, room in ("n", "served"), ("m", "other"):
         hears(worker, nonce, room=room)
-        assert answers(worker, 1e3 * worker.running + 50) == [nonce] and worker.room(nonce) == room
-        worker.won(nonce)
+        assert answers(worker, 1e3 * len(slots) + 50) == [nonce]
+        slots[room] = win(worker, nonce, 1e3 * len(slots) + 50)
     for nonce, room in ("o", "served"), ("p", "other"):
         hears(worker, nonce, now=2e3, room=room, interval=1e3)
     assert worker.waiting() == 0                        # their time has not come
     worker.due(2500.0)
-    assert worker.waiting() == 2 and not worker.others_wait("served") and not worker.others_wait("other")
+    assert worker.waiting() == 2 and worker.turns_over(2500.0) == []
     hears(worker, "q", now=2500.0, room="new", interval=2e3)
     worker.due(3000.0)
-    assert worker.waiting() == 3 and worker.others_wait("served") and worker.others_wait("other")
+    assert worker.waiting() == 3 and worker.turns_over(3000.0) == [slots["served"]]     # the longest turn
     worker.taken(3000.0, "q", None)
-    assert worker.waiting() == 2 and not worker.others_wait("served")
-    worker.freed("other")
-    assert worker.others_wait("served") and answers(worker, 3000.0) == ["p"]    # who has less goes first
+    assert worker.waiting() == 2 and worker.turns_over(3000.0) == []
+    end_job(worker, slots["other"], 3000.0)
+    assert worker.turns_over(3000.0) == [slots["served"]] and answers(worker, 3000.0) == ["p"]  # who has less is first
     worker.load(9000.0, 0.0)
     assert worker.waiting() == 0                        # not heard for so long
+
+
+def test_no_more_slots_are_given_back_than_others_wait_for():
+    worker = responder(slots=8)
+    for number in range(8):
+        give_job(worker, number, room="many")
+    hears(worker, "one", now=500.0, room="one", source="b")
+    hears(worker, "three", now=500.0, room="three", source="c", wanted=3)
+    worker.due(700.0)
+    assert len(worker.turns_over(700.0)) == 4
+    worker.taken(700.0, "three", None)
+    assert len(worker.turns_over(700.0)) == 1
 
 
 def test_a_stopped_worker_answers_nobody_but_remembers():
@@ -7010,7 +7266,7 @@ def test_a_stopped_worker_answers_nobody_but_remembers():
     worker.stopped = True
     hears(worker, "n", flags=cexec.TELL_BUSY, interval=10e3)
     assert worker.due(100.0) == [] and worker.waiting() == 1
-    assert worker.busy_due(worker.next_due()) == ["n"]
+    assert says_busy(worker, worker.next_due()) == ["n"]
     worker.stopped = False
     assert answers(worker, 5000.0) == ["n"]
 
@@ -7019,32 +7275,34 @@ def test_a_stopped_worker_answers_nobody_but_remembers():
 
 def full_worker(jitter=1.0):
     worker = responder(slots=1, jitter=jitter)
-    hears(worker, "running")
-    answers(worker, 50.0)
-    worker.won("running")
+    give_job(worker, "running")
     return worker
+
+
+def says_busy(worker, now):
+    return [search.nonce for search in worker.busy_due(now)]
 
 
 def test_a_full_worker_that_is_asked_says_once_that_it_is_busy():
     worker = full_worker()
     hears(worker, "n", flags=cexec.TELL_BUSY)
-    assert worker.busy_due(100.0) == [] and worker.due(100.0) == []
-    assert worker.next_due() == 100.0 + cexec.BUSY_SPREAD and worker.busy_due(1099.0) == []
-    assert worker.busy_due(1100.0) == ["n"] and worker.next_due() is None
+    assert says_busy(worker, 100.0) == [] and worker.due(100.0) == []
+    assert worker.next_due() == 100.0 + cexec.BUSY_SPREAD and says_busy(worker, 1099.0) == []
+    assert says_busy(worker, 1100.0) == ["n"] and worker.next_due() is None
     hears(worker, "n", now=2000.0, attempt=1, flags=cexec.TELL_BUSY)
     assert worker.next_due() is None                    # once in four seconds
     hears(worker, "n", now=6000.0, attempt=2, flags=cexec.TELL_BUSY)
-    assert worker.busy_due(worker.next_due()) == ["n"]
+    assert says_busy(worker, worker.next_due()) == ["n"]
 
 
 def test_a_busy_answer_is_dropped_when_it_is_not_wanted_or_not_true():
-    for end in (lambda worker: hears(worker, "n", now=200.0, attempt=1), lambda worker: worker.freed("room"),
+    for end in (lambda worker: hears(worker, "n", now=200.0, attempt=1), lambda worker: end_job(worker, slot_of(worker, "running")),
                 lambda worker: worker.taken(200.0, "n", None)):
         worker = full_worker()
         hears(worker, "n", flags=cexec.TELL_BUSY)
         worker.due(100.0)
         end(worker)
-        assert worker.busy_due(1100.0) == []
+        assert says_busy(worker, 1100.0) == []
     worker = full_worker()
     hears(worker, "n")
     worker.due(100.0)
@@ -7057,7 +7315,7 @@ def test_busy_answers_of_one_worker_are_limited():
         now = n / 2.0
         hears(worker, n, now=now, source=n, flags=cexec.TELL_BUSY)
         worker.due(now)
-        told += [now for _ in worker.busy_due(now)]
+        told += [now for _ in says_busy(worker, now)]
     assert 30 <= len(told) and max(sum(then <= when < then + 1000 for when in told) for then in told) <= 20
 
 
@@ -7065,7 +7323,7 @@ def busy_room(workers, seconds, submitters=1, **world):
     """The jobs that wait in a room where every slot is taken, after so many seconds."""
     room = Crowd(workers, slots=1, **world)
     for worker in room.responders:
-        worker.running = 1
+        give_job(worker, "running")
     jobs = [room.submit(1.0) for _ in range(submitters)]
     room.run(1000.0 * seconds)
     return jobs
@@ -7091,30 +7349,30 @@ def test_a_small_busy_room_is_heard_completely_within_about_a_second(workers):
         assert len(job.heard) == workers
 
 
-def test_a_full_worker_remembers_who_waits_longest():
+def test_a_full_worker_remembers_who_has_waited_longest():
+    """By its own ears: what an announcement claims counts for nothing."""
     worker = responder(slots=1)
-    for nonce, waited in (("busy", 0.0), ("young", 0.0), ("old", 500.0), ("middle", 100.0)):
-        hears(worker, nonce, waited=waited, interval=10e3)
+    slot = give_job(worker, "busy")
+    for now, nonce, waited in (1.0, "old", 0.0), (2.0, "middle", 1e6), (3.0, "young", 1e5):
+        hears(worker, nonce, now=now, waited=waited, interval=10e3)
         worker.due(500.0)
     assert worker.next_due() is None
-    worker.won("busy")
-    assert worker.next_due() is None
-    worker.freed("room")
+    end_job(worker, slot, 500.0)
     assert worker.next_due() <= 500.0
-    (answer,) = worker.due(500.0)
-    assert answer.nonce == "old" and answer.queued
-    worker.lost("old", True)
+    (slot,) = worker.due(500.0)
+    assert slot.search.nonce == "old" and slot.answer.queued
+    lose(worker, "old", True, 500.0)
     worker.taken(500.0, "middle", None)
     assert answers(worker, 500.0) == ["young"]
 
 
 def test_a_held_queue_waits():
     worker = responder(slots=1)
-    for nonce in "ab":
-        hears(worker, nonce, interval=10e3)
+    slot = give_job(worker, "busy")
+    hears(worker, "b", interval=10e3)
     worker.due(50.0)
     worker.hold(60.0, "b", 15.0, 1)
-    worker.lost("a", True)
+    end_job(worker, slot, 60.0)
     assert not worker.due(70.0) and worker.next_due() == 75.0 and answers(worker, 75.0) == ["b"]
 
 
@@ -7124,40 +7382,37 @@ def test_a_submitter_that_fell_silent_is_forgotten():
         hears(worker, nonce, interval=1000.0)
     worker.due(50.0)
     hears(worker, "b", now=2000.0, interval=1000.0)     # a replay
-    worker.won("a")
-    worker.freed("room")
+    lose(worker, "a", now=2000.0)
     assert worker.due(2501.0) == []
 
 
 def test_memory_is_bounded_under_a_flood():
-    worker = responder(slots=1)
-    hears(worker, "busy")
-    worker.due(100.0)
+    worker = full_worker()
     hears(worker, "honest", now=100.0, source="honest", interval=4e3)
+    hears(worker, "honest", now=120.0, source="honest", attempt=1, interval=4e3)
     for n in range(5000):
         hears(worker, ("flood", n), now=200.0, source="attacker", interval=4e3)
         worker.taken(200.0, ("taken", n), None)
-    assert "honest" in worker.pending
-    honest = worker.pending["honest"]
-    for n in range(5000):
-        if n % 500 == 0:
-            hears(worker, "honest", now=200.0, source="honest", attempt=1 + n)
         hears(worker, ("spread", n), now=200.0, source=n)
-    assert worker.pending["honest"] is honest
+    assert "honest" in worker.pending
     assert len(worker.pending) <= cexec.PENDING_MOST and len(worker.answered) <= cexec.ANSWERED_MOST
 
 
-def test_the_oldest_of_one_host_are_remembered():
-    worker = responder(slots=1)
-    hears(worker, "busy", source="other")
-    worker.due(100.0)
-    for n in range(3 * cexec.PER_SOURCE):
-        hears(worker, n, now=100.0, waited=n, interval=4e3)
-    worker.due(300.0)
-    worker.won("busy")
-    worker.freed("room")
-    assert answers(worker, 500.0) == [3 * cexec.PER_SOURCE - 1]
-    assert len(worker.pending) == cexec.PER_SOURCE - 1
+@pytest.mark.parametrize("claim", [0.0, 1e9])
+@pytest.mark.parametrize("source", ["honest", "spread"])
+def test_copies_do_not_displace_a_search_that_is_heard_again_and_again(source, claim):
+    """S4: 310 old announcements a second, by the submitter's own address or by many, of whatever age they claim."""
+    worker, served, copies = full_worker(), 0, itertools.count()
+    now = attempt = 0.0
+    for step in range(20):
+        hears(worker, "honest", now=now, source="honest", attempt=step, room="honest")
+        end = now + min(4000.0, 20.0 * 2 ** step)
+        while now < end:
+            number = next(copies)
+            hears(worker, ("copy", number), now=now, source="honest" if source == "honest" else number, waited=claim)
+            now += 1000 / 310
+        served += "honest" in worker.pending
+    assert served >= 19
 
 
 def test_dead_submitters_make_room_for_new_ones_of_their_host():
@@ -7178,7 +7433,7 @@ def test_no_more_than_a_thousand_connections_in_a_second():
         now = n / 5.0
         hears(worker, n, now=now, source=n)
         made += len(worker.due(now))
-        worker.running = 0
+        worker.slots.clear()
     assert 900 <= made <= 1100 and worker.next_due() >= now
 
 
@@ -7246,8 +7501,8 @@ def test_a_boosted_worker_waits_what_it_was_told():
     assert worker.next_due() == 2.5
     worker.hold(2.0, "n", 15.0, 1)
     assert worker.next_due() == 19.5
-    (answer,) = worker.due(19.5)
-    assert (answer.cost, answer.waited) == (0.0, 0.0)
+    (slot,) = worker.due(19.5)
+    assert (slot.answer.cost, slot.answer.waited) == (0.0, 0.0)
 
 
 def test_a_worker_that_was_ratted_out_holds_back_for_a_while():
@@ -7519,41 +7774,46 @@ def test_the_offset_of_the_next_job():
 def test_no_order_of_events_confuses_a_worker(seed):
     """Slots are counted right, times are numbers, memory is bounded."""
     chance = random.Random(seed)
-    worker, jobs, now = cexec.Responder(3, 2, 1.0, lambda: 1.0 - chance.random()), [], 0.0
+    worker, now, states = cexec.Responder(3, 2, 1.0, lambda: 1.0 - chance.random()), 0.0, cexec.SlotState
     for _ in range(5000):
         now += chance.expovariate(0.05)
         nonce, what = chance.randrange(40) + int(now / 2000), chance.randrange(12)
         if what < 4:
             hears(worker, nonce, now=now, source=chance.randrange(12), attempt=chance.randrange(9), waited=100.0,
                   interval=chance.choice((20.0, 4e3)), flags=chance.randrange(2), room=chance.randrange(1, 5),
-                  port=chance.choice((80, 5000, 6000)))
+                  port=chance.choice((80, 5000, 6000)), wanted=chance.choice((1, 1, 5)))
         elif what == 4:
             worker.hold(now, nonce, chance.uniform(-1, 2000), chance.randrange(9))
         elif what == 5:
             worker.taken(now, nonce, chance.choice((None, 10.0)))
-        elif what == 6 and jobs:
-            worker.freed(jobs.pop())
         elif what == 7:
             worker.stopped = chance.random() < 0.2
-        elif worker.connecting and what < 11:
-            nonce = chance.choice(list(worker.connecting))
-            assert worker.sender(nonce) and worker.gives_way(nonce) in (True, False)
-            if what == 8:
-                jobs.append(worker.room(nonce))
-                worker.won(nonce)
+        elif worker.slots:
+            slot = chance.choice(worker.slots)
+            if slot.state is states.CONNECTING and what < 9:
+                worker.connected(now, slot)
+            elif slot.state is states.ASKED and what < 10:
+                worker.go(now, slot)
+            elif slot.state in (states.HANDSHAKE, states.IDLE) and what < 10:
+                worker.start(now, slot, cexec.SlotJob("id", "a", "", 0.0))
+            elif slot.state in (states.RUNNING, states.LEAVING) and what < 10:
+                worker.move(now, slot, cexec.SlotEvent.EXIT)
             else:
-                worker.place_failed(nonce)
-                worker.lost(nonce, what == 9)
-        for answer in worker.due(now):
-            assert worker.place(answer.nonce)[1] >= 5000
-        for nonce in worker.busy_due(now):
-            assert worker.full and worker.sender(nonce)
+                if slot.state is states.CONNECTING and what == 11:
+                    worker.refused(slot)
+                worker.move(now, slot, cexec.SlotEvent.LEAVE)
+        for slot in worker.due(now):
+            assert slot.origin.address[1] >= 5000
+        for slot in worker.surplus(now):
+            worker.move(now, slot, cexec.SlotEvent.LEAVE)
+        for search in worker.busy_due(now):
+            assert worker.is_full() and search.origin.source
         due = worker.next_due()
         assert due is None or due < now + 5e3
-        assert worker.running == len(jobs) + len(worker.connecting) <= 3
-        assert +collections.Counter(jobs + [record.room for record in worker.connecting.values()]) == worker.held
-        assert not set(worker.pending) & set(worker.connecting) and not set(worker.pending) & set(worker.answered)
-        assert not set(worker.connecting) & set(worker.answered)
+        assert worker.taken_slots() <= 3 and states.FREE not in [slot.state for slot in worker.slots]
+        assert len(worker.turns_over(now)) <= 3 and len(worker.slots) <= 3 + cexec.LAPSED_MOST
+        assert not set(worker.pending) & set(worker.answered)
+        assert all(search.credit > 0 and not search.over for search in worker.pending.values())
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -7780,7 +8040,7 @@ def must(condition):
 
 
 def impatient(room, changes, *arguments, **env):
-    """A worker with other constants: {"Daemon.VETO_EVERY": 0.3}."""
+    """A worker with other constants: {"Veto.EVERY": 0.3}."""
     code = "import sys; sys.path.insert(0, %r); import cexec\n" % HERE + "".join(
         "cexec.%s = %r\n" % change for change in changes.items()
     ) + "cexec.main(['cexec.py', 'cservice'] + sys.argv[1:])"
@@ -9847,7 +10107,7 @@ def test_sighup_changes_nothing(shell):
 def test_the_owners_veto_is_asked_before_the_first_answer_and_again(room, tmp_path):
     """A command that hangs is no yes."""
     allowed = tmp_path / "allowed"
-    worker = impatient(room, {"Daemon.VETO_EVERY": 0.3}, "--if", "test -e %s" % allowed, room.key, "cat")
+    worker = impatient(room, {"Veto.EVERY": 0.3}, "--if", "test -e %s" % allowed, room.key, "cat")
     assert who(room).stdout.decode().splitlines()[1].split()[2] == "vetoed"
     done = room.cexec(env={"CEXEC_TIMEOUT_ACCEPT": 2})
     assert done.returncode == 111, done.stderr
@@ -9858,7 +10118,7 @@ def test_the_owners_veto_is_asked_before_the_first_answer_and_again(room, tmp_pa
     allowed.unlink()
     worker.log.wait("--if: no new jobs for the time being")
     assert worker.stop() == 0
-    hanging = impatient(room, {"Daemon.VETO_EVERY": 0.3}, "--if", "sleep 600", room.key, "cat")
+    hanging = impatient(room, {"Veto.EVERY": 0.3}, "--if", "sleep 600", room.key, "cat")
     assert objects(who(room, "--json"))[0]["state"] == "vetoed"
     assert hanging.stop() == 0       # and nothing is left of the command
 
@@ -11621,17 +11881,6 @@ def test_every_byte_in_order_while_workers_are_killed_frozen_and_restarted(room,
     assert sorted(int(row[0]) for row in rows) == list(range(1, count + 1)) and {row[2] for row in rows} == {"0"}
 
 
-def test_a_job_that_started_again_beside_a_killed_handler_is_not_taken_for_the_lost_one():
-    """Its id is the same; the worker's port tells which one is meant."""
-    jobs = [Process(["sleep", "100"], {"CEXEC_JOB": "0123456789abcdef", "SERVER_PORT": port}, start_new_session=True)
-            for port in (40001, 40002)]
-    try:
-        wait_until(lambda: check(cexec.sessions_of("0123456789abcdef", 40002) == {jobs[1].pid}))
-    finally:
-        for job in jobs:
-            job.end()
-
-
 def test_every_byte_in_order_over_a_network_that_loses_packets(net, key, tmp_path):
     for number, name in enumerate(("one", "two", "three"), 1):
         net.host(name, "10.99.0.%d/24" % number)
@@ -13086,7 +13335,7 @@ class Forker:
 
     def start(self, *argv, env=None, fds=None, limits=None, user=None, patch=None, fault=None):
         """fds: {number there: descriptor here}.  limits: {"RLIMIT_NOFILE": n}.  patch: {"Handler.PATIENCE": 1.0}.
-        fault: "Daemon._look", a method that raises once."""
+        fault: "Daemon.look", a method that raises once."""
         reading, writing = os.pipe()
         request = dict(argv=[str(word) for word in argv], env=clean_environment(env), numbers=list(fds), user=user,
                        limits=limits or {}, patch=patch or {}, fault=fault)
@@ -14317,7 +14566,8 @@ def assert_tidy(worker, fds):
 
 # -- a fault of the daemon's own
 
-DAEMON = "Daemon", "SubmitterConnection", "ConnectionTest", "HandlerProcess"      # classes whose objects its loop calls
+DAEMON = ("Daemon", "SubmitterConnection", "Offers", "Link", "Children", "HandlerProcess", "Handlers", "Orphans",
+          "Receiver", "AlertJudge", "RollCalls", "CommandWatch", "Veto", "Drain")     # whose objects its loop calls
 
 
 def daemon_callbacks():
@@ -14798,42 +15048,48 @@ def lone_handler(*command):
     settings = types.SimpleNamespace(user=None, limits=[])
     daemon = types.SimpleNamespace(settings=settings, log=Listed(), path=command[0], command=command, environment={})
     link, far = socket.socketpair()
-    handler = cexec.Handler(daemon, None, link, cexec.Board())
-    handler.peer = handler.local = ("127.0.0.1", 5000)
-    handler.remote = "127.0.0.1"
+    slot = cexec.Slot(None, None, cexec.Origin(("127.0.0.1", 3010), 5000), 0.0)
+    slot.state = cexec.SlotState.HANDSHAKE
+    handler = cexec.Handler(daemon, None, link, slot)
+    handler.local, handler.remote = ("127.0.0.1", 5000), "127.0.0.1"
     session = cexec.Session(cexec.WORKER, 60.0, 0.0)
-    handler.channel = types.SimpleNamespace(session=session, tick=int, flush=int, reset_streams=int, closed=False)
-    handler.timer = handler.loop.call_later(600, int)
+    session.phase = cexec.CHOSEN
+    handler.channel = types.SimpleNamespace(session=session, tick=int, flush=int, reset_streams=int, closed=False,
+                                            consumed=int, source_ready=int)
     try:
         yield handler, far
     finally:
         handler.loop.close()
-        link.close()
+        handler.link.close()
         far.close()
 
 
-def test_a_handler_that_is_told_to_stop_says_so_before_its_first_job():
+def test_a_handler_that_is_told_to_leave_says_so_before_its_first_job():
     with lone_handler("/bin/true") as (handler, far):
-        handler.give_up("the worker was told to stop")
+        far.sendall(b"LEAVE\n")
+        handler.link.read()
         session = handler.channel.session
-        assert session.phase is cexec.OVER and session.outbox == message("ABORT", 0, b"the worker was told to stop")
-        assert far.recv(99) == b"over\n"
+        assert session.phase is cexec.OVER and session.outbox == message("ABORT", 0, b"no more jobs here")
+        assert far.recv(99) == b"LEAVE\n" and handler.slot.state is cexec.SlotState.FREE
         assert handler.timer.when <= time.monotonic() + handler.LINGER
 
 
-def test_a_job_that_started_but_could_not_be_connected_is_refused_and_ended(monkeypatch):
-    started = []
-
-    def no_descriptors(job):
-        started.append(job.pid)
+@pytest.mark.parametrize("call", ["socketpair", "pipe", "dup", "set_terminal", "spawn"])
+def test_whatever_may_fail_does_so_before_the_command_is_started(monkeypatch, call):
+    """R5, R6: then the job is refused, and nothing of it is left; once there is a process there is no refusal."""
+    def fails(*arguments, **named):
         raise OSError(errno.EMFILE, "Too many open files")
-    monkeypatch.setattr(cexec.RunningJob, "_attach", no_descriptors)
     with lone_handler("/bin/sleep", "600") as (handler, far):
+        monkeypatch.setattr({"socketpair": socket, "pipe": os, "dup": os}.get(call, cexec), call, fails)
+        before = len(os.listdir("/dev/fd"))
+        kinds = {0: cexec.IN, 1: cexec.OUT, 3: cexec.BOTH, 4: cexec.TTY}
+        handler._start(cexec.Job("0123456789abcdef", kinds, [], 60.0, (24, 80, b"dumb", {})))
         session = handler.channel.session
-        handler._start(cexec.Job("0123456789abcdef", {0: cexec.IN, 1: cexec.OUT}, [], 60.0, None))
-        assert os.WTERMSIG(os.waitpid(started[0], 0)[1]) == signal.SIGTERM
         assert session.phase is cexec.OVER and b"Too many open files" in session.outbox
-        assert far.recv(99).split() == [b"won", b"failed", b"over"]
+        assert [line.split()[0] for line in far.recv(999).splitlines()] == [b"JOB", b"FAILED", b"LEAVE"]
+        assert len(os.listdir("/dev/fd")) == before
+        with pytest.raises(ChildProcessError):
+            os.waitpid(-1, os.WNOHANG)
 
 
 # -- a daemon that hears what the test says, without a network
@@ -14849,12 +15105,17 @@ class Listed(list):
 class Deaf(cexec.Daemon):
     """A worker's daemon that has no sockets; what it would do next is left to the test."""
 
-    def __init__(self, key):
-        self.key, self.draining, self.vetoed, self.log = key, False, False, Listed()
-        self.responder, self.connecting, self.handlers = responder(), set(), {}
-        self.proven = collections.OrderedDict()
+    def __init__(self, key, loop=None):
+        self.loop, self.key, self.log, self.group, self.instance = loop, key, Listed(), None, "0"
+        self.responder, self.children = responder(), cexec.Children()
+        self.offers, self.handlers, self.drain = cexec.Offers(self), cexec.Handlers(self), cexec.Drain(self)
+        self.alerts, self.roll_calls = cexec.AlertJudge(self.responder, self.log), cexec.RollCalls(self)
+        self.receiver = cexec.Receiver(self)
 
-    def consider(self):
+    def hear(self, data):
+        return self.receiver.datagram(data, HERE_FROM)
+
+    def changed(self):
         """Nothing happens until the test looks."""
 
 
@@ -14866,65 +15127,81 @@ def test_a_worker_calls_back_only_where_a_true_announcement_came_from():
     daemon, data = Deaf(FOO), announcement(FOO, port=1024)
     for bit, changed in flipped(data):
         if bit // 8 not in (6, 7):      # the port, which a proxy may change
-            daemon._datagram(changed, HERE_FROM)
+            daemon.hear(changed)
     for port in 0, 1, 80, 1023:
-        daemon._datagram(announcement(FOO, port=port), HERE_FROM)
-    daemon._datagram(announcement(BAR), HERE_FROM)
+        daemon.hear(announcement(FOO, port=port))
+    daemon.hear(announcement(BAR))
     assert not daemon.responder.pending
-    daemon._datagram(data, HERE_FROM)
-    record, = daemon.responder.pending.values()
-    answer, = daemon.responder.due(record.fire)
-    assert answer.nonce == b"noncenon" and daemon.responder.place(b"noncenon") == ("10.0.0.9", 1024)
+    daemon.hear(data)
+    search, = daemon.responder.pending.values()
+    slot, = daemon.responder.due(search.fire)
+    assert slot.answer.nonce == b"noncenon" and slot.origin.address == ("10.0.0.9", 1024)
 
 
 def test_a_worker_holds_back_only_for_a_true_alert_about_its_own_job_and_once():
     """S13: not for a changed bit, another key, another job or a repetition."""
     daemon, data = Deaf(FOO), alert_bytes(FOO, verdict=cexec.RATTED_OUT, words="lost")
-    daemon._datagram(data, HERE_FROM)       # about a job that it never had
-    daemon.proven["1a2b3c4d"] = True
+    daemon.hear(data)       # about a job that it never had
+    daemon.alerts.served("1a2b3c4d")
     for bit, changed in flipped(data):
         if bit // 8 not in (6, 7):
-            daemon._datagram(changed, HERE_FROM)
-    daemon._datagram(alert_bytes(FOO, verdict=cexec.RATTED_OUT, job="other"), HERE_FROM)
-    daemon._datagram(alert_bytes(FOO, verdict=cexec.RATTED_OUT, words="test"), HERE_FROM)
-    daemon._datagram(alert_bytes(BAR, verdict=cexec.RATTED_OUT), HERE_FROM)
+            daemon.hear(changed)
+    daemon.hear(alert_bytes(FOO, verdict=cexec.RATTED_OUT, job="other"))
+    daemon.hear(alert_bytes(FOO, verdict=cexec.RATTED_OUT, words="test"))
+    daemon.hear(alert_bytes(BAR, verdict=cexec.RATTED_OUT))
     assert daemon.responder.penalty_until == -math.inf
     before = cexec.now_ms()
-    daemon._datagram(data, HERE_FROM)
+    daemon.hear(data)
     assert before + 10000 <= daemon.responder.penalty_until <= cexec.now_ms() + 10000
     assert daemon.log[-1] == "ratted out by 10.0.0.6: lost; holding back for 10 s"
     count = len(daemon.log)
     daemon.responder.penalise(0, 0)
-    daemon._datagram(data, HERE_FROM)
+    daemon.hear(data)
     assert daemon.responder.penalty_until == 0 and len(daemon.log) == count
 
 
 def test_a_worker_finds_its_job_in_a_bundle_of_alerts():
     daemon = Deaf(FOO)
-    daemon.proven["1a2b3c4d"] = True
+    daemon.alerts.served("1a2b3c4d")
     others = [alert_entry(cexec.RATTED_OUT, job="job %d" % number) for number in range(9)]
-    daemon._datagram(alert_bytes(FOO, *others), HERE_FROM)
+    daemon.hear(alert_bytes(FOO, *others))
     assert daemon.responder.penalty_until == -math.inf and not daemon.log
-    daemon._datagram(alert_bytes(FOO, *others, alert_entry(cexec.RATTED_OUT, words="lost")), HERE_FROM)
+    daemon.hear(alert_bytes(FOO, *others, alert_entry(cexec.RATTED_OUT, words="lost")))
     assert daemon.responder.penalty_until > 0
     assert daemon.log == ["ratted out by 10.0.0.6: lost; holding back for 10 s"]
 
 
+def test_no_copy_of_an_alert_begins_or_ends_a_hold_back():
+    """S13: each job's first alert counts, whatever it says."""
+    daemon = Deaf(FOO)
+    for job in "old", "bad":
+        daemon.alerts.served(job)
+    completed = alert_bytes(FOO, verdict=cexec.COMPLETED, job="old")
+    daemon.hear(completed)
+    daemon.hear(alert_bytes(FOO, verdict=cexec.RATTED_OUT, job="bad", words="lost"))
+    until = daemon.responder.penalty_until
+    daemon.hear(completed)
+    assert daemon.responder.penalty_until == until > cexec.now_ms()
+    daemon.alerts.served("next")
+    daemon.hear(alert_bytes(FOO, verdict=cexec.COMPLETED, job="next"))
+    assert daemon.responder.penalty_until < cexec.now_ms() + 1
+
+
 @pytest.mark.parametrize("number", [errno.ENOMEM, errno.EAGAIN, errno.EMFILE])
-def test_a_daemon_without_room_for_another_process_goes_on(monkeypatch, number):
+def test_a_daemon_without_room_for_another_process_goes_on(monkeypatch, number, loop):
     """R19: the connection is closed, the slot is free again, and a line says why."""
     def fork():
         raise OSError(number, os.strerror(number))
     monkeypatch.setattr(os, "fork", fork)
-    daemon = Deaf(FOO)
-    hears(daemon.responder, b"noncenon")
-    answer, = daemon.responder.due(1e3)
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        connection = collections.namedtuple("SubmitterConnection", "place socket answer parked")
-        daemon.on_go(connection(("10.0.0.9", 4000), ours, answer, False))
-        assert theirs.recv(1) == b""
-    assert daemon.responder.running == 0
+    daemon = Deaf(FOO, loop)
+    daemon.hear(announcement(FOO, port=4000))
+    search, = daemon.responder.pending.values()
+    slot, = daemon.responder.due(search.fire)
+    connection = types.SimpleNamespace(slot=slot, closed=0, close=lambda: closed.append(True))
+    closed = []
+    assert says_go(daemon.responder, b"noncenon")
+    daemon.handlers.start(connection)
+    assert closed and not daemon.responder.slots
     reason = cexec.fork_reason(OSError(number, os.strerror(number)))
     assert daemon.log == ["no process for a job from 10.0.0.9: %s" % reason]
 
@@ -15033,15 +15310,12 @@ def test_copies_of_a_roll_call_bring_no_second_answer_and_no_second_connection(r
 
 def test_a_flood_of_roll_calls_is_bounded(loop):
     """S23: with the key, each another one, and to be answered in a minute; or to be connected to at once."""
-    daemon = Deaf(FOO)
-    daemon.loop, daemon.asked, daemon.tests, daemon.instance = loop, collections.OrderedDict(), {}, "0"
-    daemon.test_bucket = cexec.TokenBucket(16, 16)
+    daemon = Deaf(FOO, loop)
     for number in range(4000):
         body = cexec.encode_ask(65535, cexec.CONNECT * (number % 2))
-        daemon._datagram(cexec.encode_datagram(FOO.udp, cexec.ASK, FOO.id, struct.pack(">Q", number), 1, body, 4000),
-                         HERE_FROM)
-    assert sum(timer.callback is not None for timer in loop.timers) <= cexec.ANSWERED_MOST == len(daemon.asked)
-    assert len(daemon.tests) <= 16 and len(loop.timers) < 4000
+        daemon.hear(cexec.encode_datagram(FOO.udp, cexec.ASK, FOO.id, struct.pack(">Q", number), 1, body, 4000))
+    assert sum(timer.callback is not None for timer in loop.timers) <= cexec.ANSWERED_MOST == len(daemon.roll_calls.answers)
+    assert len(daemon.roll_calls.tests) <= 16 and len(loop.timers) < 4000
 
 
 def assert_tidy_soon(worker):
@@ -15077,7 +15351,7 @@ def test_a_slot_is_not_kept_for_a_submitter_that_falls_silent_in_the_handshake(r
 @LINUX_ONLY
 def test_submitters_that_never_take_the_last_words_are_few(room, forker):
     """S23: their jobs have said that they may be silent for a day."""
-    worker = forked_worker(forker, room, patch={"Daemon.LINGERING": 2, "Handler.IDLE": 0.05}, CONCURRENCY=4)
+    worker = forked_worker(forker, room, patch={"Handlers.LINGERING": 2, "Handler.IDLE": 0.05}, CONCURRENCY=4)
     with Impostor(room) as impostor:
         for number in range(8):
             peer = impostor.employ()
@@ -15197,28 +15471,35 @@ def test_the_number_of_a_jobs_group_is_its_own_until_the_group_has_ended(room, h
     else:
         os.kill(job.pid if how == "cexec" else handler, signal.SIGKILL)
         job.wait()
-        os.kill(sleeping, signal.SIGKILL)       # who has left the session is left alone
+        assert_gone(sleeping)
     wait_until(lambda: nothing_below(worker))
     assert room.cexec("RUN=echo next").stdout == b"next\n"
 
 
-def test_who_ends_a_job_has_its_rights_and_not_roots(room, as_root):
-    """S21: a number that has become another user's in the meantime is out of reach."""
-    import pwd
-    nobody = pwd.getpwnam("nobody")
+@LINUX_ONLY
+@pytest.mark.parametrize("user", [None, "nobody"])
+def test_the_job_of_a_killed_handler_ends_wherever_its_processes_are(room, user, request):
+    """S21, R10: in its group, in a session of its own, and nobody else does."""
+    if user:
+        request.getfixturevalue("as_root")
     bystander = room.start("sleep", "1000", start_new_session=True)
-    pid = cexec.kill_job_in_child(bystander.pid, "0123456789abcdef", nobody)
-    os.waitpid(pid, 0)
-    assert bystander.alive()
-    worker = room.tool("cservice", "--user", "nobody", room.key, *RUN_SHELL, cwd="/").ready()
-    job = room.submit("RUN=echo ready; exec sleep 1000", stdout=LINES)
+    words = ["--user", user] if user else []
+    worker = room.tool("cservice", *words, room.key, *RUN_SHELL, cwd="/", env={"CONCURRENCY": 1}).ready()
+    need("setsid")
+    job = room.submit("RUN=setsid sleep 1001 & setsid sh -c 'sleep 1002 & exit' & echo ready; exec sleep 1003",
+                      env={"CEXEC_RETRIES": 0}, stdout=LINES)
     job.out.wait("ready")
-    for line in proc(only_handler(worker), "status").splitlines():
-        if line.startswith(("Uid:", "Gid:")):
-            assert set(line.split()[1:]) == {str(nobody.pw_uid if line[0] == "U" else nobody.pw_gid)}
+    if user:
+        import pwd
+        for line in proc(only_handler(worker), "status").splitlines():
+            if line.startswith(("Uid:", "Gid:")):
+                nobody = pwd.getpwnam("nobody")
+                assert set(line.split()[1:]) == {str(nobody.pw_uid if line[0] == "U" else nobody.pw_gid)}
     os.kill(only_handler(worker), signal.SIGKILL)
     assert job.complete() == 111
-    wait_until(lambda: must(list(room.left().values()).count("sleep 1000") == 1))
+    wait_until(lambda: must(not [words for words in room.left().values() if re.match(r"sleep 100[123]$", words)]))
+    assert bystander.alive()
+    assert room.cexec("RUN=echo next").stdout == b"next\n"
 
 
 # ---------------------------------------------------------------- many jobs on one connection
@@ -15341,7 +15622,7 @@ def test_the_first_word_of_the_veto_is_told_where_it_changes_something(room, for
 def test_a_drain_and_a_veto_end_a_connection_behind_the_job_in_hand(room, forker, how, tmp_path):
     veto, go, turn = tmp_path / "veto", tmp_path / "go", InTurn(room)
     options = ("--if", "test ! -e %s" % veto) if how == "veto" else ()
-    worker = forked_worker(forker, room, *options, CONCURRENCY=1, patch={"Daemon.VETO_EVERY": 0.0, "Daemon.LOOK": 0.05})
+    worker = forked_worker(forker, room, *options, CONCURRENCY=1, patch={"Veto.EVERY": 0.0, "Daemon.LOOK": 0.05})
     others = []
 
     def next_worker():
