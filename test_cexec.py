@@ -6834,15 +6834,18 @@ def test_a_cluster_that_was_swamped_remembers_its_size():
 
 
 def test_the_offset_follows_the_load_within_a_few_jobs():
-    room = crowd_of(100)
-    for responder in room.responders:
-        responder.outside = 8.0
-    extra = [job.extra for job in room.place(6)]
-    assert extra[0] < 60 and extra[-1] < 5
-    for responder in room.responders:
-        responder.outside = 0.0
-    made = [job.connections for job in room.place(12)]
-    assert statistics.mean(made[2:]) <= 8
+    last, made = [], []
+    for seed in range(1, 4):
+        room = crowd_of(100, seed=seed)
+        for responder in room.responders:
+            responder.outside = 8.0
+        extra = [job.extra for job in room.place(6)]
+        assert extra[0] < 60
+        last.append(extra[-1])
+        for responder in room.responders:
+            responder.outside = 0.0
+        made += [job.connections for job in room.place(12)][2:]
+    assert statistics.mean(last) < 5 and statistics.mean(made) <= 8
 
 
 # ---------------------------------------------------------------- choice: one worker
@@ -7296,7 +7299,8 @@ def test_a_full_worker_that_is_asked_says_once_that_it_is_busy():
 
 
 def test_a_busy_answer_is_dropped_when_it_is_not_wanted_or_not_true():
-    for end in (lambda worker: hears(worker, "n", now=200.0, attempt=1), lambda worker: end_job(worker, slot_of(worker, "running")),
+    for end in (lambda worker: hears(worker, "n", now=200.0, attempt=1),
+                lambda worker: end_job(worker, slot_of(worker, "running")),
                 lambda worker: worker.taken(200.0, "n", None)):
         worker = full_worker()
         hears(worker, "n", flags=cexec.TELL_BUSY)
@@ -15314,7 +15318,8 @@ def test_a_flood_of_roll_calls_is_bounded(loop):
     for number in range(4000):
         body = cexec.encode_ask(65535, cexec.CONNECT * (number % 2))
         daemon.hear(cexec.encode_datagram(FOO.udp, cexec.ASK, FOO.id, struct.pack(">Q", number), 1, body, 4000))
-    assert sum(timer.callback is not None for timer in loop.timers) <= cexec.ANSWERED_MOST == len(daemon.roll_calls.answers)
+    waiting = sum(timer.callback is not None for timer in loop.timers)
+    assert waiting <= cexec.ANSWERED_MOST == len(daemon.roll_calls.answers)
     assert len(daemon.roll_calls.tests) <= 16 and len(loop.timers) < 4000
 
 
