@@ -6873,7 +6873,7 @@ def slot_of(worker, nonce):
     return [slot for slot in worker.slots if slot.search.nonce == nonce][-1]
 
 
-def lose(worker, nonce, refused=False, now=1e3):
+def lose_slot(worker, nonce, refused=False, now=1e3):
     """The connection comes to nothing."""
     slot = slot_of(worker, nonce)
     if refused:
@@ -6951,7 +6951,7 @@ def test_a_submitter_that_refuses_twice_is_not_called_a_third_time():
         hears(worker, "n", now=100.0 * attempt, attempt=attempt)
         for nonce in answers(worker, 100.0 * attempt + 50):
             made += 1
-            lose(worker, nonce, True)
+            lose_slot(worker, nonce, True)
     assert made == 2 and not worker.slots
 
 
@@ -6968,7 +6968,7 @@ def test_a_closed_connection_is_made_again_only_for_a_later_attempt():
     assert answers(worker, 40.0) == ["n"]
     hears(worker, "n", attempt=2)
     assert worker.next_due() is None
-    lose(worker, "n")
+    lose_slot(worker, "n")
     assert not worker.slots
     hears(worker, "n", attempt=1)
     assert worker.next_due() is None
@@ -6995,7 +6995,7 @@ def test_all_holds_of_one_search_together_defer_a_worker_by_a_second(queued):
     hears(worker, "n", now=50.0, interval=10e3)
     if queued:
         worker.due(100.0)
-        lose(worker, "busy", now=100.0)
+        lose_slot(worker, "busy", now=100.0)
     now, sequence = 60.0, 0
     while not answers(worker, now):
         worker.hold(now, "n", 20.0, sequence)
@@ -7059,7 +7059,7 @@ def test_a_forged_port_at_the_real_address_is_given_up_after_its_failure():
     hears(worker, "n", source="real", port=6000)
     hears(worker, "n", source="real", attempt=0)
     assert answers(worker, 100.0) == ["n"] and slot_of(worker, "n").origin.address == ("real", 6000)
-    lose(worker, "n", True)
+    lose_slot(worker, "n", True)
     hears(worker, "n", now=200.0, source="real", attempt=1)
     assert place_of(worker, 300.0) == ("real", 5000)
 
@@ -7080,7 +7080,7 @@ def test_a_submitter_that_fell_silent_is_not_called_again_for_a_recording():
     worker = responder()
     hears(worker, "n", attempt=3, interval=100.0)
     assert answers(worker, 50.0) == ["n"]
-    lose(worker, "n")
+    lose_slot(worker, "n")
     hears(worker, "n", now=60.0, attempt=4, interval=100.0)
     assert worker.due(5000.0) == [] and not worker.pending
     hears(worker, "n", now=5000.0, attempt=4)
@@ -7365,7 +7365,7 @@ def test_a_full_worker_remembers_who_has_waited_longest():
     assert worker.next_due() <= 500.0
     (slot,) = worker.due(500.0)
     assert slot.search.nonce == "old" and slot.answer.queued
-    lose(worker, "old", True, 500.0)
+    lose_slot(worker, "old", True, 500.0)
     worker.taken(500.0, "middle", None)
     assert answers(worker, 500.0) == ["young"]
 
@@ -7386,7 +7386,7 @@ def test_a_submitter_that_fell_silent_is_forgotten():
         hears(worker, nonce, interval=1000.0)
     worker.due(50.0)
     hears(worker, "b", now=2000.0, interval=1000.0)     # a replay
-    lose(worker, "a", now=2000.0)
+    lose_slot(worker, "a", now=2000.0)
     assert worker.due(2501.0) == []
 
 
