@@ -11557,6 +11557,289 @@ def test_a_machine_that_fails_all_jobs_does_not_get_them(room, tmp_path):
     assert done.returncode == 1 and 3 <= failed <= 12 and b"status 3 on 127.0.0.1" in done.stderr, done.stderr
 
 
+# -- options that meet
+
+FARMHAND = """
+t=$(mktemp {folder}/job.XXXXXX) || exit 99
+trap 'rm -f $t' EXIT
+printf %s "$PEER_V" >$t; cat >>$t
+read -r word rest <$t
+case $word in slow*) sleep 0.3;; stuck*) exec sleep 100;; esac
+printf '<'; cat $t; printf '>'
+case $word in err*) echo "$word said" >&2;; big*) head -c 400000 /dev/zero | tr '\\0' b;; esac
+case $word in fail*) exit ${{word#fail}};; esac
+exit 0
+"""
+
+
+def plain_loop(data):
+    """(status, output) of a farmhand's job."""
+    word = (data.split(b"\n")[0].split() or [b""])[0]
+    status = 124 if word.startswith(b"stuck") else int(word[4:] or 0) if word.startswith(b"fail") else 0
+    return status, b"<" + data + b">" + b"b" * (400000 if word.startswith(b"big") else 0)
+
+
+def plain_lines(data):
+    return data.splitlines(True)        # there is no other line end in them
+
+
+def plain_blocks(data, size, mark):
+    """The blocks of --block and --cut-before, one byte at a time."""
+    found = []
+    while data:
+        if not mark:
+            cut = size
+        else:
+            cuts = [at + 1 for at in range(len(data)) if data.startswith(mark, at)]
+            cut = max((at for at in cuts if at <= size), default=min(cuts, default=len(data)))
+            cut = len(data) if len(data) <= size else cut
+        found.append(data[:cut])
+        data = data[cut:]
+    return found
+
+
+OPTIONS_THAT_MEET = {
+    "hedge": ["--hedge"], "again": ["--again", "2"], "jobs": ["-j3"], "one": ["-j1"], "spill": ["--spill", "1"],
+    "timeout": ["--timeout", "4"], "soon": ["--halt", "soon"], "now": ["--halt", "now"], "unordered": ["--unordered"],
+    "tag": ["--tag"], "keep": ["--keep-failed"], "out": ["--out"], "resume": ["--resume"], "header": ["--header"],
+    "retries": ["--retries", "0"], "tmp": []}
+
+
+class Combination:
+    """One cmap with options, inputs and room by chance, held against a plain loop."""
+
+    def __init__(self, room, folder, seed, pair=None):
+        self.dice = dice = random.Random(seed)
+        self.room, self.folder = room, folder
+        self.kind = dice.choice(["files", "from", "lines", "group", "block", "bytes", "before", "value", "fifo"])
+        self.chosen = set(pair or dice.sample(sorted(OPTIONS_THAT_MEET), 2))
+        self.chosen |= {"out"} if self.chosen & {"keep", "resume"} else set()
+        if "out" in self.chosen:
+            self.chosen -= {"tag"}
+        if self.kind not in ("lines", "group", "block", "before"):
+            self.chosen -= {"header"}
+        self.harm = dice.choice(["none", "none", "bad", "chaos", "drain", "freeze"])
+        if self.harm == "bad":
+            self.chosen |= {"again"}
+        if self.harm in ("chaos", "drain", "freeze"):
+            self.chosen -= {"retries", "timeout"}       # what a frozen worker's job comes to is a matter of time
+        self.count = dice.randrange(1, 30)
+        self.told = ""
+
+    def words(self):
+        kinds = ["fine"] * 8 + ["err", "big", "slow", "fail3", "fail77"] + ["stuck"] * ("timeout" in self.chosen)
+        return [b"%s %d" % (self.dice.choice(kinds).encode(), number) for number in range(self.count)]
+
+    def make(self, words):
+        """argv for these inputs, standard input, and [(name, what the job gets)]"""
+        lines = b"\n".join(words) + self.dice.choice([b"\n", b""])
+        head = words[0] + b"\n" if "header" in self.chosen and len(words) > 1 else b""
+        body = lines[len(head):] if head else lines if "header" not in self.chosen else b""
+        size, parts = self.dice.choice([1, 10, 25, 60]), plain_lines(body)
+
+        def numbered(parts):
+            return [(b"%d" % number, head + part) for number, part in enumerate(parts, 1)]
+        if self.kind == "lines":
+            return ["--lines"], lines, [(line.rstrip(b"\n"), head + line) for line in parts]
+        if self.kind == "group":
+            size += 1
+            return ["--lines", "-N", size], lines, numbered(
+                [b"".join(parts[at:at + size]) for at in range(0, len(parts), size)])
+        if self.kind == "value":
+            return ["--value", "V"], lines, [(line.rstrip(b"\n"), line.rstrip(b"\n")) for line in plain_lines(lines)]
+        if self.kind in ("block", "bytes", "before"):
+            mark = {"block": b"\n", "bytes": b"", "before": b"\nf"}[self.kind]
+            argv = {"bytes": ["--cut", "bytes"], "before": ["--cut-before", "f"]}.get(self.kind, [])
+            if self.kind == "before" and size == 1:
+                return argv, lines, numbered(plain_blocks(body, 1, mark))
+            return ["--block", size, *argv], lines, numbered(plain_blocks(body, size, mark))
+        names = []
+        for number, word in enumerate(words):
+            name = "in/%d.%s" % (number, hashlib.sha256(word).hexdigest()[:4])
+            (self.folder / name).write_bytes(word + b"\n")
+            names.append(name)
+        inputs = [(name.encode(), word + b"\n") for name, word in zip(names, words)]
+        if self.kind == "fifo":
+            fifo = self.folder / "in" / "fifo"
+            if not fifo.exists():
+                os.mkfifo(str(fifo))
+            threading.Thread(target=write_once, args=(fifo, b"fine fifo\n"), daemon=True).start()
+            names.append("in/fifo")
+            inputs.append((b"in/fifo", b"fine fifo\n"))
+        if self.kind == "from":
+            return ["--from", "-"], "\n".join(names).encode(), inputs
+        return [], b"", inputs, names
+
+    def run(self):
+        for name in "in", "out", "tmp":
+            (self.folder / name).mkdir()
+        words = self.words()
+        self.once(words)
+        if "resume" in self.chosen:
+            changed = [word for word in words if self.dice.random() < 0.8] or [b"fine new"]
+            changed.insert(self.dice.randrange(len(changed) + 1), b"fine between")
+            for path in (self.folder / "out").iterdir():
+                if self.dice.random() < 0.2:
+                    path.unlink() if self.dice.random() < 0.5 else path.write_bytes(b"harmed, and longer")
+            self.once(changed)
+
+    def once(self, words):
+        argv, given, inputs, *names = self.make(words)
+        names = names[0] if names else []
+        options = [word for name in sorted(self.chosen - {"out"}) for word in OPTIONS_THAT_MEET[name]]
+        if "out" in self.chosen:
+            options += ["--out", "out/{#}"]
+        before = len(self.log_rows())
+        if not {"retries"} & self.chosen:
+            options += ["--retries", "100"]
+        env = {"TMPDIR": self.folder / ("missing" if "tmp" in self.chosen else "tmp")}
+        with open(str(self.folder / "stdout"), "wb") as out:
+            job = start_map(self.room, "--timeout-pingpong", "3", *options, *argv, "--log", "log", "APP", *names,
+                            env=env, cwd=str(self.folder), stdin=pipe_in(given), stdout=out)
+            self.harm_workers(job)
+            status = job.complete(90)
+        self.told = str(job.log)
+        self.compare(status, (self.folder / "stdout").read_bytes(), self.log_rows()[before:], inputs)
+
+    def harm_workers(self, job):
+        """Until it is over, at most some seconds."""
+        until, frozen = time.monotonic() + 3, []
+        while self.harm in ("chaos", "drain", "freeze") and job.alive() and time.monotonic() < until:
+            time.sleep(self.dice.uniform(0.05, 0.3))
+            place = self.dice.randrange(len(self.room.hands))
+            worker = self.room.hands[place]
+            if self.harm == "freeze":
+                for pid in children(worker.pid)[:1]:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGSTOP)
+                        frozen.append(pid)
+            else:
+                worker.kill() if self.harm == "chaos" else worker.signal(signal.SIGTERM)
+                self.room.hands[place] = self.room.farmhand()
+        job.wait(90)
+        for pid in frozen:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def log_rows(self):
+        path = self.folder / "log"
+        rows = path.read_text().splitlines()[1:] if path.exists() else []
+        return [dict(zip(cexec.LOG_HEAD.split(), row.split("\t"))) for row in rows]
+
+    def compare(self, status, output, rows, inputs):
+        assert "Traceback" not in self.told and "internal error" not in self.told
+        ended = {int(row["number"]): row for row in rows}
+        assert len(ended) == len(rows), "one line for each job"
+        lost = status == 111 and "retries" in self.chosen
+        halted = self.chosen & {"soon", "now"} and any(row["status"] != "0" for row in rows)
+        expected = {number: (name, *plain_loop(data)) for number, (name, data) in enumerate(inputs, 1)}
+        for number, row in ended.items() if self.harm == "bad" else ():
+            name, code, _ = expected[number]
+            if code and (row["status"], row["out"]) == ("3", "0"):      # its last run was on the bad one
+                expected[number] = name, 3, b""
+        left_out = set(expected) - set(ended)
+        if not (lost or halted):
+            assert not left_out or "resume" in self.chosen
+        assert not set(ended) - set(expected)
+        for number, row in ended.items():
+            name, code, text = expected[number]
+            assert row["name"] == cexec.log_text(name)
+            if not (row["status"] == "111" and lost):
+                assert int(row["status"]) == code, (number, row)
+            if row["status"] == "0":
+                size = 0 if self.kind == "value" else len(inputs[number - 1][1])
+                assert (int(row["in"]), int(row["out"])) == (size, len(text))
+        failed = any(row["status"] != "0" for row in rows)
+        assert status == (111 if lost else 1 if failed else 0), (status, self.told)
+        if "out" in self.chosen:
+            assert output == b""
+            self.compare_files(ended, left_out, expected, halted or lost)
+        else:
+            order = [int(row["number"]) for row in rows]
+            order = order if "unordered" in self.chosen else sorted(order)
+            parts = [(expected[number][0], expected[number][2]) for number in order
+                     if ended[number]["status"] not in ("124", "111")]
+            if "tag" in self.chosen:
+                parts = [(name, b"".join(cexec.log_text(name).encode() + b"\t" + line for line in plain_lines(text))
+                          + b"\n" * (text[-1:] != b"\n")) for name, text in parts]
+            assert output == b"".join(text for _, text in parts), "standard output"
+
+    def compare_files(self, ended, left_out, expected, partly):
+        made = {path.name: path.read_bytes() for path in (self.folder / "out").iterdir()}
+        assert not [name for name in made if name.startswith(".cmap")]
+        for number, (_, code, text) in expected.items():
+            if number in ended and ended[number]["status"] == "0" or number in left_out and not partly:
+                assert code == 0 and made["%d" % number] == text, number
+            elif "keep" in self.chosen and number in ended and code not in (0, 124):
+                assert made["%d.failed" % number] == text, number
+            elif "resume" not in self.chosen:
+                assert "%d" % number not in made, number
+
+
+def write_once(fifo, data):
+    """As soon as somebody reads it, if ever."""
+    with contextlib.suppress(OSError):
+        fifo.write_bytes(data)
+
+
+class FarmOfHands:
+    """Three workers that do what plain_loop() says, and perhaps one that fails everything."""
+
+    def __init__(self, room, folder):
+        self.room, self.folder = room, folder
+        self.hands = [self.farmhand() for _ in range(3)]
+
+    def farmhand(self):
+        return self.room.serve("sh", "-c", FARMHAND.format(folder=self.folder), CONCURRENCY=2)
+
+    def settings(self, env):
+        return self.room.settings(env)
+
+    def tool(self, *argv, **options):
+        return self.room.tool(*argv, **options)
+
+    pub = property(lambda self: self.room.pub)
+
+
+def try_combinations(room, tmp_path, seeds, seconds=math.inf):
+    """(how many were tried, [what is to be said of each that is wrong, with its seed])"""
+    jobs, until, tried, wrong = tmp_path / "jobs", time.monotonic() + seconds, 0, []
+    jobs.mkdir()
+    farm = FarmOfHands(room, jobs)
+    for seed in seeds:
+        if time.monotonic() > until:
+            break
+        folder = tmp_path / ("%d" % seed)
+        folder.mkdir()
+        combination = Combination(farm, folder, seed)
+        bad = room.serve("sh", "-c", "exit 3", CONCURRENCY=2) if combination.harm == "bad" else None
+        try:
+            combination.run()
+        except (AssertionError, subprocess.TimeoutExpired) as error:
+            wrong.append("seed %d (%s, %s, %s): %s\n%s" % (
+                seed, combination.kind, " ".join(sorted(combination.chosen)), combination.harm,
+                (str(error) or repr(error))[:300], combination.told))
+            print(wrong[-1])
+        finally:
+            if bad:
+                bad.kill()
+        shutil.rmtree(str(folder))
+        tried += 1
+    return tried, wrong
+
+
+@pytest.mark.slow
+def test_options_that_meet_give_what_a_plain_loop_gives(room, tmp_path):
+    """A sample of 30 seconds; CEXEC_TEST_COMBINATIONS=500 or 500:1000, count and first seed, asks for more."""
+    count, _, first = os.environ.get("CEXEC_TEST_COMBINATIONS", "").partition(":")
+    first = int(first or 1000 * int(SEED))
+    print("seeds from %d" % first)
+    tried, wrong = try_combinations(room, tmp_path, range(first, first + int(count or 1000)),
+                                    math.inf if count else 30)
+    print("%d combinations" % tried)
+    assert tried and not wrong, "\n".join(wrong)
+
+
 # -- "0 failed" is the truth
 
 def test_each_run_reads_its_own_input(room, tmp_path):
