@@ -16112,6 +16112,158 @@ def test_an_open_file_that_the_job_reads_late_arrives_whole(shell, tmp_path, hun
     assert str(job.out).split()[0] == hashlib.sha256(hundred[1]).hexdigest()
 
 
+# ---------------------------------------------------------------- any descriptor, any job
+
+DESCRIPTOR_SECONDS = float(os.environ.get("CEXEC_TEST_DESCRIPTORS", 20))    # how long cases are made up
+
+
+class AnyInput:
+    """A descriptor of some kind with so much in it: what jobs do with it, here or elsewhere, leaves `state()`."""
+    KINDS = ["pipe", "live pipe", "shared flags", "large pipe", "fifo", "fifo both ways", "socket", "live socket", "file",
+             "file both ways", "null"]
+    ENDLESS = ["live pipe", "live socket", "fifo both ways"]        # a job must not wait for their end
+
+    def __init__(self, kind, now, later, place):
+        self.kind, self.peer, self.path = kind, None, place / "any" / "file"
+        self.path.parent.mkdir(exist_ok=True)
+        if kind == "null":
+            self.fd = os.open(os.devnull, os.O_RDONLY)
+        elif kind.startswith("file"):
+            self.path.write_bytes(b"skipped" + now + later)
+            self.fd = os.open(str(self.path), os.O_RDWR if "both" in kind else os.O_RDONLY)
+            os.lseek(self.fd, 7, os.SEEK_SET)
+        elif "socket" in kind:
+            (self.fd, self.peer) = (side.detach() for side in socket.socketpair())
+        elif kind == "fifo both ways":
+            os.mkfifo(str(self.path))
+            self.fd = self.peer = os.open(str(self.path), os.O_RDWR)
+        else:
+            self.fd, self.peer = ends_of("fifo" if kind == "fifo" else "pipe", self.path.parent)
+            os.set_blocking(self.fd, kind != "shared flags")
+            if kind == "large pipe":
+                fcntl.fcntl(self.fd, cexec.F_SETPIPE_SZ, 1 << 20)
+        self.feeder = threading.Thread(target=self._feed, args=(now, later), daemon=True)
+        self.feeder.start()
+
+    def _feed(self, now, later):
+        if self.peer is not None:
+            write_all(self.peer, now)
+            time.sleep(0.05 if later else 0)
+            write_all(self.peer, later)
+            if self.kind == "socket":
+                with socket.socket(fileno=os.dup(self.peer)) as side:
+                    side.shutdown(socket.SHUT_WR)
+            elif self.kind not in self.ENDLESS:
+                os.close(self.peer)
+
+    def state(self):
+        """(what is left to be read, what the jobs wrote); closes it."""
+        self.feeder.join(10)
+        os.set_blocking(self.fd, False)
+        left, written = b"", b""
+        with contextlib.suppress(BlockingIOError):
+            while not left or part:
+                part = os.read(self.fd, 1 << 16)
+                left += part
+                if not part:
+                    break
+        if "socket" in self.kind:
+            os.set_blocking(self.peer, False)
+            with contextlib.suppress(BlockingIOError, ConnectionResetError):
+                written = os.read(self.peer, 1 << 16)
+        if "file" in self.kind:
+            written = self.path.read_bytes()
+        if self.kind in self.ENDLESS and self.peer != self.fd or self.kind == "socket":
+            os.close(self.peer)
+        os.close(self.fd)
+        for path in self.path.parent.iterdir():
+            path.unlink()
+        return left, written
+
+
+def made_up(chance):
+    """A case: (kind, bytes there, bytes that come later, number, [job's script], whether a worker is lost, retries)."""
+    kind = chance.choice(AnyInput.KINDS)
+    most = 200000 if kind == "large pipe" else 60000
+    size = chance.choice([0, 1, 10, 4095, 4096, 4097, 30000, most])
+    data = b"".join(b"line %d\n" % number for number in range(size // 6 + 1))[:size]
+    at = chance.choice([size, size, size, chance.randrange(size + 1)]) if kind not in ("file", "null") else size
+    number, jobs, place = chance.choice([0, 3, 7]), [], 0
+    for _ in range(chance.choice([1, 1, 2, 3])):
+        rest = size - place
+        # Who has read all of a copy gets more, and what is on its way then is gone.
+        part = rest if kind in ("file", "null") else min(cexec.COPY_MAX, at - place if at > place else rest)
+        line = data[place:].find(b"\n") + 1
+        ways = ["nothing", "nothing", "close", "bytes", "half"] + ["line"] * (0 < line < part) + (
+            ["all"] if kind not in AnyInput.ENDLESS else []) + ["write"] * (kind in ("socket", "file both ways"))
+        way = chance.choice(ways)
+        taken = {"bytes": chance.randrange(max(1, min(part, 50))), "half": part // 2, "all": rest, "line": line}.get(
+            way, 0) if kind != "null" else 0
+        script = {"nothing": ":", "close": "exec %d<&-", "all": "cat <&%d", "line": 'read -r x <&%d; echo "$x"',
+                  "write": "echo answer >&%d"}.get(way, "head -c %s <&%%d" % taken)
+        fd, before = number, ""
+        if chance.random() < 0.2:
+            fd, before = 8, "exec 8<&%d %d<&-; " % (number, number) if "write" not in way else "exec 8<>&%d; " % number
+        script = before + script.replace("%d", str(fd))
+        script = chance.choice(["%s", "%s", "%s", "sleep 0.05; %s", "(exec 9<&%d; (%%s) & wait)" % number,
+                                "%s; sleep 0.05", "%s; exit 3"]) % script
+        jobs.append(script)
+        place += taken if way != "write" or kind == "socket" else rest + 7
+        if way == "write" and kind != "socket":
+            break
+    lost = chance.random() < 0.15 and "write" not in jobs[0]
+    return kind, data[:at], data[at:], number, jobs, lost, chance.choice([0, 3]) if lost else 3
+
+
+def carried_out(case, place, command, env=None):
+    """What a case comes to, each job run as the command of its script: ([(status, output) of each job], what is left, what was written)."""
+    kind, now, later, number, jobs = case[:5]
+    given, results = AnyInput(kind, now, later, place), []
+    for job in jobs:
+        high = fcntl.fcntl(given.fd, fcntl.F_DUPFD, 100)        # where it will not be inherited a second time
+        argv, pass_fds = placed({number: high}, *command(job))
+        with open(os.devnull, "rb") as null:
+            done = run_command(*argv, pass_fds=pass_fds, stdin=null, env=env)
+        os.close(high)
+        results.append((done.returncode, done.stdout, done.stderr))
+    return [results, *given.state()]
+
+
+def shown_short(result):
+    """The results of carried_out(), long bytes as their number and a hash."""
+    def short(data):
+        return "%d bytes %s" % (len(data), hashlib.md5(data).hexdigest()[:4]) if len(data) > 300 else data
+    return [[(status, *map(short, outputs)) for status, *outputs in result[0]], *map(short, result[1:])]
+
+
+@needs_linux
+def test_any_job_does_with_any_descriptor_what_a_local_command_does(shell, tmp_path):
+    """Cases are made up from a seed for a while; each must come to the same here and through the room."""
+    began, count = time.monotonic(), 0
+    need("sh")
+    while count < 3 or time.monotonic() - began < DESCRIPTOR_SECONDS:
+        seed = "%s descriptors %d" % (SEED, count)
+        case = made_up(random.Random(seed))
+        lost, retries = case[5:]
+        local = carried_out(case, tmp_path, lambda job: [shutil.which("sh"), "-c", job])
+        trouble = "[ -e %s ] || { >%s; kill -9 $PPID; sleep 9; }; " % ((tmp_path / "lost",) * 2) if lost else ""
+        (tmp_path / "lost").exists() and (tmp_path / "lost").unlink()
+        found = carried_out(case, tmp_path, lambda job: [
+            *program(), "cexec", shell.pub, "RUN=" + trouble + job], shell.settings({"CEXEC_RETRIES": retries}))
+        if lost:        # which is told
+            assert "the job may have run there in part" in found[0][0][2].decode() or retries == 0, (seed, found[0])
+            found[0][0] = found[0][0][:2] + (b"",)
+        if retries == 0:
+            assert found[0][0][0] == 111, (seed, case, found)
+            case = case[:4] + (case[4][1:],) + case[5:]
+            local = carried_out(case, tmp_path, lambda job: [shutil.which("sh"), "-c", job])
+            local[0].insert(0, found[0][0])
+        assert found == local, "%s: %s, %d bytes and %d, as descriptor %d, jobs %s, lost %s, retries %d\n%s\n%s" % (
+            (seed, case[0], len(case[1]), len(case[2])) + case[3:] + (shown_short(found), shown_short(local)))
+        count += 1
+    print("%d cases" % count)
+
+
 # ---------------------------------------------------------------- cwho: the roll call
 
 def who(room, *options, key=None, **env):
