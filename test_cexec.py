@@ -16119,8 +16119,8 @@ DESCRIPTOR_SECONDS = float(os.environ.get("CEXEC_TEST_DESCRIPTORS", 20))    # ho
 
 class AnyInput:
     """A descriptor of some kind with so much in it: what jobs do with it, here or elsewhere, leaves `state()`."""
-    KINDS = ["pipe", "live pipe", "shared flags", "large pipe", "fifo", "fifo both ways", "socket", "live socket", "file",
-             "file both ways", "null"]
+    KINDS = ["pipe", "live pipe", "shared flags", "large pipe", "fifo", "fifo both ways", "socket", "live socket",
+             "file", "file both ways", "null"]
     ENDLESS = ["live pipe", "live socket", "fifo both ways"]        # a job must not wait for their end
 
     def __init__(self, kind, now, later, place):
@@ -16216,7 +16216,8 @@ def made_up(chance):
 
 
 def carried_out(case, place, command, env=None):
-    """What a case comes to, each job run as the command of its script: ([(status, output) of each job], what is left, what was written)."""
+    """What a case comes to, each job run as the command of its script: ([(status, output) of each job], what is left,
+    what was written)."""
     kind, now, later, number, jobs = case[:5]
     given, results = AnyInput(kind, now, later, place), []
     for job in jobs:
