@@ -10271,7 +10271,7 @@ def test_the_background_keeps_nothing_of_its_starter(room, home):
 
 
 @pytest.mark.parametrize("kind", ["link", "folder", "fifo", "other"])
-def test_a_log_is_a_regular_file_of_ones_own(room, tmp_path, kind):
+def test_a_log_is_a_regular_file_of_ones_own(room, tmp_path, request, kind):
     path = tmp_path / "log"
     if kind == "link":
         path.symlink_to(tmp_path / "victim")
@@ -10280,7 +10280,7 @@ def test_a_log_is_a_regular_file_of_ones_own(room, tmp_path, kind):
     elif kind == "fifo":
         os.mkfifo(str(path))
     else:
-        only_root()
+        request.getfixturevalue("as_root")
         path.touch()
         os.chown(str(path), 65534, 65534)
     done = run("cservice", "--log", path, room.key, "cat", env=room.settings({}))
@@ -10301,10 +10301,10 @@ def test_in_the_foreground_the_lines_go_to_the_log_once_it_is_ready(room, tmp_pa
 
 
 @pytest.mark.parametrize("user", [(), ("--user", "nobody")], ids=["own", "other"])
-def test_a_full_log_becomes_its_predecessor(room, tmp_path, user):
+def test_a_full_log_becomes_its_predecessor(room, tmp_path, request, user):
     """No line is lost, whoever writes it; a handler that has the jobs' rights goes on in the old file."""
     if user:
-        only_root()
+        request.getfixturevalue("as_root")
         tmp_path.chmod(0o755)
     path, old = tmp_path / "log", tmp_path / "log.1"
     worker = impatient(room, {"LOG_MOST": 900}, *user, "--log", str(path), room.key, "true")
@@ -10398,37 +10398,29 @@ def test_stop_reaches_every_cservice_of_the_key_and_no_other(room, tmp_path):
 
 
 @LINUX_ONLY
-@pytest.mark.parametrize("user", [None, 65534])
-def test_stop_believes_only_its_own_user_and_is_believed_by_no_other(room, user):
-    """An abstract name belongs to whoever took it first."""
-    only_root()
-    code = ("import sys, os, socket; sys.path.insert(0, %r); import cexec\n"
-            "key = cexec.load_key(%r)[0]; mark = key.fingerprint.partition(':')[2]\n"
-            "os.setuid(65534)\n"
-            "if %r: [[peer.connect(name), peer.send(b'now'), print(peer.recv(99))] for name in names]\n"
-            "trap = socket.socket(socket.AF_UNIX); trap.bind('\\0' + cexec.CONTROL_NAME %% (0, mark, 'trap'))\n"
-            "trap.listen(); print('ready', flush=True); peer = trap.accept()[0]; print(peer.recv(99))\n")
-    if user is None:
-        trap = room.start(sys.executable, "-c", code % (HERE, room.key, False), stdout=LINES)
-        trap.out.wait("ready")
-        done = run("cservice", "--stop", room.key, env=room.settings({}))
-        assert done.returncode == 0 and b"no cservice of this user" in done.stderr
-        assert trap.wait() == 0
-        return
+def test_stop_is_not_taken_in_by_another_user(room, as_root):
+    """An abstract name belongs to whoever takes it first: the user at its other end counts."""
+    address = cexec.CONTROL_NAME % (0, cexec.load_key(room.key)[0].fingerprint.partition(":")[2], "trap")
+    code = ("import os, socket, sys; os.setuid(65534); trap = socket.socket(socket.AF_UNIX)\n"
+            "trap.bind(chr(0) + sys.argv[1]); trap.listen(); print('ready', flush=True)\n"
+            "assert trap.accept()[0].recv(99) == b''\n")
+    trap = room.start(sys.executable, "-c", code, address, stdout=LINES)
+    trap.out.wait("ready")
+    done = run("cservice", "--stop", room.key, env=room.settings({}))
+    assert done.returncode == 0 and b"no cservice of this user" in done.stderr and trap.complete() == 0
+
+
+@LINUX_ONLY
+def test_a_cservice_is_not_stopped_by_another_user(room, as_root):
     worker = room.serve("cat")
-    names = [line.split("@")[1] for line in open("/proc/net/unix") if "@cexec/0/" in line]
-    with socket.socket(socket.AF_UNIX) as peer:
-        os.seteuid(user)
-        try:
-            for name in names:
-                peer.connect("\0" + name.strip())
-                with contextlib.suppress(OSError):
-                    peer.send(b"now\n")
-                with contextlib.suppress(ConnectionResetError):
-                    assert peer.recv(99) == b""
-                break
-        finally:
-            os.seteuid(0)
+    mark = cexec.CONTROL_NAME % (0, cexec.load_key(room.key)[0].fingerprint.partition(":")[2], "")
+    with open("/proc/net/unix", errors="replace") as file:
+        address, = {line.rpartition("@")[2].strip() for line in file if "@" + mark in line}
+    code = ("import os, socket, sys; os.setuid(65534); peer = socket.socket(socket.AF_UNIX)\n"
+            "peer.connect(chr(0) + sys.argv[1])\n"
+            "try: peer.send(b'now'); print(peer.recv(99))\n"
+            "except OSError: print(b'')\n")
+    assert run_command(sys.executable, "-c", code, address).stdout == b"b''\n"
     assert room.cexec(input=b"x").stdout == b"x" and worker.alive()
 
 
@@ -10655,8 +10647,7 @@ def test_depth_and_number_cost_the_removal_nothing(tmp_path):
 
 
 @LINUX_ONLY
-def test_what_is_mounted_in_a_folder_is_not_entered(tmp_path):
-    only_root()
+def test_what_is_mounted_in_a_folder_is_not_entered(tmp_path, as_root):
     need("unshare", "mount")
     top, precious = tmp_path / "top", tmp_path / "precious"
     for folder in top / "deep" / "mount", precious:
