@@ -470,7 +470,7 @@ SETTINGS = (
     Setting("timeout_pingpong", ("CEXEC_TIMEOUT_PINGPONG",), (CEXEC, CMAP), seconds(1, 86400), "60", "SECONDS",
             "silence after which a worker is lost"),
     Setting("listen_ports", ("CEXEC_LISTEN_PORTS", "CEXEC_LISTEN_PORT", "CEXEC_PORTS", "CEXEC_PORT"),
-            (CEXEC, CMAP, CWHO), optional(parse_ports), "", "PORTS",
+            (CEXEC, CMAP, CWHO, CPROXY), optional(parse_ports), "", "PORTS",
             "ports for what workers answer, UDP and TCP: a,b,c and ranges a:b or a-b"),
     Setting("accept_server", ("CEXEC_ACCEPT_SERVER", "CEXEC_ACCEPT_SERVERS"), (CEXEC, CMAP, CWHO), parse_hosts, "",
             "ADDRESSES", "only these workers, separated by spaces"),
@@ -3360,6 +3360,12 @@ class Log:
             self.file.take_over()
             self.timed = True
 
+    def fault(self, error):
+        """An error of our own in a callback: it costs what was in hand, and the tool goes on."""
+        import traceback
+        self.note(repr(error), "internal error, the daemon goes on: " + " | ".join(
+            traceback.format_exc().strip().splitlines()))
+
     def note(self, topic, text):
         now = self.clock()
         when, held = self.topics.get(topic, (-NOTE_PAUSE, 0))
@@ -4037,12 +4043,17 @@ def open_ports(group, ports=None):
     shares it with anybody, so a connection that has come by it keeps the number in use as long as it lives: who
     searches again uses the sockets again.  It is never the group's own port.  PortTaken where all are in use.
     """
-    numbers = [number for low, high in ports or () for number in range(low, high + 1) if number != group.port]
+    return open_first(ports, group.port, lambda number: _open_number(group, number))
+
+
+def open_first(ports, without, open_at):
+    """What open_at(number) gives for the first number of these ports that is free, but for one number."""
+    numbers = [number for low, high in ports or () for number in range(low, high + 1) if number != without]
     if ports and not numbers:
         raise Failure("--listen-ports " + ports_text(ports), "that is the group's own port", "name others", EXIT_USAGE)
     for number in numbers or [0] * ANY_PORT_TRIES:
         try:
-            return _open_number(group, number)
+            return open_at(number)
         except PortTaken:
             pass
     raise PortTaken("no port to hear answers on", "all of %s are in use, for TCP or for UDP" % (
@@ -4183,7 +4194,7 @@ def address_towards(place):
             probe.connect(place)
             return probe.getsockname()[0].partition("%")[0]
     except OSError:
-        return ""
+        return ""           # also without a descriptor for it
 
 
 def is_own_address(address):
@@ -9993,9 +10004,7 @@ class Daemon:
                 self.log("no process to remove old folders: %s" % fork_reason(error))
 
     def fault(self, error):
-        import traceback
-        self.log.note(repr(error), "internal error, the daemon goes on: " + " | ".join(
-            traceback.format_exc().strip().splitlines()))
+        self.log.fault(error)
 
     def changed(self):
         """Something has changed that slots, turns or the end may depend on."""
@@ -12246,7 +12255,7 @@ class Crat:
         self.settings, self.log = settings, Log(CRAT)
         self.names = ", ".join("%s (%s)" % (key.name, key.fingerprint) for key in keys) or "none"
         self.reader = AlertReader(keys, settings.max_skew, time.time())
-        self.socket, self.loop = GroupSocket(settings.group, listen=True), Loop()
+        self.socket, self.loop = GroupSocket(settings.group, listen=True), Loop(on_error=self.log.fault)
         self.output = open_sink(self.loop, 1, self._written, self._failed, self.loop.stop)
         self.output.join = WRITE_MAX
         self.unwritten, self.error = 0, None        # bytes that wait; why standard output takes no more
@@ -12295,6 +12304,21 @@ class Crat:
         self.log.datagrams_lost(self.socket.dropped)
 
 
+def usable_keys(paths):
+    """The Keys in these files.  One that is bad is told and left out: the others' lines count too."""
+    keys, failures = [], []
+    for path in paths:
+        try:
+            keys += load_keys(CRAT, [path])
+        except Failure as failure:
+            failures.append(failure)
+    if failures and not keys:
+        raise failures[0]
+    for failure in failures:
+        say(CRAT, "%s; goes on without it" % failure)
+    return keys
+
+
 def crat(arguments, settings):
     """crat [APP.pub...]: prints a line for every alert until SIGTERM or SIGINT, then returns 0.
 
@@ -12303,7 +12327,7 @@ def crat(arguments, settings):
     error of standard output it fails.
     """
     check_output()
-    error = Crat(load_keys(CRAT, arguments), settings).run()
+    error = Crat(usable_keys(arguments), settings).run()
     if error is not None and error.errno != errno.EPIPE:
         raise Failure("standard output", reason_of(error))
     return 0 if error is None else 128 + signal.SIGPIPE
@@ -12318,87 +12342,90 @@ def crat(arguments, settings):
 LISTENERS_MAX = 256         # announcements and roll calls at once; the one silent for longest makes room
 LISTENERS_PER_SOURCE = 64   # of these, for one submitting host: a stranger's flood must not close all the others'
 LISTENER_SECONDS = 30.0     # each is kept so long after it was last heard: cexec repeats its own every 5 s at most
-ACTIVE_PER_LISTENER = 4     # relayed at once for one announcement, as many as cexec shakes hands with; others wait
-CONNECTIONS_PER_LISTENER = 64   # connections kept for one announcement, waiting ones included
+ACTIVE_LEAST, ACTIVE_MOST = 4, 64       # that get to the submitter at once: as many as it wants slots; others wait
+SETTLED_SECONDS = 1.0       # after which one that was chosen makes room for another
+BEYOND_WANTED = 64          # connections kept for one announcement beyond the slots that it wants
 RELAYS_MAX = 2000           # connections in all, as far as descriptors suffice: two for each
 PREAMBLE_SECONDS = 10.0     # to say the preamble
 CONNECT_SECONDS = 5.0       # to reach the submitter
 GO_SECONDS = 15.0           # for the submitter to choose, as long as a worker waits for it
 HANDSHAKE_MAX = 4096        # bytes that a submitter sends at most to a worker that it then does not take
 DUPLICATE_SECONDS = 60.0    # a datagram heard again within this time is the same one, come back around a loop
-DUPLICATES_MAX = 1 << 15    # datagrams remembered for that; more than SEND_RATE lets through while one goes around
+DUPLICATES_MAX = 1 << 17    # datagrams remembered for that, more than SEND_RATE lets through; beyond, none passes
 COPIES = {ALERT: 3}         # times that one datagram passes; else once.  cexec repeats alerts, against loss
 SEND_RATE, SEND_BURST = 2000, 2000          # datagrams a second in all, each way: about 200 jobs a second
 SOURCE_RATE, SOURCE_BURST = 1000, 1000      # from one address
 SOURCES_MAX = 1024          # addresses whose rate is remembered
-PIECE = 1 << 18             # bytes read at once; smaller ones cost speed
-HELD_MAX = 1 << 26          # bytes held for slow readers in all, from which on only small pieces are read:
-SMALL_PIECE = 1 << 14       # then RELAYS_MAX relays hold as much again at most
+PIECE = 1 << 18             # bytes read at once, and held for a slow reader; smaller ones cost speed
+RELAYS_FEW = 128            # with more than these only small pieces are read:
+SMALL_PIECE = 1 << 14       # so all relays hold 128 MiB at most
 PUMP_ROUNDS = 8             # moves in a row before others get their turn
 SWEEP_SECONDS = 1.0
 TEXT = bytes(range(32, 127)) + b"\t\r\n"    # GO is random; a banner made of these alone is some other server's
 
 
 class DuplicateFilter:
-    """Which datagrams have passed already, for DUPLICATE_SECONDS; at most DUPLICATES_MAX."""
+    """Which datagrams have passed already, for DUPLICATE_SECONDS."""
 
     def __init__(self):
         self.passed = collections.OrderedDict()     # {hash: (times, when first)}
 
     def may_pass(self, datagram, now):
-        """Whether this datagram may pass (once more), whatever its port; counts it."""
+        """Whether this datagram may pass (once more), whatever its port; counts it.  Where as many are remembered as
+        may be, nothing new passes before one may be forgotten: a loop dies out whatever goes around in it."""
         name = hashlib.sha256(datagram.data[:6] + datagram.data[8:]).digest()[:16]
-        while self.passed and (len(self.passed) >= DUPLICATES_MAX
-                               or next(iter(self.passed.values()))[1] < now - DUPLICATE_SECONDS):
+        while self.passed and next(iter(self.passed.values()))[1] < now - DUPLICATE_SECONDS:
             self.passed.popitem(last=False)
         times, first = self.passed.get(name, (0, now))
-        if times >= COPIES.get(datagram.kind, 1):
+        if times >= COPIES.get(datagram.kind, 1) or not times and len(self.passed) >= DUPLICATES_MAX:
             return False
         self.passed[name] = times + 1, first
         return True
 
 
-class RelayBuffer:
-    """Memory for one read, shared by all relays, and the count of the bytes that they hold for slow readers."""
+class Direction:
+    """What may be carried one way: so much of each source and of all, each datagram once."""
 
     def __init__(self):
-        self.memory, self.held = memoryview(bytearray(PIECE)), 0
+        self.total, self.sources = TokenBucket(SEND_RATE, SEND_BURST), Recent(SOURCES_MAX)
+        self.duplicates = DuplicateFilter()
 
-    def free(self):
-        return self.memory if self.held < HELD_MAX else self.memory[:SMALL_PIECE]
+    def within_rates(self, source, now):
+        self.sources[source] = self.sources.get(source) or TokenBucket(SOURCE_RATE, SOURCE_BURST)
+        return self.sources[source].take(now) and self.total.take(now)
 
 
 class Pump:
     """One direction of a relay: bytes that came from `source` go to `sink`, at most PIECE of them held in between.
 
     They are copied: splicing them through a pipe is no faster here, and needs three times the descriptors.
+    memory() gives the view to read into, which all relays share.
     at: the side used last, which is the broken one when pump() raises OSError.
     """
-    __slots__ = ("source", "sink", "buffer", "pending", "moved", "ended", "over", "at")
+    __slots__ = ("source", "sink", "memory", "pending", "moved", "ended", "over", "at")
 
-    def __init__(self, source, sink, buffer, pending=b"", moved=0):
-        self.source, self.sink, self.buffer, self.at = source, sink, buffer, source
-        self.pending, self.moved = b"", moved   # read and not yet sent, what waits for the sink; bytes sent
+    def __init__(self, source, sink, memory, pending=b"", moved=0):
+        self.source, self.sink, self.memory, self.at = source, sink, memory, source
+        self.pending, self.moved = memoryview(pending), moved   # read and not yet sent; bytes sent
         self.ended = self.over = False          # the source has ended; the sink has been told so
-        self.hold(memoryview(pending))
 
     def pump(self):
         """Moves what can be moved now."""
         for _ in range(0 if self.over else PUMP_ROUNDS):
             if self.pending:
-                self.hold(self._send(self.pending))
+                self.pending = self._send(self.pending)
                 if self.pending:
                     return
             if self.ended:
                 self.over, self.at = True, self.sink
                 return self.sink.shutdown(socket.SHUT_WR)
-            self.at, memory = self.source, self.buffer.free()
+            self.at, memory = self.source, self.memory()
             try:
                 size = self.source.recv_into(memory)
             except BlockingIOError:
                 return
             self.ended = not size
-            self.hold(memoryview(bytes(self._send(memory[:size]) if size else b"")))
+            self.pending = memoryview(bytes(self._send(memory[:size]) if size else b""))
 
     def _send(self, data):
         """What is left of it after the sink has taken what it takes at once."""
@@ -12410,30 +12437,27 @@ class Pump:
         self.moved += sent
         return data[sent:]
 
-    def hold(self, rest):
-        """Keeps this, and nothing else, for the sink."""
-        self.buffer.held += len(rest) - len(self.pending)
-        self.pending = rest
-
 
 class ProxyListener:
     """What was heard under one nonce from one place, and the port on the far side that stands for the one it names.
 
     Made and ended by Cproxy.  secret: of the key that it is authentic for; None where none was given.
     submitter: where to connect for the workers.  asker: where its datagrams come from, and answers go.
+    wanted: how many slots it can use now.
     """
 
-    def __init__(self, datagram, source, secret, listening):
+    def __init__(self, datagram, source, secret):
         self.key_id, self.nonce, self.secret = datagram.key_id, datagram.nonce, secret
         self.submitter, self.asker, self.heard = (source[0], datagram.port, *source[2:]), source, 0.0
-        self.listening = listening                  # None where nobody is asked to connect
-        self.port = listening.getsockname()[1] if listening else 0
+        self.acceptor, self.port = None, 0          # where nobody is asked to connect
+        self.wanted = 0
         self.connections, self.waiting = {}, {}     # ProxyRelays as keys, in the order of arrival; who waits for a turn
-        self.turns = collections.Counter()          # {worker's address: how many turns it has had}
-        self.active, self.chosen = set(), 0         # how many were told to go on
+        self.active, self.chosen = set(), 0         # who is at the submitter; how many were told to go on
 
-    def fileno(self):
-        return self.listening.fileno() if self.listening else -1
+    def next_one(self):
+        """Of those that wait one whose address has the fewest at the submitter: no address keeps the others waiting."""
+        busy = collections.Counter(relay.address for relay in self.active)
+        return min(self.waiting, key=lambda relay: busy[relay.address])
 
 
 class ProxyRelay:
@@ -12452,8 +12476,8 @@ class ProxyRelay:
         self.address, self.names = address[0], "%s to %s" % (address_text(address), address_text(listener.submitter))
         self.submitter, self.connector, self.pumps, self.since = None, None, (), time.monotonic()
         self.preamble = self.go = b""
+        self.chosen_at = math.inf
         self._enter("preamble", PREAMBLE_SECONDS)
-        worker.setblocking(False)
         self.loop.watch(worker.fileno(), read=self._read_preamble)
 
     def _enter(self, state, seconds=None):
@@ -12505,9 +12529,10 @@ class ProxyRelay:
                 else len(self.go) == GO_SIZE and self.go.strip(TEXT)):
             return self.end("what listens there is no submitter")
         self._enter("running")
+        self.chosen_at = time.monotonic()
         self.listener.chosen += 1
-        self.pumps = (Pump(self.worker, self.submitter, self.proxy.buffer, moved=PREAMBLE_SIZE),
-                      Pump(self.submitter, self.worker, self.proxy.buffer, self.go))
+        self.pumps = (Pump(self.worker, self.submitter, self.proxy.memory, moved=PREAMBLE_SIZE),
+                      Pump(self.submitter, self.worker, self.proxy.memory, self.go))
         self._pump(self.pumps[1])
 
     def _pump(self, pump):
@@ -12556,8 +12581,6 @@ class ProxyRelay:
         for side in filter(None, (self.worker, self.submitter)):
             self.loop.watch(side.fileno())
             close_socket(side, reset=why is not None)
-        for pump in self.pumps:
-            pump.hold(b"")
         if tell:
             up, down = [pump.moved for pump in self.pumps] or (0, 0)
             self.proxy.log("relay %d: %s: %s, %d bytes to the submitter, %d to the worker, %.3f s" % (
@@ -12583,21 +12606,26 @@ class Cproxy:
     """Carries what is heard on one group over to another, and the answers back: connections and datagrams."""
 
     def __init__(self, source, target, keys, settings):
-        self.source, self.target, self.idle, self.log = source, target, settings.idle, Log(CPROXY)
+        self.source, self.target, self.ports, self.idle = source, target, settings.listen_ports, settings.idle
+        self.log = Log(CPROXY)
         self.secrets = {}           # {key id: secrets of the keys given}; empty: all datagrams pass
         for key in keys:
             self.secrets.setdefault(key.id, []).append(key.udp)
-        self.inside, self.outside = GroupSocket(settings.group, listen=True), GroupSocket(target, False, source)
+        self.inside = GroupSocket(settings.group, listen=True)
+        self.outside = open_first(self.ports, target.port, lambda number: GroupSocket(target, False, source, number))
         self.outside.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)    # a roll call's answers
         self.own = self.outside.socket.getsockname()[:2]
-        self.duplicates, self.rates = DuplicateFilter(), collections.OrderedDict()
-        self.forth, self.back = TokenBucket(SEND_RATE, SEND_BURST), TokenBucket(SEND_RATE, SEND_BURST)
+        self.forth, self.back = Direction(), Direction()
         self.listeners = {}         # {name: ProxyListener}, oldest first
         self.relays, self.silent = {}, {}       # as keys: all connections; those without a preamble, oldest first
         self.count, self.draining = 0, False
         others = LISTENERS_MAX + 64
         self.most = max(8, (raise_descriptor_limit(2 * RELAYS_MAX + others) - others) // 2)
-        self.buffer, self.loop = RelayBuffer(), Loop()
+        self.buffer, self.loop = memoryview(bytearray(PIECE)), Loop(on_error=self.log.fault)
+
+    def memory(self):
+        """What a relay reads into."""
+        return self.buffer[:PIECE if len(self.relays) <= RELAYS_FEW else SMALL_PIECE]
 
     def run(self, words):
         try:
@@ -12681,14 +12709,11 @@ class Cproxy:
         beyond = self.target.kind == "unicast" and self.target.address != far.broadcast
         return 0 if beyond and near == {far.index} else far.index
 
-    def _may_pass(self, datagram, source, total):
-        """Whether the rates of this source and of this direction allow it, and it has not passed before."""
-        now, rate = time.monotonic(), self.rates.pop(source, None) or TokenBucket(SOURCE_RATE, SOURCE_BURST)
-        self.rates[source] = rate
-        if len(self.rates) > SOURCES_MAX:
-            self.rates.popitem(last=False)
-        if rate.take(now) and total.take(now):
-            return self.duplicates.may_pass(datagram, now)
+    def _may_pass(self, datagram, source, direction):
+        """Whether the rates allow it, and it has not passed before."""
+        now = time.monotonic()
+        if direction.within_rates(source, now):
+            return direction.duplicates.may_pass(datagram, now)
         return self.log.note("rate", "too many datagrams from %s: some not carried on" % source)
 
     # -- listeners
@@ -12701,23 +12726,32 @@ class Cproxy:
                 self._close_oldest(same)
             elif len(self.listeners) >= LISTENERS_MAX:
                 self._close_oldest(self.listeners)
-            address, family, scope = self.source
+            listener = ProxyListener(datagram, source, secret)
             try:
-                listening = listen_at(socket_address(family, address, 0, scope), family,
-                                      CONNECTIONS_PER_LISTENER) if connects else None
+                if connects:
+                    self._listen(listener)
             except Failure as problem:
                 return self.log.note("listener", "cannot carry on an announcement of %s: %s" % (source[0], problem))
-            self.listeners[name] = ProxyListener(datagram, source, secret, listening)
-            self._watch_listener(self.listeners[name])
+            self.listeners[name] = listener
         listener = self.listeners[name]
         listener.asker, listener.heard = source, time.monotonic()
+        if datagram.kind == ANNOUNCE:
+            listener.wanted = parse_announcement(datagram).wanted
+            self._next(listener)
         return listener
+
+    def _listen(self, listener):
+        """A port for its workers.  It may be shared with relays that came by it before: each has its own submitter."""
+        address, family, scope = self.source
+        listening = open_first(self.ports, self.target.port, lambda number: listen_at(
+            socket_address(family, address, number, scope), family, BEYOND_WANTED, share=number))
+        listener.acceptor = Acceptor(
+            self.loop, listening, lambda worker, address: self._accepted(listener, worker, address), self._may_accept,
+            self._out_of_descriptors)
+        listener.port = listener.acceptor.port
 
     def _close_oldest(self, names):
         self._close_listener(min(names, key=lambda name: self.listeners[name].heard))
-
-    def _watch_listener(self, listener):
-        self.loop.watch(listener.fileno(), read=lambda: self._accept(listener))
 
     def _close_listeners(self, unwanted):
         """Those for which unwanted(name, listener) holds."""
@@ -12727,25 +12761,22 @@ class Cproxy:
     def _close_listener(self, name):
         """Whoever has not got through by now gets a reset."""
         listener = self.listeners.pop(name)
-        self.loop.watch(listener.fileno())
-        if listener.listening:
-            listener.listening.close()
+        if listener.acceptor:
+            listener.acceptor.close()
         for relay in list(listener.connections):
             if relay.state in ("preamble", "waiting"):
                 relay.end("not needed")
 
     # -- connections
-    def _accept(self, listener):
-        """A worker says its preamble at once, so the oldest that is silent makes room; else one of the crowd that waits
+    def _may_accept(self):
+        """A worker says its preamble at once, so where no more can be had the oldest that is silent makes room."""
+        return len(self.relays) < self.most or self._end_first(self.silent)
+
+    def _accepted(self, listener, worker, address):
+        """Where an announcement has as many as may be, one that is silent makes room, else one of the crowd that waits
         from one address."""
-        if len(self.relays) >= self.most and not self._end_first(self.silent):
-            return self.loop.watch(listener.fileno())       # until _sweep, whoever comes waits in the kernel
-        try:
-            worker, address = listener.listening.accept()
-        except OSError as error:
-            return self._out_of_descriptors(listener) if error.errno in (errno.EMFILE, errno.ENFILE) else None
         connections = listener.connections
-        if len(connections) >= CONNECTIONS_PER_LISTENER and not self._end_first(
+        if len(connections) >= BEYOND_WANTED + listener.wanted and not self._end_first(
                 relay for relay in connections if relay in self.silent):
             crowd = collections.Counter(relay.address for relay in listener.waiting)
             most, count = crowd.most_common(1)[0] if crowd else ("", 0)
@@ -12759,16 +12790,16 @@ class Cproxy:
     def _end_first(self, relays):
         """Ends the first of these; whether there was one."""
         for relay in relays:
-            relay.end("others came")
+            relay.end("it was silent, and others came")
             return True
         return False
 
-    def _out_of_descriptors(self, listener):
+    def _out_of_descriptors(self):
         self.log.note("descriptors", "out of descriptors: workers have to wait")
         if not self.relays:
             self._close_oldest(self.listeners)
-        elif not self._end_first(self.silent):
-            self.loop.watch(listener.fileno())
+        else:
+            self._end_first(self.silent)
 
     def preamble_read(self, relay):
         self.silent.pop(relay, None)
@@ -12776,11 +12807,9 @@ class Cproxy:
         self._next(relay.listener)
 
     def _next(self, listener):
-        """Those whose address has had the fewest turns come first: no address keeps the others waiting."""
-        while listener.waiting and len(listener.active) < ACTIVE_PER_LISTENER:
-            relay = min(listener.waiting, key=lambda each: listener.turns[each.address])
+        while listener.waiting and len(listener.active) < max(ACTIVE_LEAST, min(listener.wanted, ACTIVE_MOST)):
+            relay = listener.next_one()
             del listener.waiting[relay]
-            listener.turns[relay.address] += 1
             listener.active.add(relay)
             relay.connect()
 
@@ -12802,9 +12831,10 @@ class Cproxy:
         now = time.monotonic()
         for relay in [relay for relay in self.relays if relay.deadline and relay.deadline < now]:
             relay.end(TOO_LONG[relay.state])
+        for relay in [relay for relay in self.relays if relay.chosen_at < now - SETTLED_SECONDS]:
+            relay.chosen_at = math.inf
+            self.released(relay)
         self._close_listeners(lambda _, listener: listener.heard < now - LISTENER_SECONDS)
-        for listener in self.listeners.values():
-            self._watch_listener(listener)
 
 
 def cproxy(arguments, settings):

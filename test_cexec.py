@@ -17352,6 +17352,17 @@ def test_a_capture_replayed_to_a_later_crat_gives_no_line(room, foo):
     assert len(crat.out.lines) == 1
 
 
+def test_crat_goes_on_without_a_bad_key(room, tmp_path):
+    """Issue 22: one of several keys is bad."""
+    (tmp_path / "bad.pub").write_text("nothing")
+    crat = room.crat(tmp_path / "bad.pub", room.pub, tmp_path / "none").ready()
+    assert "bad.pub is not a key: it holds no key at all; goes on without it" in str(crat.log)
+    assert "none: there is no such file; goes on without it" in str(crat.log)
+    room.serve("true")
+    assert room.cexec().returncode == 0
+    crat.out.wait("for %s exit code 0" % room.pub)
+
+
 def test_crat_refuses_what_is_no_key(room, tmp_path):
     missing = str(tmp_path / "missing.pub")
     done = run("crat", missing, env={"GROUP": room.group})
@@ -17377,8 +17388,8 @@ def test_crat_hears_on_every_form_of_group(net, key, group):
 
 # ---------------------------------------------------------------- cproxy: what may pass
 
-def announcement(key, nonce=b"noncenon", sequence=1, port=4000):
-    body = cexec.encode_announcement(cexec.Announcement(0, 0, 20, cexec.TELL_BUSY, bytes(8), 1))
+def announcement(key, nonce=b"noncenon", sequence=1, port=4000, wanted=1):
+    body = cexec.encode_announcement(cexec.Announcement(0, 0, 20, cexec.TELL_BUSY, bytes(8), wanted))
     return cexec.encode_datagram(key.udp, cexec.ANNOUNCE, key.id, nonce, sequence, body, port)
 
 
@@ -17414,33 +17425,35 @@ def test_a_datagram_passes_once_and_an_alert_three_times_whatever_its_port():
     assert duplicates.may_pass(cexec.parse_datagram(announcement(FOO, sequence=2)), 0)
 
 
-def test_what_passed_is_forgotten_in_time_and_in_number():
+def test_what_passed_is_forgotten_in_time_and_never_by_number(monkeypatch):
+    """R22: for a minute, however many datagrams pass meanwhile."""
     duplicates, announce = cexec.DuplicateFilter(), cexec.parse_datagram(announcement(FOO))
     assert duplicates.may_pass(announce, 0) and not duplicates.may_pass(announce, 59)
     assert duplicates.may_pass(announce, 61)
-    for number in range(cexec.DUPLICATES_MAX + 10):
-        duplicates.may_pass(cexec.parse_datagram(announcement(FOO, sequence=number)), 62)
-    assert len(duplicates.passed) == cexec.DUPLICATES_MAX
+    monkeypatch.setattr(cexec, "DUPLICATES_MAX", 100)
+    made = [cexec.parse_datagram(announcement(FOO, sequence=number)) for number in range(2, 200)]
+    assert [duplicates.may_pass(each, 62) for each in made] == [True] * 99 + [False] * 99
+    assert not any(duplicates.may_pass(each, 120) for each in made[:99]), "none was forgotten early"
+    assert all(duplicates.may_pass(each, 123) for each in made[:99])
 
 
-@pytest.mark.parametrize("most", [0, 50000, 1 << 26])
-def test_a_pump_is_exact_and_gives_back_what_it_held(monkeypatch, most):
-    monkeypatch.setattr(cexec, "HELD_MAX", most)
-    buffer, blob = cexec.RelayBuffer(), random.Random(2).getrandbits(8 << 20).to_bytes(1 << 20, "big")
+@pytest.mark.parametrize("size", [cexec.SMALL_PIECE, cexec.PIECE])
+def test_a_pump_is_exact_and_holds_a_piece_at_most(size):
+    buffer, blob = memoryview(bytearray(size)), random.Random(2).getrandbits(8 << 20).to_bytes(1 << 20, "big")
     (feeder, source), (sink, taker) = socket.socketpair(), socket.socketpair()
     with feeder, source, sink, taker:
         for each in feeder, source, sink, taker:
             each.setblocking(False)
-        pump, sent, got, peak = cexec.Pump(source, sink, buffer, b"opening"), 0, b"", 0
+        pump, sent, got, peak = cexec.Pump(source, sink, lambda: buffer, b"opening"), 0, b"", 0
         while not got.endswith(blob[-100:]):
             with contextlib.suppress(BlockingIOError):
                 sent += feeder.send(blob[sent:]) if sent < len(blob) else 0
             pump.pump()
-            peak = max(peak, buffer.held)
+            peak = max(peak, len(pump.pending))
             with contextlib.suppress(BlockingIOError):
                 got += taker.recv(3000)
         assert got == b"opening" + blob and pump.moved == len(got) and not pump.pending
-        assert buffer.held == 0 and peak <= cexec.PIECE
+        assert peak <= size
         feeder.close()
         pump.pump()
         assert pump.over and taker.recv(1) == b""
@@ -17664,7 +17677,7 @@ def test_an_opening_may_come_in_pieces(far):
 def test_a_few_pass_at_once_and_the_others_wait_until_taken(far):
     port = far.announce()[0].port
     workers = [far.worker(port) for _ in range(10)]
-    submitters = [far.accept() for _ in range(cexec.ACTIVE_PER_LISTENER)]
+    submitters = [far.accept() for _ in range(cexec.ACTIVE_LEAST)]
     assert far.nobody_connects()
     submitters[0].close()
     submitters[0] = far.accept()
@@ -17673,7 +17686,7 @@ def test_a_few_pass_at_once_and_the_others_wait_until_taken(far):
     hear(far.ear)
 
     def all_closed():
-        assert len(select.select(workers, [], [], 0)[0]) == 10 - cexec.ACTIVE_PER_LISTENER
+        assert len(select.select(workers, [], [], 0)[0]) == 10 - cexec.ACTIVE_LEAST
     wait_until(all_closed)
     with pytest.raises(ConnectionRefusedError):
         far.worker(port)
@@ -17681,8 +17694,61 @@ def test_a_few_pass_at_once_and_the_others_wait_until_taken(far):
     for submitter in submitters:
         submitter.sendall(far.go())
     running = [worker for worker in workers if not is_done(worker)]
-    assert len(running) == cexec.ACTIVE_PER_LISTENER
+    assert len(running) == cexec.ACTIVE_LEAST
     assert all(receive_exactly(each, cexec.GO_SIZE) for each in running)
+
+
+def test_an_announcement_that_wants_many_slots_gets_as_many_connections(far):
+    """A13, wanted slots: beyond the first ones too, as those that were chosen have settled."""
+    far.mouth.send(announcement(far.key, wanted=20, port=far.port))
+    port = cexec.parse_datagram(hear(far.ear)[0]).port
+    workers = [far.worker(port) for _ in range(70)]
+    submitters = [far.accept() for _ in range(20)]
+    assert far.nobody_connects()
+    for submitter in submitters:
+        submitter.sendall(far.go())
+    submitters += [far.accept() for _ in range(20)]     # a second later
+    assert far.nobody_connects()
+    far.mouth.send(announcement(far.key, wanted=cexec.ACTIVE_MOST, sequence=2, port=far.port))
+    submitters += [far.accept() for _ in range(30)]
+    assert len(submitters) == len(workers)
+
+
+def test_the_far_side_keeps_to_its_ports(room, foo):
+    """A13, ports: what asks and what listens has a number of --listen-ports; a range that is used up is waited for."""
+    first = free_numbers(3)
+    with contextlib.closing(Far(room, foo, "--listen-ports", "%d-%d" % (first, first + 2))) as far:
+        heard = [far.announce(b"%08d" % number) for number in range(3)]
+        assert {each[1][1] for each in heard} == {first}, "where datagrams come from, and answers come to"
+        assert [each[0].port for each in heard] == [first, first + 1, first + 2]
+        far.mouth.send(announcement(foo, b"too many", port=far.port))
+        far.proxy.log.wait("all of --listen-ports %d-%d are in use" % (first, first + 2))
+        far.mouth.send(other_datagram(foo, cexec.TAKEN, b"00000001"))
+        hear(far.ear)
+        assert far.announce(b"one more")[0].port == first + 1
+
+
+def test_a_fault_of_its_own_ends_no_relay(tmp_path, room, foo):
+    """One exception in a callback costs what was in hand; crat has the same."""
+    broken = "import sys; sys.path.insert(0, %r); import cexec\n" \
+        "def fail(*words): raise ZeroDivisionError\n" \
+        "cexec.Cproxy._bring_back = cexec.AlertReader.read = fail\n" \
+        "sys.exit(cexec.main(['cexec.py'] + sys.argv[1:]))" % HERE
+    start = lambda *argv: room.start(sys.executable, "-c", broken, *argv, env=room.settings({})).ready()
+    target = "127.255.255.255:%d" % free_port()
+    proxy, crat = start("cproxy", "127.0.0.1", target), start("crat")
+    mouth = cexec.GroupSocket(cexec.parse_group(room.group), False)
+    ear = cexec.GroupSocket(cexec.parse_group(target), True)
+    with mouth.socket, ear.socket:
+        for sequence in range(3):
+            mouth.send(roll_call(foo, sequence=sequence))
+            data, source, _ = hear(ear)
+            ear.send_to(here_datagram(foo), source)
+        mouth.send(other_datagram(foo, cexec.ALERT))
+        for process in proxy, crat:
+            process.log.wait("internal error, the daemon goes on")
+            assert process.alive() and process.stop() == 0
+            process.log.lines.clear()
 
 
 def is_done(sock):
@@ -17695,8 +17761,8 @@ def is_done(sock):
 
 def test_a_worker_that_waited_and_went_makes_room(far):
     port = far.announce()[0].port
-    workers = [far.worker(port) for _ in range(cexec.ACTIVE_PER_LISTENER + 1)]
-    submitters = [far.accept() for _ in range(cexec.ACTIVE_PER_LISTENER)]
+    workers = [far.worker(port) for _ in range(cexec.ACTIVE_LEAST + 1)]
+    submitters = [far.accept() for _ in range(cexec.ACTIVE_LEAST)]
     workers.pop().close()
     last = far.worker(port)
     submitters[0].close()
@@ -17808,7 +17874,7 @@ def test_keys_are_named_by_option_or_variable():
 def test_silent_connections_make_room(far, idle):
     """S16: strangers that hold every place for an announcement delay no worker."""
     port = far.announce()[0].port
-    for _ in range(cexec.CONNECTIONS_PER_LISTENER + 6):
+    for _ in range(cexec.BEYOND_WANTED + 6):
         far.worker(port, idle)
     worker, began = far.worker(port), time.monotonic()
     far.submitter()
@@ -17820,9 +17886,9 @@ def test_a_crowd_from_one_address_keeps_no_other_waiting(far):
     if sys.platform != "linux":
         skip("addresses of the loopback network")
     port, true = far.announce()[0].port, opening_of(far.key, random=b"a worker")
-    for _ in range(cexec.CONNECTIONS_PER_LISTENER):
+    for _ in range(cexec.BEYOND_WANTED):
         far.worker(port)
-    crowd = [far.accept() for _ in range(cexec.ACTIVE_PER_LISTENER)]
+    crowd = [far.accept() for _ in range(cexec.ACTIVE_LEAST)]
     far.worker(port, true, own="127.0.0.2")
     assert far.nobody_connects()
     crowd[0].close()
