@@ -56,11 +56,41 @@ How a job flows:
     writes data, ends as it did   <- session -     sends data and the exit status
     tells how it went             - GROUP ->       crat prints a line
 
-The order of the sections: numbers, errors, groups, settings, the wire, keys, the session, calls, the choice of a worker
-(all of them pure: bytes, times and chance come in as arguments); then, touching the world: TLS, log, loop, group
-sockets, TCP listeners, this machine, streams, channel, children, terminals, discovery, pool, and the tools: cexec,
-cmap, cservice, cwho, crat, cproxy, ckeygen, the loop of calls, the Python API, Executor, demo; at the end the table of
-tools and main.
+The map, in the order of the file.  Above the line all is pure: bytes, times and chance come in as arguments.
+
+    numbers              exit statuses, ports, sizes with their reasons
+    errors               what a user hears; what a parser raises; printing safely
+    groups               GROUP, addresses and ports as users write them
+    settings             one table: variable, option, default, help
+    wire                 every datagram and message, encoder beside decoder
+    keys                 P-256, RFC 6979, HKDF, DER and PEM; the two halves of a key
+    session              one connection's phases as a table; streams with credit; silence
+    calls                what an Executor and its interpreters say to each other
+    slots                the states of a worker's slot
+    choice               which worker answers when (Responder), which one is taken (Selection)
+    batch                many jobs: what runs again, where, what counts, what is delivered next
+    --- the line: below it the program touches the world
+    TLS                  the one way to make a channel
+    log                  what the tools that keep running say, without flooding
+    loop                 descriptors, timers, signals and threads as calls
+    group sockets        broadcast and multicast by every interface
+    TCP listeners        ports for what comes back; connections out and in
+    this machine         CPUs, quotas, limits, speed
+    streams              reading and writing descriptors that others share; what a job did not read stays
+    channel              moves bytes between connection, session and streams
+    children             starting a job, ending all of it
+    terminals            the user's terminal, and the job's
+    discovery            from an announcement to a proven worker
+    pool                 queue, connections, retries of lost workers, why nobody answers
+    cexec, cmap          one job with this process's descriptors; many jobs with one result
+    cservice             the daemon; what stands beside its jobs; the handler of a connection's jobs
+    cwho, crat, cproxy   the roll call and its diagnosis; which alerts are true and new; two networks joined
+    key files and ckeygen
+    the loop of calls    what runs in each interpreter of `cservice --python`
+    the Python API       Room
+    Executor             the room as a pool of Python functions
+    demo
+    the tools            their table, usage, main
 """
 
 import sys
