@@ -12537,10 +12537,10 @@ def test_what_the_readme_shows_on_a_console_is_what_happens(readme_room, title, 
 
 
 def test_the_quick_start_works_when_pasted(readme_room):
-    title, text = readme_blocks("sh")[0]
+    (_, install), (title, text) = readme_blocks("sh")[:2]
     assert title == "Quick start" and len(text.splitlines()) <= 12
     readme_room.env["PATH"] = os.pathsep.join([str(readme_room.place / "bin"), search_path()])     # no tools yet
-    told, status = readme_room.run(text)
+    told, status = readme_room.run(install + text)
     assert status == 0, told
     sounds = list((readme_room.place / "gamma").glob("*.wav"))
     assert len(sounds) == 9
