@@ -8237,6 +8237,8 @@ class Claims:
         while True:
             try:
                 there = os.stat(folder or b".")
+                if not stat.S_ISDIR(there.st_mode):
+                    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
                 return self._digest(there.st_dev, there.st_ino, last)
             except FileNotFoundError:
                 if make:
@@ -8259,6 +8261,8 @@ class Claims:
         """Claims the place of an output.  Failure where another input has it, or the file there must stay; OSError
         where there can be none."""
         place = self._place(path, make)
+        if make and not os.access(os.path.dirname(path) or b".", os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "its folder may not be written to")
         other = self.table.get(place)
         if other and other != number:
             raise JobFailure(log_text(path), "it is the output of %s as well" % self._name(other))
@@ -8371,6 +8375,8 @@ class MapInputs:
                 self._prepare(job, number)
                 if self.settings.resume and self.log.may_have(job):
                     yield from self._compare(job)
+            except LocalFailure:
+                raise
             except Failure as failure:
                 job.failure = failure
             except OSError as error:
@@ -8400,9 +8406,10 @@ class MapInputs:
         try:
             self.claims.output(path, number, not self.settings.dry_run)
         except OSError as error:
-            begins = os.path.dirname(self.settings.out.partition("{")[0])
-            raise (LocalFailure if begins and not os.path.isdir(begins) else JobFailure)(
-                log_text(path), reason_of(error)) from None
+            begins = os.path.dirname(os.fsencode(self.settings.out).partition(b"{")[0])
+            all_alike = error.errno != errno.ENAMETOOLONG and (
+                os.path.dirname(path) == begins or begins and not os.path.isdir(begins))
+            raise (LocalFailure if all_alike else JobFailure)(log_text(path), reason_of(error)) from None
 
     def _compare(self, job):
         """Whether the log says that this has been done: a long input takes several turns."""

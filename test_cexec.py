@@ -16,6 +16,7 @@ users have namespaces; elsewhere they are skipped with the reason.  Environment 
 
     CEXEC_TEST_NO_SKIP=1      a test that cannot run fails instead of being skipped
     CEXEC_TEST_FUZZ=500000    random inputs for each parser of the wire, instead of some thousands
+    CEXEC_TEST_COMBINATIONS=500  pairs of cmap's options, instead of 30 seconds of them; 500:7 begins with seed 7
     CEXEC_TEST_SEED=1         other random inputs; a test that fails prints its seed
     CEXEC_TEST_PYTHONS        other interpreters, separated like PATH, in place of python3.8 ... on PATH
 
@@ -11548,6 +11549,125 @@ def test_a_machine_that_fails_all_jobs_does_not_get_them(room, tmp_path):
     assert done.returncode == 1 and 3 <= failed <= 12 and b"status 3 on 127.0.0.1" in done.stderr, done.stderr
 
 
+@pytest.mark.parametrize("argv, given, output", [
+    (["--lines", "--header"], b"h\na\nb", b"|h\na\n||h\nb|"), (["--lines", "--header"], b"h\n", b""),
+    (["--lines", "-N", "2"], b"a\nb\nc", b"|a\nb\n||c|"),
+    (["--lines", "-N3", "--set", "N={}"], b"a\nb\n", b"1|a\nb\n|"),
+    (["--lines", "-N2", "--header"], b"h\na\nb\nc\n", b"|h\na\nb\n||h\nc\n|"),
+    (["--block", "4", "--header"], b"head\na\nb\nc\n", b"|head\na\nb\n||head\nc\n|"),
+    (["--cut-before", ">"], b">a\n1>2\n>b\n>c", b"|>a\n1>2\n||>b\n||>c|"),
+    (["--cut-before", ">"], b"x\n\n>a\n", b"|x\n\n||>a\n|"),
+    (["--cut-before", "From ", "--block", "16"], b"From a\nFrom b\nFromage\nFrom c\n",
+     b"|From a\n||From b\nFromage\n||From c\n|"),
+    (["--lines", "--tag"], b"a\n\nb\tc", b"a\t|a\na\t|\n\t|\n\t|\nb\\tc\t|b\tc|\n"),
+    (["--dry-run", "--lines"], b"a\nb\n", b"a\t-\nb\t-\n"),
+    (["--dry-run", "--lines", "--out", "o/{#}.x"], b"a\nb\n", b"a\to/1.x\nb\to/2.x\n"),
+])
+def test_inputs_and_outputs_as_people_have_them(farm, tmp_path, argv, given, output):
+    done = mapped(farm, "-q", *argv, "APP", input=given, cwd=str(tmp_path))
+    assert (done.returncode, done.stdout, done.stderr) == (0, output, b"")
+    assert os.listdir(str(tmp_path)) == []
+
+
+def test_a_mark_is_found_wherever_the_pieces_of_a_pipe_are_cut(farm):
+    """Records come out whole when the text that begins them arrives byte by byte, and where blocks end within it."""
+    records = [b">%d\n%s\n" % (number, b"x" * (number * 7 % 40)) for number in range(30)]
+    reading, writing = os.pipe()
+    job = start_map(farm, "-q", "--cut-before", ">", "--set", "RUN=cat; echo", "APP", stdin=reading,
+                    stdout=subprocess.PIPE)
+    os.close(reading)
+    with open(writing, "wb", 0) as pipe:
+        for octet in b"".join(records):
+            pipe.write(bytes([octet]))
+    assert job.stdout.read() == b"".join(record + b"\n" for record in records) and job.wait(20) == 0
+    for size in 1, 9, 50, 51, 52, 200:
+        done = mapped(farm, "-q", "--cut-before", ">", "--block", size, "--set", "RUN=cat; printf @", "APP",
+                      input=b"".join(records))
+        blocks = done.stdout.split(b"@")[:-1]
+        assert b"".join(blocks) == b"".join(records) and all(block[:1] == b">" for block in blocks)
+        assert all(len(block) <= size or block.count(b">") == 1 for block in blocks)
+        assert all(len(one + two.partition(b"\n>")[0]) >= size for one, two in zip(blocks, blocks[1:]))
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["-N2", "APP", "x"], "-N: it says how many of --lines"), (["-N0", "--lines", "APP"], "--count=0: not accepted"),
+    (["--header", "APP", "x"], "--header: only with --lines or --block"),
+    (["--cut-before", "x", "--lines", "APP"], "--lines and --cut-before: only one"),
+    (["--cut-before", "x", "--block", "4", "--cut", "bytes", "APP"], "not together with --cut=bytes"),
+    (["--tag", "--lines", "--out", "{}", "APP"], "--tag: not together with --out"),
+    (["--keep-failed", "--lines", "APP"], "--keep-failed: there is no --out"),
+    (["--cut-before", "x", "APP", "file"], "FILE: not together with --cut-before"),
+    (["--spill", "k", "--lines", "APP"], "--spill=k: not accepted"),
+    (["--spill", "5k", "--lines", "APP"], "at least 1 MiB")])
+def test_options_that_make_no_sense_together_are_refused(room, argv, words):
+    done = mapped(room, *argv)
+    assert done.returncode == 2 and words in done.stderr.decode(), done.stderr
+
+
+@pytest.mark.parametrize("text, size", [
+    ("512", 512), ("8MB", 8 << 20), ("8m", 8 << 20), ("1.5M", 3 << 19), ("8MiB", 8 << 20), ("64k", 1 << 16),
+    ("2G", 2 << 30), ("1T", 1 << 40), ("3b", 3), ("0.5k", 512), ("", 0), ("M", 0), (".5M", 0), ("1e3", 0), ("-1", 0),
+    ("8iB", 0), ("1.2.3k", 0), ("8 MB", 0), ("\u0663", 0), ("1.M", 1 << 20)])
+def test_sizes_as_people_write_them(text, size):
+    assert cexec.bytes_in(text) == size
+
+
+def test_the_output_of_a_failed_job_is_kept_where_that_is_wanted(farm, tmp_path):
+    code = "--set=RUN=read n; echo out; test $n != bad"
+    done = mapped(farm, "--keep-failed", "--log", "log", "--lines", "--out", "{}", code, "APP", input=b"bad\ngood\n",
+                  cwd=str(tmp_path))
+    assert done.returncode == 1 and sorted(os.listdir(str(tmp_path))) == ["bad.failed", "good", "log"]
+    assert (tmp_path / "bad.failed").read_text() == "out\n"
+    rows = [line.split("\t") for line in (tmp_path / "log").read_text().splitlines()[1:]]
+    assert sorted((row[2], row[8]) for row in rows) == [("0", "good"), ("1", "bad.failed")]
+    done = mapped(farm, "--keep-failed", "--lines", "--out", "{}", code, "APP", input=b"a\na.failed\n",
+                  cwd=str(tmp_path))
+    assert done.returncode == 1 and b"input 2 (a.failed): it is the output of input 1 (a)" in done.stderr
+
+
+def test_a_line_a_minute_where_there_is_no_terminal(farm):
+    """And it says how many of how many; no rate while nothing has ended."""
+    code = "import cexec, sys; cexec.PROGRESS_PLAIN = 0.3; sys.exit(cexec.main(['cmap'] + sys.argv[1:]))"
+    done = run_command(sys.executable, "-c", code, "--set=RUN=sleep 1", farm.pub, CEXEC, CEXEC, input=b"",
+                       env=farm.settings({"PYTHONPATH": os.path.dirname(CEXEC)}))
+    assert done.returncode == 0 and re.search(rb"cmap: 0 of 2 done, 0 failed, \d running on 1 worker\n", done.stderr)
+    assert run_command(sys.executable, "-c", code, "-q", farm.pub, CEXEC, input=b"", env=farm.settings(
+        {"PYTHONPATH": os.path.dirname(CEXEC)})).stderr == b""
+
+
+def test_a_job_that_ran_out_of_time_says_so_and_where(farm):
+    done = mapped(farm, "--timeout", "0.3", "--lines", "--set=RUN=sleep 100", "APP", input=b"x\n")
+    assert b"cmap: input 1 (x): status 124 on 127.0.0.1: it ran for 0.3 s, --timeout\n" in done.stderr
+    done = mapped(farm, "APP", "/missing")
+    assert done.stderr.endswith(b"cmap: 1 job, 1 failed, on 0 workers, 0.0 s\n"), "no rate where no job ran"
+
+
+def test_a_log_line_waits_for_the_disk_and_jobs_do_not(tmp_path, monkeypatch):
+    """Outputs and the folders made for them are synced by threads, many at a time, before the log says so."""
+    synced, may_end, loop = [], threading.Event(), cexec.Loop()
+
+    def fsync(fd):
+        assert may_end.wait(20)
+        synced.append(os.readlink("/proc/self/fd/%d" % fd))
+    monkeypatch.setattr(cexec.os, "fsync", fsync)
+    log = cexec.MapLog(str(tmp_path / "log"), False, hashlib.sha256(), loop)
+    for number in 1, 2, 3:
+        job = cexec.MapJob(b"in", b"", b"")
+        job.number = number
+        with open(str(tmp_path / str(number)), "wb") as file:
+            log.add(job, 0, "key", 1.0, "w", 1, 2, b"out", file.fileno(), [os.fsencode(str(tmp_path))])
+    assert log.unsynced == 3 and (tmp_path / "log").read_text() == cexec.LOG_HEAD
+    may_end.set()
+    log.finish()
+    assert log.unsynced == 0 and len((tmp_path / "log").read_text().splitlines()) == 4
+    assert sorted(synced) == sorted([str(tmp_path)] * 3 + [str(tmp_path / name) for name in "123"])
+    monkeypatch.setattr(cexec, "sync_output", lambda fd, folders: OSError(errno.EIO, "lost"))
+    log.add(job, 0, "key", 1.0, "w", 1, 2, b"out", 0, [])
+    with pytest.raises(cexec.LocalFailure, match="out: lost"):
+        log.finish()
+    loop.close()
+
+
 # -- options that meet
 
 FARMHAND = """
@@ -11814,7 +11934,7 @@ def try_combinations(room, tmp_path, seeds, seconds=math.inf):
         finally:
             if bad:
                 bad.kill()
-        shutil.rmtree(str(folder))
+        shutil.rmtree(str(folder), ignore_errors=True)      # a job may end meanwhile
         tried += 1
     return tried, wrong
 
@@ -11824,6 +11944,8 @@ def test_options_that_meet_give_what_a_plain_loop_gives(room, tmp_path):
     """A sample of 30 seconds; CEXEC_TEST_COMBINATIONS=500 or 500:1000, count and first seed, asks for more."""
     count, _, first = os.environ.get("CEXEC_TEST_COMBINATIONS", "").partition(":")
     first = int(first or 1000 * int(SEED))
+    if count:
+        signal.alarm(0)         # it takes as long as it takes
     print("seeds from %d" % first)
     tried, wrong = try_combinations(room, tmp_path, range(first, first + int(count or 1000)),
                                     math.inf if count else 30)
