@@ -16323,7 +16323,7 @@ def made_up(chance):
                   "write": "echo answer >&%d"}.get(way, "head -c %s <&%%d" % taken)
         fd, before = number, ""
         if chance.random() < 0.2:
-            fd, before = 8, "exec 8<&%d %d<&-; " % (number, number) if "write" not in way else "exec 8<>&%d; " % number
+            fd, before = 8, "exec 8<&%d %d<&-; " % (number, number) if way != "write" else "exec 8>&%d; " % number
         script = before + script.replace("%d", str(fd))
         script = chance.choice(["%s", "%s", "%s", "sleep 0.05; %s", "(exec 9<&%d; (%%s) & wait)" % number,
                                 "%s; sleep 0.05", "%s; exit 3"]) % script
