@@ -5401,6 +5401,18 @@ class SharedSink(Sink):
         self.helper.end()
 
 
+class TerminalSink(SharedSink):
+    """The user's terminal.  before() is called ahead of whatever the job writes there."""
+
+    def __init__(self, loop, fd, *calls, before):
+        super().__init__(loop, fd, *calls)
+        self.before = before
+
+    def feed(self, view):
+        self.before()
+        return super().feed(view)
+
+
 def open_sink(loop, fd, *calls):
     kind = stream_kind(fd)
     if kind is REGULAR or (kind is DEVICE and is_memory(fd)):
@@ -7713,6 +7725,7 @@ class Pool:
 
 DESCRIPTOR_FLOOR = 64       # where duplicates of our own go: out of the way of what the user numbers
 WAITING_AFTER = 2.0         # seconds until a line tells what is waited for
+RUNNING_AFTER = 5.0         # seconds of a job until the line tells how far it is
 COLLECT_AFTER = 1.0         # seconds; a job that ends before leaves its garbage to the system
 
 
@@ -7740,6 +7753,11 @@ class StatusLine:
                 os.write(self.fd, b"\r\x1b[K")
             except OSError:
                 pass        # the terminal has gone
+
+    def give_way(self):
+        """To others that write on this terminal, for good."""
+        self.clear()
+        self.usable = False
 
 
 class InheritedStreams(JobStreams):
@@ -7778,8 +7796,11 @@ class InheritedStreams(JobStreams):
             self._open_sink(fd, self.owned.get(fd, fd))
 
     def _open_sink(self, fd, own):
-        self.sinks[fd] = open_sink(self.loop, own, functools.partial(self.consumed, fd),
-                                   functools.partial(self._sink_failed, fd), functools.partial(self._output_over, fd))
+        make = open_sink
+        if stream_kind(own) is TERMINAL:
+            make = functools.partial(TerminalSink, before=self.run.status.give_way)
+        self.sinks[fd] = make(self.loop, own, functools.partial(self.consumed, fd),
+                              functools.partial(self._sink_failed, fd), functools.partial(self._output_over, fd))
 
     def _open_terminal(self, fd, ready):
         terminal = self.terminal
@@ -7790,6 +7811,9 @@ class InheritedStreams(JobStreams):
         if terminal.writing is None:
             terminal.writing = os.open("/dev/tty" if terminal.tty is not None else os.devnull, os.O_WRONLY)
         self._open_sink(fd, terminal.writing)
+
+    def reads_terminal(self):
+        return any(stream_kind(fd) is TERMINAL for fd in self.sources)
 
     # -- on the job's way
     def prepare(self):
@@ -7923,16 +7947,23 @@ class CexecRun:
             self.loop.on_signal_unless_ignored(signal.SIGWINCH, lambda number: self._resize())
         self.loop.call_later(COLLECT_AFTER, gc.enable)
         if self.status.usable:
-            self.loop.call_later(WAITING_AFTER, self._show_waiting)
+            self.loop.call_later(WAITING_AFTER, self._show_status)
         self.pool.submit(self.submission)
         self.loop.call_later(0, self.streams.prepare)
         return self.loop.run()
 
-    def _show_waiting(self):
-        """Tells a user at a terminal what is waited for, until the job has been started."""
-        if not self.submission.attempt:
+    def _show_status(self):
+        """Tells a user at a terminal what is waited for, and how far a long job is that uses no terminal."""
+        attempt = self.submission.attempt
+        if not attempt:
             self.status.show("cexec: %s" % self.pool.waiting_text(self.submission))
-            self.loop.call_later(1.0, self._show_waiting)
+        elif attempt.is_running() and not self.terminal and not self.streams.reads_terminal():
+            ran, channel = time.monotonic() - attempt.offered, attempt.channel
+            if ran >= RUNNING_AFTER:
+                self.status.show("cexec: running on %s: %.1f MB in, %.1f MB out, %.0f s" % (
+                    self.submission.worker, channel.sent_total / 1e6, channel.received_total / 1e6, ran))
+        if self.status.usable:
+            self.loop.call_later(1.0, self._show_status)
 
     def _done(self, status, failure, submission):
         """A job that died of a signal that was sent on to it, or that did not start because of it, takes cexec with it,

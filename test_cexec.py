@@ -8301,6 +8301,24 @@ def test_a_terminal_shows_what_is_waited_for_until_the_job_starts(room, terminal
     terminal.wait("\r\x1b[Kcexec: waiting: 1 worker, busy, ")
 
 
+@slow("the line of a job that runs comes after five seconds")
+def test_a_terminal_shows_how_far_a_long_job_is_that_writes_elsewhere(room, terminal):
+    """Until the job writes on the terminal itself, for which the line makes way for good."""
+    room.serve(*EVAL, CONCURRENCY=2)
+    (reading, writing), go = os.pipe(), "head -c 2000000; head -c 1; echo told >&2; sleep 2.5"
+    with open(os.devnull, "wb") as null:
+        job = terminal.start(*program(), "cexec", room.pub, "C=" + go, env={"GROUP": room.group}, stdin=reading,
+                             stdout=null, controlling=False)
+        os.close(reading)
+        Writer(os.dup(writing), bytes(2000000))
+        terminal.wait("\r\x1b[Kcexec: running on 127.0.0.1: 2.0 MB in, 2.0 MB out, ")
+        os.write(writing, b"x")
+        terminal.wait("s\r\x1b[Ktold\r\n")
+        os.close(writing)
+    assert job.wait() == 0
+    assert terminal.shown.endswith(b"told\r\n")
+
+
 def test_a_busy_room_times_out_too(room):
     room.serve(*EVAL, CONCURRENCY=1)
     occupied(room, None, 1)
@@ -16264,6 +16282,8 @@ class AnyInput:
                 fcntl.fcntl(self.fd, cexec.F_SETPIPE_SZ, 1 << 20)
         self.feeder = threading.Thread(target=self._feed, args=(now, later), daemon=True)
         self.feeder.start()
+        if not later:
+            self.feeder.join(10)
 
     def _feed(self, now, later):
         if self.peer is not None:
@@ -16307,7 +16327,8 @@ def made_up(chance):
     most = 200000 if kind == "large pipe" else 60000
     size = chance.choice([0, 1, 10, 4095, 4096, 4097, 30000, most])
     data = b"".join(b"line %d\n" % number for number in range(size // 6 + 1))[:size]
-    at = chance.choice([size, size, size, chance.randrange(size + 1)]) if kind not in ("file", "null") else size
+    at = chance.choice([size, size, size, chance.randrange(size + 1)]) if kind not in (
+        "file", "null", "shared flags") else size
     number, jobs, place = chance.choice([0, 3, 7]), [], 0
     for _ in range(chance.choice([1, 1, 2, 3])):
         rest = size - place
