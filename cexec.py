@@ -9956,35 +9956,38 @@ class Drain:
     def __init__(self, daemon):
         self.daemon = daemon
         self.began = None           # monotonic seconds
-        self.signal = None          # its name, until the line about it is logged
+        self.asked_by = None        # a signal's name, or --stop, until the line about it is logged
 
     def on_signal(self, number):
+        self._ask(signal.Signals(number).name)
+
+    def asked_to_stop(self, now):
+        """By cservice --stop; returns how many jobs run."""
+        self._ask("--stop")
+        if now:
+            self._ask("--stop")
+        return sum(slot.state in WITH_JOB for slot in self.daemon.responder.slots)
+
+    def _ask(self, by):
         if self.began is not None:
             for handler in self.daemon.handlers.processes.values():
                 handler.link.send("KILL")
             return
-        self.began, self.signal = time.monotonic(), signal.Signals(number).name
+        self.began, self.asked_by = time.monotonic(), by
         for slot in list(self.daemon.offers.connections):
             self.daemon.offers.withdraw(slot)
         self.daemon.changed()
-
-    def asked_to_stop(self, now):
-        """By cservice --stop; returns how many jobs run."""
-        self.on_signal(signal.SIGTERM)
-        if now:
-            self.on_signal(signal.SIGTERM)
-        return sum(slot.state in WITH_JOB for slot in self.daemon.responder.slots)
 
     def look(self):
         if self.began is None:
             return
         slots = self.daemon.responder.slots
         late = time.monotonic() - self.began > self.PATIENCE
-        if self.signal and (late or all(slot.state is SlotState.LEAVING for slot in slots)):
-            name, self.signal = self.signal, None
+        if self.asked_by and (late or all(slot.state is SlotState.LEAVING for slot in slots)):
+            name, self.asked_by = self.asked_by, None
             self.daemon.log("%s: no new jobs, %d running; again to kill them" % (
                 name, sum(slot.state in WITH_JOB for slot in slots)), always=True)
-        if not self.signal and not slots and not self.daemon.handlers.processes and not self.daemon.orphans.killing:
+        if not self.asked_by and not slots and not self.daemon.handlers.processes and not self.daemon.orphans.killing:
             self.daemon.end()
 
 
@@ -10248,7 +10251,10 @@ class LogFile:
         for standard in 0, 1:
             park(standard)
         os.setsid()
-        os.write(self.starter, b"ready")
+        try:
+            os.write(self.starter, b"ready")
+        except OSError:
+            raise Failure("the end", "who started this cservice did not wait until it was ready") from None
         os.close(self.starter)
         self.starter = None
 
@@ -10319,31 +10325,34 @@ def control_folder():
 
 
 def control_addresses(key):
-    """The addresses of this user's control sockets for the key on this machine."""
+    """{address: user} of the control sockets for the key on this machine; elsewhere than on Linux, of this user's."""
     mark = key.fingerprint.partition(":")[2]
-    if LINUX:
-        start = "@" + CONTROL_NAME % (os.geteuid(), mark, "")
-        words = [line.rpartition(" ")[2] for line in read_lines("/proc/net/unix")]
-        return {"\0" + word[1:] for word in words if word.startswith(start)}
-    folder = control_folder()
-    return {os.path.join(folder, name) for name in os.listdir(folder) if name.startswith(mark)}
-
-
-def is_own(connection):
-    """Whether the process at the other end of a control socket is this user's."""
     if not LINUX:
-        return True         # nobody else gets into the folder
-    return struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1] == os.geteuid()
+        folder = control_folder()
+        return {os.path.join(folder, name): os.geteuid() for name in os.listdir(folder) if name.startswith(mark)}
+    words = [line.rpartition(" ")[2].split("/") for line in read_lines("/proc/net/unix")]
+    return {"\0" + "/".join(word)[1:]: int(word[1]) for word in words
+            if len(word) == 4 and word[0] == "@cexec" and whole(word[1]) and word[2] == mark}
 
 
-def controls(key, other_than=None):
-    """Connections to this user's cservices of the key on this machine, but for the one at that address."""
+def peer_user(connection):
+    """The user whose process is at the other end of a control socket."""
+    if not LINUX:
+        return os.geteuid()     # nobody else gets into the folder
+    return struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
+
+
+def controls(key, everyone=False, own=None):
+    """Connections to the cservices of the key on this machine, this user's or everyone's, but for the own address."""
     found = []
-    for address in control_addresses(key) - {other_than}:
+    for address, user in control_addresses(key).items():
+        if address == own or user != os.geteuid() and not everyone:
+            continue
         connection = socket.socket(socket.AF_UNIX)
+        connection.settimeout(10)       # at once where it cannot be taken: who is stopped must not stop others
         try:
             connection.connect(address)
-            if is_own(connection):
+            if peer_user(connection) == user:
                 found.append(connection)
                 continue
         except ConnectionRefusedError:
@@ -10359,7 +10368,8 @@ class ControlSocket:
     """Where `cservice --stop` of the same user finds this worker.  The Daemon makes it, and closes it in its handlers.
 
     A line asks: `stop` or `now`, and on_stop(now) is called; the answer is a line, and then the connection's end, which
-    comes when the daemon has ended.  unit: the service manager's name for it, which then has to stop it.
+    comes when the daemon has ended.  unit: the service manager's name for it, which then has to stop it.  problem: why
+    nobody can find it.
     """
 
     def __init__(self, loop, key, instance, unit, on_stop):
@@ -10367,12 +10377,17 @@ class ControlSocket:
         self.unit = unit
         self.on_stop = on_stop
         self.connections = []
-        mark = key.fingerprint.partition(":")[2]
-        self.address = ("\0" + CONTROL_NAME % (os.geteuid(), mark, instance) if LINUX else
-                        os.path.join(control_folder(), mark + instance))
+        self.address = self.problem = None
         self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.bind(self.address)
-        self.socket.listen(CONTROLLERS_MAX)
+        mark = key.fingerprint.partition(":")[2]
+        try:
+            self.address = ("\0" + CONTROL_NAME % (os.geteuid(), mark, instance) if LINUX else
+                            os.path.join(control_folder(), mark + instance))
+            self.socket.bind(self.address)
+            self.socket.listen(CONTROLLERS_MAX)
+        except OSError as error:
+            self.problem = reason_of(error)
+            return
         self.socket.setblocking(False)
         loop.watch(self.socket.fileno(), read=self._accept)
 
@@ -10381,7 +10396,7 @@ class ControlSocket:
             connection = self.socket.accept()[0]
         except OSError:
             return
-        if len(self.connections) >= CONTROLLERS_MAX or not is_own(connection):
+        if len(self.connections) >= CONTROLLERS_MAX or peer_user(connection) != os.geteuid():
             return connection.close()
         connection.setblocking(False)
         self.connections.append(connection)
@@ -10407,7 +10422,7 @@ class ControlSocket:
 
     def end(self):
         """In the daemon, when it is about to end: who waits learns that from the end of the process."""
-        if not LINUX:
+        if self.address and not LINUX:
             discard(self.address)
 
 
@@ -10436,7 +10451,6 @@ def stop_services(key, now):
     if not found:
         say(CSERVICE, "no cservice of this user serves the key %s on this machine" % key.fingerprint)
     for connection in found:
-        connection.settimeout(10)
         try:
             connection.sendall(b"now" if now else b"stop")
             word, _, rest = connection.recv(1000).decode("utf-8", "replace").strip().partition(" ")
@@ -10451,21 +10465,20 @@ def stop_services(key, now):
         elif word:
             say(CSERVICE, "takes no new job, %s running%s" % (
                 rest, "" if now or rest == "0" else "; once more, or with --now, ends them"))
-            connection.settimeout(None)
-            while connection.recv(1000):
-                pass
+            wait_for(connection.fileno(), select.POLLIN)
     return status
 
 
 def neighbour_warnings(key, group_socket, control):
     """What is to be said of other programs on this machine that take from this worker what is its."""
     warnings = []
-    others = controls(key, control.address) if control else []
+    if control.problem:
+        warnings.append("cservice --stop does not find this one: %s" % control.problem)
+    others = [] if control.problem else controls(key, everyone=True, own=control.address)
     for connection in others:
         connection.close()
     if others:
-        warnings.append("another cservice of this key runs on this machine: their slots add up; "
-                        "`cservice --stop` stops both")
+        warnings.append("another cservice of this key runs on this machine, and their slots add up")
     group = group_socket.group
     if is_one_machine(group) and udp_listeners(group) - {os.fstat(group_socket.fileno()).st_ino}:
         warnings.append("another program of this machine listens on %s, and only the one that was started last hears "

@@ -10264,6 +10264,7 @@ def test_stop_lets_running_jobs_finish_and_waits_for_them(room):
     job.out.wait("ready")
     stop = room.tool("cservice", "--stop", room.key)
     stop.log.wait("takes no new job, 1 running; once more, or with --now, ends them")
+    worker.log.wait("--stop: no new jobs, 1 running")
     assert room.cexec("RUN=true", env={"CEXEC_TIMEOUT_ACCEPT": 0.3}).returncode == 111
     assert stop.alive() and worker.alive()
     job.stdin.close()
@@ -10347,7 +10348,7 @@ def test_elsewhere_the_control_socket_stands_in_a_folder_of_its_user(monkeypatch
     peer.sendall(b"now\n")
     run_loop_until(loop, lambda: told)
     assert told == [True] and peer.recv(99) == b"running 3\n"
-    assert not os.path.exists(gone.address) and cexec.controls(loaded, control.address) == []
+    assert not os.path.exists(gone.address) and cexec.controls(loaded, own=control.address) == []
     control.end()
     control.close()
     assert peer.recv(99) == b"" and cexec.controls(loaded) == []
@@ -10359,6 +10360,7 @@ def test_elsewhere_the_control_socket_stands_in_a_folder_of_its_user(monkeypatch
     os.symlink(place, folder)
     with pytest.raises(OSError, match="alone"):
         cexec.control_folder()
+    assert "alone" in cexec.ControlSocket(loop, loaded, "three", "", None).problem      # and the worker serves
     loop.close()
     shutil.rmtree(place)
 
@@ -10378,6 +10380,25 @@ def test_ready_warns_of_another_cservice_of_the_key(room, tmp_path):
     first, stranger, second = room.serve("cat"), room.serve("cat", key=other), room.serve("cat")
     second.log.wait("warning: another cservice of this key runs on this machine")
     assert not first.log.having("another cservice") + stranger.log.having("another cservice")
+
+
+@LINUX_ONLY
+def test_ready_warns_of_another_users_cservice_and_waits_for_none(room, as_root):
+    """Not even for a name whose owner takes no connection."""
+    fingerprint = cexec.load_key(room.key)[0].fingerprint.partition(":")[2]
+    code = ("import os, socket, sys, time; os.setuid(65534)\n"
+            "traps = [socket.socket(socket.AF_UNIX) for _ in range(3)]\n"
+            "[(trap.bind(chr(0) + name), trap.listen(0)) for trap, name in zip(traps, sys.argv[1:])]\n"
+            "ends = [socket.socket(socket.AF_UNIX) for _ in range(9)]\n"
+            "[(end.setblocking(False), end.connect_ex(chr(0) + sys.argv[1])) for end in ends]\n"
+            "print('ready', flush=True); time.sleep(1000)\n")
+    room.start(sys.executable, "-c", code, cexec.CONTROL_NAME % (0, fingerprint, "full"),
+               cexec.CONTROL_NAME % (0, fingerprint, "forged"), "x", stdout=LINES).out.wait("ready")
+    worker = room.serve("cat")
+    assert worker.stop() == 0 and not worker.log.having("another cservice")
+    room.start(sys.executable, "-c", code, "y", cexec.CONTROL_NAME % (65534, fingerprint, "true"), "z",
+               stdout=LINES).out.wait("ready")
+    room.serve("cat").log.wait("warning: another cservice of this key runs on this machine")
 
 
 @LINUX_ONLY
