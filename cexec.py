@@ -2148,6 +2148,175 @@ class Slot:
         self.state = state
 
 
+# ---------------------------------------------------------------- jobs: what becomes of one at its submitter
+#
+# A job waits for a worker, is offered to one, runs there, is delivered here, and is done; a lost worker lets it wait
+# again.  Whoever wants to know where a job is asks its state: nothing else says the same.
+
+JobState = enum.Enum("JobState", "WAITING OFFERED RUNNING DELIVERING DONE")
+JobEvent = enum.Enum("JobEvent", "FOUND ACCEPTED EXIT DELIVERED REFUSED NOT_STARTED LOST WITHDRAWN FAILED CANCELLED "
+                                 "TIMED_OUT")
+
+JOBS = {
+    (JobState.WAITING, JobEvent.FOUND): JobState.OFFERED,
+    (JobState.WAITING, JobEvent.FAILED): JobState.DONE,
+    (JobState.WAITING, JobEvent.CANCELLED): JobState.DONE,
+    (JobState.OFFERED, JobEvent.ACCEPTED): JobState.RUNNING,
+    (JobState.OFFERED, JobEvent.REFUSED): JobState.WAITING,
+    (JobState.OFFERED, JobEvent.NOT_STARTED): JobState.WAITING,
+    (JobState.OFFERED, JobEvent.LOST): JobState.WAITING,
+    (JobState.OFFERED, JobEvent.WITHDRAWN): JobState.WAITING,
+    (JobState.OFFERED, JobEvent.FAILED): JobState.DONE,
+    (JobState.OFFERED, JobEvent.CANCELLED): JobState.DONE,
+    (JobState.RUNNING, JobEvent.EXIT): JobState.DELIVERING,
+    (JobState.RUNNING, JobEvent.LOST): JobState.WAITING,        # where it may start again; else it has failed
+    (JobState.RUNNING, JobEvent.WITHDRAWN): JobState.WAITING,
+    (JobState.RUNNING, JobEvent.FAILED): JobState.DONE,
+    (JobState.RUNNING, JobEvent.CANCELLED): JobState.DONE,
+    (JobState.RUNNING, JobEvent.TIMED_OUT): JobState.DONE,
+    (JobState.DELIVERING, JobEvent.DELIVERED): JobState.DONE,
+    (JobState.DELIVERING, JobEvent.FAILED): JobState.DONE,
+    (JobState.DELIVERING, JobEvent.CANCELLED): JobState.DONE,
+}
+AT_WORKER = JobState.OFFERED, JobState.RUNNING
+AVOID = 0.25                # seconds that a worker which failed the job is passed over, doubled with each failure
+AVOID_DOUBLINGS = 5         # up to eight seconds
+FAILURES_AT_ONCE = 4        # failures of a job after which it waits for as long itself
+REFUSALS_AT_ONCE = 64       # the same for those that are final, which each worker can say once
+BAD_ADDRESS = 3             # workers in a row that failed the job at one address: it may be one under many names
+
+
+def next_job_state(job, state, event):
+    """The state of the job of this id behind the event; RuntimeError for an event that cannot be in the state."""
+    after = JOBS.get((state, event))
+    if after is None:
+        raise RuntimeError("job %s: event %s in state %s" % (job, event.name, state.name))
+    return after
+
+
+def why_not_again(committed, losses, retries, signalled, can_rewind):
+    """What a user is told to do about a job whose worker was lost and that may not start again; "" where it may."""
+    if committed:
+        return "its output had begun, so it was not started elsewhere; run it again if that does no harm"
+    return "run it again" if losses > retries or signalled or not can_rewind else ""
+
+
+class Avoidance:
+    """Which workers one job passes over, and for how long it waits itself.  Times are seconds.
+
+    What is avoided is an instance of a worker.  An address is avoided when different instances at it have failed the
+    job in a row and none has succeeded; not where another job of the submitter runs, for a cproxy has many workers
+    behind one address.  A job that has failed often waits, so that nobody is asked without end.
+    """
+
+    def __init__(self):
+        self.until = {}             # {instance: when it may be asked again}
+        self.refused = {}           # {instance: its words} of those that will never take the job
+        self.at_address = {}        # {address: ({instance: None} of those that failed there, until when)}
+        self.failures = 0
+        self.wait_until = -math.inf
+
+    def avoid(self, instance):
+        """For ever."""
+        self.until[instance] = math.inf
+
+    def failed(self, now, instance, address, final=None):
+        """A worker has failed the job; final: its words, where it will never take it.  Returns for how many seconds it
+        is passed over."""
+        self.failures += 1
+        pause = AVOID * 2 ** min(self.failures - 1, AVOID_DOUBLINGS)
+        self.until[instance] = now + pause if final is None else math.inf
+        if final is not None:
+            self.refused[instance] = final
+        instances = self.at_address.get(address, ({}, 0))[0]
+        instances[instance] = None
+        self.at_address[address] = instances, now + pause
+        if self.failures > (FAILURES_AT_ONCE if final is None else REFUSALS_AT_ONCE):
+            self.wait_until = now + pause
+        return pause
+
+    def succeeded(self, address):
+        """A job of the submitter has ended at this address."""
+        self.at_address.pop(address, None)
+
+    def passes_over(self, now, instance, address, in_use):
+        """Whether this worker is not asked now.  in_use: the addresses at which the submitter has jobs."""
+        if self.until.get(instance, now) > now:
+            return True
+        instances, until = self.at_address.get(address, ((), now))
+        return len(instances) >= BAD_ADDRESS and until > now and address not in in_use
+
+
+# A worker as a search knows it.  name: what it is called.  at: when it was heard last, seconds.  here: its Here, or
+# None.  words: why it was of no use, or None.
+HeardWorker = collections.namedtuple("HeardWorker", "at name here words")
+
+# What is known about a search for workers.  heard: HeardWorkers.  group, key_name, fingerprint: texts.  udp_port: where
+# announcements go.  port: where workers connect to, 0 where there was no search.  ways: the interfaces, as a text.
+# unsent, unused: texts, each about what could not be sent, and why a connection came to nothing.  no_port: the Failure
+# of a search that found no port, or None.  last_loss: what became of the job's last worker.
+SearchFacts = collections.namedtuple(
+    "SearchFacts", "heard group key_name fingerprint udp_port port ways unsent unused no_port last_loss")
+
+
+class Diagnosis:
+    """Why a job waits, or got no worker, in words; of what was heard since a time.  Pure."""
+
+    def __init__(self, facts, since):
+        self.facts = facts
+        heard = [each for each in facts.heard if each.at >= since]
+        told = {each.name for each in heard if each.here}
+        # Here of each worker that is there, None for one that has only connected; words of each that was of no use.
+        self.alive = [each.here for each in heard
+                      if (each.here.state != UNREACHABLE if each.here else not each.words and each.name not in told)]
+        self.trouble = ["%s %s%s" % (each.name, "" if each.here else "failed: ", each.words) for each in heard
+                        if each.words and (not each.here or each.here.state == UNREACHABLE)]
+        self.unreachable = any(each.here and each.here.state == UNREACHABLE for each in facts.heard)
+
+    def waiting(self, seconds, earlier):
+        """The line for a user who has waited for so long.  earlier: the Diagnosis of the whole time."""
+        words = [str(self.facts.no_port)] if self.facts.no_port else []
+        if self.alive:
+            states = {here.text() if here else "connected" for here in self.alive}
+            words.append("waiting: %s, %s" % (
+                count_text(len(self.alive), "worker"),
+                "none free" if len(states) > 1 else "all " * (len(self.alive) > 1) + states.pop()))
+        elif not (earlier.trouble or words):
+            words.append("nobody has answered yet")
+        words += earlier.trouble[-1:]
+        return "%s, %.0f s%s" % ("; ".join(words), seconds,
+                                 "; before that, " + self.facts.last_loss if self.facts.last_loss else "")
+
+    def failure(self, seconds):
+        """(why, hint) of the failure of a job that got no worker within so many seconds."""
+        facts = self.facts
+        if facts.no_port:
+            return "within %.3g s %s" % (seconds, facts.no_port), facts.no_port.hint
+        why = "%s within %.3g s" % (
+            "no worker was free" if self.alive else
+            "of the workers that answered none was of use" if self.trouble else "nobody answered", seconds)
+        states = sorted({here.text() for here in self.alive if here})
+        if states:
+            why += " (%s)" % ", ".join(states)
+        if facts.last_loss:
+            why = "%s; since then %s" % (facts.last_loss, why)
+        if facts.port:
+            why += "; announced on %s by %s, to connect back to TCP port %d" % (facts.group, facts.ways, facts.port)
+        if facts.unsent:
+            why += "; could not send: " + ", ".join(facts.unsent)
+        return "; ".join([why, *facts.unused]), "%s; cwho --check %s finds out more" % (self._hint(), facts.key_name)
+
+    def _hint(self):
+        if self.alive:
+            return "CEXEC_TIMEOUT_ACCEPT=0 waits for ever"
+        if self.unreachable:
+            return "a firewall here or on the way keeps out what workers connect to; --listen-ports names ports to open"
+        if self.trouble:
+            return "-v tells what each worker did"
+        return ("is cservice running with this key (%s) in this network?  do firewalls pass UDP port %d to it and TCP "
+                "back?" % (self.facts.fingerprint, self.facts.udp_port))
+
+
 # ---------------------------------------------------------------- choice: which worker runs the job
 #
 # Every worker hears an announcement and sets a timer that grows with its cost, plus a random part. The first ones to
@@ -2195,13 +2364,15 @@ BUSY_GAP, BUSY_BURST = 100.0, 10     # and all searches together once in so many
 
 AGAIN_FIRST = 20.0      # announcements: 20 ms, 40, 80 ... apart
 AGAIN_MOST = 4000.0     # a worker that starts now finds who waits within this; 100 waiting hosts send 25 a second
+AGAIN_UNHEARD = 400.0   # as long as nobody at all has answered: a network may lose every other one
 AGAIN_JITTER = 0.25
-HANDSHAKES = 4          # at once: more would slow the first one
-PATIENCE = 20.0         # a handshake older than this makes room for a connection that waits
-PATIENCE_GROWTH = 1.25  # each time, for in a distant cluster every handshake takes longer
-PATIENCE_MOST = 1000.0  # from GO to hello while others wait
-CANDIDATES = 64         # connections that are kept at once
+ALONE = 1000.0          # when no worker has come for so long a search goes on as one for a single slot
+HANDSHAKES = 4          # at once where so few are wanted: more would slow the first one
+PATIENCE = 100.0        # a handshake older than this does not keep others from theirs
+PATIENCE_MOST = 1000.0  # one older than this makes room where there is none
+CANDIDATES = 64         # connections that are kept at once, unless more are wanted
 PER_ADDRESS = 4         # of these, unproven ones from one address: its holder must not keep all others out
+WANTED_MOST = 64        # handshakes, and unproven ones from one address, however many are wanted
 FAILURES_MOST = 1024    # addresses whose failed handshakes are remembered
 RANDOMS_MOST = 4096     # preambles remembered, so that no copy passes for another worker
 PREFER_GAP = 0.1        # a connected worker that is cheaper by this is worth waiting for
@@ -2640,20 +2811,29 @@ class Candidate:
 
 
 class Selection:
-    """Which of the workers that connect gets one job, and what the cluster is told.
+    """Which of the workers that connect are taken, and what the cluster is told.
 
-    Call poll() after every event and when next_due() has come, also for a while after the choice."""
+    wanted: how many slots the submitter can use.  Of one the best that comes first is taken; of more each worker that
+    has proven itself, until enough have come, or none for a second: then the search goes on as one for a single slot.
+    Call poll() after every event and when next_due() has come, also for a while after the end."""
 
-    def __init__(self, now, uniform):
+    def __init__(self, now, uniform, wanted=1):
         self.uniform, self.since = uniform, now
         self.attempt, self.again = 0, now
+        self.announced_at = now
+        self.wanted = wanted
+        self.announced = 0                      # what was said to be wanted last
+        self.most_wanted = wanted               # and at any time
+        self.fresh = now                        # when a worker came last
+        self.alone = False                      # whether that is too long ago to look for more than one
         self.candidates, self.connections = {}, 0       # {who: Candidate}, in the order of arrival; of all that came
-        self.winner, self.choose_by = None, math.inf
-        self.patience = PATIENCE
-        self.failures = collections.Counter()   # {address: handshakes that came to nothing}
+        self.taken = None                       # the Candidate that was taken last
+        self.over = False
+        self.choose_by = math.inf
         self.randoms = collections.OrderedDict()
         self.spoke, self.repeats = -math.inf, []        # when the cluster was told last; when the end is told again
         self.actions = []
+        self.answered = False                   # whether anybody has
         self.asking = True                      # whether announcements ask busy workers to say so
         self.busy_heard = 0                     # answers since then; when the first and the last one came
         self.busy_first = self.busy_last = -math.inf
@@ -2666,12 +2846,13 @@ class Selection:
         if len(self.randoms) > RANDOMS_MOST:
             self.randoms.popitem(last=False)
         self.connections += 1
-        if not self.winner and self._admits(source):
+        self.answered, self.fresh = True, now
+        if not self.over and self._admits(now, source):
             self.candidates[who] = Candidate(who, source, answer)
         else:
-            self.actions.append((EVICT, who, "slower than another" if self.winner else
+            self.actions.append((EVICT, who, "slower than another" if self.over else
                                  "too many others from its address"))
-        if now - self.spoke >= SPEAK_GAP:
+        if now - self.spoke >= SPEAK_GAP and len(self.candidates) >= self.wanted:
             self._speak(now)
 
     def authenticated(self, now, who):
@@ -2682,12 +2863,11 @@ class Selection:
 
     def closed(self, now, who):
         """The connection is gone, whoever ended it."""
-        candidate = self.candidates.pop(who, None)
-        if candidate and candidate.began is not None and not candidate.proven:
-            self._failed(candidate)
+        self.candidates.pop(who, None)
 
     def busy(self, now):
         """A worker has said that it is there but cannot serve now.  Enough such answers are stopped at once."""
+        self.answered = True
         self.busy_first, self.busy_last = self.busy_first if self.busy_heard else now, now
         self.busy_heard += 1
         if self.busy_heard % BUSY_ENOUGH == 0:
@@ -2697,78 +2877,112 @@ class Selection:
         """Announce at once instead of when the timetable says."""
         self.again = now
 
-    def poll(self, now):
-        """What to do now, in this order; each is one of (ANNOUNCE, attempt, waited, interval, flags), (HOLD, ms),
-        (TAKEN, offset or None), (HANDSHAKE, who), (EVICT, who, why), (WIN, who)."""
-        if not self.winner:
+    def poll(self, now, wanted=1):
+        """What to do now, in this order; each is one of (ANNOUNCE, attempt, waited, interval, flags, wanted),
+        (HOLD, ms), (TAKEN, offset or None), (HANDSHAKE, who), (EVICT, who, why), (WIN, who).
+
+        wanted: how many slots the submitter can use now, those of an earlier WIN not counted.
+        """
+        if self.over:
+            if self.repeats and self.repeats[0] <= now:
+                self.repeats.pop(0)
+                self._speak(now)
+        else:
+            self._want(now, wanted)
             self._choose(now)
-        if not self.winner:
-            self._shake(now)
-            if self.again <= now:
-                spread = 1 + AGAIN_JITTER * (2 * self.uniform() - 1)
-                interval = spread * min(AGAIN_MOST, AGAIN_FIRST * 2 ** min(self.attempt, 20))
-                self.actions.append((ANNOUNCE, self.attempt, now - self.since, interval, self._flags(now)))
-                self.attempt, self.again = self.attempt + 1, now + interval
-        elif self.repeats and self.repeats[0] <= now:
-            self.repeats.pop(0)
-            self._speak(now)
+            self._start_handshakes(now)
+            self._announce(now)
         actions, self.actions = self.actions, []
         return actions
 
     def next_due(self):
         """When to call poll() again, or None."""
-        if self.actions or self.winner:
+        if self.actions or self.over:
             return self.since if self.actions else min(self.repeats, default=None)
+        if not self.wanted:
+            return None
         times = [self.again]
         if any(candidate.proven for candidate in self.candidates.values()):
             times.append(self.choose_by)
-        waiting, shaking = self._next_to_shake(), self._shaking()
-        if waiting:
-            times.extend(map(self._deadline(waiting), shaking))
-        elif len(shaking) >= HANDSHAKES:
-            times.append(shaking[0].began + PATIENCE_MOST)
+        shaking = self._shaking()
+        if self._next_to_shake() and len(shaking) >= self._at_once():
+            times.append(shaking[-self._at_once()].began + PATIENCE)
         return min(times)
 
+    # -- how many
+    def _want(self, now, wanted):
+        self.alone = self.alone or now - self.fresh >= ALONE
+        self.wanted = min(wanted, 1) if self.alone else wanted
+        self.most_wanted = max(self.most_wanted, self.wanted)
+        if self.wanted > max(1, self.announced):        # so many more may come
+            self.again = min(self.again, max(now, self.announced_at + AGAIN_FIRST))
+
+    def _at_once(self):
+        """How many handshakes may be under way: more than are wanted would slow the first ones."""
+        return clamp(self.wanted, HANDSHAKES, WANTED_MOST)
+
+    def _announce(self, now):
+        if self.over or self.again > now or not self.wanted:
+            return
+        spread = 1 + AGAIN_JITTER * (2 * self.uniform() - 1)
+        most = AGAIN_MOST if self.answered else AGAIN_UNHEARD
+        interval = spread * min(most, AGAIN_FIRST * 2 ** min(self.attempt, 20))
+        self.announced = self.wanted
+        self.actions.append((ANNOUNCE, self.attempt, now - self.since, interval, self._flags(now), self.wanted))
+        self.attempt, self.again, self.announced_at = self.attempt + 1, now + interval, now
+
     def _choose(self, now):
-        best = min((candidate for candidate in self.candidates.values() if candidate.proven),
-                   key=lambda candidate: candidate.cost, default=None)
-        if best is None or now < self.choose_by and any(
-                other.began is not None and other.cost < best.cost - PREFER_GAP for other in self.candidates.values()):
+        proven = sorted((candidate for candidate in self.candidates.values() if candidate.proven),
+                        key=lambda candidate: candidate.cost)
+        if proven and self.wanted == 1 and now < self.choose_by and any(
+                other.began is not None and other.cost < proven[0].cost - PREFER_GAP
+                for other in self.candidates.values()):
             return      # a cheaper one is about to prove itself
-        self.winner = best
-        self._speak(now)
-        self.repeats = [now + later for later in TAKEN_AGAIN]
-        self.actions.append((WIN, best.who))
-        self.actions.extend((EVICT, who, "slower than another") for who in self.candidates if who != best.who)
-        self.candidates = {}
+        for candidate in proven[:self.wanted]:
+            del self.candidates[candidate.who]
+            self.taken = candidate
+            self.wanted -= 1
+            if not self.wanted:
+                self.over = True
+                self._speak(now)
+                self.repeats = [now + later for later in TAKEN_AGAIN]
+            self.actions.append((WIN, candidate.who))
+        if self.over:
+            self.actions.extend((EVICT, who, "slower than another") for who in self.candidates)
+            self.candidates = {}
 
     def _speak(self, now):
         self.spoke = now
-        self.actions.append((TAKEN, self._offset()) if self.winner else (HOLD, HOLD_TIME))
+        self.actions.append((TAKEN, self._offset()) if self.over else (HOLD, HOLD_TIME))
 
     def _offset(self):
-        """The offset for the next job: down by half of what the winner waited, never so far that idler workers would
-        all fire at once, and up when many connected.  A winner from a queue tells nothing."""
-        best = self.winner
-        return None if best.queued else (max(best.offset - best.waited / 2, -PER_COST * best.cost)
-                                         + CROWDED * max(0.0, math.log(self.connections / 2)))
+        """The offset for the next job: down by half of what the worker taken waited, never so far that idler workers
+        would all fire at once, and up when many connected.  One from a queue tells nothing, nor do several."""
+        best = self.taken
+        if best.queued or self.most_wanted > 1:
+            return None
+        return (max(best.offset - best.waited / 2, -PER_COST * best.cost)
+                + CROWDED * max(0.0, math.log(self.connections / 2)))
 
     # -- whose turn it is
-    def _admits(self, source):
-        """Whether one more from this address may stay.  Where there are too many in all, the last one goes of those
-        whose address has failed most often, or has the most."""
-        unproven = collections.Counter(candidate.source for candidate in self.candidates.values()
-                                       if not candidate.proven)
-        if unproven[source] >= PER_ADDRESS:
-            return False
-        if len(self.candidates) < CANDIDATES:
+    def _admits(self, now, source):
+        """Whether one more from this address may stay.  Where there are too many, one goes whose handshake has stalled,
+        or the last one of the address that has most of them."""
+        unproven = [candidate for candidate in self.candidates.values() if not candidate.proven]
+        crowd = collections.Counter(candidate.source for candidate in unproven)
+        stalled = [candidate for candidate in unproven
+                   if candidate.began is not None and now - candidate.began > PATIENCE_MOST]
+        if crowd[source] >= clamp(self.wanted, PER_ADDRESS, WANTED_MOST):
+            victim = next((candidate for candidate in stalled if candidate.source == source), None)
+        elif len(self.candidates) < max(CANDIDATES, self.wanted):
             return True
-        worst = max((candidate for candidate in reversed(list(self.candidates.values())) if not candidate.proven),
-                    key=lambda candidate: (self.failures[candidate.source], unproven[candidate.source]), default=None)
-        if worst is None or (self.failures[worst.source], unproven[worst.source]) <= (
-                self.failures[source], unproven[source] + 1):
+        else:
+            worst = max(reversed(unproven), key=lambda candidate: crowd[candidate.source], default=None)
+            victim = stalled[0] if stalled else worst if worst and crowd[worst.source] > crowd[source] + 1 else None
+        if victim is None:
             return False
-        self._evict(worst, "too many others from its address")
+        del self.candidates[victim.who]
+        self.actions.append((EVICT, victim.who, "too many others from its address"))
         return True
 
     def _shaking(self):
@@ -2777,46 +2991,19 @@ class Selection:
                        if candidate.began is not None and not candidate.proven), key=lambda candidate: candidate.began)
 
     def _next_to_shake(self):
-        """Whose handshake comes next: addresses take turns, those with failed handshakes come last."""
+        """Whose handshake comes next: addresses take turns."""
         waiting = [candidate for candidate in self.candidates.values() if candidate.began is None]
         at_it = collections.Counter(candidate.source for candidate in self._shaking()) if waiting else {}
-        return min(waiting, default=None,
-                   key=lambda candidate: (self.failures[candidate.source], at_it[candidate.source]))
+        return min(waiting, default=None, key=lambda candidate: at_it[candidate.source])
 
-    def _deadline(self, waiting):
-        """A function: when a handshake makes room for the candidate that waits.  Patience grows only among equals."""
-        return lambda candidate: candidate.began + (
-            PATIENCE if self.failures[candidate.source] > self.failures[waiting.source] else self.patience)
-
-    def _shake(self, now):
-        """Starts handshakes, up to four at once; one that has stalled makes room."""
-        while True:
-            waiting, shaking = self._next_to_shake(), self._shaking()
-            if not waiting:
-                if len(shaking) >= HANDSHAKES and now >= shaking[0].began + PATIENCE_MOST:
-                    self._evict(shaking[0], "slower than another")      # a proxy may keep others waiting meanwhile
+    def _start_handshakes(self, now):
+        """A few at once; one that has stalled does not count any more, and may still be the first."""
+        while sum(now - candidate.began < PATIENCE for candidate in self._shaking()) < self._at_once() and self.wanted:
+            candidate = self._next_to_shake()
+            if candidate is None:
                 return
-            if len(shaking) >= HANDSHAKES:
-                deadline = self._deadline(waiting)
-                slowest = min(shaking, key=deadline)
-                if now < deadline(slowest):
-                    return
-                if self.failures[slowest.source] <= self.failures[waiting.source]:
-                    self.patience = min(self.patience * PATIENCE_GROWTH, PATIENCE_MOST)
-                self._evict(slowest, "slower than another")
-            waiting.began = now
-            self.actions.append((HANDSHAKE, waiting.who))
-
-    def _evict(self, candidate, why):
-        del self.candidates[candidate.who]
-        if candidate.began is not None:
-            self._failed(candidate)
-        self.actions.append((EVICT, candidate.who, why))
-
-    def _failed(self, candidate):
-        if len(self.failures) >= FAILURES_MOST and candidate.source not in self.failures:
-            self.failures.clear()
-        self.failures[candidate.source] += 1
+            candidate.began = now
+            self.actions.append((HANDSHAKE, candidate.who))
 
     def _flags(self, now):
         """TELL_BUSY, until enough have answered or the time for answers is over; and again some seconds later."""
@@ -6231,7 +6418,7 @@ def has_lost_terminal():
         return False
 
 
-# ---------------------------------------------------------------- discovery: from an announcement to a proven worker
+# ---------------------------------------------------------------- discovery: from an announcement to proven workers
 
 CONNECTIONS_MAX = 256       # connections at once at a submitter's port; a stranger's flood ends there
 REASONS_MAX = 20            # workers and strangers whose failures are remembered for the last line
@@ -6248,8 +6435,9 @@ class WorkerConnection:
     """A connection that came in after an announcement: a worker, if it can show it.
 
     It says its preamble in plain, waits for GO, and shows the rest of itself in TLS.  Discovery makes it and closes it,
-    or hands it over when it is chosen: `address` is its TCP address, `name` what it is called, `instance` which run of
-    cservice it is, `answer` its preamble's, `session` is in phase IDLE, `connection` is what to read and write.
+    or hands it over when it is taken: `address` is its TCP address, `name` what it is called, `instance` which run of
+    cservice it is, `submitter` our address as it sees it, `answer` its preamble's, `session` is in phase IDLE,
+    `connection` is what to read and write.
     """
     PATIENCE = 10.0         # seconds for everything up to the worker's hello
 
@@ -6259,6 +6447,7 @@ class WorkerConnection:
         self.connection = connection
         self.preamble = b""
         self.answer = None          # with it, the key's holder has spoken, or a copy of what he said
+        self.submitter = ""
         self.instance = None
         self.sees_reading = False
         self.session = None
@@ -6280,32 +6469,36 @@ class WorkerConnection:
     def _too_early(self):
         """Nothing may come before GO but the end."""
         try:
-            words = "did not wait for its turn" if self.connection.recv(1) else "gone before the handshake"
+            reason = ("it spoke before it was asked to" if self.connection.recv(1) else
+                      "it closed the connection before the handshake")
         except BlockingIOError:
             return
         except OSError as error:
-            words = reason_of(error)
-        self.close(words)
+            reason = reason_of(error)
+        self.close(reason)
 
-    def handshake(self):
+    def start_handshake(self):
         """It is this one's turn: tells it to go ahead, as the TLS server."""
         self.loop.watch(self.connection.fileno())
         try:
             tune(self.connection)
+            self.submitter = self.connection.getsockname()[0].partition("%")[0]
             self.connection.send(encode_go(self.discovery.key.udp, self.preamble))  # both sides now make ready at once
             self.connection = TlsConnection(self.connection, self.discovery.context(), server_side=True)
         except (OSError, ValueError) as error:
             return self.close(loss_of(error).words)
-        self.loop.watch(self.connection.fileno(), read=self._shake)
+        self.loop.watch(self.connection.fileno(), read=self._continue_handshake)
 
-    def _shake(self):
-        fd = self.connection.fileno()
+    def _continue_handshake(self):
+        fd, go_on = self.connection.fileno(), self._continue_handshake
         try:
             if not self.connection.handshake():
-                return self.loop.watch(fd, read=self._shake, write=self._shake if self.connection.unsent else None)
+                return self.loop.watch(fd, read=go_on, write=go_on if self.connection.unsent else None)
             check_peer(self.connection.tls, self.discovery.key)
         except (OSError, ValueError) as error:
-            return self.close(loss_of(error).words)
+            if self.connection.barren:
+                return self.close(loss_of(error).words)
+            return self.close("busy: it has given its slot to another search meanwhile", failed=False)
         self.session = Session(SUBMITTER, self.discovery.settings.timeout_pingpong, time.monotonic())
         self.loop.watch(fd, read=self._read_hello)
         self._read_hello()
@@ -6333,7 +6526,7 @@ class WorkerConnection:
         self.name = worker_name(own, self.address)
         if own in self.discovery.settings.reject_servers:
             self.close("excluded by CEXEC_REJECT_SERVERS")
-        elif self.instance in self.discovery.avoid:
+        elif self.discovery.avoids(self.instance, self.address):
             self.close("it has failed this job already")
         else:
             self.discovery.authenticated(self)
@@ -6353,71 +6546,111 @@ class WorkerConnection:
         self.discovery.gone(self, why, failed)
 
 
-class Discovery:
-    """One search for one worker connection: announcement, candidates, choice.  Whoever makes it stops it.
+class AnswerPort:
+    """What a submitter sends from, and what comes back to it, datagrams and connections, by one number; for one search
+    after another.  Whoever makes it closes it.
 
-    room_id         8 bytes that name the submitting process
-    context         a function that returns the TLS context
-    avoid           a container of the instances (str) that are not to be used now; it may change
-    on_found(w)     called once, with the WorkerConnection chosen
-    on_heard(name, address, words, here)
-                    called for each sign of life of a worker that has the key: it connected (words and here None), it
-                    failed its handshake (words), it said that it is busy or could not connect back (words, a Here)
-    trace(text)     hears of each step
-    problems        what went wrong with the last datagram sent, one text for each interface
-    reasons         {name: why the connection came to nothing}, the last ones
+    search: the Discovery that hears what comes, or None.
+    """
+    ROUND = 64              # datagrams read in a row
+
+    def __init__(self, loop, settings):
+        self.loop = loop
+        self.socket, listener = open_ports(settings.group, settings.listen_ports)
+        self.acceptor = Acceptor(loop, listener, self._accept)
+        self.number = self.acceptor.port
+        self.search = None
+        loop.watch(self.socket.fileno(), read=self._read)
+
+    def _accept(self, connection, address):
+        if self.search:
+            self.search.accept(connection, address[0])
+        else:
+            connection.close()
+
+    def _read(self):
+        for _ in range(self.ROUND):
+            received = self.socket.receive()
+            if not received:
+                break
+            if self.search:
+                self.search.hear(*received[:2])
+
+    def close(self):
+        self.acceptor.close()
+        self.loop.watch(self.socket.fileno())
+        self.socket.close()
+
+
+class Discovery:
+    """One search for workers: announcement, candidates, choice.  A Pool makes it, and stops it unless it is over.
+
+    submitter_id       8 bytes that name the submitting process
+    context()          returns the TLS context
+    wanted()           how many slots can be used now
+    avoids(instance, address)
+                       whether a worker that says it is this one is not to be used now
+    on_found(w)        called for each WorkerConnection that is taken
+    on_heard(name, address, reason, here)
+                       called for each sign of life of a worker that has the key: it connected (reason and here None),
+                       it failed its handshake (reason), it said that it is busy or could not connect back (both)
+    trace(text)        hears of each step
+    problems           what went wrong with the last datagram sent, one text for each interface
+    reasons            {name: why the connection came to nothing}, the last ones
     """
     IDLE = 0.01             # seconds: when nobody has come by then, there is time to prepare the channel
+    LAST_WORDS = 0.02       # seconds for which a search that is over goes on to say so
 
-    def __init__(self, loop, key, settings, room_id, context, avoid, on_found, on_heard, trace):
-        self.loop, self.key, self.settings, self.room_id, self.avoid = loop, key, settings, room_id, avoid
-        self.context, self.on_found, self.on_heard, self.trace = context, on_found, on_heard, trace
-        self.began = time.monotonic()
+    def __init__(self, loop, key, settings, port, submitter_id, context, wanted, avoids, on_found, on_heard, trace):
+        self.loop, self.key, self.settings, self.port, self.submitter_id = loop, key, settings, port, submitter_id
+        self.context, self.wanted, self.avoids = context, wanted, avoids
+        self.on_found, self.on_heard, self.trace = on_found, on_heard, trace
         self.nonce = os.urandom(8)
         self.sequence = collections.Counter()       # by type of datagram
-        self.heres = collections.OrderedDict()      # {instance: sequence of its last HERE}
-        self.problems, self.reasons = [], {}
+        self.heres = Recent(INSTANCES_MAX)          # {instance: sequence of its last HERE}
+        self.problems, self.reasons = [], Recent(REASONS_MAX)
         self.tried = []                             # names of the interfaces that announcements leave by
         self.connections = {}                       # {WorkerConnection: None}, in the order of arrival
-        self.found = self.timer = None
-        self.selection = Selection(now_ms(), uniform)
+        self.stopped = False                        # nothing is said or heard any more
+        self.looking = False
+        self.timer = None
+        self.selection = Selection(now_ms(), uniform, wanted())
         self.actions = {ANNOUNCE: self._announce, HOLD: self._hold, TAKEN: self._taken,
-                        HANDSHAKE: WorkerConnection.handshake, EVICT: self._evict, WIN: self._win}
-        self.group, listener = open_ports(settings.group, settings.listen_ports)
-        self.acceptor = Acceptor(loop, listener, self._accept)
-        self.port = self.acceptor.port
-        loop.watch(self.group.fileno(), read=self._read_datagrams)
+                        HANDSHAKE: WorkerConnection.start_handshake, EVICT: self._evict, WIN: self._win}
+        port.search = self
         loop.call_later(self.IDLE, context)
-        self._act()
+        self.look()
+
+    def is_over(self):
+        """Whether it takes no more workers."""
+        return self.stopped or self.selection.over
 
     def again(self):
         """Announces now instead of when the timetable says."""
         self.selection.announce_soon(now_ms())
-        self._act()
+        self.look()
 
     def stop(self):
         """Nobody is wanted any more.  May be called again."""
-        if self.group is None:
+        if self.stopped:
             return
-        if not self.found:
+        if not self.selection.over:
             self._taken(None)
-        group, self.group = self.group, None
+        self.stopped = True
         if self.timer:
             self.timer.cancel()
-        self.acceptor.close()
-        self.loop.watch(group.fileno())
-        group.close()
+        if self.port.search is self:
+            self.port.search = None
         for connection in list(self.connections):
             connection.close("not needed", failed=False)
 
     # -- who comes
-    def _accept(self, connection, address):
-        if not self._wanted(address[0]):
+    def accept(self, connection, address):
+        if not self._is_listed(address):
             connection.close()
-            return self.note(address[0], "excluded by CEXEC_ACCEPT_SERVER or CEXEC_REJECT_SERVERS")
+            return self.note(address, "excluded by CEXEC_ACCEPT_SERVER or CEXEC_REJECT_SERVERS")
         self._make_room()
-        self.connections[WorkerConnection(self, connection, address[0])] = None
-        self._act()
+        self.connections[WorkerConnection(self, connection, address)] = None
 
     def _make_room(self):
         """A worker says who it is within a round trip: of the address with the most connections that have said nothing,
@@ -6425,39 +6658,33 @@ class Discovery:
         if len(self.connections) >= CONNECTIONS_MAX:
             silent = [connection for connection in self.connections if not connection.answer]
             crowd = collections.Counter(connection.address for connection in silent)
-            max(silent, key=lambda connection: crowd[connection.address]).close("silent, and others came")
+            oldest = max(silent or self.connections, key=lambda connection: crowd[connection.address])
+            oldest.close("it said nothing, and others connected", failed=False)
 
-    def _wanted(self, address):
+    def _is_listed(self, address):
         """Whether a worker with this TCP address may be used: what it says of itself does not count."""
         accept, reject = self.settings.accept_server, self.settings.reject_servers
         return address not in reject and (not accept or address in accept)
 
     def note(self, name, why):
         """Remembers why a worker was of no use."""
-        self.reasons.pop(name, None)
-        self.reasons = dict(list(self.reasons.items())[1 - REASONS_MAX:], **{name: why})
+        self.reasons[name] = why
 
-    def _read_datagrams(self):
-        for _ in range(64):
-            received = self.group and self.group.receive()
-            if not received:
-                break
-            try:
-                datagram = parse_datagram(received[0])
-                if ((datagram.kind, datagram.nonce) == (HERE, self.nonce) and self._wanted(received[1][0])
-                        and datagram.authentic(self.key.udp)):
-                    self._here(parse_here(datagram), datagram.sequence, received[1][0])
-            except ProtocolError:
-                pass        # a stranger's
-        self._act()
+    def hear(self, data, source):
+        """A datagram has come back."""
+        try:
+            datagram = parse_datagram(data)
+            if ((datagram.kind, datagram.nonce) == (HERE, self.nonce) and self._is_listed(source[0])
+                    and datagram.authentic(self.key.udp)):
+                self._here(parse_here(datagram), datagram.sequence, source[0])
+        except ProtocolError:
+            pass        # a stranger's
 
     def _here(self, here, sequence, address):
         """A worker cannot serve now, or could not connect back."""
         if sequence <= self.heres.get(here.instance, -1):
             return
         self.heres[here.instance] = sequence
-        if len(self.heres) > INSTANCES_MAX:
-            self.heres.popitem(last=False)
         own = parse_address(here.address)
         name = worker_name(own[0], address) if own else address
         if here.state == UNREACHABLE:
@@ -6465,6 +6692,7 @@ class Discovery:
         else:
             self.selection.busy(now_ms())
         self.on_heard(name, address, here.text(), here)
+        self.look()
 
     # -- what the connections report
     def connected(self, connection, random):
@@ -6473,42 +6701,51 @@ class Discovery:
             connection.name, answer.cost, ", it had no free slot when its turn came" if answer.queued else ""))
         self.selection.connected(now_ms(), connection, connection.address, answer, random)
         self.on_heard(connection.name, connection.address, None, None)
-        self._act()
+        self.look()
 
     def authenticated(self, connection):
         self.trace("%s has proven that it has the key" % connection.name)
         self.selection.authenticated(now_ms(), connection)
-        self._act()
+        self.look()
 
     def gone(self, connection, why, failed):
         self.connections.pop(connection, None)
         self.selection.closed(now_ms(), connection)
         self.trace("%s: connection closed: %s" % (connection.name, why))
-        if not self.found:
+        if not self.is_over():
             self.note(connection.name, why)
             if failed and connection.answer:
                 self.on_heard(connection.name, connection.address, why, None)
-        self._act()
+            self.look()
 
     # -- what the selection wants
-    def _act(self):
-        if self.group is None:
+    def look(self):
+        """Does what is due.  To be called when more or fewer slots are wanted."""
+        if self.stopped or self.looking:        # what an action brings about is seen behind it
             return
-        for action, *what in self.selection.poll(now_ms()):
-            if self.group:
-                self.actions[action](*what)
-        if self.group is None:
-            return
+        self.looking = True
+        while not self.stopped:
+            actions = self.selection.poll(now_ms(), self.wanted())
+            if not actions:
+                break
+            for action, *what in actions:
+                if not self.stopped:
+                    self.actions[action](*what)
+        self.looking = False
         if self.timer:
             self.timer.cancel()
-        due = self.selection.next_due()
-        self.timer = self.loop.call_at(due / 1000, self._act) if due is not None else None
+        due = None if self.stopped else self.selection.next_due()
+        if due is not None:
+            self.timer = self.loop.call_at(due / 1000, self.look)
+        elif self.selection.over and not self.stopped:
+            self.timer = self.loop.call_later(self.LAST_WORDS, self.stop)
 
     def _announce(self, *fields):
-        self.send(ANNOUNCE, encode_announcement(Announcement(*fields, self.room_id, 1)), self.port)
+        *timing, wanted = fields
+        self.send(ANNOUNCE, encode_announcement(Announcement(*timing, self.submitter_id, wanted)), self.port.number)
         self.trace("announced%s on %s by %s%s; workers connect back to TCP port %d" % (
             " again" if fields[0] else "", self.settings.group, self.ways(),
-            "".join("; not sent: " + problem for problem in self.problems), self.port))
+            "".join("; not sent: " + problem for problem in self.problems), self.port.number))
 
     def ways(self):
         """Names of the interfaces that the last datagram went out by."""
@@ -6524,7 +6761,6 @@ class Discovery:
         connection.close(why, failed=False)
 
     def _win(self, connection):
-        self.found = connection
         self.connections.pop(connection, None)
         others = [each.answer.cost for each in self.connections if each.answer]
         self.trace("%s was chosen: %s" % (connection.name, "nobody else was connected" if not others else (
@@ -6534,9 +6770,9 @@ class Discovery:
 
     def send(self, kind, body, port=0):
         self.sequence[kind] += 1
-        self.problems = self.group.send(
+        self.problems = self.port.socket.send(
             encode_datagram(self.key.udp, kind, self.key.id, self.nonce, self.sequence[kind], body, port))
-        self.tried = self.group.tried
+        self.tried = self.port.socket.tried
 
 
 def now_ms():
@@ -6553,14 +6789,13 @@ def uniform():
 # A Pool finds workers for jobs and runs them.  It knows no signals, no standard descriptors and no exit(): cexec is
 # one with one job, cmap and the Python API give it many.  What a job reads and writes here is its JobStreams.
 
-SEARCHES = 4                # searches for a worker at once while the room answers quickly
-AHEAD = SEARCHES            # jobs that wait for a slot, as many as are searched for at once
+AHEAD = 4                   # jobs that wait for a slot: one that comes free has its next job at once
 RECENTLY = 15.0             # seconds for which what a worker said last counts
-LAST_WORDS = 0.02           # seconds for which a search that has found somebody goes on to say so
-SLOW_SEARCH = 0.3           # seconds after which a search waits for a slot: more of them would not help
+SPARE = 0.02                # seconds for which a search goes on that nobody needs at the moment
+WATCH_EVERY = 0.25          # seconds between two looks at those that wait
 KEEP = 0.9                  # seconds that a connection without a job is kept; the worker ends it after one
-START_PATIENCE = 1.0        # seconds from the offer to the job's start; doubled with each attempt
-AVOID = 0.25                # seconds that a worker which failed the job is passed over, doubled with each attempt
+START_PATIENCE = 1.0        # seconds from the offer to the job's start; doubled with each lost worker
+OFFER_TIME = 2.0            # seconds that are enough for every worker that is there to offer itself
 SIGNAL_GRACE = 10.0         # seconds that a job has after INT or TERM
 TERMINAL_MAX = 2048         # bytes kept free in the job message for a terminal's description
 ALERT_GAP = 0.025           # seconds between two alert datagrams: more of them travel together
@@ -6569,6 +6804,10 @@ NOBODY = 60.0               # seconds without a word from any worker after which
 
 class NoWorker(Failure):
     """No worker was found for a job."""
+
+
+class JobRefused(Failure):
+    """Every worker that offered itself has refused the job for good: to ask them again would be in vain."""
 
 
 class LocalFailure(Failure):
@@ -6585,7 +6824,7 @@ class JobStreams:
     descriptors: {number in the job: IN, OUT, BOTH, TTY or the lower number it shares}
     sources, sinks: {number: Source}, {number: Sink}
     held: whether what the job writes is seen by nobody before the job has ended, so that it may always start again
-    attempt: the Attempt that runs the job at the moment
+    attempt: the Attempt that runs the job at the moment; channel: what carries its streams, until the job has ended
     """
     held = False
 
@@ -6595,16 +6834,18 @@ class JobStreams:
         self.sinks = {}
         self.delivered = set()          # sinks at their end
         self.attempt = None
+        self.channel = None
         self.terminal = None            # a LocalTerminal where the job has one
 
     def can_rewind(self):
         return all(source.can_rewind() for source in self.sources.values())
 
     def begin(self, attempt):
-        """An attempt starts: inputs from their beginning.  OSError when one cannot be read again."""
+        """An attempt starts: inputs from their beginning."""
         for source in self.sources.values():
             source.rewind()
         self.attempt = attempt
+        self.channel = attempt.channel
 
     def accepted(self):
         """A worker has started the job."""
@@ -6637,12 +6878,12 @@ class JobStreams:
 
     # -- what sources and sinks say
     def source_ready(self, number):
-        if self.attempt:
-            self.attempt.source_ready(number)
+        if self.channel:
+            self.channel.source_ready(number)
 
     def consumed(self, number, size):
-        if self.attempt:
-            self.attempt.consumed(number, size)
+        if self.channel:
+            self.channel.consumed(number, size)
 
     def sink_finished(self, number):
         """All of an output has been delivered, or nobody takes more of it."""
@@ -7021,6 +7262,7 @@ class Submission:
     timeout: seconds from its start on a worker after which it is ended, with status 124; None for no such limit.
     on_done(status, failure, submission) is called once: the job's status, or None and a Failure.
     on_event(text, always) hears what happens to it on the way; always: the user is to know in any case.
+    accepts(instance), which the owner may set: whether it is to run on this worker now.
     """
 
     def __init__(self, streams, names, retries, on_done, on_event=None, timeout=None):
@@ -7031,20 +7273,21 @@ class Submission:
         self.timeout = timeout
         self.on_done = on_done
         self.on_event = on_event or (lambda text, always=False: None)
+        self.accepts = lambda instance: True
+        self.state = JobState.WAITING
+        self.attempt = None             # while a worker has it, and until it is delivered
+        self.avoidance = Avoidance()
         self.lost = 0                   # workers lost
-        self.refusals = 0
-        self.avoid = {}                 # {instance of a worker: monotonic seconds until which it is passed over}
+        self.excused = False            # a worker wanted its slot back just when the job was offered to it
+        self.refused_since = None       # when the first worker refused it for good, monotonic seconds
         self.committed = False          # something of it has become visible here
         self.signalled = None           # "INT" or "TERM", once sent
         self.waiting_signals = []       # to be sent as soon as the job runs
         self.waiting_since = None       # monotonic seconds, from its first time in the queue until it has started
         self.last_loss = ""             # words
         self.worker = None              # name of the last one
+        self.instance = None            # and which run of cservice it is
         self.report = None              # the ExitReport
-        self.attempt = None
-        self.instance = None            # of the last worker
-        self.accepts = lambda instance: True    # whether its owner wants it to run there now
-        self.done = False
         if any(b"\0" in part for pair in names for part in pair):
             raise Failure("NAME=VALUE", "a NUL byte, which no environment can hold", "", EXIT_USAGE)
         size = len(encode_job(Job(self.id, streams.descriptors, names, 1, None)))
@@ -7052,12 +7295,20 @@ class Submission:
             raise Failure("NAME=VALUE", "%d bytes in all, at most %d go along" % (size, CONTROL_MAX - TERMINAL_MAX),
                           "send what is long through a descriptor", EXIT_USAGE)
 
+    def move(self, event):
+        """To be said before anything is done about it."""
+        self.state = next_job_state(self.id, self.state, event)
+
+    def wants(self, now, instance, address, in_use):
+        """Whether it may be offered to this worker now."""
+        return self.accepts(instance) and not self.avoidance.passes_over(now, instance, address, in_use)
+
 
 class Attempt:
-    """One submission on one worker's connection: the channel's owner while the job runs there.
+    """One job on one worker's connection: the channel's owner while the job is there.
 
-    A PooledConnection makes it; it tells the Pool of its end, once, by exactly one of pool.on_job_ended,
-    on_job_refused, on_job_lost and on_job_not_started.
+    A PooledConnection makes it.  It moves the job's state, and tells the Pool when the worker has done with it: by
+    on_exit and on_delivered, or by one of on_refused, on_not_started, on_lost and on_timeout.
     """
 
     def __init__(self, pool, kept, submission):
@@ -7069,13 +7320,12 @@ class Attempt:
         self.channel = kept.channel
         self.session = kept.channel.session
         self.offered = time.monotonic()
-        self.report = None
-        self.over = False
+        self.exited_at = None           # monotonic seconds, when the worker has told of the job's end
         self.start_timer = None
         self.limit_timer = None
 
     def start(self):
-        """Offers the job.  OSError when its input cannot be read again."""
+        """Offers the job."""
         streams, submission, settings = self.streams, self.submission, self.pool.settings
         streams.begin(self)
         terminal = streams.terminal.describe() if streams.terminal else None
@@ -7086,15 +7336,11 @@ class Attempt:
         for number in streams.delivered:
             self.session.stop(number)       # its reader went while another worker had the job
         patience = START_PATIENCE * 2 ** submission.lost if submission.retries else settings.timeout_pingpong
-        self.start_timer = self.loop.call_later(patience, self._not_started)
+        self.start_timer = self.loop.call_later(patience, lambda: self._lost("did not start the job"))
         for number, source in streams.sources.items():
             if streams.descriptors[number] != TTY:
                 self.channel.add_source(number, source)
         self.channel.flush()
-
-    def _not_started(self):
-        if self.session.phase is OFFERED and not self.over:
-            self._lost("did not start the job")
 
     # -- the channel's owner
     def on_message(self, kind, number, body):
@@ -7114,11 +7360,9 @@ class Attempt:
         elif kind == EXIT:
             self._exited(body)
         elif kind == REFUSED:
-            self._over(self.pool.on_job_refused, printable(body))
-        elif kind == ABORT and self.report:
-            self.kept.close()       # it takes no more jobs; what this one wrote is here
-        elif kind == ABORT and self.start_timer:
-            self._over(self.pool.on_job_not_started, printable(body))
+            self.pool.on_refused(self, printable(body), final=bool(number))
+        elif kind == ABORT and self.submission.state is JobState.OFFERED:
+            self.pool.on_not_started(self, printable(body))
         elif kind == ABORT:
             self._lost("gave the job up: %s" % printable(body))
 
@@ -7133,23 +7377,20 @@ class Attempt:
         return self.streams.read_error(number, error)
 
     def on_lost(self, loss):
-        if self.report:
-            self.kept.close()
-        else:
-            self._lost(loss.words)
+        self._lost(loss.words)
 
     # -- on its way
     def _accepted(self):
-        self.start_timer.cancel()
-        self.start_timer = None
         submission = self.submission
+        submission.move(JobEvent.ACCEPTED)
+        self.start_timer.cancel()
         submission.waiting_since = None
         submission.on_event("job %s started on %s" % (submission.id, self.kept.name))
         for name in submission.waiting_signals:
             self.session.signal(name)
         submission.waiting_signals = []
         if submission.timeout is not None:
-            self.limit_timer = self.loop.call_later(submission.timeout, lambda: self.pool.on_job_timeout(self))
+            self.limit_timer = self.loop.call_later(submission.timeout, lambda: self.pool.on_timeout(self))
         self.streams.accepted()
         terminal = self.streams.terminal
         if terminal and terminal.number in self.streams.sources:
@@ -7162,7 +7403,8 @@ class Attempt:
             self.streams.visible()
 
     def is_running(self):
-        return not self.over and not self.report and not self.channel.closed
+        """Whether a worker has the job."""
+        return self.submission.state in AT_WORKER
 
     def signal(self, name):
         self.session.signal(name)
@@ -7173,58 +7415,45 @@ class Attempt:
             self.session.window(rows, columns)
             self.channel.flush()
 
-    def source_ready(self, number):
-        if self.is_running():
-            self.channel.source_ready(number)
-
-    def consumed(self, number, size):
-        if self.is_running():
-            self.channel.consumed(number, size)
-
     def output_over(self, number):
         """This output has been delivered, or nobody reads it any more."""
-        if self.is_running() and self.session.phase is RUNNING:
+        if self.is_running():
             self.session.stop(number)
             if self.session.outbox:
                 self.channel.flush()
-        self._maybe_over()
+        else:
+            self._maybe_delivered()
 
     def _exited(self, report):
-        self.report = report
+        self.submission.move(JobEvent.EXIT)
+        self.submission.report = report
+        self.exited_at = time.monotonic()
+        if self.limit_timer:
+            self.limit_timer.cancel()
         self._commit()
+        self.streams.channel = None
         self.channel.reset_streams()
         self.channel.owner = self.kept      # what becomes of the connection changes nothing for this job any more
         self.pool.on_exit(self, report)
-        self._maybe_over()
+        self._maybe_delivered()
 
-    def _maybe_over(self):
-        if self.report and self.streams.all_delivered():
-            self._over(self.pool.on_job_ended)
+    def _maybe_delivered(self):
+        if self.submission.state is JobState.DELIVERING and self.streams.all_delivered():
+            self.pool.on_delivered(self)
 
-    def _lost(self, words):
+    def _lost(self, reason):
         self.channel.close()
-        self._over(self.pool.on_job_lost, words)
+        self.pool.on_lost(self, reason)
 
-    def give_up(self):
-        """Nobody wants the job any more: the worker ends it when the connection goes."""
-        if not self.over:
-            self._end()
-            if self.report:
-                self.kept.leave()
-            else:
-                self.kept.close()
-
-    def _over(self, tell, *words):
-        if not self.over:
-            self._end()
-            tell(self, *words)
-
-    def _end(self):
-        self.over = True
-        self.streams.attempt = None
+    def leave(self):
+        """Lets go of the job, whose state has been moved.  A worker that still has it ends it when the connection goes;
+        one that has reported its end may have another."""
+        self.submission.attempt = self.streams.attempt = self.streams.channel = None
         for timer in self.start_timer, self.limit_timer:
             if timer:
                 timer.cancel()
+        if self.channel.owner is self:
+            self.kept.close()
 
 
 class PooledConnection:
@@ -7236,18 +7465,22 @@ class PooledConnection:
         self.name = found.name
         self.address = found.address
         self.instance = found.instance
+        self.submitter = found.submitter
         self.sees_reading = found.sees_reading
-        connection = found.take()
-        self.submitter = connection.socket.getsockname()[0].partition("%")[0]
-        self.leaving = False
+        self.jobs = 0                   # that were offered to it
         self.timer = None
-        self.channel = Channel(pool.loop, connection, found.session, self)
+        self.channel = Channel(pool.loop, found.take(), found.session, self)
         self.channel.on_ended = self.close
 
+    def takes_jobs(self):
+        """Whether it may have another one: neither side has said its last word."""
+        return self.channel.session.phase is IDLE and not self.channel.closed
+
     def run(self, submission):
-        """OSError when its input cannot be read again."""
+        """Offers it the job."""
         if self.timer:
             self.timer.cancel()
+        self.jobs += 1
         submission.attempt = Attempt(self.pool, self, submission)
         submission.worker, submission.instance = self.name, self.instance
         submission.attempt.start()
@@ -7257,9 +7490,8 @@ class PooledConnection:
         self.timer = self.pool.loop.call_later(KEEP, self.leave)
 
     def leave(self):
-        """Says goodbye."""
-        if not self.leaving and not self.channel.closed:
-            self.leaving = True
+        """Says goodbye, and closes when that is sent."""
+        if not self.channel.closed:
             self.channel.session.bye()
             self.channel.on_flushed = self.close
             self.channel.flush()
@@ -7280,15 +7512,12 @@ class PooledConnection:
 class AlertSender:
     """Sends alerts, a lone one at once and many together, each datagram twice, so that one may be lost.
 
-    No alert can cost a job's result: where the group cannot be reached there are none."""
+    socket: the GroupSocket to send by.  No alert can cost a job's result."""
 
-    def __init__(self, loop, key, group):
+    def __init__(self, loop, key, socket):
         self.loop = loop
         self.key = key
-        try:
-            self.socket = GroupSocket(group, listen=False)
-        except (Failure, OSError):
-            self.socket = None
+        self.socket = socket
         self.nonce = os.urandom(8)
         self.sequence = 0
         self.entries = []
@@ -7297,8 +7526,6 @@ class AlertSender:
         self.timer = None
 
     def add(self, alert):
-        if not self.socket:
-            return
         self.entries.append(encode_alert(alert))
         if not self.timer:
             wait = max(0.0, self.sent_at + ALERT_GAP - time.monotonic())
@@ -7327,13 +7554,10 @@ class AlertSender:
             self._send()
             self.timer.cancel() if self.timer else None
         self.timer = None
-        if self.socket:
-            self.socket.close()
-            self.socket = None
 
 
 class Pool:
-    """All the workers of one key, as one submitter uses them.
+    """All the workers of one key, as one submitter uses them: a queue of jobs, connections, and one search at a time.
 
     on_ready, if given, is called whenever has_capacity() may have become true: a slot came free or was found.
     more, which the owner sets, is how many further jobs it could submit at once beyond those in the queue.
@@ -7352,17 +7576,20 @@ class Pool:
         self.id = os.urandom(8)
         self.user = user_here() if settings.user is None else settings.user
         self.queue = collections.deque()    # submissions that wait for a worker
-        self.running = set()            # those that have one
+        self.backing_off = set()        # those that have failed often and wait before they are in the queue again
+        self.running = set()            # those with an attempt
+        self.failing = set()            # those that avoid a worker
         self.connections = set()
-        self.idle = []
-        self.searches = []
-        self.parallel = SEARCHES if most > 1 else 1
+        self.idle = []                  # of these, those without a job
+        self.port = None                # the AnswerPort, once it is needed
+        self.no_port = None             # why there can be none at the moment, a PortTaken
+        self.search = None              # the last one
+        self.alerts = None
+        self.searching_since = math.inf     # when it began to look for workers, and had none, monotonic seconds
         self.heard_at = time.monotonic()    # when any worker was heard of last
         self.served_at = -math.inf      # when a room with kept connections had one last
-        self.workers = {}               # {instance, else name: (time, name, Here or None, words)} of those heard of
-        self.finished = []              # searches that have found somebody: those that still say so, or the last one
-        self.no_port = None             # the Failure of a search that could not begin, as long as none can
-        self.alerts = None
+        self.heard = Recent(INSTANCES_MAX)  # {instance, else name: HeardWorker}
+        self.offered = Recent(INSTANCES_MAX)    # {instance: when it offered itself last}
         self.watch_timer = None
         self.spare_timer = None
         self.tls = None                 # the TLS context, once it is needed
@@ -7373,12 +7600,18 @@ class Pool:
         """Whether one more job would soon get a slot: then is the time to make it."""
         return not self.closed and (bool(self.idle) or len(self.queue) < AHEAD)
 
-    def _ready(self):
-        if self.on_ready and self.has_capacity():
-            self.on_ready()
+    def working(self):
+        """The instances of the workers that run a job now."""
+        return {submission.instance for submission in self.running}
+
+    def serving(self):
+        """The instances of the workers that there is a connection to."""
+        return {kept.instance for kept in self.connections}
 
     def submit(self, submission, first=False):
         """first: in front of the others that wait."""
+        if not (self.queue or self.running or self.backing_off or self.connections):
+            self.searching_since = time.monotonic()
         (self.queue.appendleft if first else self.queue.append)(submission)
         if submission.waiting_since is None:
             submission.waiting_since = time.monotonic()
@@ -7386,59 +7619,44 @@ class Pool:
 
     def signal(self, submission, name):
         """A signal for a job.  Returns whether the job will hear of it; otherwise it is done with."""
-        attempt, ends = submission.attempt, name in ("INT", "TERM")
-        if submission.done:
+        ends = name in ("INT", "TERM")
+        if submission.state is JobState.DONE:
             return False
-        if not (attempt and attempt.is_running()) or (ends and submission.signalled):
+        if submission.state not in AT_WORKER or (ends and submission.signalled):
             if name in ("USR1", "USR2"):
                 submission.waiting_signals.append(name)
                 return True
             return name in ("TSTP", "CONT")
         if ends:
             submission.signalled = name
-        attempt.signal(name)
+        submission.attempt.signal(name)
         return True
-
-    def cancel(self, submission):
-        """Forgets a job, whatever it is at; nothing is called for it any more.  A running one ends on its worker."""
-        if submission.done:
-            return
-        submission.done = True
-        if submission.attempt:
-            submission.attempt.give_up()
-        self._forget(submission)
-        self._ready()
-        self._pump()
 
     def withdraw(self, submission):
         """Takes a job back, which ends on its worker; it may be submitted again."""
-        if submission.attempt:
-            submission.attempt.give_up()
-            submission.attempt = None
-        self.running.discard(submission)
+        if submission.state in AT_WORKER:
+            self._move(submission, JobEvent.WITHDRAWN)
+            self._ready()
 
-    def working(self):
-        """The instances of the workers that run a job now."""
-        return {submission.instance for submission in self.running}
+    def cancel(self, submission):
+        """Forgets a job, whatever it is at; nothing is called for it any more.  A running one ends on its worker."""
+        if submission.state is not JobState.DONE:
+            self._move(submission, JobEvent.CANCELLED)
+            self._ready()
 
-    def serving(self):
-        """The instances of the workers that there is a connection to."""
-        return {kept.instance for kept in self.connections if not kept.leaving}
+    def fail(self, submission, failure):
+        """Something here broke for this job, as an output that cannot be written."""
+        if submission.state is not JobState.DONE:
+            self._finish(submission, JobEvent.FAILED, None, failure)
 
     def close(self):
         """Ends all connections, and with them all jobs.  Nothing is called any more."""
         self.closed = True
-        for submission in list(self.running) + list(self.queue):
-            submission.done = True
-            if submission.attempt:
-                submission.attempt.give_up()
-        self.queue.clear()
-        for search in self.searches + self.finished:
-            search.stop()
+        for submission in [*self.running, *self.queue, *self.backing_off]:
+            self._move(submission, JobEvent.CANCELLED)
         for kept in list(self.connections):
             kept.close()
-        if self.alerts:
-            self.alerts.close()
+        self._close_port()
         for timer in self.watch_timer, self.spare_timer:
             if timer:
                 timer.cancel()
@@ -7448,277 +7666,291 @@ class Pool:
         return self.tls
 
     # -- workers for those that wait
+    def _ready(self):
+        if self.on_ready and self.has_capacity():
+            self.on_ready()
+        self._pump()
+
     def _pump(self):
         """Gives jobs to idle connections, and looks for more workers where that is not enough."""
         if self.closed:
             return
-        now = time.monotonic()
         while self.queue and self.idle:
             kept = self.idle.pop()
-            submission = next((each for each in self.queue
-                               if each.avoid.get(kept.instance, now) <= now and each.accepts(kept.instance)), None)
-            if submission is None:
+            submission = self._next_for(kept.instance, kept.address)
+            if submission:
+                self._run(kept, submission)
+            else:
                 kept.leave()
-                continue
-            self.queue.remove(submission)
-            self._run(kept, submission)
-        allowed = max(0, min(self.parallel, self.most - len(self.connections)))
-        while len(self.searches) > allowed:
-            self.searches.pop().stop()
-        wanted = min(len(self.queue), allowed)
-        if len(self.searches) > wanted and not self.spare_timer:    # the next job may come in a moment
-            self.spare_timer = self.loop.call_later(LAST_WORDS, self._stop_spare)
-        while len(self.searches) < wanted:
-            try:
-                self.searches.append(Discovery(self.loop, self.key, self.settings, self.id, self.context,
-                                               self, self.on_found, self.on_heard, self.trace))
-            except PortTaken as failure:
-                self._wait_for_port(failure)
-                break
-            except (Failure, OSError):
-                if not (self.searches or self.finished or self.connections):
-                    raise
-                break           # descriptors are in use by the others: a later look finds one free
-            self.no_port = None
-            self.alerts = self.alerts or AlertSender(self.loop, self.key, self.settings.group)
+        searching = self.search and not self.search.is_over()
+        if not self.wanted():
+            if searching and not self.spare_timer:      # the next job may come in a moment
+                self.spare_timer = self.loop.call_later(SPARE, self._stop_spare)
+        elif searching:
+            self.search.look()
+        else:
+            self._begin_search()
         if self.queue and not self.watch_timer:
-            self.watch_timer = self.loop.call_later(0.25, self._watch)
+            self.watch_timer = self.loop.call_later(WATCH_EVERY, self._watch)
+
+    def wanted(self):
+        """How many more slots can be used now."""
+        return max(0, min(len(self.queue) + self.more, self.most - len(self.connections))) if self.queue else 0
+
+    def _next_for(self, instance, address):
+        """The first job in the queue that may run on this worker now, or None."""
+        now, in_use = time.monotonic(), self._addresses_in_use() if self.failing else ()
+        return next((each for each in self.queue if each.wants(now, instance, address, in_use)), None)
+
+    def _addresses_in_use(self):
+        return {submission.attempt.kept.address for submission in self.running}
+
+    def avoids(self, instance, address):
+        """Whether none of the jobs that wait wants this worker, which has offered itself."""
+        self.offered[instance] = time.monotonic()
+        return bool(self.queue) and self._next_for(instance, address) is None
+
+    def _begin_search(self):
+        try:
+            if not self.port:
+                self.port = AnswerPort(self.loop, self.settings)
+                self.alerts = AlertSender(self.loop, self.key, self.port.socket)
+        except PortTaken as failure:
+            return self._wait_for_port(failure)
+        self.no_port = None
+        self.search = Discovery(self.loop, self.key, self.settings, self.port, self.id, self.context, self.wanted,
+                                self.avoids, self.on_found, self.on_heard, self.trace)
 
     def _wait_for_port(self, failure):
         """A later look finds a number free.  As with a room that is busy, nobody has failed."""
         self.heard_at = time.monotonic()
-        if not (self.no_port or self.searches or self.finished or self.connections):
+        if not (self.no_port or self.connections):
             self.queue[0].on_event("%s; waits for one" % failure, True)
         self.no_port = failure
 
+    def _close_port(self):
+        if self.port:
+            self.search.stop()
+            self.alerts.close()
+            self.port.close()
+            self.port = None
+
+    def _close_unused_port(self):
+        if not (self.connections or self.queue or self.backing_off):
+            self._close_port()
+
     def _stop_spare(self):
         self.spare_timer = None
-        while len(self.searches) > len(self.queue):
-            self.searches.pop().stop()
+        if not self.wanted() and self.search:
+            self.search.stop()
 
     def _run(self, kept, submission):
+        self.queue.remove(submission)
+        submission.move(JobEvent.FOUND)
         self.running.add(submission)
-        try:
-            kept.run(submission)
-        except OSError as error:
-            kept.leave()
-            return self.fail(submission, Failure("the input", "it cannot be read again: %s" % reason_of(error)))
+        kept.run(submission)
         if getattr(self.settings, "ratout_test", False):        # which cmap does not have
             self._alert(submission.attempt, RATTED_OUT, 0, "test")
 
     def _watch(self):
-        """Who waits for too long fails; too many searches wait for nothing."""
+        """Who waits for too long fails."""
         self.watch_timer = None
         now, limit = time.monotonic(), self.settings.timeout_accept
         if self.keep and self.connections:      # the room serves us as well as it can
             self.served_at = now
-        for submission in list(self.queue):
+        for submission in [*self.queue, *self.backing_off]:
             since = max(submission.waiting_since, self.served_at)
-            if limit is None and now - max(since, self.heard_at) > NOBODY or limit and now - since > limit:
-                self.fail(submission, self.nobody(submission, now))
-        if self.searches and now - self.searches[0].began > SLOW_SEARCH:
-            self.parallel = 1
+            if submission.refused_since is not None and self._all_have_refused(submission, now):
+                self.fail(submission, JobRefused("the job was refused by %s" % submission.worker,
+                                                 list(submission.avoidance.refused.values())[-1], status=EXIT_USAGE))
+            elif limit is None and now - max(since, self.heard_at) > NOBODY or limit and now - since > limit:
+                seconds = limit or NOBODY
+                self.fail(submission, NoWorker("no worker", *self._diagnosis(submission, submission.waiting_since)
+                                               .failure(seconds)))
         self._pump()
 
-    # -- what searches say
+    def _all_have_refused(self, submission, now):
+        """Whether every worker that there is, in a while that is enough for one to offer itself, will never take it."""
+        refused, tried = submission.avoidance.refused, submission.avoidance.until
+        if now - self.searching_since < OFFER_TIME:
+            return False
+        recent = {instance for instance, at in self.offered.items() if now - at < OFFER_TIME}
+        return not (recent | self.serving() | set(tried)) - set(refused)
+
+    # -- what the search says
     def on_found(self, found):
         """A worker has proven itself and waits for a job."""
-        search = next(search for search in self.searches if search.found is found)
-        self.searches.remove(search)
-        self.finished.append(search)
-        self.loop.call_later(LAST_WORDS, functools.partial(self._last_words_said, search))
-        self.parallel = min(self.parallel + 1, SEARCHES)
         self.heard_at = time.monotonic()
         kept = PooledConnection(self, found)
         self.connections.add(kept)
-        self.idle.append(kept)
-        self._pump()
-        if kept in self.idle:
-            kept.rest()
-        self._ready()
+        self._has_idle(kept)
 
-    def _last_words_said(self, search):
-        search.stop()
-        if len(self.finished) > 1:
-            self.finished.remove(search)
-
-    def on_heard(self, name, address, words, here):
+    def on_heard(self, name, address, reason, here):
         """A worker was heard of: it has connected, is busy, cannot connect, has failed its handshake.  A room in which
         nobody can ever be reached is not alive."""
         now = time.monotonic()
         if here and here.state != UNREACHABLE:
             self.heard_at = now
-        self.workers.pop(name, None)
-        self.workers[here.instance if here else name] = now, name, here, words
-        if len(self.workers) > INSTANCES_MAX:
-            del self.workers[next(iter(self.workers))]
+        self.heard.pop(name, None)
+        self.heard[here.instance if here else name] = HeardWorker(now, name, here, reason)
         if here:
-            self.trace("%s %s" % (name, "is " + words if here.state != UNREACHABLE else words))
-
-    def __contains__(self, instance):
-        """Whether none of the jobs that wait wants this worker now."""
-        now = time.monotonic()
-        return bool(self.queue) and all(each.avoid.get(instance, now) > now or not each.accepts(instance)
-                                        for each in self.queue)
+            self.trace("%s %s" % (name, "is " + reason if here.state != UNREACHABLE else reason))
 
     # -- what connections say
+    def _has_idle(self, kept):
+        """The connection may have another job, at once or soon."""
+        self.idle.append(kept)
+        self._ready()
+        if kept in self.idle:
+            kept.rest()
+
     def on_connection_gone(self, kept):
         self.connections.discard(kept)
         if kept in self.idle:
             self.idle.remove(kept)
-        self._pump()
+        if not (self.connections or self.closed):
+            self.loop.call_later(KEEP, self._close_unused_port)
+        self._ready()
 
     def on_exit(self, attempt, report):
         """A job has ended, though its output may not have been delivered yet."""
-        attempt.submission.report = report
-        self._alert(attempt, COMPLETED, report.status & 255, "")
+        for submission in self.failing:
+            submission.avoidance.succeeded(attempt.kept.address)
         if report.last or not self.keep:
             attempt.kept.leave()
+        else:
+            self._has_idle(attempt.kept)
 
-    def on_job_ended(self, attempt):
-        submission, kept = attempt.submission, attempt.kept
-        if not kept.leaving and not kept.channel.closed:
-            self.idle.append(kept)      # first: what the next call submits runs there
-        self._finish(submission, submission.report.status, None)
-        if kept in self.idle:
-            kept.rest()
-
-    def on_job_timeout(self, attempt):
-        """It has run for as long as it may: it ends on its worker, with the connection."""
-        self._alert(attempt, COMPLETED, EXIT_TIMEOUT, "")
-        self._finish(attempt.submission, EXIT_TIMEOUT, None)
-
-    def on_job_not_started(self, attempt, words):
-        """The worker wanted its slot back just when the job was offered: that is nobody's fault."""
-        attempt.kept.close()
-        self._again(attempt.submission)
-
-    def on_job_refused(self, attempt, words):
-        """The job has not started: looking again, as long as there is time, costs nothing."""
+    def on_delivered(self, attempt):
         submission = attempt.submission
-        submission.refusals += 1
-        attempt.kept.close()
-        submission.last_loss = "%s refused the job: %s" % (attempt.kept.name, words)
-        submission.on_event(submission.last_loss, submission.refusals == 1)
-        self._avoid(submission, attempt.kept.instance)
+        if submission.report.reason:
+            submission.on_event("job %s on %s was ended by %s" % (submission.id, submission.worker,
+                                                                  submission.report.reason), True)
+        self._finish(submission, JobEvent.DELIVERED, submission.report.status, None)
+
+    def on_timeout(self, attempt):
+        """It has run for as long as it may: it ends on its worker, with the connection."""
+        submission = attempt.submission
+        submission.on_event("job %s on %s was ended by its timeout of %g s" % (
+            submission.id, submission.worker, submission.timeout), True)
+        self._finish(submission, JobEvent.TIMED_OUT, EXIT_TIMEOUT, None)
+
+    def on_not_started(self, attempt, reason):
+        """The worker wanted its slot back just when the job was offered: on a connection that has served before that
+        is nobody's fault, once."""
+        submission = attempt.submission
+        self._move(submission, JobEvent.NOT_STARTED)
+        if attempt.kept.jobs == 1 or submission.excused:
+            self._has_failed(attempt, "%s did not start the job: %s" % (attempt.kept.name, reason))
+        submission.excused = True
         self._again(submission)
 
-    def on_job_lost(self, attempt, words):
-        submission, kept = attempt.submission, attempt.kept
-        self._alert(attempt, RATTED_OUT, 0, words)
-        submission.lost += 1
-        submission.last_loss = "worker %s: %s after %.1f s; the job may have run there in part" % (
-            kept.name, words, time.monotonic() - attempt.offered)
-        kept.close()
-        self._avoid(submission, kept.instance)
-        if submission.committed:
-            advice = "its output had begun, so it was not started elsewhere; run it again if that does no harm"
-        elif submission.lost > submission.retries or submission.signalled or not submission.streams.can_rewind():
-            advice = "run it again"
-        else:
-            submission.streams.moved()
-            submission.on_event(submission.last_loss + "; it starts again elsewhere", True)
-            return self._again(submission)
-        self.fail(submission, Failure("worker %s" % kept.name, words, advice))
+    def on_refused(self, attempt, reason, final):
+        """The job has not started: looking again, as long as there is time, costs nothing."""
+        submission, text = attempt.submission, "%s refused the job: %s" % (attempt.kept.name, reason)
+        self._move(submission, JobEvent.REFUSED)
+        submission.on_event(text, not (final or submission.last_loss))
+        if final and submission.refused_since is None:
+            submission.refused_since = time.monotonic()
+        self._has_failed(attempt, text, reason if final else None)
+        self._again(submission)
 
-    def _avoid(self, submission, instance):
-        """Another worker first; when nobody else has come by then it may try again."""
-        seconds = AVOID * 2 ** min(submission.lost + submission.refusals - 1, 10)
-        submission.avoid[instance] = time.monotonic() + seconds
-        self.loop.call_later(seconds, self._announce_again)
+    def on_lost(self, attempt, reason):
+        submission, kept = attempt.submission, attempt.kept
+        submission.lost += 1
+        advice = why_not_again(submission.committed, submission.lost, submission.retries, submission.signalled,
+                               submission.streams.can_rewind())
+        self._move(submission, JobEvent.FAILED if advice else JobEvent.LOST)
+        self._alert(attempt, RATTED_OUT, 0, reason)
+        if not self.connections:
+            self.searching_since = time.monotonic()
+        if advice:
+            return self._tell(submission, None, Failure("worker %s" % kept.name, reason, advice))
+        submission.streams.moved()
+        self._has_failed(attempt, "worker %s: %s after %.1f s; the job may have run there in part" % (
+            kept.name, reason, time.monotonic() - attempt.offered))
+        submission.on_event(submission.last_loss + "; it starts again elsewhere", True)
+        self._again(submission)
+
+    def _has_failed(self, attempt, text, final=None):
+        """Its worker has failed a job: another one first; when nobody else has come by then it may try again."""
+        submission = attempt.submission
+        submission.last_loss = text
+        self.failing.add(submission)
+        pause = submission.avoidance.failed(time.monotonic(), attempt.kept.instance, attempt.kept.address, final)
+        if final is None:
+            self.loop.call_later(pause, self._announce_again)
 
     def _announce_again(self):
-        for search in self.searches:
-            search.again()
+        if self.search and not self.search.is_over():
+            self.search.again()
 
     def _again(self, submission):
-        self.running.discard(submission)
-        submission.attempt = None
+        """Back into the queue, at once or when it has waited."""
         if submission.signalled:
-            return self._finish(submission, 128 + SIGNAL_NAMES[submission.signalled], None)
-        self.submit(submission, first=True)
+            self._move(submission, JobEvent.CANCELLED)
+            return self._tell(submission, 128 + SIGNAL_NAMES[submission.signalled], None)
+        pause = submission.avoidance.wait_until - time.monotonic()
+        if pause <= 0:
+            return self.submit(submission, first=True)
+        if submission.waiting_since is None:
+            submission.waiting_since = time.monotonic()
+        self.backing_off.add(submission)
+        self.loop.call_later(pause, lambda: self._back(submission))
+        self._ready()
 
-    def _finish(self, submission, status, failure):
-        if submission.done:
-            return
-        submission.done = True
-        if submission.attempt:
-            submission.attempt.give_up()
-        self._forget(submission)
+    def _back(self, submission):
+        if submission in self.backing_off:
+            self.backing_off.discard(submission)
+            self.submit(submission, first=True)
+
+    # -- the end
+    def _move(self, submission, event):
+        """Records what has happened to a job that its worker or the queue has no longer, and lets go of it there."""
+        waiting, attempt = submission.state is JobState.WAITING, submission.attempt
+        submission.move(event)
+        if attempt:
+            attempt.leave()
+        self.running.discard(submission)
+        self.backing_off.discard(submission)
+        if waiting and submission in self.queue:
+            self.queue.remove(submission)
+        if submission.state is JobState.DONE:
+            self.failing.discard(submission)
+            submission.streams.ended(submission.report)
+
+    def _finish(self, submission, event, status, failure):
+        attempt = submission.attempt
+        self._move(submission, event)
+        if event in (JobEvent.DELIVERED, JobEvent.TIMED_OUT):
+            self._alert(attempt, COMPLETED, status & 255, "")
+        self._tell(submission, status, failure)
+
+    def _tell(self, submission, status, failure):
+        """The only way to a job's end that its owner hears of."""
         submission.on_done(status, failure, submission)
         self._ready()
-        self._pump()
 
-    def _forget(self, submission):
-        if submission in self.running:
-            self.running.remove(submission)
-        elif submission in self.queue:      # which may be long
-            self.queue.remove(submission)
-        submission.streams.ended(submission.report)
-
-    def fail(self, submission, failure):
-        """Also for its owner: something here broke for this job, as an output that cannot be written."""
-        self._finish(submission, None, failure)
-
-    def _alert(self, attempt, verdict, status, words):
-        took = int((time.monotonic() - attempt.offered) * 1000)
+    def _alert(self, attempt, verdict, status, reason):
+        took = int(((attempt.exited_at or time.monotonic()) - attempt.offered) * 1000)
         kept = attempt.kept
         self.alerts.add(Alert(verdict, status, took, int(time.time() * 1000), attempt.submission.id, kept.submitter,
-                              kept.name, words))
+                              kept.name, reason))
 
-    def heard_since(self, when):
-        """([Here of each worker that is there, None for one that has only connected], [words of each of no use])"""
-        heard = [each for at, *each in self.workers.values() if at >= when]
-        told = {name for name, here, _ in heard if here}
-        trouble = ["%s %s%s" % (name, "" if here else "failed: ", words) for name, here, words in heard
-                   if words and (not here or here.state == UNREACHABLE)]
-        return [here for name, here, words in heard
-                if (here.state != UNREACHABLE if here else not words and name not in told)], trouble
+    # -- in words
+    def _diagnosis(self, submission, since):
+        search = self.search
+        return Diagnosis(SearchFacts(
+            list(self.heard.values()), str(self.settings.group), self.key.name, self.key.fingerprint,
+            self.settings.group.port, self.port.number if self.port else 0, search.ways() if search else "",
+            search.problems if search else (),
+            ["%s: %s" % reason for reason in list(search.reasons.items())[-3:]] if search else (),
+            self.no_port, submission.last_loss), since)
 
     def waiting_text(self, submission):
         """What a job waits for, in a line for the user."""
-        now = time.monotonic()
-        alive, trouble = self.heard_since(now - RECENTLY)[0], self.heard_since(submission.waiting_since)[1]
-        words = [str(self.no_port)] if self.no_port else []
-        if alive:
-            states = {here.text() if here else "connected" for here in alive}
-            words.append("waiting: %s, %s%s" % (count_text(len(alive), "worker"), "all " if len(alive) > 1 else "",
-                                                states.pop()) if len(states) == 1 else
-                         "waiting: %s, none free" % count_text(len(alive), "worker"))
-        elif not (trouble or words):
-            words.append("nobody has answered yet")
-        words += trouble[-1:]
-        return "%s, %.0f s%s" % ("; ".join(words), now - submission.waiting_since,
-                                 "; before that, " + submission.last_loss if submission.last_loss else "")
-
-    def nobody(self, submission, now):
-        """The Failure of a job for which no worker was found: what was tried, what came of it, what to check."""
-        if self.no_port:
-            return NoWorker("no worker", "within %.3g s %s" % (self.settings.timeout_accept, self.no_port),
-                            self.no_port.hint)
-        search = (self.searches or self.finished or (None,))[0]
-        alive, trouble = self.heard_since(submission.waiting_since)
-        why = "%s within %.3g s" % ("no worker was free" if alive else "of the workers that answered none was of use"
-                                    if trouble else "nobody answered", self.settings.timeout_accept or NOBODY)
-        states = sorted({here.text() for here in alive if here})
-        if states:
-            why += " (%s)" % ", ".join(states)
-        if submission.last_loss:
-            why = "%s; since then %s" % (submission.last_loss, why)
-        if search:
-            why += "; announced on %s by %s, to connect back to TCP port %d" % (
-                self.settings.group, search.ways(), search.port)
-            if search.problems:
-                why += "; could not send: " + ", ".join(search.problems)
-            for name, words in list(search.reasons.items())[-3:]:
-                why += "; %s: %s" % (name, words)
-        hint = ("CEXEC_TIMEOUT_ACCEPT=0 waits for ever" if alive else
-                "a firewall here or on the way keeps out what workers connect to; --listen-ports names ports to open"
-                if any(here and here.state == UNREACHABLE for _, _, here, _ in self.workers.values()) else
-                "-v tells what each worker did" if trouble else
-                "is cservice running with this key (%s) in this network?  do firewalls pass UDP port %d to it and TCP "
-                "back?" % (self.key.fingerprint, self.settings.group.port))
-        return NoWorker("no worker", why, hint + "; cwho --check %s finds out more" % self.key.name)
+        now, since = time.monotonic(), submission.waiting_since
+        return self._diagnosis(submission, now - RECENTLY).waiting(now - since, self._diagnosis(submission, since))
 
 
 # ---------------------------------------------------------------- cexec
@@ -8005,7 +8237,7 @@ class CexecRun:
     def on_hang_up(self):
         """The user's terminal has gone.  A job that lives on it ends; another one decides for itself."""
         self._signal("HUP", signal.SIGHUP)
-        if self.terminal and not self.submission.done:
+        if self.terminal and self.submission.state is not JobState.DONE:
             self._die_of(signal.SIGHUP)
 
     # -- signals
@@ -8963,7 +9195,7 @@ class Cmap:
             job.twins += bool(job.runs)         # the one that runs has what it needs
             return None if job.runs else self._over(job, None, failure)
         if avoid:
-            run.avoid[avoid] = math.inf
+            run.avoidance.avoid(avoid)
         self.batch.start(job, run)
         self.pool.submit(run)
         return None
@@ -13770,7 +14002,8 @@ class SentResources:
 #
 # What another program imports.  The import alone has no effect.
 
-__all__ = ["Executor", "Room", "Result", "Process", "Failure", "JobError", "CallError", "InterpreterDied"]
+__all__ = ["Executor", "Room", "Result", "Process", "Failure", "JobError", "JobRefused", "CallError",
+           "InterpreterDied"]
 
 
 class Result(collections.namedtuple("Result", "status stdout stderr worker seconds")):
@@ -14052,12 +14285,11 @@ class PoolThread:
             cause, failure = error, failure_of(error)
         with self.lock:
             self.thread, left, self.submissions = None, self.submissions, set()
+        pool.close()
         for submission in left:
-            submission.done = True
             each = Failure(*failure.args)
             each.__cause__ = cause
             submission.on_done(None, each, submission)
-        pool.close()
         loop.close()
 
     def close(self, wait=True):
@@ -14332,7 +14564,8 @@ class Process:
             self._thread.call(functools.partial(self._signal, name))
 
     def _signal(self, name):
-        if not self._submission.done and (name == "KILL" or not self._thread.pool.signal(self._submission, name)):
+        pool, submission = self._thread.pool, self._submission
+        if submission.state is not JobState.DONE and (name == "KILL" or not pool.signal(submission, name)):
             self._thread.pool.cancel(self._submission)
             self._thread.submissions.discard(self._submission)
             self.worker = self._submission.worker
@@ -14519,7 +14752,7 @@ class Interpreter(JobStreams):
         self.state = SEEKING
         self.descriptors = CALL_DESCRIPTORS
         self.submission = Submission(self, [], pool.settings.retries, pool.on_end)
-        self.submission.avoid = pool.avoid
+        self.submission.accepts = lambda instance: pool.avoid.get(instance, -math.inf) <= time.monotonic()
         self.instance = None            # of its worker
         self.leave_timer = None
         self._reset()
@@ -15035,7 +15268,7 @@ class CallPool:
 
     def end_interpreter(self, interpreter):
         """At once, whatever it does."""
-        if not interpreter.submission.done:
+        if interpreter.submission.state is not JobState.DONE:
             self.thread.pool.cancel(interpreter.submission)
             self.on_end(None, Failure("the call", "cancelled"), interpreter.submission)
 
