@@ -12056,7 +12056,7 @@ class Combination:
                      if ended[number]["status"] not in ("124", "111")]
             if "tag" in self.chosen:
                 parts = [(name, b"".join(cexec.log_text(name).encode() + b"\t" + line for line in plain_lines(text))
-                          + b"\n" * (text[-1:] != b"\n")) for name, text in parts]
+                          + b"\n" * bool(text and text[-1:] != b"\n")) for name, text in parts]
             assert output == b"".join(text for _, text in parts), "standard output"
 
     def compare_files(self, ended, left_out, expected, partly):
