@@ -13404,7 +13404,9 @@ if sys.version_info < (3, 8):
     sys.exit("needs Python 3.8 or later, this is %d.%d" % sys.version_info[:2])
 from _frozen_importlib_external import MAGIC_NUMBER
 path, source = marshal.loads(sys.stdin.buffer.read())
-code = marshal.dumps(compile(source, path, "exec", dont_inherit=True))
+code = source[16:]
+if source[:4] != MAGIC_NUMBER:
+    code = marshal.dumps(compile(source, path, "exec", dont_inherit=True))
 sys.stdout.buffer.write(marshal.dumps((path, MAGIC_NUMBER, code, source)))
 """
 
@@ -13674,7 +13676,7 @@ class CallLoop:
     def _load(self, message, buffers):
         if self.main:
             return self.pickle.loads(message, buffers=buffers)
-        return self.unpickler(io.BytesIO(message), buffers=buffers).load()
+        return self.unpickler(pickle_file(message), buffers=buffers).load()
 
     def _find(self, module, name, find):
         if module in ("__main__", "__mp_main__"):
@@ -13789,6 +13791,32 @@ def dump(dumps, value):
         buffers.append(view)
         return False
     return dumps(value, protocol=5, buffer_callback=take), buffers
+
+
+class LongPickle:
+    """A long pickle as a file for an Unpickler, without a copy of it."""
+
+    def __init__(self, view):
+        self.view = memoryview(view)
+        self.at = 0
+
+    def read(self, size):
+        data = bytes(self.view[self.at:self.at + size])
+        self.at += len(data)
+        return data
+
+    def readinto(self, target):
+        part = self.view[self.at:self.at + len(target)]
+        target[:len(part)] = part
+        self.at += len(part)
+        return len(part)
+
+    def readline(self):
+        raise EOFError("a pickle of an old protocol")
+
+
+def pickle_file(data):
+    return LongPickle(data) if len(data) > BUFFER_LEAST else io.BytesIO(data)
 
 
 def words_of(error):
@@ -15586,7 +15614,7 @@ class CallLoader:
         self.unpickler = unpickler_class(self._find)
 
     def load(self, data, buffers):
-        return self.unpickler(io.BytesIO(data), buffers=buffers).load()
+        return self.unpickler(pickle_file(data), buffers=buffers).load()
 
     def _find(self, module, name, find):
         found = sys.modules.get("__main__" if module == "__mp_main__" else module)

@@ -57,6 +57,7 @@ import statistics
 import struct
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import termios
 import textwrap
@@ -4507,6 +4508,66 @@ def test_no_octets_break_a_session(role):
     for _ in range(FUZZ):
         only_protocol_errors(play, damaged(chance, valid))
     assert taken[0] > FUZZ
+
+
+# ---------------------------------------------------------------- calls: messages and states
+
+def call_bytes(*arguments, **named):
+    return b"".join(map(bytes, cexec.encode_call(*arguments, **named)))
+
+
+CALL_MESSAGES = [(cexec.CALL, 1, 0, b"", []), (cexec.RETURNED, 2, 17, b"pickle", []),
+                 (cexec.RAISED, 3, 0, b"p" * 5, [b"one" * 30, b"", b"two"]),
+                 (cexec.RETURNED, 2 ** 32 - 1, 2 ** 32 - 1, b"", [b"x" * 64])]
+
+
+def calls_in(parts):
+    reader = cexec.CallReader()
+    return [(kind, number, took, bytes(data), [bytes(each) for each in buffers])
+            for part in parts for kind, number, took, data, buffers in reader.read(part)]
+
+
+def test_messages_of_calls_in_every_cut():
+    data = b"".join(call_bytes(kind, number, text, buffers, took)
+                    for kind, number, took, text, buffers in CALL_MESSAGES)
+    for parts in cuts(data):
+        assert calls_in(parts) == CALL_MESSAGES
+
+
+def test_buffers_of_a_call_begin_where_arrays_like_it():
+    data = call_bytes(cexec.CALL, 1, b"abc", [b"1" * 100, b"2" * 100])
+    (_, _, _, _, buffers), = cexec.CallReader().read(data)
+    assert [data.index(bytes(each)) % cexec.ALIGN for each in buffers] == [0, 0]
+
+
+@pytest.mark.parametrize("data", [
+    cexec.CALL_HEAD.pack(cexec.ENOUGH + 1, 0, 0, 0, 0),
+    cexec.CALL_HEAD.pack(cexec.CALL, 0, 0, 0, cexec.CALL_MAX + 1),
+    cexec.CALL_HEAD.pack(cexec.CALL, cexec.BUFFERS_MAX + 1, 0, 0, 1 << 20),
+    cexec.CALL_HEAD.pack(cexec.CALL, 2, 0, 0, 23) + bytes(23),
+    cexec.CALL_HEAD.pack(cexec.CALL, 1, 0, 0, 16) + struct.pack(">QQ", 1, 0),
+    cexec.CALL_HEAD.pack(cexec.CALL, 1, 0, 0, 16) + struct.pack(">QQ", 0, 2 ** 63)])
+def test_what_is_no_message_of_calls(data):
+    with pytest.raises(cexec.ProtocolError):
+        calls_in([data])
+
+
+@pytest.mark.parametrize("table", [cexec.CALL_STATES, cexec.INTERPRETER_STATES], ids=["call", "interpreter"])
+def test_every_event_of_a_call_and_of_an_interpreter_has_its_state(table):
+    """What the table does not have is an error that names event and state."""
+    for state in {state for state, _ in table} | set(table.values()):
+        for event in {event for _, event in table}:
+            if (state, event) in table:
+                assert cexec.next_state(table, state, event) == table[state, event]
+            else:
+                with pytest.raises(RuntimeError, match="%s, of what is %s" % (event, state)):
+                    cexec.next_state(table, state, event)
+
+
+@pytest.mark.parametrize("seconds,trip,most", [(None, 0, 1), (10, 0, 1), (0.1, 0.05, 1), (0.03, 0.02, 2),
+                                               (0.001, 0, 21), (0, 0, 1001), (0, 0.02, 2001)])
+def test_an_interpreter_owes_what_keeps_it_busy_and_one_long_call(seconds, trip, most):
+    assert cexec.calls_most(seconds, trip) == pytest.approx(most, abs=1)
 
 
 # ---------------------------------------------------------------- TLS over a socket that never blocks
@@ -11416,6 +11477,928 @@ def test_the_example_of_a_room_runs_as_it_stands(room, tmp_path):
     done = run_command(sys.executable, "-c", "import cexec\n" + textwrap.dedent(text), cwd=str(tmp_path),
                        env=room.settings({"PYTHONPATH": os.path.dirname(compiled_for(sys.executable)[-1])}))
     assert (done.returncode, done.stdout, done.stderr) == (0, b"b'HELLO'\n", b"")
+
+
+# ---------------------------------------------------------------- Executor: helpers
+
+PROBE = '''
+import atexit, os, random, signal, subprocess, sys, threading, time
+class Odd(Exception):
+    def __init__(self, code, where):
+        super().__init__("%s at %s" % (code, where))
+        self.code = code
+class Own(BaseException):
+    pass
+def raise_it(error): raise error
+def raise_odd(): raise Odd("E42", "step five")
+def boom(where): raise ValueError("cannot be made " + where)
+class Argument:
+    def __reduce__(self): return boom, ("there",)
+class Answer:
+    def __reduce__(self): return boom, ("here",)
+def answer(): return Answer()
+def local(): return lambda: 1
+def chain(locked):
+    try:
+        {}["inner"]
+    except KeyError as inner:
+        error = ValueError("outer")
+        error.code = 7
+        if locked: error.lock = threading.Lock()
+        if hasattr(error, "add_note"): error.add_note("a note")
+        raise error from inner
+def same(value): return value
+def square(number): return number * number
+def sleep(seconds, value=None):
+    time.sleep(seconds)
+    return value
+def where(seconds=0):
+    time.sleep(seconds)
+    return os.getpid()
+def touch(path, seconds=0):
+    with open(path, "a") as file: file.write("x")
+    time.sleep(seconds)
+def say(text, error=""):
+    print(text, end="")
+    sys.stderr.write(error)
+def setup(value):
+    global STATE
+    STATE = value
+def state(): return STATE, os.getpid()
+def fail_setup(): raise RuntimeError("no licence here")
+def end(how):
+    if how == "exit": os._exit(37)
+    if how == "abort": os.abort()
+    os.kill(os.getpid(), how)
+def deep():
+    result = []
+    for _ in range(200000): result = [result]
+    return result
+'''
+
+
+@pytest.fixture(scope="session")
+def probe(tmp_path_factory):
+    """A module of this side's, with functions to call."""
+    folder = tmp_path_factory.mktemp("probe")
+    (folder / "cexec_probe.py").write_text(PROBE)
+    sys.path.insert(0, str(folder))
+    yield __import__("cexec_probe")
+    sys.path.remove(str(folder))
+
+
+def serve_python(room, *command, **env):
+    return room.tool("cservice", "--python", room.key, *command, env=env).ready(30)
+
+
+@pytest.fixture(scope="module")
+def calls(key):
+    """A Room with a worker of two slots for calls, for many tests."""
+    room = Room(key)
+    room.worker = serve_python(room, CONCURRENCY=2)
+    yield room
+    room.end()
+
+
+def executor(room, *arguments, **named):
+    named.setdefault("timeout_accept", 20)
+    return cexec.Executor(room.pub, *arguments, group=room.group, **named)
+
+
+@pytest.fixture
+def pool(calls, probe):
+    with executor(calls) as made:
+        yield made
+
+
+@pytest.fixture(params=["room", "processes"])
+def either(request, calls, probe):
+    """Makes an Executor: the room's, or the standard one, which promises the same."""
+    def make(*arguments, **named):
+        if request.param == "room":
+            return executor(calls, *arguments, **named)
+        import multiprocessing
+        return concurrent.futures.ProcessPoolExecutor(
+            *arguments or (2,), mp_context=multiprocessing.get_context("fork"), **named)
+    return make
+
+
+def run_program(room, folder, text, *argv, python=sys.executable, files={}, env=None, status=0, **options):
+    """Runs script.py, with these files beside it; what it prints."""
+    for name, content in dict(files, **{"script.py": text}).items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    shutil.copy(room.pub, str(folder / "py.pub"))
+    place = os.path.dirname(compiled_for(python)[-1])
+    done = run_command(python, *(argv or ["script.py"]), cwd=str(folder), timeout=60,
+                       env=room.settings(dict(env or {}, PYTHONPATH=place)), **options)
+    assert done.returncode == status, (done.stdout + done.stderr).decode()
+    return (done.stdout + done.stderr).decode()
+
+
+# ---------------------------------------------------------------- Executor: the contract, beside ProcessPoolExecutor
+
+def test_calls_return_what_they_return(either, probe):
+    with either() as pool:
+        assert pool.submit(pow, 2, exp=5).result(30) == 32 if sys.version_info >= (3, 8) else True
+        assert [future.result(30) for future in [pool.submit(probe.square, n) for n in range(300)]] == [
+            n * n for n in range(300)]
+
+
+def test_map_gives_results_in_order(either, probe):
+    with either() as pool:
+        assert list(pool.map(probe.square, range(500))) == [n * n for n in range(500)]
+        assert list(pool.map(pow, [1, 2, 3], [4, 5, 6], chunksize=7)) == [1, 32, 729]
+        assert list(pool.map(pow, [1], [])) == []
+        with pytest.raises(ValueError):
+            pool.map(probe.square, [1], chunksize=0)
+        with pytest.raises(concurrent.futures.TimeoutError):
+            list(pool.map(probe.sleep, [1.5], timeout=0.1))
+
+
+def test_map_raises_what_a_call_raised_in_its_turn(either, probe):
+    with either() as pool:
+        results = pool.map(int, ["1", "two", "3"])
+        assert next(results) == 1
+        with pytest.raises(ValueError, match="two"):
+            next(results)
+
+
+@pytest.mark.parametrize("error", [ValueError("plain"), OSError(2, "words"), SystemExit(3), KeyboardInterrupt("five"),
+                                   StopIteration(4), UnicodeDecodeError("utf-8", b"x", 0, 1, "why")],
+                         ids=lambda error: type(error).__name__)
+def test_what_a_call_raises_is_its_futures_exception(either, probe, error):
+    with either() as pool:
+        future = pool.submit(probe.raise_it, error)
+        found = future.exception(30)
+        assert type(found) is type(error) and found.args == error.args
+        assert type(found).__name__ in str(found.__cause__) and "raise_it" in str(found.__cause__)
+        assert pool.submit(probe.square, 3).result(30) == 9
+
+
+def test_an_exception_keeps_chain_notes_and_attributes(either, probe):
+    with either() as pool:
+        error = pool.submit(probe.chain, False).exception(30)
+        assert (type(error), error.args, error.code) == (ValueError, ("outer",), 7)
+        assert all(text in str(error.__cause__) for text in ("KeyError: 'inner'", "ValueError: outer", '{}["inner"]'))
+        assert getattr(error, "__notes__", ["a note"]) == ["a note"]
+
+
+def test_what_cannot_be_pickled_fails_its_own_call(either, probe):
+    """At each of the four moments."""
+    with either() as pool:
+        before = [pool.submit(probe.same, n) for n in range(5)]
+        bad = [pool.submit(probe.same, (n for n in [1])), pool.submit(probe.local)]
+        if not isinstance(pool, concurrent.futures.ProcessPoolExecutor):      # which an answer like this breaks
+            bad += [pool.submit(probe.same, probe.Argument()), pool.submit(probe.answer), pool.submit(probe.raise_odd),
+                    pool.submit(probe.chain, True), pool.submit(probe.deep)]
+        after = [pool.submit(probe.same, n) for n in range(5)]
+        words = [repr(future.exception(30)) + str(future.exception().__cause__) for future in bad]
+        assert all(isinstance(future.exception(), Exception) for future in bad)
+        for text, word in zip(words[2:], ["cannot be made there", "cannot be made here", "E42 at step five", "outer"]):
+            assert word in text
+        assert [future.result(30) for future in before + after] == [*range(5)] * 2
+
+
+def test_what_is_changed_after_submit_is_not_what_runs(either, probe):
+    with either() as pool:
+        data, futures = [0], []
+        for number in range(100):
+            data[0] = number
+            futures.append(pool.submit(sum, data))
+        assert [future.result(30) for future in futures] == [*range(100)]
+
+
+def test_a_call_that_waits_can_be_cancelled(either, probe, tmp_path):
+    with either(1) as pool:
+        first = pool.submit(probe.sleep, 0.5)
+        futures = [pool.submit(probe.touch, str(tmp_path / "no")) for _ in range(20)]
+        assert all(future.cancel() for future in futures[5:])
+        assert all(future.cancelled() for future in futures[5:])
+        assert first.result(30) is None and [future.result(30) for future in futures[:5]] == [None] * 5
+        assert (tmp_path / "no").read_text() == "x" * 5
+
+
+def test_after_shutdown_nothing_new_begins(either, probe):
+    pool = either()
+    futures = [pool.submit(probe.square, n) for n in range(20)]
+    pool.shutdown(wait=True)
+    assert all(future.done() for future in futures)
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        pool.submit(probe.square, 1)
+    pool.shutdown()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 9), reason="ProcessPoolExecutor has it from 3.9 on")
+def test_shutdown_cancels_what_has_not_begun(either, probe):
+    pool = either(1)
+    futures = [pool.submit(probe.sleep, 0.3) for _ in range(20)]
+    wait_until_running(futures[0])
+    pool.shutdown(wait=True, cancel_futures=True)
+    assert futures[0].result() is None and futures[-1].cancelled()
+
+
+def wait_until_running(future):
+    def running():
+        assert future.running() or future.done()
+    wait_until(running)
+
+
+def test_an_initializer_runs_once_in_each_interpreter(either, probe):
+    with either(2, initializer=probe.setup, initargs=("made",)) as pool:
+        found = {future.result(30) for future in [pool.submit(probe.state) for _ in range(50)]}
+    assert {value for value, _ in found} == {"made"} and len(found) <= 2
+
+
+def test_callbacks_may_use_the_pool(either, probe):
+    """They submit, raise, and shut it down."""
+    pool, seen, over = either(), [], threading.Event()
+
+    def again(future):
+        seen.append(future.result())
+        if len(seen) < 20:
+            pool.submit(probe.same, len(seen)).add_done_callback(again)
+        else:
+            over.set()
+            pool.shutdown(wait=False)
+    pool.submit(probe.same, 0).add_done_callback(again)
+    assert over.wait(30) and seen == [*range(20)]
+
+
+# ---------------------------------------------------------------- Executor: what is its own
+
+def test_an_executor_says_what_it_cannot_take(calls, probe):
+    for named, error in (({"mp_context": None}, TypeError), ({"max_workers": 0}, ValueError),
+                         ({"max_tasks_per_child": 0}, ValueError), ({"initializer": 3}, TypeError),
+                         ({"nonsense": 3}, TypeError)):
+        with pytest.raises(error):
+            executor(calls, **named)
+    assert executor(calls)._max_workers == 256 and executor(calls, 3)._max_workers == 3
+    assert isinstance(executor(calls), concurrent.futures.Executor)
+
+
+def test_map_takes_inputs_as_results_are_taken(pool, probe):
+    taken = []
+
+    def source():
+        for number in itertools.count():
+            taken.append(number)
+            yield number
+    results = pool.map(probe.square, source(), buffersize=8)
+    assert [next(results) for _ in range(20)] == [n * n for n in range(20)] and 20 <= len(taken) <= 29
+    results.close()
+    count = len(taken)
+    assert pool.submit(probe.square, 3).result(30) == 9 and len(taken) == count
+
+
+def test_a_map_from_which_nobody_takes_is_completed(calls, probe, tmp_path):
+    with executor(calls) as pool:
+        pool.map(probe.touch, [str(tmp_path / "all")] * 40, buffersize=3)
+        kept = pool.map(probe.square, range(40), buffersize=3)
+    assert (tmp_path / "all").read_text() == "x" * 40
+    assert list(kept) == [n * n for n in range(40)]
+
+
+def test_a_call_that_cannot_come_back_or_be_run_says_why(pool, probe):
+    error = pool.submit(probe.raise_odd).exception(30)
+    assert "Odd: E42 at step five" in str(error) and "raise_odd" in str(error.__cause__)
+
+
+@pytest.mark.parametrize("how,words", [("exit", "status 37"), (signal.SIGKILL, "signal 9 (KILL)"),
+                                       (signal.SIGSEGV, "signal 11 (SEGV)"), ("abort", "(ABRT)")])
+def test_a_call_whose_interpreter_dies_fails_alone_and_says_of_what(pool, probe, how, words):
+    futures = [pool.submit(probe.end if n == 7 else probe.same, how) for n in range(30)]
+    errors = [future.exception(60) for future in futures]
+    assert [n for n, error in enumerate(errors) if error] == [7]
+    assert isinstance(errors[7], cexec.InterpreterDied) and words in str(errors[7]) and "127.0.0.1" in str(errors[7])
+
+
+def test_an_initializer_that_fails_tells_each_call_why(calls, probe):
+    with executor(calls, initializer=probe.fail_setup) as pool:
+        errors = [future.exception(60) for future in [pool.submit(probe.square, n) for n in range(5)]]
+    assert len(set(map(id, errors))) == 5
+    for error in errors:
+        assert "no licence here" in str(error) and "127.0.0.1" in str(error) and "fail_setup" in str(error.__cause__)
+
+
+def test_interpreters_are_replaced_after_so_many_calls(calls, probe):
+    with executor(calls, 1, max_tasks_per_child=3) as pool:
+        pids = [future.result(60) for future in [pool.submit(probe.where) for _ in range(7)]]
+    assert [len(list(group)) for _, group in itertools.groupby(pids)] == [3, 3, 1]
+
+
+def test_idle_interpreters_serve_again(pool, probe):
+    first = pool.submit(probe.where).result(30)
+    time.sleep(1.3)         # a connection without a job would have ended
+    assert pool.submit(probe.where).result(30) == first
+
+
+def test_a_call_sent_ahead_goes_to_a_slot_that_is_free(calls, probe):
+    """A long call keeps none of the many that were sent behind it."""
+    with executor(calls, 2) as pool:
+        assert list(pool.map(probe.square, range(2000)))[-1] == 1999 ** 2
+        long = pool.submit(probe.sleep, 1.5, "long")
+        short = [pool.submit(probe.square, n) for n in range(500)]
+        assert [future.result(60) for future in short] == [n * n for n in range(500)]
+        assert not long.done() and long.result(30) == "long"
+
+
+def test_large_arguments_and_results_pass_whole(pool, probe):
+    data = random_octets(3 << 20)
+    assert pool.submit(probe.same, data).result(60) == data
+    assert pool.submit(probe.same, {"a": bytearray(data), "b": [data, data[:70000]]}).result(60)["a"] == data
+    view = pickle_buffer(bytearray(data))
+    assert bytes(pool.submit(bytes, view).result(60)) == data
+
+
+def pickle_buffer(data):
+    import pickle
+    return pickle.PickleBuffer(data)
+
+
+def test_a_pool_belongs_to_the_process_that_made_it(calls, tmp_path):
+    told = run_program(calls, tmp_path, """
+import cexec, gc, os, sys, time, warnings
+warnings.simplefilter("ignore")
+def work(number):
+    time.sleep(0.01)
+    return number
+if __name__ == "__main__":
+    with cexec.Executor("py.pub", max_workers=2) as pool:
+        futures = [pool.submit(work, number) for number in range(60)]
+        futures[0].result(30)
+        for way in range(3):
+            child = os.fork()
+            if not child:
+                try:
+                    pool.submit(work, 1)
+                except RuntimeError as error:
+                    assert "another process" in str(error), error
+                sys.stdout = open(os.devnull, "w")
+                gc.collect()
+                sys.exit(0) if way else os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+        print([future.result(30) for future in futures] == list(range(60)))
+""")
+    assert told == "True\n"
+
+
+@pytest.mark.parametrize("end", ["del pool", "pool.shutdown(wait=False)", "pass"])
+def test_a_pool_that_is_dropped_completes_its_calls(calls, tmp_path, end):
+    told = run_program(calls, tmp_path, """
+import cexec, sys
+def work(number):
+    print("done", number)
+if __name__ == "__main__":
+    pool = cexec.Executor("py.pub")
+    for number in range(5): pool.submit(work, number)
+    %s
+""" % end)
+    assert sorted(told.split("\n")) == ["", *("done %d" % number for number in range(5))]
+
+
+@pytest.mark.parametrize("text", ["list(pool.map(time.sleep, [30] * 500))",
+                                  "futures = [pool.submit(time.sleep, 30) for _ in range(9)]; futures[0].result()"])
+def test_ctrl_c_ends_a_program_with_many_calls(calls, tmp_path, text):
+    (tmp_path / "script.py").write_text("""
+import cexec, sys, time
+if __name__ == "__main__":
+    pool = cexec.Executor(sys.argv[1], max_workers=2)
+    pool.submit(abs, -1).result()
+    print("ready", file=sys.stderr, flush=True)
+    %s
+""" % text)
+    process = calls.start(sys.executable, str(tmp_path / "script.py"), calls.pub, preexec_fn=lambda: signal.signal(
+        signal.SIGINT, signal.default_int_handler),
+        env=calls.settings({"PYTHONPATH": os.path.dirname(compiled_for(sys.executable)[-1])})).ready(30)
+    time.sleep(0.3)
+    process.signal(signal.SIGINT)
+    status = process.complete(15)
+    assert status in (-signal.SIGINT, 130, 1) and "KeyboardInterrupt" in str(process.log)
+    calls.processes.remove(process)
+
+
+def test_nobody_answers_and_each_call_says_so(key, probe):
+    with cexec.Executor(key + ".pub", group="127.255.255.255:%d" % free_port(), timeout_accept=0.5) as pool:
+        futures = [pool.submit(probe.square, number) for number in range(3)]
+        for future in futures:
+            assert isinstance(future.exception(30), cexec.Failure) and "nobody answered" in str(future.exception())
+
+
+def test_asyncio_and_executor(pool, probe):
+    import asyncio
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        return await asyncio.gather(*(loop.run_in_executor(pool, probe.square, n) for n in range(20)))
+    assert asyncio.run(main()) == [n * n for n in range(20)]
+
+
+# ---------------------------------------------------------------- Executor: what calls do to their process
+
+def test_what_calls_print_comes_in_lines_before_the_result(calls, tmp_path):
+    told = run_program(calls, tmp_path, """
+import cexec, os, subprocess, sys
+def talk(number):
+    print("a print", number)
+    os.write(1, b"descriptor 1\\n")
+    sys.stderr.write("an error\\n")
+    subprocess.run(["echo", "a child"])
+    print("no end", end="")
+    return number
+if __name__ == "__main__":
+    sys.stderr = sys.stdout
+    with cexec.Executor("py.pub") as pool:
+        for number in range(3):
+            pool.submit(talk, number).result(30)
+            print("; result", number)
+""")
+    for number in range(3):
+        part, _, told = told.partition("; result %d\n" % number)
+        assert sorted(part.split("\n")) == sorted(["a print %d" % number, "descriptor 1", "an error", "a child",
+                                                   "no end"])
+
+
+def test_megabytes_of_print_pass_and_wait_for_who_reads(calls, tmp_path):
+    told = run_program(calls, tmp_path, """
+import cexec, sys
+def talk():
+    for _ in range(200): print("x" * 20000)
+    print("y" * 200000)
+    return "result"
+if __name__ == "__main__":
+    with cexec.Executor("py.pub") as pool: print(pool.submit(talk).result(60))
+""")
+    assert told == ("x" * 20000 + "\n") * 200 + "y" * 200000 + "\nresult\n"
+
+
+def test_standard_input_is_empty_and_calls_may_close_what_they_like(calls, tmp_path):
+    told = run_program(calls, tmp_path, """
+import cexec, os, subprocess, sys
+def ask(): return input()
+def rest(): return sys.stdin.read()
+def child(): return subprocess.run(["cat"], stdout=subprocess.PIPE).stdout
+def close(number): os.close(number); open(os.devnull)
+def close_files(): sys.stdout.close(); sys.stdin.close(); sys.stderr.close()
+def write_to_0():
+    try: os.write(0, b"rubbish")
+    except OSError: pass
+def say(text): print(text)
+if __name__ == "__main__":
+    with cexec.Executor("py.pub", max_workers=1) as pool:
+        print(type(pool.submit(ask).exception(30)).__name__, [pool.submit(each).result(30) for each in (rest, child)])
+        for number in range(3): pool.submit(close, number).result(30)
+        pool.submit(write_to_0).result(30)
+        pool.submit(close_files).result(30)
+        pool.submit(say, "still here").result(30)
+        print(pool.submit(rest).result(30) == "", pool.submit(child).result(30))
+""")
+    assert told == "EOFError ['', b'']\nstill here\nTrue b''\n"
+
+
+def test_what_calls_leave_behind_holds_nobody_up(calls, tmp_path):
+    """Children with the inherited descriptors, forks that come back, threads, a daemon."""
+    told = run_program(calls, tmp_path, """
+import cexec, os, subprocess, threading, time, warnings
+warnings.simplefilter("ignore")
+def child(): return subprocess.Popen(["sleep", "40"]).pid > 1
+def come_back(): return os.fork() > 0
+def thread(): threading.Thread(target=time.sleep, args=(0.5,)).start(); return True
+def daemonise():
+    if os.fork() == 0:
+        os.setsid()
+        os.closerange(0, 5000)
+        if os.fork(): os._exit(0)
+        time.sleep(40)
+    return True
+if __name__ == "__main__":
+    began = time.time()
+    with cexec.Executor("py.pub", max_workers=2) as pool:
+        for each in (child, come_back, thread, daemonise) * 2: assert pool.submit(each).result(30) is True
+        assert list(pool.map(abs, range(100))) == list(range(100))
+    print(time.time() - began < 20)
+""")
+    assert told == "True\n"
+
+
+def test_calls_use_pools_of_their_own(calls, tmp_path):
+    run_program(calls, tmp_path, """
+import concurrent.futures, math, multiprocessing, warnings
+import cexec
+warnings.simplefilter("ignore")
+def two(number): return 2 * number
+def inner(count):
+    with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
+        assert list(pool.map(two, range(count))) == [2 * n for n in range(count)]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool: return list(pool.map(math.sqrt, range(count)))[1]
+if __name__ == "__main__":
+    with cexec.Executor("py.pub", max_workers=2) as pool: assert list(pool.map(inner, [4, 5])) == [1.0, 1.0]
+""")
+
+
+def test_random_numbers_differ_between_interpreters(calls, tmp_path):
+    told = run_program(calls, tmp_path, """
+import cexec, os, random, time, uuid
+def draw(_): time.sleep(0.02); return os.getpid(), random.random(), uuid.uuid4().hex
+if __name__ == "__main__":
+    with cexec.Executor("py.pub") as pool: found = list(pool.map(draw, range(60)))
+    print(len({number for _, number, _ in found}), len({name for *_, name in found}))
+""")
+    assert told == "60 60\n"
+
+
+# ---------------------------------------------------------------- Executor: code goes along
+
+SCRIPT = """
+import cexec, os, sys
+import helper
+CACHE = {}
+def work(number):
+    CACHE[number] = 1
+    return helper.double(number) + 1, len(CACHE), __name__, os.path.basename(__file__), sys.argv[1:]
+class Thing:
+    def __init__(self, value): self.value = value
+    def __eq__(self, other): return type(self) is type(other) and self.value == other.value
+def wrap(thing): return Thing(thing.value + 1)
+if __name__ == "__main__":
+    with cexec.Executor("py.pub", max_workers=1) as pool:
+        found = [future.result(30) for future in [pool.submit(work, number) for number in range(20)]]
+        assert found == [(2 * n + 1, n + 1, "__mp_main__", "script.py", ["an", "argument"]) for n in range(20)], found
+        assert pool.submit(wrap, Thing(4)).result(30) == Thing(5)
+    assert CACHE == {}
+    print("OK")
+"""
+HELPER = {"helper.py": "def double(number):\n    return 2 * number  # the line in question\n"}
+
+
+def test_the_script_is_run_once_in_each_interpreter(calls, tmp_path):
+    """With its arguments and globals; its classes come back as its own."""
+    assert run_program(calls, tmp_path, SCRIPT, "script.py", "an", "argument", files=HELPER) == "OK\n"
+
+
+def test_python_dash_m_and_relative_imports(calls, tmp_path):
+    assert run_program(calls, tmp_path, "", "-m", "pack.run", files={
+        "pack/__init__.py": "", "pack/other.py": "def double(n): return 2 * n\n", "pack/sub/__init__.py": "",
+        "pack/sub/deep.py": "from .. import other\ndef one(): return other.double(1) - 1\n",
+        "pack/run.py": """
+from . import other
+from .sub.deep import one
+import cexec
+def work(n): return other.double(n) + one()
+if __name__ == "__main__":
+    with cexec.Executor("py.pub") as pool: print(list(pool.map(work, range(3))), pool.submit(other.double, 4).result())
+"""}) == "[1, 3, 5] 8\n"
+
+
+def test_a_zip_file_as_a_program(calls, tmp_path):
+    import zipfile
+    with zipfile.ZipFile(str(tmp_path / "app.pyz"), "w") as file:
+        file.writestr("__main__.py", "import start\ndef own(n): return n + 100\n"
+                                     "if __name__ == '__main__': start.main(own)\n")
+        file.writestr("part/__init__.py", "")
+        file.writestr("part/inner.py", "def double(n):\n    return 2 * n + 0  # a line in a zip\n")
+        file.writestr("start.py", """
+import cexec
+from part import inner
+def main(own):
+    with cexec.Executor("py.pub") as pool:
+        print(list(pool.map(inner.double, range(3))), pool.submit(own, 1).result(30))
+        print("a line in a zip" in str(pool.submit(inner.double, None).exception(30).__cause__))
+""")
+    assert run_program(calls, tmp_path, "", "app.pyz") == "[0, 2, 4] 101\nTrue\n"
+
+
+@pytest.mark.parametrize("argv", [["-c", None], ["-"], ["-i", "-"]],
+                         ids=lambda argv: argv[0])
+def test_a_main_without_source_is_named_and_the_rest_works(calls, tmp_path, argv):
+    text = """
+import cexec, math
+def f(n): return n + 1
+pool = cexec.Executor("py.pub")
+print(pool.submit(math.factorial, 5).result(30), repr(pool.submit(f, 1).exception(30)))
+pool.shutdown()
+"""
+    options = {} if argv == ["-c", None] else {"input": text.encode()}
+    told = run_program(calls, tmp_path, "", *(word or text for word in argv), **options)
+    assert "120 " in told and "__main__" in told and "cloudpickle" in told
+
+
+CLOUDPICKLE = '''"""A stand-in for cloudpickle: functions by their code."""
+import marshal, pickle, types, io
+def make(code, name): return types.FunctionType(marshal.loads(code), {"__builtins__": __builtins__}, name)
+class Pickler(pickle.Pickler):
+    def reducer_override(self, value):
+        if isinstance(value, types.FunctionType) and value.__module__ == "__main__":
+            return make, (marshal.dumps(value.__code__), value.__name__)
+        return NotImplemented
+def dumps(value, protocol=None, buffer_callback=None):
+    file = io.BytesIO()
+    Pickler(file, protocol, buffer_callback=buffer_callback).dump(value)
+    return file.getvalue()
+'''
+BY_VALUE = """
+import cexec
+f = lambda n: n + 1
+pool = cexec.Executor("py.pub")
+print(*[repr(future.exception(30) or future.result()) for future in [pool.submit(f, 1)]])
+pool.shutdown()
+"""
+
+
+def test_cloudpickle_takes_what_has_no_source(calls, tmp_path):
+    assert run_program(calls, tmp_path, "", "-c", BY_VALUE, files={"cloudpickle.py": CLOUDPICKLE}) == "2\n"
+
+
+def test_code_by_value_crosses_no_minor_version(calls, tmp_path):
+    others = [python for python in interpreters() if version_of(python) != sys.version_info[:2]]
+    if not others:
+        skip("one version of Python only")
+    told = run_program(calls, tmp_path, "", "-c", BY_VALUE, files={"cloudpickle.py": CLOUDPICKLE}, python=others[0])
+    assert "Python %d.%d" % sys.version_info[:2] in told and "Python %d.%d" % version_of(others[0]) in told
+
+
+@functools.lru_cache(maxsize=None)
+def version_of(python):
+    return tuple(map(int, run_command(python, "-c", "import sys; print(*sys.version_info[:2])").stdout.split()))
+
+
+def test_other_versions_of_python_at_the_submitter(calls, tmp_path):
+    """The oldest and the newest, beside the one that runs the worker."""
+    for python in sorted({interpreters()[0], interpreters()[-1]}):
+        folder = tmp_path / os.path.basename(os.path.dirname(os.path.dirname(python)))
+        folder.mkdir()
+        assert run_program(calls, folder, SCRIPT, "script.py", "an", "argument", files=HELPER, python=python) == "OK\n"
+
+
+def test_a_missing_guard_is_named(calls, tmp_path):
+    told = run_program(calls, tmp_path, """
+import cexec
+def f(n): return 2 * n
+with cexec.Executor("py.pub") as pool: print("result", list(pool.map(f, range(4))))
+""", status=1)
+    assert 'if __name__ == "__main__"' in told and told.count("result [") == 0
+
+
+def test_a_script_that_fails_there_tells_each_call_that_needs_it(calls, tmp_path):
+    told = run_program(calls, tmp_path, """
+import cexec
+if __name__ == "__mp_main__": raise RuntimeError("no data.csv on this machine")
+def f(n): return n
+if __name__ == "__main__":
+    with cexec.Executor("py.pub") as pool:
+        errors = [future.exception(30) for future in [pool.submit(f, n) for n in range(5)]]
+        print(sum("no data.csv on this machine" in repr(error) for error in errors), pool.submit(abs, -3).result(30))
+""")
+    assert told == "5 3\n"
+
+
+def test_a_pool_in_the_body_of_a_module_that_is_being_imported(calls, tmp_path):
+    """Also where results are objects of that very module."""
+    assert run_program(calls, tmp_path, "import body; print([each.n for each in body.R])", files={"body.py": """
+import cexec, os
+class Number:
+    def __init__(self, n): self.n = n
+def square(n): return Number(n * n)
+if "CEXEC_JOB" not in os.environ:
+    with cexec.Executor("py.pub") as pool:
+        R = [future.result(25) for future in [pool.submit(square, n) for n in range(4)]]
+"""}) == "[0, 1, 4, 9]\n"
+
+
+MODULES = {
+    "space/inner/mod.py": "from ..other import two\ndef f(n): return n * two()\n",
+    "space/other.py": "def two(): return 2\n",
+    "virtual.py": "import sys, types\nmoves = types.ModuleType('virtual.moves'); moves.one = 1\n"
+                  "sys.modules['virtual.moves'] = moves\n__path__ = []\n",
+    "user.py": "from virtual.moves import one\nimport space.inner.mod as m\ndef f(n): return m.f(n) + one\n",
+    "latin.py": "# -*- coding: latin-1 -*-\nW = 'gr\u00fc\u00df'\ndef f(n): return W\n".encode("latin-1"),
+    "bom.py": b"\xef\xbb\xbfW = 'gr\xc3\xbc\xc3\x9f'\ndef f(n): return W\n",
+    "crlf.py": b"W = '''a\r\nb'''\r\ndef f(n): return W\r\n", "feed.py": b"\x0cW = 1\n\x0c\ndef f(n): return W\n",
+    "no_end.py": b"def f(n):\n    return 5\n# no line end",
+    "broken.py": "def f(n): return 1\nimport os\n"
+                 "if 'CEXEC_JOB' in os.environ: raise ValueError('fails while imported')\n",
+    "speedy/__init__.py": "try: from ._fast import f\nexcept ImportError: from ._slow import f\n"
+                          "try: import no_such_module_anywhere\nexcept ModuleNotFoundError: pass\n"
+                          "import importlib.util\nHAVE = [importlib.util.find_spec(n) is not None for n in "
+                          "('no_such_module_anywhere', 'speedy._slow', 'speedy.absent')]\n"
+                          "def have(n): return HAVE\n",
+    "speedy/_slow.py": "def f(n): return 'slow', n\n",
+    "speedy/_fast" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so"): b"\x7fELF not really",
+    "queue.py": "def f(n): return 'my own queue'\n",
+    "data/__init__.py": "import pkgutil\ndef f(n): return pkgutil.get_data('data', 'words.txt')\n"
+                        "def r(n):\n    import importlib.resources as r\n"
+                        "    if not hasattr(r, 'files'): return 'a'\n"
+                        "    return r.files('data').joinpath('more', 'a.txt').read_text()\n",
+    "data/words.txt": "words", "data/more/a.txt": "a",
+    "line.py": "def f(n):\n    return n / 0  # the line that failed\n"}
+
+
+def test_modules_of_every_kind_come_from_the_submitter(calls, tmp_path):
+    told = run_program(calls, tmp_path, """
+import sys
+sys.path.insert(0, sys.path.pop(0))
+import cexec
+import bom, broken, crlf, data, feed, latin, line, no_end, space.inner.mod, speedy, user, os
+import queue
+def absent(n):
+    try: import no_such_package.sub
+    except ModuleNotFoundError as error: return error.name
+def compiled(n):
+    import speedy._fast
+if __name__ == "__main__":
+    with cexec.Executor("py.pub", max_workers=1) as pool:
+        for module in bom, crlf, data, feed, latin, no_end, space.inner.mod, speedy, user:
+            assert pool.submit(module.f, 3).result(30) == module.f(3), module
+        assert pool.submit(speedy.have, 0).result(30) == speedy.HAVE == [False, True, False]
+        assert sys.version_info[:2] == (3, 9) or pool.submit(data.r, 0).result(30) == "a"
+        assert pool.submit(absent, 0).result(30) == "no_such_package"
+        error = pool.submit(compiled, 0).exception(30)
+        assert isinstance(error, ModuleNotFoundError) and "127.0.0.1" in str(error) and "compiled" in str(error), error
+        assert "fails while imported" in repr(pool.submit(broken.f, 0).exception(30))
+        assert "the line that failed" in str(pool.submit(line.f, 1).exception(30).__cause__)
+        assert "queue.py" not in os.path.basename(queue.__file__) or not hasattr(queue, "f") or \\
+            pool.submit(queue.f, 0).result(30) == "my own queue"
+    print("OK")
+""", files=MODULES)
+    assert told == "OK\n", told
+
+
+def test_the_code_of_today_runs_and_no_stale_namesake(key, tmp_path):
+    """A module that is edited between two pools; an old one of its name in the worker's folder and on its path."""
+    room = Room(key)
+    (tmp_path / "worker").mkdir()
+    (tmp_path / "worker" / "edited.py").write_text("def f(): return 'stale'\n")
+    room.tool("cservice", "--python", room.key, cwd=str(tmp_path / "worker"),
+              env={"PYTHONPATH": str(tmp_path / "worker")}).ready(30)
+    try:
+        told = run_program(room, tmp_path, """
+import cexec, importlib, sys
+sys.dont_write_bytecode = True
+if __name__ == "__main__":
+    for number in (1, 22, 333):
+        with open("edited.py", "w") as file: file.write("def f(): return %d\\n" % number)
+        importlib.invalidate_caches()
+        import edited
+        importlib.reload(edited)
+        with cexec.Executor("py.pub", max_workers=2) as pool:
+            print(*[pool.submit(edited.f).result(30) for _ in range(3)])
+""")
+        assert told == "1 1 1\n22 22 22\n333 333 333\n"
+    finally:
+        room.end()
+
+
+# ---------------------------------------------------------------- Executor: what a worker may ask for
+
+def test_a_worker_gets_the_sources_it_may_and_nothing_else(tmp_path, monkeypatch):
+    """Paths, links, parents, files beside and above, endless requests."""
+    import pickle
+    for name, text in {"pack/__init__.py": "", "pack/a.txt": "data", "pack/sub/b.txt": "more", "secret.txt": "secret",
+                       "pack2/__init__.py": "", "pack2/a.txt": "other", "loose.py": "x = 1"}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "pack" / "link").symlink_to(tmp_path / "secret.txt")
+    (tmp_path / "pack" / "up").symlink_to(tmp_path)
+    (tmp_path / "linked.py").symlink_to("/etc/hostname")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    library = cexec.SourceLibrary(None)
+
+    def ask(kind, name, more=""):
+        return pickle.loads(library.answer(cexec.pack_texts([each.encode() for each in (kind, name, more)])))
+    assert ask("data", "pack", "a.txt") is None                # not sent yet
+    before = set(sys.modules)
+    assert ask("module", "pack")[0] == cexec.THERE_SIDE and ask("module", "loose")[3] == b"x = 1"
+    assert set(sys.modules) == before
+    assert ask("data", "pack", "a.txt") == b"data" and ask("data", "pack", "sub/b.txt") == b"more"
+    assert ask("folder", "pack") == {"__init__.py": False, "a.txt": False, "sub": True, "link": False, "up": False}
+    for more in ("../secret.txt", "/etc/passwd", "link", "up/secret.txt", "sub/../../secret.txt", "./a.txt", "a.txt/",
+                 "sub//b.txt", "..", "a.txt\0", "sub", ""):
+        assert ask("data", "pack", more) is None, more
+    for more in ("..", "up", "/", "sub/.."):
+        assert ask("folder", "pack", more) is None, more
+    assert ask("data", "pack2", "a.txt") is None and ask("data", "loose", "a.txt") is None
+    for name in ("../secret", "/etc/passwd", "pack/a.txt", "pack..a", "", ".", "pack.", "secret.txt", "etc.passwd",
+                 "pack.link", "pack.up.loose", "__main__", "a" * 5000):
+        assert ask("module", name)[0] == cexec.MISSING, name
+    assert ask("nonsense", "pack") is None
+    monkeypatch.setattr(cexec, "SENT_MAX", library.bytes_sent + 10)
+    assert ask("data", "pack", "a.txt") == b"data" and ask("module", "pack2")[0] == cexec.THERE_SIDE
+    assert [ask("data", "pack", "a.txt") for _ in range(3)] == [b"data", None, None]
+    monkeypatch.setattr(cexec, "QUESTIONS_MAX", library.questions)
+    assert ask("module", "pack")[0] == cexec.MISSING
+
+
+# ---------------------------------------------------------------- Executor: workers
+
+def test_a_call_that_ends_its_worker_fails_after_its_retries(key, tmp_path):
+    """Those sent behind it are not to blame."""
+    room = Room(key)
+    serve_python(room, CONCURRENCY=2)
+    try:
+        told = run_program(room, tmp_path, """
+import cexec, os, signal, time
+def poison():
+    time.sleep(0.2)
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(60)
+def f(n):
+    time.sleep(0.001)
+    return n
+if __name__ == "__main__":
+    with cexec.Executor("py.pub", max_workers=2, retries=1) as pool:
+        list(pool.map(f, range(300)))
+        bad, good = pool.submit(poison), [pool.submit(f, n) for n in range(200)]
+        print(type(bad.exception(60)).__name__, [future.result(60) for future in good] == list(range(200)))
+""")
+        assert told == "Failure True\n"
+    finally:
+        room.end()
+
+
+def test_a_worker_for_commands_and_one_for_calls_say_so(room, probe, calls):
+    room.serve("cat")
+    with executor(room, timeout_accept=3) as pool:
+        error = pool.submit(probe.square, 2).exception(60)
+        assert isinstance(error, (cexec.CallError, cexec.Failure)), error
+    done = calls.cexec(timeout=30, env={"CEXEC_TIMEOUT_ACCEPT": "1"})
+    assert done.returncode in (2, 111) and b"calls of Python functions" in done.stderr
+
+
+def test_a_python_that_cannot_serve_is_told_at_the_start(key):
+    for python, words in (("/bin/true", "true"), ("no-such-python", "command not found")):
+        done = run("cservice", "--python", key, python, env={"GROUP": "127.255.255.255:%d" % free_port()})
+        assert done.returncode == 2 and words in done.stderr.decode(), done.stderr
+
+
+@pytest.mark.parametrize("limit,text,words", [
+    ("wall=1", "time.sleep(30)", "its limit of wall"),
+    ("cpu=2", "[0 for _ in iter(int, 1)]", "XCPU")])
+def test_a_limit_ends_the_call_and_not_the_pool(key, tmp_path, limit, text, words):
+    """wall counts from the call's start: an idle interpreter lives on."""
+    room = Room(key)
+    serve_python(room, CSERVICE_LIMIT=limit, CONCURRENCY=1)
+    try:
+        told = run_program(room, tmp_path, """
+import cexec, os, time
+def bad(): %s
+if __name__ == "__main__":
+    with cexec.Executor("py.pub") as pool:
+        first = pool.submit(os.getpid).result(30)
+        time.sleep(1.3)
+        print(pool.submit(os.getpid).result(30) == first, pool.submit(bad).exception(60),
+              pool.submit(abs, -2).result(30))
+""" % text)
+        assert told.startswith("True ") and words in told and told.endswith(" 2\n"), told
+    finally:
+        room.end()
+
+
+def test_an_interpreter_that_has_used_half_of_its_cpu_is_replaced(key, tmp_path):
+    room = Room(key)
+    serve_python(room, CSERVICE_LIMIT="cpu=2", CONCURRENCY=1)
+    try:
+        told = run_program(room, tmp_path, """
+import cexec, os, time
+def burn():
+    end = time.process_time() + 0.4
+    while time.process_time() < end: pass
+    return os.getpid()
+if __name__ == "__main__":
+    with cexec.Executor("py.pub") as pool:
+        print(len({future.result(60) for future in [pool.submit(burn) for _ in range(6)]}))
+""")
+        assert int(told) >= 2
+    finally:
+        room.end()
+
+
+def test_chaos_costs_time_and_no_result(key, probe, tmp_path):
+    """Workers are killed, frozen, drained and started again while calls run: every result once, and right."""
+    room, seed = Room(key), int(os.environ.get("CEXEC_TEST_SEED", "1"))
+    print("CEXEC_TEST_SEED=%d" % seed)
+    chance, count = random.Random(seed), int(os.environ.get("CEXEC_TEST_CALLS", "2000"))
+    workers = [serve_python(room, CONCURRENCY=1) for _ in range(3)]
+    try:
+        with executor(room, retries=50, timeout_pingpong=2) as pool:
+            results = pool.map(probe.sleep, [0.001] * count, range(count))
+            found = []
+            for number, result in enumerate(results):
+                found.append(result)
+                if number % (count // 6) == count // 12:
+                    how, victim = chance.choice(["kill", "stop", "freeze"]), workers.pop(0)
+                    if how == "freeze":
+                        for pid in [victim.pid, *room.left()]:
+                            if command_line(pid).startswith(command_line(victim.pid)[:20]) and pid == victim.pid:
+                                os.kill(pid, signal.SIGSTOP)
+                    elif how == "kill":
+                        victim.signal(signal.SIGKILL)
+                    else:
+                        victim.signal(signal.SIGTERM)
+                    workers.append(serve_python(room, CONCURRENCY=1))
+            assert found == list(range(count))
+    finally:
+        room.end()
 
 
 # ---------------------------------------------------------------- cmap
