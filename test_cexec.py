@@ -28,6 +28,7 @@ import ast
 import atexit
 import bisect
 import collections
+import concurrent.futures
 import contextlib
 import errno
 import fcntl
