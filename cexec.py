@@ -1981,31 +1981,31 @@ CALL_LEAST = 2e-5           # seconds that any call takes
 CALLS_BYTES = 1 << 22       # bytes of arguments that are sent ahead, once there is a second call
 
 # A call at the submitter.  It is its submitter's until it has begun: then it may have done something.
-CALL_QUEUED, CALL_SENT, CALL_BEGUN, CALL_OVER = "queued", "sent ahead", "begun", "over"
+CallState = enum.Enum("CallState", "QUEUED SENT BEGUN OVER")
 CALL_STATES = {
-    (CALL_QUEUED, "sent"): CALL_SENT,
-    (CALL_SENT, "its turn"): CALL_BEGUN,
-    (CALL_SENT, "taken back"): CALL_QUEUED,
-    (CALL_BEGUN, "lost"): CALL_QUEUED,
+    (CallState.QUEUED, "sent"): CallState.SENT,
+    (CallState.SENT, "its turn"): CallState.BEGUN,
+    (CallState.SENT, "taken back"): CallState.QUEUED,
+    (CallState.BEGUN, "lost"): CallState.QUEUED,
 }
-CALL_STATES.update({(state, event): CALL_OVER for state in (CALL_QUEUED, CALL_SENT, CALL_BEGUN)
+CALL_STATES.update({(state, event): CallState.OVER for state in (CallState.QUEUED, CallState.SENT, CallState.BEGUN)
                     for event in ("answered", "failed", "cancelled")})
 
 # An interpreter at the submitter, from the search for a slot on.
-SEEKING, BOOTING, SERVING, LEAVING = "seeking", "booting", "serving", "leaving"
+InterpreterState = enum.Enum("InterpreterState", "SEEKING BOOTING SERVING LEAVING")
 INTERPRETER_STATES = {
-    (SEEKING, "started"): BOOTING,
-    (BOOTING, "ready"): SERVING,
-    (BOOTING, "lost"): SEEKING,             # its worker: the pool looks for another one
-    (BOOTING, "leave"): LEAVING,
-    (SERVING, "leave"): LEAVING,
+    (InterpreterState.SEEKING, "started"): InterpreterState.BOOTING,
+    (InterpreterState.BOOTING, "ready"): InterpreterState.SERVING,
+    (InterpreterState.BOOTING, "lost"): InterpreterState.SEEKING,     # the pool looks for another worker
+    (InterpreterState.BOOTING, "leave"): InterpreterState.LEAVING,
+    (InterpreterState.SERVING, "leave"): InterpreterState.LEAVING,
 }
 
 
 def next_state(table, state, event):
     """Where the event leads to; what the table has no entry for cannot be."""
     if (state, event) not in table:
-        raise RuntimeError("%s, of what is %s" % (event, state))
+        raise RuntimeError("%s, of what is %s" % (event, state.name))
     return table[state, event]
 
 
@@ -6155,6 +6155,20 @@ def errno_as(user, call):
     return os.waitpid(child, 0)[1] >> 8
 
 
+def can_read(path, user):
+    """Whether this user can read a file; None for this process's own."""
+    if not user:
+        return os.access(path, os.R_OK)
+    child = os.fork()
+    if not child:
+        try:
+            become_user(user)
+            os._exit(0 if os.access(path, os.R_OK) else 1)
+        except BaseException:
+            os._exit(1)
+    return os.waitpid(child, 0)[1] == 0
+
+
 def check_user(user):
     """Failure where become_user would fail for every job, as in a user namespace that has no such user."""
     number = errno_as(user, lambda: None)
@@ -9755,6 +9769,7 @@ class HandlerProcess:
         self.link = None
         self.group = 0              # of the job in hand, or the last one
         self.told_to_leave = False
+        self.resting = False        # its job is an interpreter without a call
 
     def tell(self, leave):
         if leave != self.told_to_leave:
@@ -9817,6 +9832,7 @@ class Handlers:
 
     def _exit(self, handler, *line):
         self.jobs_done += 1
+        handler.resting = False
         if line:
             self.log(" ".join(line))
         self._moved(handler, SlotEvent.EXIT)
@@ -9837,8 +9853,18 @@ class Handlers:
     def _line(self, handler, *line):
         self.log(" ".join(line))
 
+    def _rest(self, handler):
+        handler.resting = True
+
+    def _work(self, handler):
+        handler.resting = False
+
+    def resting(self):
+        """How many slots have an interpreter without a call, which gives way to whoever else waits."""
+        return sum(each.resting and each.slot.state in WITH_JOB for each in self.processes.values())
+
     HEARD = {"JOB": _job, "GROUP": _group, "EXIT": _exit, "FAILED": _failed, "LEAVE": _leave, "STAY": _stay,
-             "LINE": _line}
+             "LINE": _line, "REST": _rest, "WORK": _work}
 
     def _moved(self, handler, event):
         self.responder.move(now_ms(), handler.slot, event)
@@ -10096,7 +10122,8 @@ class RollCalls:
         if not self.bucket.take(time.monotonic()):
             return
         self.sequence += 1
-        here = encode_here(self.daemon.here(address, back, error, jobs))
+        resting = self.daemon.handlers.resting() if nonce in self.answers else 0
+        here = encode_here(self.daemon.here(address, back, error, jobs, resting))
         data = encode_datagram(self.key.udp, HERE, self.key.id, nonce, self.sequence, here)
         if not self.group.send_to(data, address):
             self.group.send(data)
@@ -10293,6 +10320,9 @@ class Daemon:
             self.log("warning: nobody on another machine is heard: %s" % self.group.advice(), always=True)
         if os.geteuid() == 0 and not user:
             self.log("warning: jobs run as root; --user NAME gives them another user's rights", always=True)
+        if self.program is not None and can_read(self.key.name, user):
+            self.log("warning: calls can read %s, so who has its .pub can have it as well; --user NAME prevents it" %
+                     self.key.name, always=True)
         for words in neighbour_warnings(self.key, self.group, self.control):
             self.log("warning: " + words, always=True)
         self.log.settle()
@@ -10336,10 +10366,10 @@ class Daemon:
         self.children.reap()
         self.orphans.look()
 
-    def here(self, address, back, error, jobs):
-        """This worker as a Here, for who asks from this address."""
+    def here(self, address, back, error, jobs, resting):
+        """This worker as a Here, for who asks from this address.  resting: slots that count as free."""
         responder, now = self.responder, time.monotonic()
-        running = responder.taken_slots()
+        running = responder.taken_slots() - resting
         state = (UNREACHABLE if error else DRAINING if self.drain.began is not None else
                  UNABLE if self.command_watch.missing else VETOED if self.veto.vetoed else
                  BUSY if running >= responder.most else FREE)
@@ -11253,6 +11283,7 @@ class RunningJob:
         self.scratch = None         # the Scratch that it stands in
         self.after_scratch = None   # what to call once that is removed
         self.call_status = None     # the CallStatus of an interpreter
+        self.resting = False        # it has no call, as the daemon knows
         self.ends = None
         self.process = None
         try:
@@ -11309,6 +11340,9 @@ class RunningJob:
         began, wall = self.call_status.read(), dict(self.handler.settings.limits).get(WALL, math.inf)
         if began and time.monotonic() - began > wall:
             return self._out_of_time()
+        if self.resting != (not began):
+            self.resting = not began
+            self.handler.link.send("REST" if self.resting else "WORK")
         self.wall_timer = self.loop.call_later(CALL_STATUS_LOOK, self._look_at_call)
 
     def _out_of_time(self):
@@ -11420,9 +11454,10 @@ class Handler:
     """One connection on the worker, in a process of its own: the channel, and the jobs that come by it in turn.
 
     The daemon's child makes it and ends with it.  It reports the events of its slot by the link, each before it acts
-    on it: `JOB id submitter user`, `GROUP pid line`, `EXIT line`, `FAILED line`, LEAVE, STAY; lines are for the log,
-    as is `LINE line`.  The daemon says LEAVE when this connection shall take no more jobs, STAY when it may again, KILL
-    when the job shall end.  The end of the link means that the daemon was killed.
+    on it: `JOB id submitter user`, `GROUP pid line`, `EXIT line`, `FAILED line`, LEAVE, STAY; REST and WORK say whether
+    an interpreter has no call.  Lines are for the log, as is `LINE line`.  The daemon says LEAVE when this connection
+    shall take no more jobs, STAY when it may again, KILL when the job shall end.  The end of the link means that the
+    daemon was killed.
     """
     PATIENCE = 15.0         # seconds for handshake and first job
     IDLE = 1.0              # seconds without a job after which a connection gives its slot back
@@ -14645,7 +14680,10 @@ class RemoteTraceback(Exception):
 INTERPRETER_IDLE = 60.0     # seconds without a call after which an interpreter gives its slot back
 ABORT_PATIENCE = 2.0        # seconds until a Ctrl-C does not wait any longer
 LEAVE_PATIENCE = 1.0        # seconds that an interpreter has to end by itself
-CALL_LOOK = 0.02            # seconds between two looks whether a call turns out to be long
+CALL_LOOK = 0.05            # seconds between two looks whether a call turns out to be long
+CALL_LONG = 0.1             # seconds after which it is, and keeps no others waiting; doubled where that was an error
+CALL_LONG_MOST = 2.0
+BYTES_SLOW = 1e7            # bytes a second that travel at least
 MIND = 0.25                 # seconds between two looks which interpreters are needed
 START_FAILURES = 3          # in a row, and none that started: what waits is told why
 START_AVOID = 0.25          # seconds for which a worker is passed over after that; doubled with each
@@ -14669,7 +14707,7 @@ class Call:
         self.size = len(data) + sum(map(len, buffers))
         self.by_value = by_value        # the only version of Python that can read it, as code is in it; or None
         self.taker = taker
-        self.state = CALL_QUEUED
+        self.state = CallState.QUEUED
         self.losses = 0                 # workers that were lost while they ran it
         self.interpreter = None         # which has it, unless it is queued
         self.number = None              # by which that one knows it
@@ -14682,9 +14720,9 @@ class Call:
 
     def on(self, event):
         self.state = next_state(CALL_STATES, self.state, event)
-        if self.state is CALL_QUEUED:
+        if self.state is CallState.QUEUED:
             self.interpreter = None
-        elif self.state is CALL_OVER:     # no reference is kept
+        elif self.state is CallState.OVER:     # no reference is kept
             self.data = self.buffers = self.taker = self.interpreter = None
 
 
@@ -14777,7 +14815,7 @@ class Interpreter(JobStreams):
     def __init__(self, pool):
         super().__init__()
         self.pool = pool
-        self.state = SEEKING
+        self.state = InterpreterState.SEEKING
         self.descriptors = CALL_DESCRIPTORS
         self.submission = Submission(self, [], pool.settings.retries, pool.on_end)
         self.submission.accepts = lambda instance: pool.avoid.get(instance, -math.inf) <= time.monotonic()
@@ -14793,6 +14831,8 @@ class Interpreter(JobStreams):
         self.bytes_owed = 0
         self.sent = 0                       # calls in all
         self.seconds = None                 # that a call takes, on average
+        self.patience = CALL_LONG           # seconds after which the call in hand is a long one
+        self.suspected = None               # seconds after which the call in hand was taken for one
         self.began = None                   # when the call in hand did
         self.idle_since = time.monotonic()
         self.python = None                  # its version
@@ -14804,7 +14844,7 @@ class Interpreter(JobStreams):
 
     # -- what the Pool says
     def begin(self, attempt):
-        if self.state is BOOTING:
+        if self.state is InterpreterState.BOOTING:
             self.lost_calls()
             self.on("lost")
         self._reset()
@@ -14818,7 +14858,7 @@ class Interpreter(JobStreams):
 
     def others_wait(self, waiting):
         self.wanted_back = waiting
-        if waiting and self.state in (BOOTING, SERVING):
+        if waiting and self.state in (InterpreterState.BOOTING, InterpreterState.SERVING):
             self.take_back()
             self.pool.pump()
 
@@ -14843,14 +14883,16 @@ class Interpreter(JobStreams):
 
     def room(self):
         """How many more calls it may be given now."""
-        if self.state not in (BOOTING, SERVING) or self.wanted_back or self.worn_out or not self.attempt:
-            return 0
         owed = self.count()
-        return 0 if owed and self.bytes_owed > CALLS_BYTES else calls_most(self.seconds, self.trip()) - owed
+        if (self.state not in (InterpreterState.BOOTING, InterpreterState.SERVING) or self.wanted_back or self.worn_out
+                or not self.attempt or owed and self.bytes_owed > CALLS_BYTES):
+            return 0
+        room = calls_most(self.seconds, self.trip()) - owed
+        return room if self.pool.tasks is None else min(room, self.pool.tasks - self.sent)
 
     def is_done(self, now):
         """Whether it is to give its slot back, having no call."""
-        return self.state is SERVING and not self.count() and (
+        return self.state is InterpreterState.SERVING and not self.count() and (
             self.wanted_back or self.worn_out or now - self.idle_since > INTERPRETER_IDLE)
 
     def give(self, call):
@@ -14862,7 +14904,7 @@ class Interpreter(JobStreams):
         self.bytes_owed += call.size
         self.source.put(encode_call(CALL, call.number, call.data, call.buffers))
         self.worn_out = self.worn_out or self.sent == self.pool.tasks
-        if self.state is SERVING and self.began is None:
+        if self.state is InterpreterState.SERVING and self.began is None:
             self._begin_next()
 
     def _begin_next(self):
@@ -14870,7 +14912,7 @@ class Interpreter(JobStreams):
         for number, call in self.owed.items():
             if number in self.dropped:
                 continue
-            if call.state is CALL_BEGUN:
+            if call.state is CallState.BEGUN:
                 return
             if call.claim():
                 call.on("its turn")
@@ -14890,7 +14932,7 @@ class Interpreter(JobStreams):
         """Calls that were sent ahead, but for so many, wait again, in front of the others."""
         calls = [call for number, call in self.owed.items() if number not in self.dropped][keep:]
         for call in reversed(calls):
-            if call.state is CALL_SENT:
+            if call.state is CallState.SENT:
                 self.drop(call)
                 self.pool.again(call, "taken back")
 
@@ -14898,15 +14940,24 @@ class Interpreter(JobStreams):
         """It has ended: those that it had not begun wait again; returns the others."""
         calls = [call for number, call in self.owed.items() if number not in self.dropped]
         for call in reversed(calls):
-            if call.state is CALL_SENT:
+            if call.state is CallState.SENT:
                 self.pool.again(call, "taken back")
         self.owed.clear()
-        return [call for call in calls if call.state is CALL_BEGUN]
+        return [call for call in calls if call.state is CallState.BEGUN]
 
     def look(self, now):
         """A call in hand that is a long one keeps no others waiting."""
-        if self.began is not None and now - self.began > (self.seconds or 0):
-            self.take_back(calls_most(now - self.began, self.trip()))
+        patience = self.patience + self.trip() + self.bytes_owed / BYTES_SLOW
+        if self.began is not None and now - self.began > patience and self.count() > 1:
+            self.suspected = now - self.began
+            self.take_back(1)
+
+    def _learn(self, seconds):
+        """A call took so long there."""
+        self.seconds = seconds if self.seconds is None else (self.seconds + seconds) / 2
+        if self.suspected and seconds < self.suspected / 2:     # it was the way, or the machine is busy
+            self.patience = min(2 * self.patience, CALL_LONG_MOST)
+        self.suspected = None
 
     def leave(self):
         """No more calls: it ends by itself, or is ended."""
@@ -14917,9 +14968,9 @@ class Interpreter(JobStreams):
 
     # -- messages
     def on_message(self, kind, number, microseconds, data, buffers):
-        if kind == READY and self.state is BOOTING:
+        if kind == READY and self.state is InterpreterState.BOOTING:
             self._ready(data)
-        elif kind in (RETURNED, RAISED, DROPPED) and self.state is not BOOTING:
+        elif kind in (RETURNED, RAISED, DROPPED) and self.state is not InterpreterState.BOOTING:
             self._answered(kind, number, microseconds, data, buffers)
         elif kind == WANTED:
             self._asked(number, bytes(data))
@@ -14949,8 +15000,7 @@ class Interpreter(JobStreams):
         for sink in self.sinks[1], self.sinks[2]:
             sink.pass_on()
         if kind != DROPPED:
-            seconds = microseconds / 1e6
-            self.seconds = seconds if self.seconds is None else (self.seconds + seconds) / 2
+            self._learn(microseconds / 1e6)
             self.pool.on_answer(self, call, number, kind, data, buffers)
         self._begin_next()
 
@@ -15171,7 +15221,7 @@ class CallPool:
                 room, before = min(slot.room(), share), given
                 while room > 0 and self.waiting:
                     call = self.waiting.popleft()
-                    if call.state is CALL_OVER:
+                    if call.state is CallState.OVER:
                         continue
                     if call.by_value and slot.python != call.by_value:
                         if slot.python is None:
@@ -15226,7 +15276,7 @@ class CallPool:
 
     def on_answer(self, interpreter, call, number, kind, data, buffers):
         """Where a call was sent twice, the first answer counts."""
-        if call.state is CALL_OVER:
+        if call.state is CallState.OVER:
             return
         if call.interpreter and (call.interpreter is not interpreter or call.number != number):
             call.interpreter.drop(call)
@@ -15236,7 +15286,7 @@ class CallPool:
             self.settle(call, "cancelled")
 
     def _cancelled(self, call):
-        if call.state in (CALL_QUEUED, CALL_SENT):
+        if call.state in (CallState.QUEUED, CallState.SENT):
             call.taker.set_running_or_notify_cancel()
             self.forget(call)
             self.flush()
@@ -15246,7 +15296,7 @@ class CallPool:
         calls = [*self.waiting, *(call for each in self.interpreters for call in each.owed.values())]
         self.waiting.clear()
         for call in calls:
-            if call.state in (CALL_QUEUED, CALL_SENT) and call.taker.cancel():
+            if call.state in (CallState.QUEUED, CallState.SENT) and call.taker.cancel():
                 call.taker.set_running_or_notify_cancel()
                 self.forget(call)
         self.pump()
@@ -15254,7 +15304,7 @@ class CallPool:
     def fail_waiting(self, make_error):
         calls, self.waiting = self.waiting, collections.deque()
         for call in calls:
-            if call.state is CALL_QUEUED:
+            if call.state is CallState.QUEUED:
                 self.fail(call, make_error())
 
     def _abort(self):
@@ -15275,13 +15325,13 @@ class CallPool:
 
     def _look_for_slots(self):
         pool, waiting = self.thread.pool, len(self.waiting)
-        seeking = sum(each.state is SEEKING for each in self.interpreters)
+        seeking = sum(each.state is InterpreterState.SEEKING for each in self.interpreters)
         while seeking < waiting and len(self.interpreters) < self.most and pool.has_capacity():
             interpreter = Interpreter(self)
             self.interpreters.add(interpreter)
             self.thread.submissions.add(interpreter.submission)
             pool.submit(interpreter.submission)
-            seeking = sum(each.state is SEEKING for each in self.interpreters)
+            seeking = sum(each.state is InterpreterState.SEEKING for each in self.interpreters)
         pool.more = max(0, min(waiting - seeking, self.most - len(self.interpreters)))
         if self.interpreters and not self.minding:
             self.minding = self.loop.call_later(MIND, self._mind)
@@ -15290,7 +15340,7 @@ class CallPool:
         """No more slots are looked for than there are calls for; interpreters that nobody needs end."""
         self.minding = None
         if not self.waiting:
-            for interpreter in [each for each in self.interpreters if each.state is SEEKING]:
+            for interpreter in [each for each in self.interpreters if each.state is InterpreterState.SEEKING]:
                 self.end_interpreter(interpreter)
         self.pump()
 
@@ -15351,7 +15401,7 @@ class CallPool:
             "ended with status %d" % report.number, ", " + report.reason if report.reason else "", submission.worker)
         for call in begun:
             self.fail(call, InterpreterDied("the interpreter that ran the call %s" % words))
-        if interpreter.state is BOOTING:
+        if interpreter.state is InterpreterState.BOOTING:
             self._count_failure(interpreter.instance, lambda: InterpreterDied(
                 "the interpreter %s before it was ready" % words))
 
@@ -15367,9 +15417,9 @@ class CallPool:
         if not self.closing or self.left or self.maps or self.thread.closed:
             return
         for interpreter in list(self.interpreters):
-            if interpreter.state is SEEKING:
+            if interpreter.state is InterpreterState.SEEKING:
                 self.end_interpreter(interpreter)
-            elif interpreter.state is not LEAVING:
+            elif interpreter.state is not InterpreterState.LEAVING:
                 interpreter.leave()
         if not self.interpreters:
             self.thread.close(wait=False)

@@ -4561,7 +4561,7 @@ def test_every_event_of_a_call_and_of_an_interpreter_has_its_state(table):
             if (state, event) in table:
                 assert cexec.next_state(table, state, event) == table[state, event]
             else:
-                with pytest.raises(RuntimeError, match="%s, of what is %s" % (event, state)):
+                with pytest.raises(RuntimeError, match="%s, of what is %s" % (event, state.name)):
                     cexec.next_state(table, state, event)
 
 
@@ -11662,15 +11662,6 @@ def test_what_cannot_be_pickled_fails_its_own_call(either, probe):
         assert [future.result(30) for future in before + after] == [*range(5)] * 2
 
 
-def test_what_is_changed_after_submit_is_not_what_runs(either, probe):
-    with either() as pool:
-        data, futures = [0], []
-        for number in range(100):
-            data[0] = number
-            futures.append(pool.submit(sum, data))
-        assert [future.result(30) for future in futures] == [*range(100)]
-
-
 def test_a_call_that_waits_can_be_cancelled(either, probe, tmp_path):
     with either(1) as pool:
         first = pool.submit(probe.sleep, 0.5)
@@ -11737,6 +11728,14 @@ def test_an_executor_says_what_it_cannot_take(calls, probe):
             executor(calls, **named)
     assert executor(calls)._max_workers == 256 and executor(calls, 3)._max_workers == 3
     assert isinstance(executor(calls), concurrent.futures.Executor)
+
+
+def test_what_is_changed_after_submit_is_not_what_runs(pool, probe):
+    data, futures = [0], []
+    for number in range(100):
+        data[0] = number
+        futures.append(pool.submit(sum, data))
+    assert [future.result(30) for future in futures] == [*range(100)]
 
 
 def test_map_takes_inputs_as_results_are_taken(pool, probe):
