@@ -1981,7 +1981,7 @@ CALL_LEAST = 2e-5           # seconds that any call takes
 CALLS_BYTES = 1 << 22       # bytes of arguments that are sent ahead, once there is a second call
 
 # A call at the submitter.  It is its submitter's until it has begun: then it may have done something.
-CallState = enum.Enum("CallState", "QUEUED SENT BEGUN OVER")
+CallState = enum.IntEnum("CallState", "QUEUED SENT BEGUN OVER")
 CALL_STATES = {
     (CallState.QUEUED, "sent"): CallState.SENT,
     (CallState.SENT, "its turn"): CallState.BEGUN,
@@ -1992,7 +1992,7 @@ CALL_STATES.update({(state, event): CallState.OVER for state in (CallState.QUEUE
                     for event in ("answered", "failed", "cancelled")})
 
 # An interpreter at the submitter, from the search for a slot on.
-InterpreterState = enum.Enum("InterpreterState", "SEEKING BOOTING SERVING LEAVING")
+InterpreterState = enum.IntEnum("InterpreterState", "SEEKING BOOTING SERVING LEAVING")
 INTERPRETER_STATES = {
     (InterpreterState.SEEKING, "started"): InterpreterState.BOOTING,
     (InterpreterState.BOOTING, "ready"): InterpreterState.SERVING,
