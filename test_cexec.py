@@ -335,6 +335,10 @@ class TestProcesses:
                     self.take(line)
                 self.kill_what_hangs()
                 self.progress.show()
+        except KeyboardInterrupt:
+            for pid in self.pids.values():
+                os.kill(pid, signal.SIGINT)     # they are not of the terminal's process group
+            raise
         finally:
             self.end()
         if self.cache:
@@ -440,6 +444,9 @@ class TestProcess:
             os._exit(status)
 
     def prepare(self):
+        # Under nohup, cron and setsid the parent's process group is an orphaned one, which cannot be stopped; a group
+        # with a parent outside of it can.
+        os.setpgid(0, 0)
         config, manager = self.session.config, self.session.config.pluginmanager
         writer = config.get_terminal_writer()
         manager.unregister(name="terminalreporter")
@@ -11442,6 +11449,7 @@ def test_asyncio_awaits_its_jobs(shell):
     found = run_script(shell, """
 import asyncio, cexec
 async def main():
+    asyncio.get_running_loop().slow_callback_duration = 60     # a busy machine is nothing to warn of
     with cexec.Room(sys.argv[1]) as room:
         jobs = [asyncio.wrap_future(room.submit(b"%d" % number, {"RUN": "cat"})) for number in range(20)]
         print(b" ".join(result.stdout for result in await asyncio.gather(*jobs)))
