@@ -388,12 +388,21 @@ def switch(text):
 
 
 def parse_hosts(text):
-    """Numeric addresses, separated by spaces or commas, in the form the system prints them."""
-    hosts = [parse_address(word[1:-1] if word[0] + word[-1] == "[]" else word)
-             for word in text.replace(",", " ").split()]
-    if None in hosts:
-        raise ValueError("numeric addresses, separated by spaces or commas, as 10.0.0.7 or fe80::7%eth0")
-    return tuple(address + ("%" + scope if scope else "") for address, _, scope in hosts)
+    """Numeric addresses, in the form the system prints them, and names of hosts, separated by spaces or commas."""
+    hosts = []
+    for word in text.replace(",", " ").split():
+        place = parse_address(word[1:-1] if word[0] + word[-1] == "[]" else word)
+        if not place and not is_host_name(word):
+            raise ValueError("addresses as 10.0.0.7 or fe80::7%eth0, and names of hosts, separated by spaces or commas")
+        hosts.append(place[0] + ("%" + place[2] if place[2] else "") if place else word.lower())
+    return tuple(hosts)
+
+
+def is_host_name(text):
+    """Whether a host could be called so; what looks like an address is none."""
+    letters = text.replace("-", "").replace(".", "").replace("_", "")
+    return (len(text) <= 253 and letters.isascii() and letters.isalnum() and text[0] not in "-."
+            and not text.rpartition(".")[2].isdigit())
 
 
 def is_wanted(settings, address, own="", name=""):
@@ -503,9 +512,9 @@ SETTINGS = (
             (CEXEC, CMAP, CWHO, CPROXY), optional(parse_ports), "", "PORTS",
             "ports for what workers answer, UDP and TCP: a,b,c and ranges a:b or a-b"),
     Setting("accept_server", ("CEXEC_ACCEPT_SERVER", "CEXEC_ACCEPT_SERVERS"), (CEXEC, CMAP, CWHO), parse_hosts, "",
-            "ADDRESSES", "only these workers, separated by spaces"),
+            "HOSTS", "only these workers: addresses, or names that this machine knows, separated by spaces"),
     Setting("reject_servers", ("CEXEC_REJECT_SERVERS", "CEXEC_REJECT_SERVER"), (CEXEC, CMAP, CWHO), parse_hosts, "",
-            "ADDRESSES", "not these workers, separated by spaces"),
+            "HOSTS", "not these workers: addresses or names, also as cwho shows them"),
     Setting("max_fd", ("CEXEC_MAXFD", "MAXFD"), (CEXEC,), whole_number(2, 4096), "32", "N",
             "highest descriptor that is carried"),
     Setting("errors_fd", ("CEXEC_FD_FOR_ERRORS",), (CEXEC,), optional(whole_number(3, 1 << 20)), "", "N",
@@ -1124,17 +1133,18 @@ def parse_welcome(body):
     return address[0]
 
 
-def encode_hello(address, instance, sees_reading):
-    """sees_reading: whether the worker can tell when a job begins to read an input."""
-    return encode_greeting(address, instance, "reading" if sees_reading else "")
+def encode_hello(address, instance, sees_reading, host=""):
+    """sees_reading: whether the worker can tell when a job begins to read an input.  host: its machine's name."""
+    return encode_greeting(address, instance, "reading" if sees_reading else "", host[:HERE_TEXT_MAX])
 
 
 def parse_hello(body):
-    """(address, instance, whether it can tell when a job begins to read an input) of a worker."""
-    more = unpack_texts(body)[2:4]
-    if len(more) < 2:
+    """(address, instance, whether it can tell when a job begins to read an input, name of its machine) of a worker."""
+    more = unpack_texts(body)[2:5]
+    if len(more) < 3:
         raise ProtocolError("a hello cut short")
-    return parse_welcome(body), more[0].decode("ascii", "replace"), b"reading" in more[1].split()
+    return (parse_welcome(body), more[0].decode("ascii", "replace"), b"reading" in more[1].split(),
+            more[2].decode("utf-8", "replace"))
 
 
 # What a job does with a descriptor: reads, writes, both; it is the terminal; it shares another one.
@@ -1836,9 +1846,9 @@ class Session:
         self.windows = sum(stream.window for stream in self.receiving.values())
         self.paused = False
 
-    def hello(self, address, instance, sees_reading=False):
+    def hello(self, address, instance, sees_reading=False, host=""):
         """The worker's first words."""
-        self.outbox += frame(HELLO, 0, encode_hello(address, instance, sees_reading))
+        self.outbox += frame(HELLO, 0, encode_hello(address, instance, sees_reading, host))
 
     def offer(self, job, address):
         """The submitter's choice falls on this worker: for its first job, or for the next one."""
@@ -4414,6 +4424,31 @@ def address_towards(place):
         return ""           # also without a descriptor for it
 
 
+def resolve_hosts(settings):
+    """These settings, with the names in --accept-server and --reject-servers as the addresses that this machine's
+    resolver gives now.  A rejected name stays as well: workers say what they are called."""
+    accept = getattr(settings, "accept_server", ())
+    if all(map(parse_address, accept + getattr(settings, "reject_servers", ()))):
+        return settings
+    return Settings(dict(
+        vars(settings), accept_server=tuple(address for host in accept for address in addresses_of(host, True)),
+        reject_servers=settings.reject_servers + tuple(
+            address for host in settings.reject_servers for address in addresses_of(host, False))))
+
+
+def addresses_of(host, needed):
+    """The addresses of a host by its name, of a numeric address itself."""
+    if parse_address(host):
+        return [host]
+    try:
+        return sorted({place[0] for *_, place in socket.getaddrinfo(host, None, 0, socket.SOCK_STREAM)})
+    except (OSError, UnicodeError) as error:
+        if not needed:
+            return []
+        raise Failure("--accept-server " + host, "this machine knows no address of it: %s" % reason_of(error),
+                      "cwho shows the workers' addresses in its column WORKER", EXIT_USAGE) from None
+
+
 def is_own_address(address):
     """Whether this numeric address is one of this machine's, or none at all."""
     address, family, _ = parse_address(address) or ("", socket.AF_INET, "")
@@ -6536,9 +6571,9 @@ class WorkerConnection:
             self.close("protocol broken: %s" % error)
 
     def _hello(self, body):
-        own, self.instance, self.sees_reading = parse_hello(body)
+        own, self.instance, self.sees_reading, host = parse_hello(body)
         self.name = worker_name(own, self.address)
-        if own in self.discovery.settings.reject_servers:
+        if not is_wanted(self.discovery.settings, self.address, own, host):
             self.close("excluded by CEXEC_REJECT_SERVERS")
         elif self.discovery.avoids(self.instance, self.address):
             self.close("it has failed this job already")
@@ -6677,8 +6712,7 @@ class Discovery:
 
     def _is_listed(self, address):
         """Whether a worker with this TCP address may be used: what it says of itself does not count."""
-        accept, reject = self.settings.accept_server, self.settings.reject_servers
-        return address not in reject and (not accept or address in accept)
+        return is_wanted(self.settings, address)
 
     def note(self, name, why):
         """Remembers why a worker was of no use."""
@@ -10085,6 +10119,8 @@ class RollCalls:
         last, timer = self.answers.get(nonce, (-1, None))
         if datagram.sequence <= last or is_heard(heard, nonce, datagram.sequence, self.daemon.instance):
             return          # a copy may claim to come from anywhere
+        if flags & CHECK:
+            self.daemon.command_watch.look_now()
         answer = functools.partial(self.send_here, nonce, source, jobs=bool(flags & ASK_JOBS))
         if flags & CONNECT and datagram.port >= PORT_LEAST:
             if last >= 0 or not self.test_bucket.take(now):
@@ -10134,24 +10170,29 @@ class CommandWatch:
 
     def __init__(self, daemon):
         self.daemon = daemon
-        self.missing = False
+        self.missing = ""               # what is missing, in words
+
+    @property
+    def words(self):
+        """What a roll call hears of it."""
+        return "COMMAND is missing" if self.missing == NOT_THERE else self.missing
 
     def look_after_failure(self):
         """A job could not be started: where COMMAND is there, others go first."""
-        self._look()
+        self.look_now()
         if not self.missing:
             self.daemon.responder.penalise(now_ms(), AlertJudge.MUTE)
 
     def look(self):
         if self.missing:
-            self._look()
+            self.look_now()
 
-    def _look(self):
+    def look_now(self):
         path, before = self.daemon.path, self.missing
-        self.missing = not (os.path.isfile(path) and os.access(path, os.X_OK))
+        self.missing = missing_for(path)
         if self.missing != before:
-            self.daemon.log("%s: %s" % (path, "missing or not executable, no new jobs until it is there"
-                                        if self.missing else "there again, takes jobs again"))
+            self.daemon.log("%s: %s" % (path, "%s, no new jobs until it is there" % self.missing if self.missing else
+                                        "there again, takes jobs again"))
             self.daemon.changed()
 
 
@@ -10341,7 +10382,7 @@ class Daemon:
 
     def changed(self):
         """Something has changed that slots, turns or the end may depend on."""
-        self.responder.stopped = self.drain.began is not None or self.veto.vetoed or self.command_watch.missing
+        self.responder.stopped = self.drain.began is not None or self.veto.vetoed or bool(self.command_watch.missing)
         self.offers.consider()
         self.handlers.take_turns()
         self.drain.look()
@@ -10379,8 +10420,8 @@ class Daemon:
                     responder.cost(now_ms()), responder.speed, int(now - self.began), self.handlers.jobs_done, back[1],
                     address_towards(address), self.instance, socket.gethostname(), VERSION,
                     "%d.%d.%d" % sys.version_info[:3], self.command_digest(), os.path.basename(self.path),
-                    error or ("COMMAND is missing" if self.command_watch.missing else
-                              self.veto.words if self.veto.vetoed else ""), back[0], now_running, 0)
+                    error or self.command_watch.words or (self.veto.words if self.veto.vetoed else ""), back[0],
+                    now_running, 0)
 
     def command_digest(self):
         """The same for workers with the same command and arguments, wherever it is installed."""
@@ -10451,6 +10492,25 @@ class LoadMeter:
             return os.getloadavg()[0]
         except OSError:
             return 0.0
+
+
+NOT_THERE = "missing or not executable"
+
+
+def missing_for(path):
+    """What a program at this path is missing to run, in words; "" where nothing is."""
+    if not (os.path.isfile(path) and os.access(path, os.X_OK)):
+        return NOT_THERE
+    try:
+        with open(path, "rb") as file:
+            head = file.read(256)
+    except OSError:
+        return ""           # it may be run without being read
+    words = head.partition(b"\n")[0][2:].split() if head[:2] == b"#!" else []
+    interpreter = os.fsdecode(words[0]) if words else ""
+    if interpreter and not (os.path.isfile(interpreter) and os.access(interpreter, os.X_OK)):
+        return "its interpreter %s is missing" % interpreter
+    return ""
 
 
 def find_command(name):
@@ -11513,7 +11573,8 @@ class Handler:
                 self.log("from %s: %s" % (self.peer[0], loss.words))
             return self._finish()
         session = Session(WORKER, 60.0, time.monotonic())
-        session.hello(self.local[0].partition("%")[0], self.daemon.instance, sees_reading())
+        session.hello(self.local[0].partition("%")[0], self.daemon.instance, sees_reading(),
+                      socket.gethostname())
         self.channel = Channel(self.loop, self.connection, session, self)
         if self.slot.state is SlotState.FREE:       # told so meanwhile
             self._say_last("no more jobs here")
@@ -14379,7 +14440,7 @@ def room_settings(given):
             value = ",".join(map(str, value))
         if value is not None:
             environment[known[name].names[0]] = str(int(value) if isinstance(value, bool) else value)
-    return read_settings(CEXEC, [], environment)[0]
+    return resolve_hosts(read_settings(CEXEC, [], environment)[0])
 
 
 def job_names(names):
@@ -16539,6 +16600,7 @@ def run_tool(tool, arguments, environment):
         if tool in ("demo", "completion"):
             return TOOLS[tool].call(arguments, None)
         settings, arguments = read_settings(tool, arguments, environment)
+        settings = resolve_hosts(settings)
         if hasattr(settings, "shown"):
             return show(tool, settings.shown)
         check_device(settings)

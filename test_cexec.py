@@ -1797,7 +1797,8 @@ MESSAGE_CODECS = [
     message_codec("welcome", cexec.encode_greeting, cexec.parse_welcome, ["10.0.0.1", "fe80::1"],
                   cexec.pack_texts([b"later"])),
     message_codec("hello", lambda value: cexec.encode_hello(*value), cexec.parse_hello,
-                  [("10.0.0.2", "00112233aabbccdd", True), ("fd00::1", "", False)], cexec.pack_texts([b"later"])),
+                  [("10.0.0.2", "00112233aabbccdd", True, "lab2"), ("fd00::1", "", False, "")],
+                  cexec.pack_texts([b"later"])),
     message_codec("job", cexec.encode_job, cexec.parse_job, JOBS, cexec.pack_texts([b"later"])),
     message_codec("exit", cexec.encode_exit, cexec.parse_exit, EXITS, None, lambda report: range(
         len(cexec.encode_exit(report._replace(consumed={}))), len(cexec.encode_exit(report)), cexec.EXIT_COUNT.size)),
@@ -1852,7 +1853,7 @@ def test_the_bytes_of_wire_version_3():
                 "06" "332e31312e37" "10" "30313233343536373839616263646566" "07" "707974686f6e33" "00" "00" "00" "0000",
         "welcome": "00000001" "33" "00000008" "31302e302e302e31",
         "hello": "00000001" "33" "00000008" "31302e302e302e32" "00000010" "30303131323233336161626263636464"
-                 "00000007" "72656164696e67",
+                 "00000007" "72656164696e67" "00000004" "6c616232",
         "job": "00000010" "30313233343536373839616263646566" "00000000" "00000005" "3630303030" "00000000" "00000000"
                "00000000" "00000000",
         "exit": "00" "00" "0000" "00000001" "00" "00"}
@@ -1945,8 +1946,8 @@ def test_bodies_that_no_encoder_makes(codec, body, words):
     (cexec.parse_welcome, [b"2"]), (cexec.parse_welcome, [b"2", b""]), (cexec.parse_welcome, [b"2", b"\x1b[2J"]),
     (cexec.parse_welcome, [b"2", b"localhost"]), (cexec.parse_welcome, [b"2", b"0.0.0.0"]),
     (cexec.parse_welcome, [b"2", b"fe80::1%eth0"]), (cexec.parse_hello, [b"2", b"10.0.0.1"]),
-    (cexec.parse_hello, [b"2", b"10.0.0.\xff", b"0011", b""]), (cexec.parse_hello, []),
-    (cexec.parse_hello, [b"2", b"10.0.0.1", b"0011"])])
+    (cexec.parse_hello, [b"2", b"10.0.0.\xff", b"0011", b"", b"h"]),
+    (cexec.parse_hello, []), (cexec.parse_hello, [b"2", b"10.0.0.1", b"0011", b""])])
 def test_greetings_without_a_proper_address(parse, texts):
     with pytest.raises(cexec.ProtocolError):
         parse(cexec.pack_texts(texts))
@@ -3877,6 +3878,7 @@ def test_defaults(tool, attribute, value):
     ("cexec", "CEXEC_ACCEPT_SERVER", "10.0.0.7", "accept_server", ("10.0.0.7",)),
     ("cexec", "CEXEC_REJECT_SERVERS", "10.0.0.7 fd00:0::1", "reject_servers", ("10.0.0.7", "fd00::1")),
     ("cexec", "CEXEC_REJECT_SERVER", "10.0.0.7", "reject_servers", ("10.0.0.7",)),
+    ("cexec", "CEXEC_REJECT_SERVER", "Lab-7.example.org,10.0.0.7", "reject_servers", ("lab-7.example.org", "10.0.0.7")),
     ("cexec", "CEXEC_MAXFD", "2", "max_fd", 2), ("cexec", "MAXFD", "4096", "max_fd", 4096),
     ("cexec", "CEXEC_FD_FOR_ERRORS", "40", "errors_fd", 40),
     ("cexec", "CEXEC_RATOUT_TEST", "1", "ratout_test", True), ("cexec", "CEXEC_RATOUT_TEST", "0", "ratout_test", False),
@@ -17677,6 +17679,44 @@ def test_slots_of_a_busy_room_are_one_and_several_keys_share_a_table(room, tmp_p
     done = both()
     assert done.returncode == 111 and done.stdout.decode().count(room.pub) == 1
     assert "nobody answered" in done.stderr.decode() and keys[1] in done.stderr.decode()
+
+
+def test_names_of_hosts_are_looked_up_and_what_a_worker_says_of_itself_counts_for_rejecting_only(room, monkeypatch):
+    """A13, names of workers."""
+    here = socket.gethostname()
+    room.serve("cat")
+    for option, value, status in [("--accept-server", "localhost", 0), ("--reject-servers", "localhost", 111),
+                                  ("--reject-servers", here.upper(), 111), ("--reject-servers", "elsewhere", 0),
+                                  ("--accept-server", "192.0.2.1", 111)]:
+        done = run("cexec", "--timeout-accept", "1", option, value, room.pub, env=room.settings({}), input=b"x")
+        assert done.returncode == status, (option, value, done.stderr)
+    done = run("cexec", "--accept-server", "no-such.invalid", room.pub, env=room.settings({}))
+    assert done.returncode == 2 and b"--accept-server no-such.invalid: this machine knows no address" in done.stderr
+    assert b"column WORKER" in done.stderr
+    for wrong in "10.0.0.999", "a/b", "-x", "1.2":
+        assert b"accepted: addresses" in run("cexec", "--accept-server=" + wrong, room.pub).stderr
+    with pytest.raises(cexec.Failure):
+        cexec.Room(room.pub, accept_server="no-such.invalid", group=room.group)
+
+
+def test_a_script_without_its_interpreter_is_told_by_a_check(room, tmp_path):
+    """Issue 22, 4: no job could run, and the cause is named."""
+    script, sh = tmp_path / "app", tmp_path / "sh"
+    script.write_text("#!%s -u\ncat\n" % sh)
+    script.chmod(0o755)
+    sh.symlink_to("/bin/sh")
+    worker = room.serve(script)
+    assert who(room, "--check").returncode == 0
+    sh.unlink()
+    done = who(room, "--check")
+    assert done.returncode == 111 and b"cannot run: its interpreter %s is missing" % str(sh).encode() in done.stdout
+    assert b"no worker can run its command" in done.stdout
+    sh.symlink_to("/bin/sh")
+    assert who(room, "--check").returncode == 0
+    script.unlink()
+    done = who(room, "--check")
+    assert done.returncode == 111 and b"app: COMMAND is missing" in done.stdout, done.stdout
+    worker.stop()
 
 
 @pytest.mark.parametrize("options", [(), ("--slots",), ("--json",), ("--check",)])
