@@ -5021,6 +5021,15 @@ class Source(Input):
         """Takes what was copied; returns whether it was still there."""
         return True
 
+    def _is_there(self, copy):
+        """Whether the first of it still is: what another reader has left is not to be taken from him."""
+        view = memoryview(bytearray(len(copy)))
+        try:
+            size = self._copy(view) if copy else 0
+        except OSError:
+            return False
+        return copy[:size] == view[:size] and (size > 0 or not copy)
+
     def _readable(self):
         self.loop.watch(self.fd)
         if not self.closed:
@@ -5108,7 +5117,7 @@ class SocketSource(Source):
         return self._read(view, socket.MSG_PEEK)
 
     def take(self, copy):
-        return read_whole(self._read, len(copy)) == copy
+        return self._is_there(copy) and read_whole(self._read, len(copy)) == copy
 
     def _read(self, view, flags=0):
         try:
@@ -5222,7 +5231,7 @@ class SharedSource(Source):
         return any(events & select.POLLHUP for _, events in poll.poll(0)) and unread_bytes(self.fd) == size
 
     def take(self, copy):
-        return read_whole(self.tap.read_into, len(copy)) == copy
+        return self._is_there(copy) and read_whole(self.tap.read_into, len(copy)) == copy
 
     def _ask(self):
         if not self.asked and not self.closed:
@@ -8043,6 +8052,7 @@ class StatusLine:
 class InheritedStreams(JobStreams):
     """The descriptors of this process, as its caller left them.  run hears of what breaks here: on_local_failure,
     on_hang_up, on_command."""
+    HALF_CLOSED_AFTER = 0.02        # seconds: of a socket that the job has closed the other half ends in a moment
 
     def __init__(self, loop, settings, descriptors, terminal, run):
         super().__init__()
@@ -8110,8 +8120,8 @@ class InheritedStreams(JobStreams):
             self.run.on_local_failure(self._other_reader(number))
 
     def _other_reader(self, number):
-        return Failure(name_of(number), "another program reads it too, and was faster: what this job has read is gone "
-                       "there", "give each a pipe of its own; -n where a job needs no standard input")
+        return Failure(name_of(number), "another program reads it too, and has taken what this job was given as well",
+                       "give each of them a pipe of its own; -n where a job needs no standard input")
 
     def accepted(self):
         for source in self.sources.values():
@@ -8178,14 +8188,21 @@ class InheritedStreams(JobStreams):
             return
         if errors_place(self.settings) in self.numbers[fd]:
             return          # cexec's own last line may have to go there; it ends with the process
-        writing = fd in self.sinks and fd not in self.delivered
-        reading = fd in self.sources and fd not in self.stopped
+        writing, reading = fd in self.sinks and fd not in self.delivered, self._is_read(fd)
         if not writing and not reading:
             if fd in self.sources:
                 self.sources[fd].end()
             for number in self.numbers[fd]:
                 park(number)
         elif reading and stream_kind(fd) is SOCKET:
+            self.loop.call_later(self.HALF_CLOSED_AFTER, functools.partial(self._half_close, fd))
+
+    def _is_read(self, fd):
+        return fd in self.sources and fd not in self.stopped
+
+    def _half_close(self, fd):
+        """The job has shut down one half of a socket, and not closed it: that would not concern others who share it."""
+        if self._is_read(fd):
             with socket.socket(fileno=os.dup(fd)) as half:
                 try:
                     half.shutdown(socket.SHUT_WR)

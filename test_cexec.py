@@ -5858,6 +5858,7 @@ def test_another_reader_of_a_copied_input_is_noticed(loop, tmp_path, kind, other
     os.read(reading, len(others))
     os.write(writing, b"thing that comes later")
     assert not source.emptied()
+    assert left_in(reading) == b"one\ntwo\n"[len(others):] + b"thing that comes later", "none of it was taken"
     source.end()
     os.close(reading)
     os.close(writing)
@@ -17550,6 +17551,19 @@ def test_what_follows_the_bytes_that_a_job_has_read_stays(shell, tmp_path, kind,
     where = {"pipe": "cat list | { %s; cat; }", "file": "{ %s; cat; } < list"}[kind]
     done = in_bash(shell, tmp_path, where, env={"WORDS": shlex.quote("RUN=" + read)})
     assert (done.stdout, done.stderr) == (rest, b"")
+
+
+@needs_linux
+def test_a_socket_that_others_share_is_not_shut_down_by_a_job_that_closes_it(shell):
+    """Nor by one that ends: the next job may still write there."""
+    near, far = socket.socketpair()
+    high = fcntl.fcntl(far.fileno(), fcntl.F_DUPFD, 100)
+    for script in ":", "exec 3>&-; sleep 0.1", "echo answer >&3":
+        assert start_placed(shell, {3: high}, "RUN=" + script).complete() == 0
+    assert near.recv(100) == b"answer\n"
+    for side in near, far:
+        side.close()
+    os.close(high)
 
 
 @needs_linux
