@@ -12236,7 +12236,7 @@ def check_findings(facts):
               for group, worker in facts.elsewhere]
     lines += ["version:   %s sends %s" % item for item in sorted(facts.versions.items())]
     if not facts.could_run:
-        lines += ["other key: %s %s" % item for item in sorted(facts.other_keys.items())]
+        lines += ["other key: " + words for _, words in sorted(facts.other_keys.items())]
     if facts.one_machine:
         lines.append("note:      of several cservices on %s only the one started last hears this group; for more than "
                      "one take a broadcast or multicast group, or a port each" % facts.group.address)
@@ -12482,8 +12482,8 @@ class Check:
                 for call in self.known, self.connect:
                     call.hear(datagram, address, by_group=True)
                 if datagram.key_id != self.key.id and datagram.kind != HERE:
-                    self.overheard[address] = "sends %s for another key (id 0x%s)" % (
-                        DATAGRAM_NAMES[datagram.kind], datagram.key_id.hex())
+                    self.overheard[address] = "%s sends %s for another key (id 0x%s)" % (
+                        address, DATAGRAM_NAMES[datagram.kind], datagram.key_id.hex())
             except ProtocolError as error:
                 if speaks_another_version(data) and data[12:20] != self.older:
                     self.versions[address] = str(error)
@@ -12501,8 +12501,9 @@ class Check:
         towards = address_towards((group.address, group.port))
         others = {instance: (call.mouth.group, worker) for call in self.calls[2:]
                   for instance, worker in call.present.items() if instance not in present}
-        keys = dict(self.overheard, **{address: "is a worker of it (id %s)" % key_id for call in self.calls
-                                       for address, key_id in call.other_keys.items()})
+        keys = dict(self.overheard, **{
+            address: "a worker of another key (id %s) is at %s" % (key_id, address)
+            for call in self.calls for address, key_id in call.other_keys.items()})
         heard_from = {worker.address for worker in workers}
         facts = CheckFacts(
             key_name=self.key.name, key_id=self.key.id.hex(), fingerprint=self.key.fingerprint, group=group,

@@ -18216,7 +18216,7 @@ def test_workers_of_another_key_and_another_version_are_named(street, key, tmp_p
     serve_on(street, "bert", str(tmp_path / "other"))
     street.start("carl", sys.executable, "-c", OLDER).ready()
     status, found, commands = checked(street, "anna", key)
-    assert status == 111 and "other key: 10.99.0.2 is a worker of it (id 0x%s)" % other.id.hex() in found, found
+    assert status == 111 and "other key: a worker of another key (id 0x%s) is at 10.99.0.2" % other.id.hex() in found
     assert "version:   10.99.0.3 sends a datagram of protocol version 1, this program speaks 3" in found, found
     assert "10.99.0.3 runs another version" in found and "cexec.py --version" in commands
 
@@ -18341,7 +18341,7 @@ def test_of_several_services_on_one_machine_a_unicast_group_reaches_one(street, 
     serve_on(street, "bert", key, group="10.99.0.2")
     serve_on(street, "bert", str(tmp_path / "other"), group="10.99.0.2")
     status, found, _ = checked(street, "anna", key, "--group", "10.99.0.2")
-    assert status == 111 and "other key: 10.99.0.2 is a worker of it" in found
+    assert status == 111 and "other key: a worker of another key (id 0x" in found
     assert "note:      of several cservices on 10.99.0.2 only the one started last hears this group" in found, found
     assert "note:" not in checked(street, "anna", key, "--group", "10.99.0.255")[1]
 
