@@ -1042,8 +1042,9 @@ def parse_preamble(secret, nonce, data):
     return Answer(*fields), random
 
 
-def encode_go(secret, preamble):
-    return tag(secret, b"go", preamble)
+def encode_go(secret, preamble, wanted=True):
+    """The answer to a preamble; not wanted: this search will never take that worker."""
+    return tag(secret, b"go" if wanted else b"no", preamble)
 
 
 # Over TLS both sides send messages: type (1 byte), 0 (1), descriptor or number (2), length (4), then so many bytes.
@@ -1714,6 +1715,7 @@ class Session:
         self.sending = {}               # {descriptor: Stream} of the job in hand
         self.receiving = {}
         self.windows = 0                # sum of the windows in `receiving`
+        self.owing = {}                 # {number: None} of those whose credit waits until the peer has read more
         self.heard = now
         self.pinged = now
         self.ticked = now
@@ -1844,6 +1846,7 @@ class Session:
             {fd: Stream(min(WINDOW_START, WINDOWS_MAX // len(numbers))) for fd in numbers}
             for numbers in (sending, receiving))
         self.windows = sum(stream.window for stream in self.receiving.values())
+        self.owing = {}
         self.paused = False
 
     def hello(self, address, instance, sees_reading=False, host=""):
@@ -1936,8 +1939,21 @@ class Session:
         """So much data has left this process: its credit goes back in quarters of the window."""
         stream = self.receiving[number]
         stream.returned += size
-        if stream.state != "open" or stream.returned < stream.window // 4:
-            return
+        if stream.state == "open" and stream.returned >= stream.window // 4:
+            if len(self.outbox) < CONTROL_MAX // 2:     # who sends without reading gets no more credit
+                self._give_credit(number, stream, now)
+            else:
+                self.owing[number] = None
+
+    def repay(self, now):
+        """Gives the credit that had to wait, as far as the peer has read what was said before.  To be called before
+        the outbox is sent."""
+        while self.owing and len(self.outbox) < CONTROL_MAX // 2:
+            number, _ = self.owing.popitem()
+            if self.receiving[number].state == "open":
+                self._give_credit(number, self.receiving[number], now)
+
+    def _give_credit(self, number, stream, now):
         extra = self._growth(stream, now)
         stream.window += extra
         self.windows += extra
@@ -2679,6 +2695,10 @@ class Responder:
             self.slots.remove(slot)
             if not slot.jobs:
                 self._came_to_nothing(slot)
+
+    def turned_away(self, slot):
+        """The search it was offered to will never take this worker; to be said before LEAVE."""
+        slot.search.over = True
 
     def refused(self, slot):
         """Nobody listens where it was offered; to be said before LEAVE.  Returns whether its submitter has refused
@@ -5768,6 +5788,7 @@ class Channel:
         return at
 
     def _take_control(self, at):
+        self.session.repay(time.monotonic())
         part = self.session.outbox[:len(self.outgoing) - at]
         self.outgoing[at:at + len(part)] = part
         del self.session.outbox[:len(part)]
@@ -6499,9 +6520,10 @@ class WorkerConnection:
     """
     PATIENCE = 10.0         # seconds for everything up to the worker's hello
 
-    def __init__(self, discovery, connection, address):
+    def __init__(self, discovery, connection, address, listed):
         self.discovery, self.loop = discovery, discovery.loop
         self.address = self.name = address
+        self.listed = listed        # whether the user's lists let a worker at this address be used
         self.connection = connection
         self.preamble = b""
         self.answer = None          # with it, the key's holder has spoken, or a copy of what he said
@@ -6518,9 +6540,13 @@ class WorkerConnection:
             self.preamble = receive_up_to(self.connection, self.preamble, PREAMBLE_SIZE)
             if len(self.preamble) < PREAMBLE_SIZE and preamble_may_follow(self.preamble, self.discovery.nonce):
                 return
-            self.answer, random = parse_preamble(self.discovery.key.udp, self.discovery.nonce, self.preamble)
+            answer, random = parse_preamble(self.discovery.key.udp, self.discovery.nonce, self.preamble)
+            if not self.listed:
+                self.connection.send(encode_go(self.discovery.key.udp, self.preamble, wanted=False))
+                return self.close("excluded by CEXEC_ACCEPT_SERVER or CEXEC_REJECT_SERVERS", failed=False)
         except (OSError, EOFError, ProtocolError) as error:
             return self.close(reason_of(error))
+        self.answer = answer
         self.loop.watch(self.connection.fileno(), read=self._too_early)
         self.discovery.connected(self, random)
 
@@ -6704,11 +6730,8 @@ class Discovery:
 
     # -- who comes
     def accept(self, connection, address):
-        if not self._is_listed(address):
-            connection.close()
-            return self.note(address, "excluded by CEXEC_ACCEPT_SERVER or CEXEC_REJECT_SERVERS")
         self._make_room()
-        self.connections[WorkerConnection(self, connection, address)] = None
+        self.connections[WorkerConnection(self, connection, address, self._is_listed(address))] = None
 
     def _make_room(self):
         """A worker says who it is within a round trip: of the address with the most connections that have said nothing,
@@ -9634,6 +9657,8 @@ class SubmitterConnection:
             return self._end()
         if len(self.go) < GO_SIZE:
             return
+        if hmac.compare_digest(self.go, encode_go(self.key.udp, self.preamble, wanted=False)):
+            self.offers.responder.turned_away(self.slot)
         if not hmac.compare_digest(self.go, encode_go(self.key.udp, self.preamble)):
             return self._end()
         self._release()

@@ -4433,6 +4433,26 @@ def test_a_flood_of_pings_is_not_answered_without_bound():
     assert len(session.outbox) <= cexec.CONTROL_MAX
 
 
+def test_credit_does_not_pile_up_for_a_peer_that_never_reads():
+    """And all of it comes when the peer reads again."""
+    session = cexec.Session(cexec.WORKER, 60.0, 0.0)
+    session.phase = cexec.RUNNING
+    numbers = range(3000)
+    session.open_streams({number: cexec.IN for number in numbers})
+    window = session.receiving[0].window
+    given = collections.Counter()
+    for _ in range(20):
+        for number in numbers:
+            session.consumed(number, window, 100.0)
+        assert len(session.outbox) <= cexec.CONTROL_MAX // 2 + 12
+    while session.outbox:
+        for _, number, body, _ in cexec.FrameReader().read(bytes(session.outbox)):
+            given[number] += struct.unpack(">I", body)[0] if body else 0
+        session.outbox.clear()
+        session.repay(100.0)
+    assert given == {number: 20 * window for number in numbers}
+
+
 # ---------------------------------------------------------------- silence
 
 def quiet_until(session, seconds, step=0.25):
@@ -9175,6 +9195,31 @@ def test_an_output_whose_reader_goes_before_the_job_has_started_is_stopped(shell
         pool.submit(job)
         status, failure = ended_by(loop)
     assert failure is None and status in (141, 1)
+
+
+def test_who_is_turned_away_by_the_lists_does_not_answer_that_search_again(room):
+    """However often it is announced, and another search is answered."""
+    room.serve(*RUN_SHELL)
+    job = room.tool("cexec", "-v", room.pub, "RUN=:", env={
+        "CEXEC_ACCEPT_SERVER": "10.9.9.9", "CEXEC_TIMEOUT_ACCEPT": 3})
+    assert job.complete() == 111
+    lines = str(job.log).splitlines()
+    assert sum("connection closed: excluded by CEXEC_ACCEPT_SERVER" in line for line in lines) == 1
+    assert sum("announced again" in line for line in lines) > 3
+    assert room.cexec("RUN=exit 3").returncode == 3
+
+
+def test_two_cmaps_and_a_cexec_share_a_room(room):
+    """Nobody has to wait until another one has done all its work."""
+    for _ in range(2):
+        room.serve("sh", "-c", 'sleep 0.2; cat', CONCURRENCY=2)
+    lines = b"".join(b"%d\n" % number for number in range(100))
+    maps = [room.tool("cmap", "-q", "--lines", room.pub, stdin=pipe_in(lines), stdout=subprocess.PIPE)
+            for _ in range(2)]
+    time.sleep(1)       # both have begun
+    assert room.cexec(input=b"alone").stdout == b"alone"
+    assert [each.alive() for each in maps] == [True, True]
+    assert [each.popen.communicate()[0] for each in maps] == [lines, lines]
 
 
 def test_a_room_outlives_a_change_of_folder(shell, tmp_path, monkeypatch):
