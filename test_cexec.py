@@ -437,6 +437,7 @@ class TestProcess:
             status = 0
         except (EOFError, KeyboardInterrupt):
             self.end()
+            status = 0
         except BaseException:
             import traceback
             traceback.print_exc()
