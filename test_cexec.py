@@ -2769,6 +2769,7 @@ def test_two_keys_differ(tmp_path):
 
 @pytest.mark.parametrize("before", [None, PUBLIC])
 def test_ckeygen_makes_the_public_half_again(tmp_path, before):
+    """C3."""
     private, public = key_files(tmp_path)
     private.chmod(0o644)
     public.unlink()
@@ -2826,6 +2827,7 @@ def test_ckeygen_tells_which_half_a_file_is_and_the_fingerprint(tmp_path):
 
 
 def test_ckeygen_makes_the_same_key_of_the_same_text(tmp_path):
+    """C4."""
     need_scrypt()
     for arguments in ["-stdin", "a"], ["--stdin", "b", "b.pub"], ["-stdin", "--", "a"]:
         assert run("ckeygen", *arguments, input=PHRASE, cwd=tmp_path).returncode == 0
@@ -2868,6 +2870,7 @@ def test_ckeygen_makes_the_same_key_of_the_same_text(tmp_path):
     (["new", "./new"], 2, b"the same file"),
 ])
 def test_ckeygen_refuses_and_leaves_everything_as_it_was(tmp_path, arguments, status, words):
+    """C3."""
     key_files(tmp_path)
     (tmp_path / "junk").write_bytes(b"dear diary\n")
     (tmp_path / "damaged").write_bytes(PRIVATE[:-40])
@@ -2930,7 +2933,7 @@ def test_a_name_taken_in_the_meantime_is_kept(tmp_path, monkeypatch, links):
 @pytest.mark.parametrize("number, status", [(28, 103), (24, 111)])       # no space left; too many open files
 @pytest.mark.parametrize("call", ["fsync", "open", "link"])
 def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch, call, number, status):
-    """R23: whichever step it was."""
+    """R23, C3: whichever step it was."""
     def fail(*arguments):
         raise OSError(number, "made to fail")
     monkeypatch.setattr(os, call, fail)
@@ -3200,7 +3203,7 @@ def keeping(number, kind, *options):
 @pytest.mark.parametrize("options", [(), (socket.SO_REUSEADDR,)], ids=["alone", "sharing"])
 @pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM], ids=["tcp", "udp"])
 def test_the_first_number_free_for_both_is_taken(kind, options):
-    """A13, ports: one number for TCP and UDP, shared with nobody, never the group's own."""
+    """C23: A13, ports: one number for TCP and UDP, shared with nobody, never the group's own."""
     first = free_numbers(4)
     group = cexec.parse_group("127.0.0.1:%d" % first)
     with keeping(first + 1, kind, *options), contextlib.ExitStack() as kept:
@@ -3536,6 +3539,7 @@ LINK = ("fe80:", "fd00:99::1")       # whichever of them the kernel has ready fi
     ("ff05::9", "fd00:99::1"),
 ])
 def test_a_group_reaches_all_on_the_link_and_they_can_answer(street, group, source):
+    """C22."""
     ears = [listen(street, host, group) for host in ("bert", "carl", "anna")]
     lines = talk(street, "anna", group, 3)
     assert lines[0] == "eth0" or "255" in group and lines[0] == ""
@@ -3919,6 +3923,7 @@ MALFORMED = [
 
 @pytest.mark.parametrize("tool, name, text", MALFORMED)
 def test_a_malformed_setting_is_a_usage_error_that_names_it(tool, name, text):
+    """C2."""
     setting = next(setting for setting in cexec.SETTINGS if name in setting.names and tool in setting.tools)
     for arguments, environment, shown in ([], {name: text}, name), ([setting.option, text], {}, setting.option):
         with pytest.raises(cexec.Failure) as caught:
@@ -3987,6 +3992,7 @@ def test_the_nearest_option_is_named(written, meant):
 
 
 def test_a_variable_that_no_tool_knows_is_warned_about():
+    """C2."""
     environment = {"CEXEC_ACEPT_SERVER": "10.0.0.1", "CEXEC_QQQQ": "", "CSERVICE_USR": "x", "CEXEC_DEBUG": "1",
                    "CEXEC_JOB": "1", "CEXEC_TEST_NO_SKIP": "1", "CEXEC_MAXFD": "3", "EDITOR": "vi", "CEXECUTE": "1"}
     assert cexec.unknown_variables(environment) == [
@@ -8369,6 +8375,7 @@ def test_a_freed_slot_is_used_at_once(room):
 
 
 def test_timeout_accept_is_kept_and_the_line_says_what_was_tried(room):
+    """C18."""
     began = time.monotonic()
     done = room.cexec(env={"CEXEC_TIMEOUT_ACCEPT": 1.5})
     took = time.monotonic() - began
@@ -8416,7 +8423,7 @@ def test_a_lost_worker_and_a_job_that_moves_are_told(room, options):
 
 @slow("the room is full for six seconds")
 def test_a_busy_room_is_no_failure_and_a_dead_one_is(room, monkeypatch):
-    """Shortened: what takes sixty seconds takes four here, and the room is full for six."""
+    """C18: Shortened: what takes sixty seconds takes four here, and the room is full for six."""
     for name, value in ("NOBODY", 4.0), ("BUSY_AGAIN", 500.0), ("AGAIN_MOST", 500.0):
         monkeypatch.setattr(cexec, name, value)
     for _ in range(2):
@@ -9254,6 +9261,7 @@ VERSION_LINE = "%s (cexec) " + cexec.VERSION + "\n"
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_tool_is_the_name_it_is_called_by_or_the_first_argument(tmp_path, tools, name):
+    """C1."""
     expected = (VERSION_LINE % name).encode()
     for link in name, name + ".py":
         if link != "cexec.py":
@@ -9269,6 +9277,7 @@ def test_a_tool_is_the_name_it_is_called_by_or_the_first_argument(tmp_path, tool
     (("unknown",), "cexec.py: unknown: no such tool\n"),
     (("cmpa", "app.pub"), "cexec.py: cmpa: no such tool; did you mean cmap?\n")])
 def test_no_tool_is_wrong_usage(argv, words):
+    """C1."""
     done = run(*argv)
     assert (done.returncode, done.stdout, done.stderr.decode()) == (2, b"", words + cexec.overview())
     assert len(done.stderr.splitlines()) < 20 and all(name in done.stderr.decode() for name in NAMES)
@@ -9632,12 +9641,14 @@ def test_every_exit_status_and_every_deadly_signal_arrives(shell):
 
 @pytest.mark.parametrize("status", [0, 1, 37, 111, 127, 255])
 def test_cexec_exits_as_the_job_did(shell, status):
+    """C14."""
     done = shell.cexec("RUN=echo out; echo err >&2; exit %d" % status)
     assert (done.returncode, done.stdout, done.stderr) == (status, b"out\n", b"err\n")
 
 
 @pytest.mark.parametrize("name", ["TERM", "KILL", "SEGV", "PIPE"])
 def test_cexec_exits_with_128_and_the_signal_that_ended_the_job(shell, name):
+    """C14."""
     done = shell.cexec("RUN=ulimit -c 0; echo out; kill -%s $$" % name)
     assert (done.returncode, done.stdout, done.stderr) == (128 + getattr(signal, "SIG" + name), b"out\n", b"")
 
@@ -9675,7 +9686,7 @@ def test_a_job_that_one_worker_refuses_runs_on_another(room, unfit):
 # ---------------------------------------------------------------- what a job finds
 
 def test_the_environment_of_a_job(room):
-    """S7: NAME=VALUE becomes PEER_NAME."""
+    """S7, C5: NAME=VALUE becomes PEER_NAME."""
     worker = room.serve("env", PEER_LEFT="over", KEPT="x y")
     done = room.cexec("NAME=a b", "_2=", "MORE=x=y", "NAME=later")
     found = dict(line.split("=", 1) for line in done.stdout.decode().splitlines())
@@ -9725,7 +9736,7 @@ def looked(done):
 
 
 def test_a_job_is_alone_with_its_descriptors_and_default_signals(room):
-    """S8: nothing of the daemon, of other jobs, or of what the daemon itself inherited."""
+    """S8, C5: nothing of the daemon, of other jobs, or of what the daemon itself inherited."""
     reading, writing = os.pipe()
     code = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, [10, 12]); signal.signal(1, signal.SIG_IGN);" \
         "signal.signal(17, signal.SIG_IGN); import os, sys; os.execv(sys.argv[1], sys.argv[1:])"
@@ -9751,6 +9762,7 @@ def test_a_job_dies_of_a_broken_pipe_as_a_local_one(shell):
 # ---------------------------------------------------------------- descriptors of a job
 
 def test_descriptors_3_4_and_5_carry_data_both_ways(shell):
+    """C11."""
     inside, outside = os.pipe()
     near, far = socket.socketpair()
     job = start_placed(shell, {3: pipe_in(b"to three"), 4: outside, 5: far.fileno()},
@@ -9770,7 +9782,7 @@ def test_descriptors_3_4_and_5_carry_data_both_ways(shell):
     ({5: 2, 6: 2}, {"CEXEC_MAXFD": 5}, [0, 1, 2, 5]), ({40: 2}, {"MAXFD": 100}, [0, 1, 2, 40]),
     ({0: None}, {}, [1, 2]), ({2: None}, {}, [0, 1]), ({0: None, 2: None}, {}, [1])])
 def test_a_job_sees_the_descriptors_of_its_submitter_and_no_other(shell, fds, env, seen):
-    """S8: the same numbers, up to CEXEC_MAXFD, and nothing between them."""
+    """S8, C11: the same numbers, up to CEXEC_MAXFD, and nothing between them."""
     job = start_placed(shell, fds, *python_job(LOOK), env=env, stdout=LINES)
     assert job.complete() == 0, str(job.log)
     assert ast.literal_eval(job.out.lines[0])[0] == seen
@@ -10156,7 +10168,7 @@ while True:
 
 @pytest.mark.parametrize("name", ["INT", "TERM", "HUP", "QUIT", "USR1", "USR2"])
 def test_a_signal_goes_to_the_jobs_group(shell, name):
-    """The leader's child hears it as well as the leader, and nobody else does."""
+    """C16: The leader's child hears it as well as the leader, and nobody else does."""
     bystander = shell.submit("RUN=exec cat", stdin=subprocess.PIPE)
     job = shell.submit(*python_job(HEARING), stdout=LINES)
     job.out.wait("ready", count=2)
@@ -10170,7 +10182,7 @@ def test_a_signal_goes_to_the_jobs_group(shell, name):
 
 @pytest.mark.parametrize("name", ["INT", "TERM", "HUP", "QUIT", "USR1"])
 def test_a_job_that_dies_of_the_signal_takes_cexec_with_it(shell, name):
-    """So a shell knows that its loop is to end, as with a local command."""
+    """C15: So a shell knows that its loop is to end, as with a local command."""
     job = shell.submit("RUN=echo ready; exec sleep 100", stdout=LINES)
     job.out.wait("ready")
     job_process(shell, "sleep")
@@ -10181,6 +10193,7 @@ def test_a_job_that_dies_of_the_signal_takes_cexec_with_it(shell, name):
 
 @pytest.mark.parametrize("name", ["INT", "TERM"])
 def test_a_second_signal_ends_cexec_whatever_the_job_does(shell, name):
+    """C16."""
     number = getattr(signal, "SIG" + name)
     job = shell.submit("RUN=trap 'echo heard' INT TERM; echo ready; while :; do sleep 0.02; done", stdout=LINES)
     job.out.wait("ready")
@@ -10319,6 +10332,7 @@ def stubborn_job(room):
 
 
 def test_killing_cexec_ends_the_jobs_whole_group(shell):
+    """C17."""
     job = stubborn_job(shell)
     job.kill()
     wait_until(lambda: no_job_left(shell))
@@ -10383,7 +10397,7 @@ def test_a_job_whose_output_is_over_before_itself_still_tells_its_status(shell):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_worker_that_is_told_to_stop_lets_jobs_finish(shell, number):
-    """R21: and takes no new one."""
+    """R21, C6: and takes no new one."""
     job = shell.submit("RUN=echo ready; exec cat", stdin=subprocess.PIPE, stdout=LINES)
     job.out.wait("ready")
     shell.worker.signal(number)
@@ -10415,6 +10429,7 @@ def test_a_drain_in_the_middle_of_a_burst_kills_nothing_and_starts_nothing(room,
 
 
 def test_a_second_stop_kills_the_jobs(shell):
+    """C6."""
     job = stubborn_job(shell)
     shell.worker.signal(signal.SIGTERM)
     shell.worker.log.wait("again to kill them")
@@ -10433,7 +10448,7 @@ def test_sighup_changes_nothing(shell):
 
 
 def test_the_owners_veto_is_asked_before_the_first_answer_and_again(room, tmp_path):
-    """A command that hangs is no yes."""
+    """C7: A command that hangs is no yes."""
     allowed = tmp_path / "allowed"
     worker = impatient(room, {"Veto.EVERY": 0.3}, "--if", "test -e %s" % allowed, room.key, "cat")
     assert who(room).stdout.decode().splitlines()[1].split()[2] == "vetoed"
@@ -10551,7 +10566,7 @@ def log_text(home_folder, key):
 
 
 def test_a_cservice_in_the_background_is_ready_when_it_returns(room, home, tmp_path):
-    """Its lines go on in a log file that is named, and it keeps its folder."""
+    """C10: Its lines go on in a log file that is named, and it keeps its folder."""
     done = home("-d", room.key, "sh", "-c", "pwd")
     assert done.returncode == 0 and b"ready: " in done.stderr and b"serves in the background; log: " in done.stderr
     assert room.cexec().stdout.decode() == "%s\n" % tmp_path
@@ -10686,6 +10701,7 @@ def test_ps_shows_a_cservice_by_its_key(room, tools):
 # ---------------------------------------------------------------- cservice: told to stop, and its neighbours
 
 def test_stop_lets_running_jobs_finish_and_waits_for_them(room):
+    """C10."""
     worker = room.serve(*RUN_SHELL)
     job = room.submit("RUN=echo ready; exec cat", stdin=subprocess.PIPE, stdout=LINES)
     job.out.wait("ready")
@@ -10857,7 +10873,7 @@ def scratch_worker(room, place, *options, command=RUN_SHELL, **env):
 
 
 def test_each_job_has_an_empty_folder_that_goes_with_it(room, tmp_path):
-    """As working directory, TMPDIR and PWD; CEXEC_DIR is where cservice stands."""
+    """C8: As working directory, TMPDIR and PWD; CEXEC_DIR is where cservice stands."""
     scratch_worker(room, tmp_path, CONCURRENCY=1)
     found = [room.cexec("RUN=pwd; echo $TMPDIR; echo $PWD; echo $CEXEC_DIR; stat -c '%a %u' .; ls -A; touch x .y"
                         ).stdout.decode().split() for _ in range(2)]
@@ -10874,7 +10890,7 @@ mkfifo fifo; chmod 000 a/b; chmod 555 a d; mkdir -- ..x -rf ' '; chmod 0 .""".st
 
 @pytest.mark.parametrize("way", ["job ends", "cexec killed", "wall", "refused", "kept"])
 def test_the_folder_goes_however_the_job_ends(room, tmp_path, way):
-    """Links are not followed, and what a job has made unwritable is no hindrance."""
+    """C8: Links are not followed, and what a job has made unwritable is no hindrance."""
     user = ["--user", "nobody"] if os.geteuid() == 0 else []
     place, precious = tmp_path / "place", tmp_path / "precious"
     for folder in place, precious:
@@ -11023,6 +11039,7 @@ def test_parameters_that_are_not_allowed(names, words):
 
 
 def test_a_parameter_that_is_not_allowed_starts_no_command(room, tmp_path):
+    """C9."""
     worker = room.tool("cservice", "--allow", "RUN=touch [a-z]*", "--allow=N=[0-9]", room.key, "sh", "-c",
                        'cd "$1" && eval "$PEER_RUN"', "sh", tmp_path).ready()
     assert room.cexec("RUN=touch it", "N=3").returncode == 0
@@ -11130,6 +11147,7 @@ def nap(number):
     "exit 0", "exit 1", "exit 255", "kill -TERM $$", "kill -KILL $$", "kill -USR1 $$", "echo out; echo err >&2; exit 3",
     "cat; cat >&2", "wc -c", "exec <&-; exit 4", "exec >&- 2>&-; exit 5"])
 def test_run_is_as_subprocess_runs_it(api, text):
+    """C36."""
     local = subprocess.run(["sh", "-c", text], input=b"some\n" * 100, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     found = api.run(b"some\n" * 100, {"RUN": text})
     assert found[:3] == (local.returncode, local.stdout, local.stderr)
@@ -11137,6 +11155,7 @@ def test_run_is_as_subprocess_runs_it(api, text):
 
 
 def test_check_and_timeout_are_those_of_subprocess(api):
+    """C36."""
     assert api.run(names={"RUN": "exit 0"}, check=True).status == 0
     with pytest.raises(cexec.JobError, match="^the job ended with status 7 on 127.0.0.1$") as caught:
         api.run(names={"RUN": "echo out; exit 7"}, check=True)
@@ -11247,6 +11266,7 @@ def test_a_reader_that_goes_ends_the_job_and_its_writer(api):
 
 
 def test_map_takes_its_inputs_lazily_and_yields_in_order(room):
+    """C37."""
     jobs, slots, taken, most = 1500, 4, 0, 0
     room.serve("cat", CONCURRENCY=slots)
 
@@ -11262,7 +11282,7 @@ def test_map_takes_its_inputs_lazily_and_yields_in_order(room):
 
 
 def test_map_yields_what_is_ready_however_slowly_inputs_come(api):
-    """The first result of an iterator that has no second input yet; what an iterator raises, at once."""
+    """C37: The first result of an iterator that has no second input yet; what an iterator raises, at once."""
     more = threading.Event()
 
     def inputs():
@@ -11453,6 +11473,7 @@ def run_script(room, text, *arguments, python=sys.executable, options=()):
 
 
 def test_the_import_alone_does_nothing(room):
+    """C35."""
     found = run_script(room, """
 import gc, os, signal, threading
 def state():
@@ -11700,6 +11721,7 @@ def run_program(room, folder, text, *argv, python=sys.executable, files={}, env=
 # ---------------------------------------------------------------- Executor: the contract, beside ProcessPoolExecutor
 
 def test_calls_return_what_they_return(either, probe):
+    """C38."""
     with either() as pool:
         assert pool.submit(pow, 2, exp=5).result(30) == 32 if sys.version_info >= (3, 8) else True
         assert [future.result(30) for future in [pool.submit(probe.square, n) for n in range(300)]] == [
@@ -11729,6 +11751,7 @@ def test_map_raises_what_a_call_raised_in_its_turn(either, probe):
                                    StopIteration(4), UnicodeDecodeError("utf-8", b"x", 0, 1, "why")],
                          ids=lambda error: type(error).__name__)
 def test_what_a_call_raises_is_its_futures_exception(either, probe, error):
+    """C38."""
     with either() as pool:
         future = pool.submit(probe.raise_it, error)
         found = future.exception(30)
@@ -11867,6 +11890,7 @@ def test_a_call_that_cannot_come_back_or_be_run_says_why(pool, probe):
 @pytest.mark.parametrize("how,words", [("exit", "status 37"), (signal.SIGKILL, "signal 9 (KILL)"),
                                        (signal.SIGSEGV, "signal 11 (SEGV)"), ("abort", "(ABRT)")])
 def test_a_call_whose_interpreter_dies_fails_alone_and_says_of_what(pool, probe, how, words):
+    """C40."""
     futures = [pool.submit(probe.end if n == 7 else probe.same, how) for n in range(30)]
     errors = [future.exception(60) for future in futures]
     assert [n for n, error in enumerate(errors) if error] == [7]
@@ -11997,6 +12021,7 @@ def test_asyncio_and_executor(pool, probe):
 # ---------------------------------------------------------------- Executor: what calls do to their process
 
 def test_what_calls_print_comes_in_lines_before_the_result(calls, tmp_path):
+    """C41."""
     told = run_program(calls, tmp_path, """
 import cexec, os, subprocess, sys
 def talk(number):
@@ -12294,6 +12319,7 @@ MODULES = {
 
 
 def test_modules_of_every_kind_come_from_the_submitter(calls, tmp_path):
+    """C39."""
     told = run_program(calls, tmp_path, """
 import sys
 import cexec
@@ -12350,7 +12376,7 @@ if __name__ == "__main__":
 # ---------------------------------------------------------------- Executor: what a worker may ask for
 
 def test_a_worker_gets_the_sources_it_may_and_nothing_else(tmp_path, monkeypatch):
-    """Paths, links, parents, files beside and above, endless requests."""
+    """C39: Paths, links, parents, files beside and above, endless requests."""
     import pickle
     for name, text in {"pack/__init__.py": "", "pack/a.txt": "data", "pack/sub/b.txt": "more", "secret.txt": "secret",
                        "pack2/__init__.py": "", "pack2/a.txt": "other", "loose.py": "x = 1"}.items():
@@ -12472,7 +12498,7 @@ if __name__ == "__main__":
 
 
 def test_chaos_costs_time_and_no_result(key, probe, tmp_path):
-    """Workers are killed, frozen, drained and started again while calls run: every result once, and right."""
+    """C40: Workers are killed, frozen, drained and started again while calls run: every result once, and right."""
     room, seed = Room(key), int(os.environ.get("CEXEC_TEST_SEED", "1"))
     print("CEXEC_TEST_SEED=%d" % seed)
     chance, count = random.Random(seed), int(os.environ.get("CEXEC_TEST_CALLS", "2000"))
@@ -12584,6 +12610,7 @@ def test_a_wrong_cmap_is_refused_before_anything_begins(room, tmp_path, argv, wo
 
 
 def test_outputs_come_whole_and_in_order(farm):
+    """C26."""
     code = "--set=RUN=read n; echo $n begins; sleep 0.$(((9 - n) * 4 / 9)); echo $n ends; echo err $n >&2; printf x >&2"
     done = mapped(farm, "--lines", code, "APP", input=b"".join(b"%d\n" % n for n in range(10)))
     assert done.stdout == b"".join(b"%d begins\n%d ends\n" % (n, n) for n in range(10))
@@ -12619,6 +12646,7 @@ def test_again_timeout_and_halt(farm, tmp_path):
 
 
 def test_output_files_are_whole_or_not_there(farm, tmp_path):
+    """C26."""
     (tmp_path / "bad").write_bytes(b"exit 1")
     (tmp_path / "good").write_bytes(b"exit 0")
     (tmp_path / "long").write_bytes(b"head -c 3000000 /dev/zero")
@@ -12632,6 +12660,7 @@ def test_output_files_are_whole_or_not_there(farm, tmp_path):
 
 
 def test_resume_runs_what_is_missing_or_has_changed(farm, tmp_path):
+    """C29."""
     names = ["in%d" % n for n in range(6)]
     for name in names:
         (tmp_path / name).write_text(name)
@@ -12801,7 +12830,7 @@ def test_a_line_and_a_block_that_are_larger_than_all_else(farm, tmp_path):
 
 
 def test_a_machine_that_fails_all_jobs_does_not_get_them(room, tmp_path):
-    """One of three has no licence: with --again nothing fails; without, few; lines and summary name it."""
+    """C30: One of three has no licence: with --again nothing fails; without, few; lines and summary name it."""
     room.serve("sh", "-c", "exit 3", CONCURRENCY=2)
     for _ in range(2):
         room.serve("sh", "-c", "read n; sleep 0.2; echo $n", CONCURRENCY=2)
@@ -13206,7 +13235,7 @@ def try_combinations(room, tmp_path, seeds, seconds=math.inf):
 
 @pytest.mark.slow
 def test_options_that_meet_give_what_a_plain_loop_gives(room, tmp_path):
-    """A sample of 30 seconds; CEXEC_TEST_COMBINATIONS=500 or 500:1000, count and first seed, asks for more."""
+    """C32: A sample of 30 seconds; CEXEC_TEST_COMBINATIONS=500 or 500:1000, count and first seed, asks for more."""
     count, _, first = os.environ.get("CEXEC_TEST_COMBINATIONS", "").partition(":")
     first = int(first or 1000 * int(SEED))
     if count:
@@ -13256,7 +13285,7 @@ CLAIMS = [      # --out, inputs, output files afterwards, words about those that
 
 @pytest.mark.parametrize("out, inputs, made, words", CLAIMS, ids=range(len(CLAIMS)))
 def test_an_output_has_its_name_alone(farm, tmp_path, out, inputs, made, words):
-    """Names are claimed once, by folder and last name, and what stands there may not be an input or no file."""
+    """C27: Names are claimed once, by folder and last name, and what stands there may not be an input or no file."""
     work = tmp_path / "w"
     for folder in "a", "b", "o", "o2":
         (work / folder).mkdir(parents=True)
@@ -13306,7 +13335,7 @@ def current_umask():
 
 
 def test_an_output_of_this_run_is_not_replaced_and_not_read(farm, tmp_path):
-    """Whoever renames one to the name of another, or reads one, is told."""
+    """C27: Whoever renames one to the name of another, or reads one, is told."""
     (tmp_path / "list").write_text("in\no/in\n")
     (tmp_path / "in").write_text("data")
     done = mapped(farm, "-j1", "--from", "list", "--out", "o/{/}{#}", "APP", cwd=str(tmp_path))
@@ -13339,7 +13368,7 @@ def test_claims_take_32_bytes_a_name():
 @pytest.mark.parametrize("change", ["shorter", "longer", "other"])
 @pytest.mark.parametrize("stops", [True, False])
 def test_an_input_that_changes_while_it_is_read(farm, tmp_path, change, stops):
-    """It is run again, with what is there then, and fails with the reason if it never holds still."""
+    """C28: It is run again, with what is there then, and fails with the reason if it never holds still."""
     (tmp_path / "in").write_bytes(b"first " * 1000)
     change = {"shorter": "head -c 9 in >new; cat new >in", "longer": "echo more >>in",
               "other": "tr f g <in >new; cat new >in"}[change]
@@ -13358,7 +13387,7 @@ def test_an_input_that_changes_while_it_is_read(farm, tmp_path, change, stops):
 
 
 def test_resume_compares_the_output_as_well(farm, tmp_path):
-    """Its name and size; what is left out claims its name; a log of an older cmap counts nothing."""
+    """C29: Its name and size; what is left out claims its name; a log of an older cmap counts nothing."""
     def resumed(lines, *options, out="o/{#}"):
         done = mapped(farm, "--lines", "--log", "log", "--resume", "--out", out, *options, "--set=RUN=tr a-z A-Z",
                       "APP", input=lines, cwd=str(tmp_path))
@@ -13426,7 +13455,7 @@ def test_long_lines_leave_no_descriptor(farm, tmp_path):
 
 
 def test_a_full_temporary_folder_costs_time_and_not_the_run(farm, tmp_path):
-    """It is a bound like --spill; what does not fit alone fails, with folder and size."""
+    """C31: It is a bound like --spill; what does not fit alone fails, with folder and size."""
     need("unshare", "mount")
     script = "mount -t tmpfs -o size=4m none %s && exec \"$@\"" % tmp_path
     if run_command("unshare", *user_namespace(), "-m", "sh", "-c", script, "sh", "true").returncode:
@@ -13532,7 +13561,7 @@ SLOW_ECHO = "sh", "-c", 'read x; sleep 0.0$((x % 7)); echo "<$x"; echo "$x>"'
 
 @slow("four seconds of chaos, and frozen workers are found out by their silence")
 def test_every_byte_in_order_while_workers_are_killed_frozen_and_restarted(room, tmp_path):
-    """R2: a lost worker costs time, never a byte and never a double; the log has one line for each job."""
+    """R2, C25: a lost worker costs time, never a byte and never a double; the log has one line for each job."""
     def serve():
         return room.serve(*SLOW_ECHO, CONCURRENCY=2)
     workers, count = [serve() for _ in range(3)], 600
@@ -13547,6 +13576,7 @@ def test_every_byte_in_order_while_workers_are_killed_frozen_and_restarted(room,
 
 
 def test_every_byte_in_order_over_a_network_that_loses_packets(net, key, tmp_path):
+    """C25."""
     for number, name in enumerate(("one", "two", "three"), 1):
         net.host(name, "10.99.0.%d/24" % number)
     for name in "two", "three":
@@ -13615,6 +13645,7 @@ def stage(tmp_path):
 
 
 def test_the_demo_in_an_empty_directory(stage, tmp_path):
+    """C24."""
     data = random_octets(4000000)
     (tmp_path / "in").write_bytes(data)
     with open(str(tmp_path / "in"), "rb") as source:
@@ -13630,6 +13661,7 @@ def test_the_demo_in_an_empty_directory(stage, tmp_path):
 
 
 def test_the_demo_ends_as_its_job_did(stage):
+    """C24."""
     done = stage.demo("sh", "-c", "exit 37")
     assert (done.returncode, done.stdout) == (37, b"")
     stage.clean()
@@ -13749,11 +13781,11 @@ def test_the_man_page_is_clean():
 
 
 def test_every_numbered_claim_has_a_test_that_names_it():
-    """SECURITY and RELIABILITY in the man page: each claim, as .It S1, stands in the docstring of a test."""
-    claims = re.findall(r"(?m)^\.It ([SR][0-9]+)$", document("cexec.1"))
+    """PROMISES, SECURITY and RELIABILITY in the man page: each, as .It S1, stands in the docstring of a test."""
+    claims = re.findall(r"(?m)^\.It ([SRC][0-9]+)$", document("cexec.1"))
     named = {name for node in ast.walk(ast.parse(document("test_cexec.py")))
              if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
-             for name in re.findall(r"\b[SR][0-9]+\b", ast.get_docstring(node) or "")}
+             for name in re.findall(r"\b[SRC][0-9]+\b", ast.get_docstring(node) or "")}
     assert claims and len(set(claims)) == len(claims)
     assert set(claims) ^ named == set()
 
@@ -14829,6 +14861,7 @@ def test_an_empty_standard_input_leaves_what_is_there(shell, kind):
 
 
 def test_in_the_background_it_does_not_touch_the_terminal_of_others(room, terminal):
+    """C19."""
     serve_bash(room)
     shell = terminal.bash()
     modes = terminal.ask("stty -g", "here> ")
@@ -17511,7 +17544,7 @@ READS = {"nothing": ":", "four bytes": "dd bs=1 count=4 status=none%s; echo", "a
 @pytest.mark.parametrize("number", LOOPS)
 @pytest.mark.parametrize("what", READS)
 def test_a_loop_over_a_file_does_what_it_does_with_a_local_command(shell, tmp_path, number, what):
-    """A4: what the job has not read stays there, on every descriptor."""
+    """C12: A4: what the job has not read stays there, on every descriptor."""
     (tmp_path / "list").write_bytes(b"".join(b"line %d of some length\n" % count for count in range(5)))
     text = READS[what].replace("%s", " <&3" if number else "")
     words = " ".join(map(shlex.quote, [*program(), "cexec", shell.pub, "RUN=" + text]))
@@ -17582,6 +17615,7 @@ def in_bash(shell, tmp_path, script, env=None, command="CEXEC", **popen):
 @pytest.mark.parametrize("job", ["true", "exec <&-; sleep 0.05", "sleep 0.05", "exit 3"])
 @pytest.mark.parametrize("kind", sorted(LISTS))
 def test_a_loop_over_any_input_loses_nothing_to_jobs_that_read_nothing(shell, tmp_path, kind, job):
+    """C13."""
     done = in_bash(shell, tmp_path, LISTS[kind], env={"WORDS": shlex.quote("RUN=" + job)})
     assert done.stdout.split() == (list(b"a 1 2 b 1 2 c 1 2".split()) if kind == "both" else b"a b c".split())
     assert done.stderr == b""
@@ -17808,6 +17842,7 @@ def objects(done):
 
 
 def test_the_room_as_a_table_as_json_and_as_a_number(room):
+    """C33."""
     room.serve(*EVAL, CONCURRENCY=2)
     room.serve(*EVAL, CONCURRENCY=1)
     occupied(room, None, 2)
@@ -18250,6 +18285,7 @@ def test_a_firewall_at_the_worker_is_opened_by_its_line(street, key):
 
 @pytest.mark.parametrize("hears", ["255.255.255.255:3010", "10.99.0.255:3010"])
 def test_workers_that_hear_another_group_are_found(street, key, hears):
+    """C34."""
     serve_on(street, "bert", key, group=hears)
     status, found, commands = checked(street, "anna", key, "--group", "255.255.255.255:4001")
     assert status == 111 and "elsewhere: worker 10.99.0.2" in found and "hears 255.255.255.255:3010" in found, found
@@ -18297,7 +18333,7 @@ DROPPING = "iif lo accept\nct state established,related accept\n" \
 
 
 def test_one_rule_for_both_lets_all_answers_in(street, key):
-    """Issue 22, 1: a firewall that drops by default; established, lo, TCP and UDP of --listen-ports are let in."""
+    """C23: Issue 22, 1: a firewall that drops by default; established, lo, TCP and UDP of --listen-ports are let in."""
     guard(street, "anna", DROPPING, "drop")
     workers = [street.tool(host, "cservice", key, "sh", "-c", "cat; sleep 3", env={"CONCURRENCY": "1"}).ready()
                for host in ("bert", "carl")]
@@ -18432,7 +18468,7 @@ NO_COMMAND = dict(state=cexec.UNABLE, port=20000, command="sim", error="COMMAND 
     (dict(), False, "nobody has answered", "pgrep -a cservice"),
 ])
 def test_each_cause_has_its_advice(facts, could_run, begins, command):
-    """A10, --check: facts in, text out."""
+    """C34: A10, --check: facts in, text out."""
     facts = check_facts(**facts)
     advice = cexec.check_advice(facts)
     assert facts.could_run == could_run and (advice[0].startswith(begins) if begins else not advice), advice
@@ -18607,7 +18643,7 @@ def test_the_record_of_an_alert_in_json():
 
 
 def test_an_alert_gives_one_line_however_often_it_comes():
-    """S12: whatever datagram it comes in, alone or among others."""
+    """S12, C20: whatever datagram it comes in, alone or among others."""
     book = reader(FOO)
     one, two, three = (alert_entry(clock=CLOCK, job=job) for job in ("1", "2", "3"))
     datagrams = [alert_bytes(FOO, one), alert_bytes(FOO, one), alert_bytes(FOO, one, sequence=2),
@@ -18760,6 +18796,7 @@ def test_a_test_alert_shows_and_harms_nobody(room):
 
 
 def test_crat_prints_each_alert_at_once_and_ends_with_0(room, foo):
+    """C20."""
     crat = room.crat(room.pub).ready()
     ready = crat.log.wait("ready")
     assert re.fullmatch(r"[-0-9]{10}T[:0-9]{8} crat: ready: hears %s, keys: %s \(%s\)" % (
@@ -19816,6 +19853,7 @@ def test_without_a_proxy_nothing_crosses(bridge, key):
     ("ff02::1%eth0", ["fd02::1", "ff02::1%eth1"], "ff02::1%eth0", "ff02::1"),
 ])
 def test_a_job_and_its_alert_cross(bridge, key, group, arguments, near, far):
+    """C21."""
     cproxy = proxy(bridge, "mid", *arguments, group=group)
     worker = answer(bridge, "right", key, far)
     unicast = arguments[1:] == ["10.2.0.2"]         # of several listeners on one host only one hears that
@@ -19867,6 +19905,7 @@ def test_facing_proxies_make_a_handful_of_datagrams(bridge, key):
 
 
 def test_three_proxies_in_a_ring_make_a_handful_of_datagrams(net, key):
+    """C21."""
     links = [("one", "10.1.0"), ("two", "10.2.0"), ("three", "10.3.0")]
     for number, (switch, prefix) in enumerate(links):
         net.host("host%d" % number, prefix + ".2/24", switch=switch)
