@@ -4767,7 +4767,8 @@ def unread_bytes(fd):
     reading end; None where nobody tells."""
     import termios      # whose FIONREAD differs from one machine to the next
     try:
-        return struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, bytes(4)))[0]
+        told = stream_kind(fd) in (PIPE, SOCKET)
+        return struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, bytes(4)))[0] if told else None
     except OSError:
         return None
 
@@ -4820,6 +4821,24 @@ class PipeTap:
     def close(self):
         os.close(self.reading)
         os.close(self.writing)
+
+
+def open_tap(fd):
+    """A PipeTap, or None where the system has no such calls, or no descriptors are left."""
+    if not pipe_calls():
+        return None
+    try:
+        tap = PipeTap(fd)
+    except OSError:
+        return None
+    try:
+        tap.copy_into(memoryview(bytearray(1)))
+    except BlockingIOError:
+        pass
+    except OSError:
+        tap.close()
+        return None
+    return tap
 
 
 def read_whole(read, size):
@@ -5229,16 +5248,9 @@ class SharedSource(Source):
 
     # -- copies of a pipe
     def can_copy(self):
-        if self.pipe and not self.tap and pipe_calls():
-            tap = PipeTap(self.fd)
-            try:
-                tap.copy_into(memoryview(bytearray(1)))
-            except BlockingIOError:
-                pass
-            except OSError:
-                tap.close()
-                return False
-            self.tap, self.threaded = tap, False
+        if self.pipe and not self.tap:
+            self.tap = open_tap(self.fd)
+            self.threaded = self.threaded and not self.tap
         return bool(self.tap)
 
     def _copy(self, view):
@@ -5530,12 +5542,13 @@ class Sink:
 
 class CopySink(Sink):
     """A job's pipe that gets a copy first.  It holds one page: with anything in it nobody can write until its reader
-    has taken all of it; then emptied() is called, once, and the pipe becomes as large as others."""
+    has taken all of it; then emptied() is called, once, and the pipe may hold `size` bytes."""
 
-    def __init__(self, loop, fd, *calls, emptied):
+    def __init__(self, loop, fd, *calls, emptied, size=PIPE_FULL):
         super().__init__(loop, fd, *calls)
         self.emptied = emptied
-        fcntl.fcntl(fd, F_SETPIPE_SZ, COPY_MAX)
+        self.size = size
+        resize_pipe(fd, COPY_MAX)
 
     def feed(self, view):
         kept = super().feed(view)
@@ -5550,10 +5563,7 @@ class CopySink(Sink):
     def _writable_again(self):
         if unread_bytes(self.fd) == 0 and not self.ending:
             emptied, self.emptied = self.emptied, None
-            try:
-                fcntl.fcntl(self.fd, F_SETPIPE_SZ, PIPE_FULL)
-            except OSError:
-                pass        # the user's share of pipe memory is used up
+            resize_pipe(self.fd, self.size)
             self.watch_other_side()
             emptied()
 
@@ -11191,7 +11201,7 @@ class JobEnds:
         """What makes the sink of an input that gets a copy first."""
         emptied = functools.partial(self._emptied, fd)
         if self.job.descriptors[fd] == IN:
-            return functools.partial(CopySink, emptied=emptied)
+            return functools.partial(CopySink, emptied=emptied, size=min(self.share, PIPE_FULL))
         self.counts[fd] = SocketCount(self.loop, os.dup(self.theirs[fd]), None, emptied)
         return functools.partial(CopySocketSink, count=self.counts[fd])
 

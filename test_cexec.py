@@ -17808,6 +17808,7 @@ def test_any_job_does_with_any_descriptor_what_a_local_command_does(shell, tmp_p
     """Cases are made up from a seed for a while; each must come to the same here and through the room."""
     began, count = time.monotonic(), 0
     need("sh")
+    signal.alarm(math.ceil(DEADLINE + DESCRIPTOR_SECONDS))
     while count < 3 or time.monotonic() - began < DESCRIPTOR_SECONDS:
         seed = "%s descriptors %d" % (SEED, count)
         case = made_up(random.Random(seed))
