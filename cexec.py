@@ -7389,6 +7389,10 @@ class Submission:
         """To be said before anything is done about it."""
         self.state = next_job_state(self.id, self.state, event)
 
+    def refused_for_good(self):
+        """Its last worker will never run it.  Others may."""
+        self.refused_since = self.refused_since or time.monotonic()
+
     def wants(self, now, instance, address, in_use):
         """Whether it may be offered to this worker now."""
         return self.accepts(instance) and not self.avoidance.passes_over(now, instance, address, in_use)
@@ -7940,8 +7944,8 @@ class Pool:
         submission, text = attempt.submission, "%s refused the job: %s" % (attempt.kept.name, reason)
         self._move(submission, JobEvent.REFUSED)
         submission.on_event(text, not (final or submission.last_loss))
-        if final and submission.refused_since is None:
-            submission.refused_since = time.monotonic()
+        if final:
+            submission.refused_for_good()
         self._has_failed(attempt, text, reason if final else None)
         self._again(submission)
 
@@ -9329,6 +9333,8 @@ class Cmap:
                     break
             else:
                 return self.loop.call_soon_threadsafe(functools.partial(self.run_over, run, status, failure))
+        if isinstance(failure, JobRefused):
+            status, failure, run.refusal = EXIT_USAGE, None, str(failure)
         job = run.job
         if run not in job.runs:         # meanwhile the other one has ended
             return self._discard(run)
@@ -9346,12 +9352,16 @@ class Cmap:
                 return None if job.runs else self._run(job)
         return self._count(run, status, failure)
 
+    def count_worker(self, run, failed):
+        """A run has ended on its worker, or was refused there for good."""
+        self._say(self.batch.workers.add(run.instance, run.worker, failed, time.monotonic()))
+
     def _count(self, run, status, failure):
         job, now = run.job, time.monotonic()
         outcome = LOST if failure else FAILED if status else SUCCEEDED
         run.result = status, failure
-        if not failure:
-            self._say(self.batch.workers.add(run.instance, run.worker, outcome is FAILED, now))
+        if not failure and not run.refusal:
+            self.count_worker(run, outcome is FAILED)
         decision = self.batch.ended(job, run, outcome, run.instance, now)
         if decision is WAIT:            # for its twin; until then this is what there is
             self._discard(job.spare)
@@ -9424,9 +9434,9 @@ class Cmap:
         if not (self.failed <= FAILURES_SHOWN and not self.settings.quiet or failure):
             return
         if not failure:
-            words = "status %d on %s" % (status, run.worker)
-            reason = run.report.reason if run.report else "it ran for %g s, --timeout" % self.settings.timeout
-            words += ": " + reason if reason else ""
+            reason = run.refusal or (run.report.reason if run.report else
+                                     "it ran for %g s, --timeout" % self.settings.timeout)
+            words = "status %d on %s%s" % (status, run.worker, ": " + reason if reason else "")
         else:
             words = failure.why if failure.what == log_text(job.name) else str(failure)
             words += "; " + failure.hint if isinstance(failure, JobFailure) and failure.hint else ""
@@ -9482,7 +9492,7 @@ class Cmap:
         """Jobs that wait for a worker are not begun; those that run end by themselves, or now."""
         self.batch.stop()
         for job in self.batch.unfinished():
-            if job.state is GOING and (now or not any(run.attempt for run in job.runs)):
+            if job.state is GOING and (now or not any(run.attempt or run.sent is not None for run in job.runs)):
                 self._cancel(job)
                 self._close(job)
 
@@ -9560,10 +9570,16 @@ class MapRun(Submission):
         super().__init__(streams, job.names, cmap.settings.retries, lambda *ended: cmap.run_over(self, *ended[:2]),
                          timeout=cmap.settings.timeout)
         self.job = job
+        self.cmap = cmap
         self.accepts = lambda instance: cmap.batch.may_run(job, instance, time.monotonic())
         self.sent = None                # bytes of the input that were sent, once it is read for another reason
         self.result = None              # (status, Failure)
+        self.refusal = ""               # why no worker takes it
         self.path = None                # of the file that it made
+
+    def refused_for_good(self):
+        super().refused_for_good()
+        self.cmap.count_worker(self, True)
 
     def began_at(self):
         """When it started on its worker, monotonic seconds; None while it waits."""

@@ -12653,7 +12653,7 @@ def test_output_files_are_whole_or_not_there(farm, tmp_path):
     (tmp_path / "cut").write_bytes(b"head -c 3000000 /dev/zero; exit 3")
     done = mapped(farm, "--out", "deep/er/{/.}.out", "--set=RUN=echo out; eval \"$(cat)\"", "APP",
                   "bad", "good", "long", "cut", cwd=str(tmp_path), input=None)
-    assert (done.returncode, done.stdout) == (2, b"")
+    assert (done.returncode, done.stdout) == (1, b"")
     place = tmp_path / "deep" / "er"
     assert sorted(os.listdir(str(place))) == ["good.out", "long.out"]
     assert (place / "good.out").read_bytes() == b"out\n" and (place / "long.out").stat().st_size == 3000004
@@ -12960,6 +12960,20 @@ def test_a_log_line_waits_for_the_disk_and_jobs_do_not(tmp_path, monkeypatch):
     with pytest.raises(cexec.LocalFailure, match="out: lost"):
         log.finish()
     loop.close()
+
+
+def test_what_a_worker_refuses_for_good_is_run_elsewhere_or_fails(room, tmp_path):
+    """It counts against the worker as a failure does; where everybody refuses, it is status 2 of that input."""
+    worker = room.tool("cservice", "--allow", "N=good*", room.key, "sh", "-c", "echo $PEER_N").ready()
+    done = mapped(room, "--value", "N", "--log", tmp_path / "log", "APP", input=b"good1\nbad\ngood2\n")
+    assert (done.returncode, done.stdout) == (1, b"good1\ngood2\n"), done.stderr
+    assert re.search(rb"cmap: input 2 \(bad\): status 2 on 127.0.0.1: the job was refused by ", done.stderr)
+    assert [row.split("\t")[2] for row in (tmp_path / "log").read_text().splitlines()[1:]].count("2") == 1
+    room.serve("sh", "-c", "echo $PEER_N; sleep 0.1")
+    lines = b"".join(b"bad%d\n" % number for number in range(30))
+    done = mapped(room, "--value", "N", "APP", input=lines)
+    assert (done.returncode, done.stdout) == (0, lines), done.stderr
+    worker.end()
 
 
 # -- options that meet
