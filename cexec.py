@@ -8942,23 +8942,23 @@ class MapInputs:
             if wants_head:
                 at = piece.find(b"\n") + 1
                 head, piece, wants_head = head + piece[:at or None], piece[at:] if at else b"", not at
-            while piece:
+            while piece or cut == block.size >= size + more:
+                if block.size >= size + more and cut > 0:       # it is full, and something follows
+                    rest = block.cut(cut)
+                    yield NUMBERED, block, head
+                    block, cut = rest, 0
+                    continue
                 part = piece[:max(0, size + more - block.size)]
                 if not part:            # it is full, and there is no mark yet
                     at = (tail + piece).find(mark)
                     part = piece[:at + len(mark) - len(tail)] if at >= 0 else piece
-                if mark:
-                    found = (tail + part).rfind(mark) + 1
-                    cut = block.size - len(tail) + found if found else cut
-                    tail = (tail + part)[-more:] if more else b""
+                found = (tail + part).rfind(mark) + 1 if mark else len(part)
+                cut = block.size - len(tail) + found if found else cut
+                tail = (tail + part)[-more:] if more else b""
                 yield from self._keep(block, part)
                 if block.failure:
                     raise block.failure
                 piece = piece[len(part):]
-                if block.size >= size + more and (cut > 0 or not mark):
-                    rest = block.cut(cut or size)
-                    yield NUMBERED, block, head
-                    block, cut = rest, 0
         if block.size > size and cut > 0:
             rest = block.cut(cut)
             yield NUMBERED, block, head

@@ -12563,6 +12563,9 @@ def test_replacement_strings(text, expected):
     (["--block", "4"], b"a\nb\nc\nd\n", b"|a\nb\n||c\nd\n|"),
     (["--block", "4"], b"a\nb\ncdefgh\ni", b"|a\nb\n||cdefgh\n||i|"),
     (["--block", "4"], b"abcdefghi", b"|abcdefghi|"),
+    (["--block", "4"], b"ab\ncabcd", b"|ab\n||cabcd|"),
+    (["--block", "4"], b"ab\nabc\na\nb", b"|ab\n||abc\n||a\nb|"),
+    (["--block", "4"], b"a\nb\na\nbc", b"|a\nb\n||a\nbc|"),
     (["--block", "4", "--cut", "bytes"], b"a\nb\ncdefg", b"|a\nb\n||cdef||g|"),
     (["--from", "-", "--set", "N={}"], b"one\n\n-two\n", b"one|1|-two|2|"),
     (["-0", "--from", "-"], b"one\0new\nline\0", b"|1||3|"),
@@ -12881,6 +12884,29 @@ def test_a_mark_is_found_wherever_the_pieces_of_a_pipe_are_cut(farm):
         assert b"".join(blocks) == b"".join(records) and all(block[:1] == b">" for block in blocks)
         assert all(len(block) <= size or block.count(b">") == 1 for block in blocks)
         assert all(len(one + two.partition(b"\n>")[0]) >= size for one, two in zip(blocks, blocks[1:]))
+
+
+class PiecesOf(cexec.MapInputs):
+    """Inputs that come as these pieces."""
+
+    def __init__(self, pieces, header=False):
+        super().__init__(None, cexec.read_settings("cmap", ["--header"] * header, {})[0], [], None, None, None, bool)
+        self.pieces = pieces
+
+    def _pieces(self, path):
+        return map(memoryview, self.pieces)
+
+
+def test_blocks_are_cut_in_the_same_places_however_their_bytes_arrive():
+    chance = seeded("blocks")
+    for _ in range(1000):
+        mark, size = chance.choice([b"", b"\n", b"\n>", b"\nab", b"\n>>>"]), chance.choice([1, 2, 3, 5, 8, 13])
+        alphabet = chance.choice([b"a\n>b", b"a\n", b"\n>", b"ab\n"])
+        data, head = bytes(chance.choice(alphabet) for _ in range(chance.randrange(60))), chance.choice([b"", b"head\n"])
+        cuts = sorted({0, len(head + data), *(chance.randrange(len(head + data) + 1) for _ in range(9))})
+        pieces = [(head + data)[one:two] for one, two in zip(cuts, cuts[1:])]
+        found = [(bytes(block), said) for _, block, said in PiecesOf(pieces, bool(head))._blocks(size, mark)]
+        assert found == [(block, head) for block in plain_blocks(data, size, mark)], (mark, size, pieces)
 
 
 @pytest.mark.parametrize("argv, words", [
