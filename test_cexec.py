@@ -12902,7 +12902,8 @@ def test_blocks_are_cut_in_the_same_places_however_their_bytes_arrive():
     for _ in range(1000):
         mark, size = chance.choice([b"", b"\n", b"\n>", b"\nab", b"\n>>>"]), chance.choice([1, 2, 3, 5, 8, 13])
         alphabet = chance.choice([b"a\n>b", b"a\n", b"\n>", b"ab\n"])
-        data, head = bytes(chance.choice(alphabet) for _ in range(chance.randrange(60))), chance.choice([b"", b"head\n"])
+        data = bytes(chance.choice(alphabet) for _ in range(chance.randrange(60)))
+        head = chance.choice([b"", b"head\n"])
         cuts = sorted({0, len(head + data), *(chance.randrange(len(head + data) + 1) for _ in range(9))})
         pieces = [(head + data)[one:two] for one, two in zip(cuts, cuts[1:])]
         found = [(bytes(block), said) for _, block, said in PiecesOf(pieces, bool(head))._blocks(size, mark)]
