@@ -14945,7 +14945,7 @@ def test_without_a_terminal_of_its_own_the_job_stops_with_cexec(room, terminal):
     wait_gone(job)
 
 
-# ---------------------------------------------------------------- faults
+# ---------------------------------------------------------------- faults: helpers
 #
 # Everything that can die, lie or run out, at each moment of a job, with the promised result for the one who submitted
 # it, for the worker, and for the log.  The worker's command is a shell that runs what the test sends as PEER_DO.
@@ -15347,7 +15347,7 @@ def submit_and_hear(forker, room, impostor, *pairs, env=None, **options):
     return job, heard[0]
 
 
-# -- the matrix: who dies or lies, and when
+# ---------------------------------------------------------------- pool: who dies or lies, and when
 
 @pytest.fixture(scope="module")
 def network(namespaces):
@@ -15571,7 +15571,7 @@ def test_fault_matrix(cluster, who, what, tmp_path):
     assert "Traceback" not in str(one.log) and "Error" not in str(one.log)
 
 
-# -- before the welcome: the connection is there, the job is not
+# ---------------------------------------------------------------- pool: the connection is there, the job is not
 
 # A worker's time limits that no setting changes, shortened.
 HURRY = {"SubmitterConnection.GO": 1.0, "Handler.PATIENCE": 1.0}
@@ -15616,7 +15616,7 @@ def test_fault_before_the_welcome(room, forker, who, what):
         drained(worker)
 
 
-# -- a network that changes or cuts the stream
+# ---------------------------------------------------------------- pool: a network that changes or cuts the stream
 
 class Sweep:
     """Jobs through a relay, each with the fault at another place; several at once."""
@@ -15691,7 +15691,7 @@ def test_a_stream_harmed_at_many_places(room, forker, fault):
         assert "Traceback" not in str(worker.log) and "handler:" not in str(worker.log), str(worker.log)
 
 
-# -- failover
+# ---------------------------------------------------------------- pool: lost jobs start again
 
 REPLACED = 'echo $$ >>"$PEER_PIDS"; if [ $(wc -l <"$PEER_PIDS") = 1 ]; then %s; kill -9 $PPID; sleep 60; fi; cat'
 
@@ -15764,7 +15764,7 @@ def test_a_lone_worker_gets_its_job_again_soon(room, forker, tmp_path):
     assert time.monotonic() - began < 10
 
 
-# -- orphans
+# ---------------------------------------------------------------- cservice: no job outlives whom it was for
 
 STUBBORN_JOB = """trap "" HUP TERM
 (echo $(exec sh -c 'echo $PPID') >>"$PEER_PIDS"; while :; do sleep 1; done) &
@@ -15872,7 +15872,7 @@ def test_a_daemon_told_to_stop_still_ends_the_job_of_a_killed_handler(room, fork
     assert not [pid for pid in pids if stat_fields(pid)[:1] not in ([], ["Z"])]
 
 
-# -- what can run out
+# ---------------------------------------------------------------- what can run out
 
 @LINUX_ONLY
 @pytest.mark.parametrize("descriptor, name", [(1, "standard output"), (2, "standard error"), (5, "descriptor 5")])
@@ -16033,7 +16033,7 @@ def test_a_job_that_cannot_be_forked_is_refused(room, forker, as_root):
     drained(worker)
 
 
-# -- other users
+# ---------------------------------------------------------------- cservice: other users
 
 @LINUX_ONLY
 def test_a_worker_of_root_says_so_and_user_gives_up_everything(room, forker, as_root):
@@ -16055,7 +16055,7 @@ def test_a_worker_of_root_says_so_and_user_gives_up_everything(room, forker, as_
     assert "jobs run as nobody" in str(worker.log) and "warning" not in str(worker.log)
 
 
-# -- peers that have the key and do what the protocol does not allow
+# ---------------------------------------------------------------- peers that break the protocol
 
 def message(name, number=0, body=b""):
     return cexec.frame(vars(cexec)[name], number, body)
@@ -16310,7 +16310,7 @@ def assert_tidy(worker, fds):
     assert children(worker.pid) == [] and zombies(worker.pid) == [] and len(open_fds(worker.pid)) <= fds
 
 
-# -- a fault of the daemon's own
+# ---------------------------------------------------------------- cservice: a fault of the daemon's own
 
 DAEMON = ("Daemon", "SubmitterConnection", "Offers", "Link", "Children", "HandlerProcess", "Handlers", "Orphans",
           "Receiver", "AlertJudge", "RollCalls", "CommandWatch", "Veto", "Drain")     # whose objects its loop calls
@@ -16468,7 +16468,7 @@ def test_a_fault_in_a_callback_of_the_daemon_costs_one_job_at_most(room, forker,
     assert b"fault: call 2" in worker.errors.data
 
 
-# -- strangers
+# ---------------------------------------------------------------- strangers
 
 def hello_of_tls_1_2():
     """The first bytes of a client that can do no better."""
@@ -16759,7 +16759,7 @@ def test_an_interrupt_between_the_offer_and_a_refusal_starts_the_job_nowhere_els
     assert b": start from " not in other.errors.data
 
 
-# -- workers that fail, refuse and dawdle
+# ---------------------------------------------------------------- pool: workers that fail, refuse and dawdle
 
 @LINUX_ONLY
 def test_a_chosen_worker_that_does_not_start_the_job_is_replaced(shared_room, private_key):
@@ -16867,7 +16867,7 @@ def test_whatever_may_fail_does_so_before_the_command_is_started(monkeypatch, ca
             os.waitpid(-1, os.WNOHANG)
 
 
-# -- a daemon that hears what the test says, without a network
+# ---------------------------------------------------------------- cservice: a daemon without a network
 
 class Listed(list):
     """A log whose lines a test looks at."""
@@ -16981,7 +16981,7 @@ def test_a_daemon_without_room_for_another_process_goes_on(monkeypatch, number, 
     assert daemon.log == ["no process for a job from 10.0.0.9: %s" % reason]
 
 
-# -- datagrams that are lost and doubled
+# ---------------------------------------------------------------- cservice: datagrams that are lost and doubled
 
 class Postman:
     """Takes the place of a relay's UDP socket: each datagram goes on as often as copies(job, number) says, both
