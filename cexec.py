@@ -13669,8 +13669,9 @@ class CallLoop:
         high = min(os.sysconf("SC_OPEN_MAX"), DESCRIPTORS_HIGH) - 16
         self.calls, self.answers = move_descriptor(CALLS, high), move_descriptor(ANSWERS, high)
         os.set_blocking(self.calls, False)
-        self.poll = select.poll()
-        self.poll.register(self.calls, select.POLLIN)
+        self.poll, self.idle = select.poll(), select.poll()     # under the lock; of the main thread, without it
+        for poll in self.poll, self.idle:
+            poll.register(self.calls, select.POLLIN)
         self.status = None
         if is_open(STATUS):
             self.status = CallStatus(STATUS)
@@ -13679,6 +13680,7 @@ class CallLoop:
         self.pid = os.getpid()
         self.reader = CallReader()
         self.lock = _thread.RLock()
+        self.sending = _thread.allocate_lock()
         self.ahead = collections.OrderedDict()      # {number: (pickle, buffers), or None for one that was dropped}
         self.replies = {}                           # {number of a question: what the submitter says}
         self.asked = 0
@@ -13734,7 +13736,7 @@ class CallLoop:
         while True:
             self._read()
             if self.setup is None and not self.input_over:
-                self.poll.poll()
+                self.idle.poll()
             elif self.ahead:
                 number, message = self.ahead.popitem(last=False)
                 if message is None:
@@ -13745,7 +13747,7 @@ class CallLoop:
             elif self.input_over:
                 return
             else:       # threads that calls have left behind may read a message as well
-                self.poll.poll(100 if _thread._count() else None)
+                self.idle.poll(100 if _thread._count() else None)
 
     def _read(self, patience=0):
         """Takes what messages there are now, or come within so many milliseconds; None waits."""
@@ -13792,11 +13794,12 @@ class CallLoop:
     def _send(self, kind, number=0, data=b"", buffers=(), microseconds=0):
         parts = encode_call(kind, number, data, buffers, microseconds)
         try:
-            for part in parts:
-                size = os.write(self.answers, part)
-                while size < len(part):
-                    part = memoryview(part)[size:]
+            with self.sending:
+                for part in parts:
                     size = os.write(self.answers, part)
+                    while size < len(part):
+                        part = memoryview(part)[size:]
+                        size = os.write(self.answers, part)
         except OSError:
             os._exit(EXIT_TEMPORARY)        # nobody is there any more, or a call has closed the descriptor
 
@@ -13923,7 +13926,7 @@ class CallLoop:
             except OSError:
                 pass        # a call has closed it
         os.close(null)
-        self.lock = _thread.RLock()
+        self.lock, self.sending = _thread.RLock(), _thread.allocate_lock()
 
 
 def move_descriptor(fd, least):

@@ -20528,6 +20528,59 @@ with cexec.Room(sys.argv[2], group=sys.argv[3]) as room:
 """
 # Carries whole packets between two devices, each after a delay: what netem does, where the kernel has none.  The header
 # of virtio in front of each packet lets segments of 64 KB pass in one piece.
+BENCH_CALLS = """
+import json, math, sys, time
+sys.path.insert(0, sys.argv[1])
+kind, key, group = sys.argv[2:5]
+calls, large, sleeps = map(int, sys.argv[5:8])
+
+def open_pool():
+    if kind == "executor":
+        import cexec
+        return cexec.Executor(key, group=group)
+    if kind == "processes":
+        from concurrent.futures import ProcessPoolExecutor
+        return ProcessPoolExecutor(2)
+    if kind == "dask":
+        from dask.distributed import Client
+        return Client(n_workers=2, threads_per_worker=1, dashboard_address=None).get_executor()
+    if kind == "ipyparallel":
+        import ipyparallel
+        return ipyparallel.Cluster(n=2, log_level=40).start_and_connect_sync().executor()
+    import ray
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+
+    class Pool:
+        def map(self, function, inputs):
+            remote = ray.remote(function) if hasattr(function, "__code__") else ray.remote(lambda n: function(n))
+            return ray.get([remote.remote(each) for each in inputs])
+    return Pool()
+
+def size(data):
+    return len(data)
+
+def rate(function, inputs, before=4):
+    list(pool.map(function, inputs[:before]))
+    started = time.perf_counter()
+    for _ in pool.map(function, inputs):
+        pass
+    return (time.perf_counter() - started) / len(inputs)
+
+if __name__ == "__main__":
+    started = time.perf_counter()
+    pool = open_pool()
+    list(pool.map(math.sqrt, [2]))
+    found = {"first": time.perf_counter() - started}
+    if calls:
+        found["call"] = rate(math.sqrt, range(calls))
+    if large:
+        found["large"] = rate(size, [bytes(1 << 20)] * large)
+    if sleeps:
+        found["sleep"] = rate(time.sleep, [0.1] * sleeps, 96)
+    print(json.dumps(found), flush=True)
+    import os
+    os._exit(0)
+"""
 BENCH_DELAY = """
 import collections, select, socket, sys, time
 SOL_PACKET, VNET_HDR, IGNORE_OUTGOING, SNDBUFFORCE, RCVBUFFORCE, ALL = 263, 15, 23, 32, 33, 3
@@ -20926,7 +20979,8 @@ class Bench(Crew):
     # -------- the contestants
 
     def worker(self, path, group, *command, key=None, **settings):
-        return self.start(*path.inside, "cservice", key or self.key, *command, env=dict(settings, GROUP=group)).ready()
+        words = command if command[0] == "--python" else (key or self.key, *command)
+        return self.start(*path.inside, "cservice", *words, env=dict(settings, GROUP=group)).ready(30)
 
     def served(self, path, *command, concurrency=8):
         """(worker, group) of a worker on the far host."""
@@ -21367,6 +21421,51 @@ def bench_cmap(lab):
     lab.target("cmap", "Room.map against cmap", found, "cmap", "Room.map", 0.8)
 
 
+def bench_executor(lab):
+    """Calls of Python functions on two slots: first result, calls a second, calls with 1 MiB; 16 slots; distance."""
+    path, quick = lab.paths()[0], lab.options.quick
+    group = lab.served(path, "--python", lab.key, concurrency=2)[1]
+    script = lab.file("calls.py")
+    with open(script, "w") as file:
+        file.write(BENCH_CALLS)
+
+    def calls(kind, group=group, calls=500 if quick else 10000, large=20 if quick else 200, sleeps=0):
+        def measure():
+            lab.timed([lab.python, script, lab.bin, kind, lab.pub, group, *map(str, (calls, large, sleeps))],
+                      stdout=lab.file("found"))
+            with open(lab.file("found")) as file:
+                return json.loads(file.read().splitlines()[-1])
+        return lambda: measure
+
+    def peer(kind, module):
+        def make():
+            if subprocess.call([lab.python, "-c", "import " + module], stderr=subprocess.DEVNULL):
+                raise NotMeasured("%s is not installed" % module)
+            return calls(kind, calls=500, large=20)()
+        return make
+    found = lab.interleave("executor", {
+        "Executor": calls("executor"), "ProcessPoolExecutor": calls("processes"),
+        "dask.distributed": peer("dask", "distributed"), "ray": peer("ray", "ray"),
+        "ipyparallel": peer("ipyparallel", "ipyparallel")}, runs=max(1, lab.options.runs // 2))
+    for name, result in found.items():
+        lab.result("executor", name, "first result", "%.0f ms" % (result["first"] * 1000), **result)
+        lab.result("executor", name, "math.sqrt", "%.0f calls/s" % (1 / result["call"]))
+        lab.result("executor", name, "1 MiB", "%.0f calls/s" % (1 / result["large"]))
+    lab.target("executor", "calls a second against ProcessPoolExecutor", found, "ProcessPoolExecutor", "Executor", 5,
+               field="call")
+    lab.target("executor", "1 MiB against ProcessPoolExecutor", found, "ProcessPoolExecutor", "Executor", 0.7,
+               field="large")
+    lab.target("executor", "seconds until the first result", dict(found, one={"first": 1}), "Executor", "one", 0.3,
+               most=True, field="first")
+    wide = path.group()
+    for _ in range(4):
+        lab.worker(path, wide, "--python", lab.key, CONCURRENCY=4)
+    result = calls("executor", wide, 0, 0, 160 if quick else 800)()()
+    lab.result("executor", "16 slots", "100 ms", "%.3f of the ideal" % (result["sleep"] * 16 / 0.1), **result)
+    lab.target("executor", "16 slots, 100 ms: time against the ideal", {"": {"sleep": result["sleep"] * 160}, "one": {
+        "sleep": 1}}, "", "one", 1.05, most=True, field="sleep")
+
+
 def bench_blocks(lab):
     """One file through gzip in blocks of 1 MB: cmap on one host, GNU parallel on local cores, as many slots."""
     path, slots, size = lab.paths()[0], machine_facts()["processors"], max(8, lab.options.size // 8)
@@ -21641,7 +21740,7 @@ def bench_lossy(lab):
 
 
 PARTS = {"stream": bench_stream, "long": bench_long, "tiny": bench_tiny, "eight": bench_eight, "cmap": bench_cmap,
-         "blocks": bench_blocks, "import": bench_import, "growth": bench_growth, "host": bench_host,
+         "executor": bench_executor, "blocks": bench_blocks, "import": bench_import, "growth": bench_growth, "host": bench_host,
          "memory": bench_memory, "room": bench_room, "ramp": bench_ramp, "crowd": bench_crowd,
          "distance": bench_distance, "lossy": bench_lossy}
 
