@@ -13576,11 +13576,16 @@ sys.stdout.buffer.write(marshal.dumps((path, MAGIC_NUMBER, code, source)))
 """
 
 
+def own_path():
+    """Of the file that this program was read from; of no file where it came by standard input."""
+    return getattr(sys.modules[__name__], "__file__", "")
+
+
 def open_program(command, user):
     """A descriptor of this whole program, compiled by the command's Python, which nobody can write to.  Failure when
     that Python cannot run it."""
     import marshal, subprocess
-    path = os.path.realpath(__file__)
+    path = os.path.realpath(own_path())
     with open(path, "rb") as file:
         source = file.read()
     made = subprocess.run([*command, "-c", PROGRAM_COMPILER], input=marshal.dumps((path, source)),
@@ -16121,7 +16126,7 @@ def remove_temporary_key(folder):
 
 class Demo:
     """Two workers, a crat and one job on the loopback network, and a key in a temporary folder that goes with the demo;
-    with its own command also a cmap over a few inputs.
+    with its own command also a cmap over a few inputs, and some calls of Python functions.
 
     The tools are forks of this process and no new programs, so that it does not matter whether there is a file to start
     again: `ssh host python3 - demo < cexec.py` works.  What they say is shown where something fails.
@@ -16167,6 +16172,8 @@ class Demo:
         status = self.run_one()
         if self.many and not status:
             self.run_many()
+            if os.path.isfile(own_path()):
+                self.run_calls()
         return status
 
     def serve(self, name, command, *options):
@@ -16191,12 +16198,15 @@ class Demo:
         self.tell("    the log: " + "".join(self.lines["crat"][1:]).partition(" job ")[0])
         return status
 
-    def run_many(self):
-        """Many inputs at once, on workers whose jobs take a while."""
+    def stop_workers(self):
         workers = [pid for pid, name in self.running.items() if name.startswith("worker")]
         for pid in workers:
             os.kill(pid, signal.SIGTERM)
         self.wait(lambda: not set(workers) & set(self.running), 5)
+
+    def run_many(self):
+        """Many inputs at once, on workers whose jobs take a while."""
+        self.stop_workers()
         self.act("2. Many jobs, on all workers:")
         for number in (3, 4):
             self.serve("worker %d" % number, ["sh", "-c", self.SLOW], "--concurrency", "2")
@@ -16210,6 +16220,28 @@ class Demo:
         self.tell(" ".join(line for line in self.lines["cmap"] if line.isupper()))
         self.tell("==> %d jobs of half a second each took %.1f s: %.1f times as fast as one after another" % (
             len(self.INPUTS), took, one_by_one / took))
+
+    def run_calls(self):
+        """Functions of Python, in an interpreter of a worker."""
+        self.stop_workers()
+        self.act("3. Python functions, in the interpreters of a worker:")
+        self.serve("worker 5", [], "--python")
+        self.tell(">>> with cexec.Executor(\"app.pub\") as pool: print(*pool.map(math.sqrt, [1, 4, 9, 16]))")
+        reading, writing = os.pipe()
+        self.fork("python", lambda: self.call_functions(writing))
+        os.close(writing)
+        began = time.monotonic()
+        with open(reading) as answers:
+            self.tell(answers.read().rstrip())
+        self.tell("==> after %.2f s, the start of the interpreter with it" % (time.monotonic() - began))
+
+    def call_functions(self, writing):
+        """In the fork: the program that makes the calls."""
+        os.chdir(self.folder)
+        os.environ.clear()
+        os.environ.update(self.environment)
+        with executor_class()("app.pub") as pool, open(writing, "w") as answers:
+            print(*pool.map(math.sqrt, [1, 4, 9, 16]), file=answers)
 
     def start(self, name, arguments, folder=None, source=None, word="ready"):
         """Starts a tool and waits until it has said the word."""
