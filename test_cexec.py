@@ -21740,8 +21740,8 @@ def bench_lossy(lab):
 
 
 PARTS = {"stream": bench_stream, "long": bench_long, "tiny": bench_tiny, "eight": bench_eight, "cmap": bench_cmap,
-         "executor": bench_executor, "blocks": bench_blocks, "import": bench_import, "growth": bench_growth, "host": bench_host,
-         "memory": bench_memory, "room": bench_room, "ramp": bench_ramp, "crowd": bench_crowd,
+         "executor": bench_executor, "blocks": bench_blocks, "import": bench_import, "growth": bench_growth,
+         "host": bench_host, "memory": bench_memory, "room": bench_room, "ramp": bench_ramp, "crowd": bench_crowd,
          "distance": bench_distance, "lossy": bench_lossy}
 
 
