@@ -254,15 +254,15 @@ def parse_group(text):
     brackets around the IPv6 address that follows it.
     """
     words = text.strip()
-    place = split_place(words)
+    found = split_target(words)
     device, colon, rest = words.partition(":")
-    if not place and device_name(device):
-        place = split_place(rest or ALL_HOSTS)
+    if not found and device_name(device):
+        found = split_target(rest or ALL_HOSTS)
     else:
         device = ""
-    if not place:
+    if not found:
         raise ValueError(GROUP_FORMS)
-    (address, family, scope), port = place
+    (address, family, scope), port = found
     kind = kind_of(address, family)
     if device and scope and device != scope:
         raise ValueError("one device, not both %s and %s" % (device, scope))
@@ -271,7 +271,7 @@ def parse_group(text):
     return Group(device, address, family, port, kind, scope)
 
 
-def split_place(text):
+def split_target(text):
     """((address, family, scope), port) of ADDRESS[:PORT]; None for anything else."""
     address, after = parse_address(text), ""
     if text.startswith("["):
@@ -391,10 +391,10 @@ def parse_hosts(text):
     """Numeric addresses, in the form the system prints them, and names of hosts, separated by spaces or commas."""
     hosts = []
     for word in text.replace(",", " ").split():
-        place = parse_address(word[1:-1] if word[0] + word[-1] == "[]" else word)
-        if not place and not is_host_name(word):
+        found = parse_address(word[1:-1] if word[0] + word[-1] == "[]" else word)
+        if not found and not is_host_name(word):
             raise ValueError("addresses as 10.0.0.7 or fe80::7%eth0, and names of hosts, separated by spaces or commas")
-        hosts.append(place[0] + ("%" + place[2] if place[2] else "") if place else word.lower())
+        hosts.append(found[0] + ("%" + found[2] if found[2] else "") if found else word.lower())
     return tuple(hosts)
 
 
@@ -4036,14 +4036,14 @@ class GroupSocket:
         group, (address, _, scope) = self.group, self.source or ("", 0, "")
         if self.listen:
             here = group.address if group.loopback and group.kind == "unicast" else ""
-            place, what = socket_address(group.family, here, group.port), "cannot listen on UDP port %d" % group.port
+            local, what = socket_address(group.family, here, group.port), "cannot listen on UDP port %d" % group.port
         elif address or self.port:
-            place = socket_address(group.family, address or own_address(group), self.port, scope)
+            local = socket_address(group.family, address or own_address(group), self.port, scope)
             what = "cannot send from %s" % (address or "UDP port %d" % self.port)
         else:
             return
         try:
-            self.socket.bind(place)
+            self.socket.bind(local)
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 hint = "another program keeps it; GROUP may name another port, the same on all machines: ADDRESS:PORT"
@@ -4139,17 +4139,17 @@ class GroupSocket:
 
     def _send(self, data, interface):
         group, index, notes = self.group, interface.index if interface else 0, []
-        place = (group.address, group.port, 0, index)[:4 if group.family == socket.AF_INET6 else 2]
+        target = (group.address, group.port, 0, index)[:4 if group.family == socket.AF_INET6 else 2]
         if interface and not LINUX:
             self._steer(interface)
             if group.kind == "broadcast" and not MACOS and interface.broadcast:
-                place = (interface.broadcast, group.port)
+                target = (interface.broadcast, group.port)
         elif interface and group.family == socket.AF_INET6:
             notes = [(socket.IPPROTO_IPV6, IPV6_PKTINFO, PKTINFO6.pack(bytes(16), index))]
         elif interface:
             source = bytes(4) if self.source or not interface.addresses else socket.inet_aton(interface.addresses[0])
             notes = [(socket.IPPROTO_IP, IP_PKTINFO, PKTINFO.pack(index, source, bytes(4)))]
-        self.socket.sendmsg([data], notes, 0, place)
+        self.socket.sendmsg([data], notes, 0, target)
 
     def _steer(self, interface):
         """Names the interface for the next datagram where no note beside the datagram can."""
@@ -4162,10 +4162,10 @@ class GroupSocket:
         elif MACOS:
             self.socket.setsockopt(level, IPV6_BOUND_IF if six else IP_BOUND_IF, interface.index)
 
-    def send_to(self, data, place):
-        """Sends one datagram to one address.  Returns whether it could be sent; on its way it may get lost."""
+    def send_to(self, data, address):
+        """Sends one datagram to one socket address.  Returns whether it could be sent; on its way it may get lost."""
         try:
-            self.socket.sendto(data, place)
+            self.socket.sendto(data, address)
         except OSError:
             return False
         return True
@@ -4319,8 +4319,8 @@ def _open_number(group, number):
         raise
 
 
-def listen_at(place, family, backlog=BACKLOG, share=False):
-    """A non-blocking listening TCP socket at this address; PortTaken where its port is in use.
+def listen_at(address, family, backlog=BACKLOG, share=False):
+    """A non-blocking listening TCP socket at this socket address; PortTaken where its port is in use.
 
     share: whether connections that came by the port earlier, and live, may keep it.
     """
@@ -4334,14 +4334,14 @@ def listen_at(place, family, backlog=BACKLOG, share=False):
             made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         elif LINUX:     # a connection that we close is not to keep the port for another minute
             made.setsockopt(socket.IPPROTO_TCP, socket.TCP_LINGER2, -1)
-        made.bind(place)
+        made.bind(address)
         made.listen(backlog)
         return made
     except OSError as error:
         if made:
             made.close()
         raise (PortTaken if error.errno == errno.EADDRINUSE else Failure)(
-            "cannot listen" + (" on TCP port %d" % place[1] if place[1] else ""), reason_of(error)) from None
+            "cannot listen" + (" on TCP port %d" % address[1] if address[1] else ""), reason_of(error)) from None
 
 
 class Acceptor:
@@ -4433,12 +4433,12 @@ class Connector:
             made.close()
 
 
-def address_towards(place):
-    """This machine's address as whoever is at that place sees it; "" where there is no way."""
+def address_towards(address):
+    """This machine's address as whoever is at that socket address sees it; "" where there is no way."""
     try:
-        with socket.socket(socket.AF_INET6 if ":" in place[0] else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        with socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
-            probe.connect(place)
+            probe.connect(address)
             return probe.getsockname()[0].partition("%")[0]
     except OSError:
         return ""           # also without a descriptor for it
@@ -4461,7 +4461,7 @@ def addresses_of(host, needed):
     if parse_address(host):
         return [host]
     try:
-        return sorted({place[0] for *_, place in socket.getaddrinfo(host, None, 0, socket.SOCK_STREAM)})
+        return sorted({address[0] for *_, address in socket.getaddrinfo(host, None, 0, socket.SOCK_STREAM)})
     except (OSError, UnicodeError) as error:
         if not needed:
             return []
@@ -11919,8 +11919,8 @@ class WorkerRow(collections.namedtuple("WorkerRow", "here name address heard by_
 
     @property
     def order(self):
-        place = parse_address(self.name.partition(" ")[0].partition("%")[0])
-        return self.key, (place[1], socket.inet_pton(place[1], place[0])) if place else (0, b""), self.here.instance
+        found = parse_address(self.name.partition(" ")[0].partition("%")[0])
+        return self.key, (found[1], socket.inet_pton(found[1], found[0])) if found else (0, b""), self.here.instance
 
     def json(self):
         import json
@@ -12917,7 +12917,7 @@ class Pump:
 
 
 class ProxyListener:
-    """What was heard under one nonce from one place, and the port on the far side that stands for the one it names.
+    """What was heard under one nonce from one address, and the port on the far side that stands for the one it names.
 
     Made and ended by Cproxy.  secret: of the key that it is authentic for; None where none was given.
     submitter: where to connect for the workers.  asker: where its datagrams come from, and answers go.
@@ -12976,7 +12976,7 @@ class ProxyRelay:
             return self.end(reason_of(error))
         # From here on the worker says nothing before the submitter does: only its end can come.
         self._enter("waiting")
-        self.loop.watch(self.worker.fileno(), read=lambda: self.end("the worker has gone or did not wait"))
+        self.loop.watch(self.worker.fileno(), read=lambda: self.end("the worker closed or spoke too early"))
         self.proxy.preamble_read(self)
 
     def connect(self):
@@ -13005,7 +13005,7 @@ class ProxyRelay:
         secret = self.listener.secret
         if not (hmac.compare_digest(self.go, encode_go(secret, self.preamble)) if secret
                 else len(self.go) == GO_SIZE and self.go.strip(TEXT)):
-            return self.end("what listens there is no submitter")
+            return self.end("another program answers at the submitter's port")
         self._enter("running")
         self.chosen_at = time.monotonic()
         self.listener.chosen += 1
@@ -13268,7 +13268,7 @@ class Cproxy:
     def _end_first(self, relays):
         """Ends the first of these; whether there was one."""
         for relay in relays:
-            relay.end("it was silent, and others came")
+            relay.end("it said nothing, and others connected")
             return True
         return False
 

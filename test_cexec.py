@@ -19490,7 +19490,7 @@ def test_nothing_of_the_worker_passes_before_go(room, foo, keyed):
         server = far.accept()
         worker.sendall(b"CONFIG SET dir /\r\n")
         assert is_end(server) and is_reset(worker)
-        far.proxy.log.wait("the worker has gone or did not wait, 0 bytes to the submitter, 0 to the worker")
+        far.proxy.log.wait("the worker closed or spoke too early, 0 bytes to the submitter, 0 to the worker")
 
 
 def is_end(sock):
