@@ -2680,7 +2680,8 @@ class Responder:
     def start(self, now, slot, job):
         """A job has come; job: a SlotJob."""
         slot.move(SlotEvent.JOB)
-        slot.since = slot.since if slot.jobs else now
+        if not slot.jobs:
+            slot.since = slot.search.since = now    # for more slots the search has waited from now on only
         slot.job = job
         slot.jobs += 1
         if slot.search.wanted == 1:
@@ -2844,7 +2845,8 @@ class Selection:
     """Which of the workers that connect are taken, and what the cluster is told.
 
     wanted: how many slots the submitter can use.  Of one the best that comes first is taken; of more each worker that
-    has proven itself, until enough have come, or none for a second: then the search goes on as one for a single slot.
+    has proven itself, until enough have come, or none for a second: then the search is over, or, where it has found
+    nobody at all, goes on as one for a single slot.
     Call poll() after every event and when next_due() has come, also for a while after the end."""
 
     def __init__(self, now, uniform, wanted=1):
@@ -2919,9 +2921,11 @@ class Selection:
                 self._speak(now)
         else:
             self._want(now, wanted)
-            self._choose(now)
-            self._start_handshakes(now)
-            self._announce(now)
+            if not self.over:
+                self._choose(now)
+            if not self.over:
+                self._start_handshakes(now)
+                self._announce(now)
         actions, self.actions = self.actions, []
         return actions
 
@@ -2931,7 +2935,7 @@ class Selection:
             return self.since if self.actions else min(self.repeats, default=None)
         if not self.wanted:
             return None
-        times = [self.again]
+        times = [self.again] + ([self.fresh + ALONE] if self.taken else [])
         if any(candidate.proven for candidate in self.candidates.values()):
             times.append(self.choose_by)
         shaking = self._shaking()
@@ -2941,7 +2945,10 @@ class Selection:
 
     # -- how many
     def _want(self, now, wanted):
-        self.alone = self.alone or now - self.fresh >= ALONE
+        if not self.alone and now - self.fresh >= ALONE:
+            self.alone = True
+            if self.taken:
+                return self._finish(now)
         self.wanted = min(wanted, 1) if self.alone else wanted
         self.most_wanted = max(self.most_wanted, self.wanted)
         if self.wanted > max(1, self.announced):        # so many more may come
@@ -2952,7 +2959,7 @@ class Selection:
         return clamp(self.wanted, HANDSHAKES, WANTED_MOST)
 
     def _announce(self, now):
-        if self.over or self.again > now or not self.wanted:
+        if self.again > now or not self.wanted:
             return
         spread = 1 + AGAIN_JITTER * (2 * self.uniform() - 1)
         most = AGAIN_MOST if self.answered else AGAIN_UNHEARD
@@ -2968,18 +2975,25 @@ class Selection:
                 other.began is not None and other.cost < proven[0].cost - PREFER_GAP
                 for other in self.candidates.values()):
             return      # a cheaper one is about to prove itself
-        for candidate in proven[:self.wanted]:
+        chosen = proven[:self.wanted]
+        self.wanted -= len(chosen)
+        for candidate in chosen:
             del self.candidates[candidate.who]
             self.taken = candidate
-            self.wanted -= 1
-            if not self.wanted:
-                self.over = True
-                self._speak(now)
-                self.repeats = [now + later for later in TAKEN_AGAIN]
-            self.actions.append((WIN, candidate.who))
-        if self.over:
-            self.actions.extend((EVICT, who, "slower than another") for who in self.candidates)
-            self.candidates = {}
+        # Workers take a search that has said that it wants one to be over when that one has its job.
+        if chosen and (not self.wanted or self.announced <= 1):
+            self._finish(now, chosen)
+        else:
+            self.actions.extend((WIN, candidate.who) for candidate in chosen)
+
+    def _finish(self, now, chosen=()):
+        """No more than these are wanted, or the next ones need a search of their own."""
+        self.over = True
+        self._speak(now)
+        self.repeats = [now + later for later in TAKEN_AGAIN]
+        self.actions.extend((WIN, candidate.who) for candidate in chosen)
+        self.actions.extend((EVICT, who, "slower than another") for who in self.candidates)
+        self.candidates = {}
 
     def _speak(self, now):
         self.spoke = now

@@ -7029,6 +7029,20 @@ def end_job(worker, slot, now=1e3):
         worker.move(now, slot, event)
 
 
+def test_a_search_that_was_served_waits_behind_those_that_were_not():
+    """One for many slots lives long: by its age alone it would get each slot that it has just given back."""
+    worker = cexec.Responder(1, 1, 1.0, lambda: 0.5)
+    hears(worker, "many", now=0.0, room="cmap", wanted=9, interval=1e4)
+    answers(worker, 1e3)
+    slot = win(worker, "many", 1e3)
+    hears(worker, "many", now=2e3, room="cmap", wanted=9, attempt=1, interval=1e4)
+    hears(worker, "one", now=0.5e3, room="cexec", interval=1e4)
+    assert answers(worker, 3e3) == [] and worker.turns_over(3e3) == [slot]
+    worker.turns = 2            # the next offer goes to who has waited longest
+    end_job(worker, slot, 4e3)
+    assert answers(worker, 4e3) == ["one"]
+
+
 def test_an_announcement_is_answered_when_its_timer_fires():
     worker = responder()
     hears(worker, "n")
@@ -7832,7 +7846,7 @@ def test_a_search_for_many_takes_each_one_that_has_proven_itself():
     for n in range(100, 125):
         selection.authenticated(5.0, n)
     actions = selection.poll(5.0, 20)
-    assert actions == [wins(n) for n in range(100, 119)] + [(cexec.TAKEN, None), wins(119)] + [
+    assert actions == [(cexec.TAKEN, None)] + [wins(n) for n in range(100, 120)] + [
         evicts(n) for n in range(120, 125)]
     assert selection.over and selection.poll(9.0, 50) == [(cexec.TAKEN, None)]
 
@@ -7845,19 +7859,32 @@ def test_one_address_may_have_as_many_connections_as_are_wanted_up_to_a_limit():
         assert len(selection.candidates) == min(wanted, 64)
 
 
-def test_after_a_second_without_a_new_worker_a_search_goes_on_for_one_slot():
+def test_a_second_without_a_new_worker_ends_a_search_that_has_found_some():
     selection = submitter(wanted=9)
     arrives(selection, 900.0, "a", wanted=9)
     selection.authenticated(901.0, "a")
     assert wins("a") in selection.poll(901.0, 8)
-    now, wanted = 901.0, []
+    assert not selection.over and selection.next_due() <= 900.0 + cexec.ALONE
+    assert selection.poll(900.0 + cexec.ALONE, 8) == [(cexec.TAKEN, None)] and selection.over
+
+
+def test_after_a_second_in_which_nobody_has_come_a_search_goes_on_for_one_slot():
+    selection, now, wanted = submitter(wanted=9), 0.0, []
     while now < 6000.0:
         now = selection.next_due()
-        wanted += [action[5] for action in selection.poll(now, 8) if action[0] == cexec.ANNOUNCE]
-    assert set(wanted) == {8, 1} and sorted(wanted, reverse=True) == wanted
-    arrives(selection, 6000.0, "b", "c", wanted=8)
+        wanted += [action[5] for action in selection.poll(now, 9) if action[0] == cexec.ANNOUNCE]
+    assert set(wanted) == {9, 1} and sorted(wanted, reverse=True) == wanted
+    arrives(selection, 6000.0, "b", "c", wanted=9)
     selection.authenticated(6001.0, "b")
-    assert selection.poll(6001.0, 8) == [(cexec.TAKEN, None), wins("b"), evicts("c")]
+    assert selection.poll(6001.0, 9) == [(cexec.TAKEN, None), wins("b"), evicts("c")]
+
+
+def test_who_has_said_that_one_is_wanted_begins_anew_for_more():
+    """Workers take such a search to be over when that one has its job."""
+    selection = submitter()
+    arrives(selection, 1.0, "a", wanted=5)
+    selection.authenticated(2.0, "a")
+    assert wins("a") in selection.poll(2.0, 5) and selection.over
 
 
 def test_more_that_are_wanted_are_announced_at_once_and_not_too_often():
@@ -9227,7 +9254,7 @@ def test_two_cmaps_and_a_cexec_share_a_room(room):
     time.sleep(1)       # both have begun
     assert room.cexec(input=b"alone").stdout == b"alone"
     assert [each.alive() for each in maps] == [True, True]
-    assert [each.popen.communicate()[0] for each in maps] == [lines, lines]
+    assert [each.stdout.read() for each in maps] == [lines, lines]
 
 
 def test_a_room_outlives_a_change_of_folder(shell, tmp_path, monkeypatch):
