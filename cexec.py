@@ -9793,14 +9793,32 @@ class Offers:
 
 class Link:
     """One end of the line between daemon and handler: messages of words, a line each.  heard(words) gets each message,
-    and an empty list once, at the end.  What the other end does not take at once waits here."""
+    and an empty list once, at the end.  What the other end does not take at once waits here.  pause: seconds between
+    two looks at what comes, so that a thousand jobs a second cost a hundred wake-ups; who is in a hurry calls read()."""
 
-    def __init__(self, loop, end, heard):
-        self.loop, self.end, self.heard = loop, end, heard
+    def __init__(self, loop, end, heard, pause=0.0):
+        self.loop, self.end, self.heard, self.pause = loop, end, heard, pause
         self.incoming, self.unsent = b"", b""
         self.open = True
+        self.pausing = False
         end.setblocking(False)
-        loop.watch(end.fileno(), read=self.read)
+        self._watch()
+
+    def _watch(self):
+        if self.open:
+            self.loop.watch(self.end.fileno(), read=None if self.pausing else self._readable,
+                            write=self._flush if self.unsent else None)
+
+    def _readable(self):
+        self.pausing = self.pause > 0
+        if self.pausing:
+            self._watch()
+            self.loop.call_later(self.pause, self._look_again)
+        self.read()
+
+    def _look_again(self):
+        self.pausing = False
+        self._watch()
 
     def send(self, *words):
         """The last word may have spaces in it."""
@@ -9815,8 +9833,7 @@ class Link:
             pass
         except OSError:
             self.unsent = b""       # it is about to end
-        if self.open:
-            self.loop.watch(self.end.fileno(), read=self.read, write=self._flush if self.unsent else None)
+        self._watch()
 
     def read(self):
         """Passes on what has come so far."""
@@ -9895,6 +9912,7 @@ class HandlerProcess:
 
 class Handlers:
     """The processes that serve submitters, and what they report.  The Daemon makes it."""
+    PAUSE = 0.01            # seconds between two looks at what a handler reports; its end is seen at once
     LINGERING = 64          # handlers without a slot, whose submitters have not taken the last words yet
 
     def __init__(self, daemon):
@@ -9918,7 +9936,7 @@ class Handlers:
         self.daemon.children.add(pid, lambda status: self._ended(handler))
         far.close()
         connection.close()
-        handler.link = Link(self.loop, ours, functools.partial(self._heard, handler))
+        handler.link = Link(self.loop, ours, functools.partial(self._heard, handler), self.PAUSE)
 
     def _become_handler(self, connection, link, slot):
         """In the forked child: serves the connection and ends.  Nothing here may raise or return."""
@@ -9988,7 +10006,9 @@ class Handlers:
             lingering = [each for each in self.processes.values() if each.slot.state is SlotState.FREE]
             if len(lingering) > self.LINGERING:
                 signal_process(lingering[0].pid, signal.SIGKILL)
-        self.daemon.changed()
+            self.daemon.changed()
+        else:
+            self.daemon.drain.look()
 
     def _ended(self, handler):
         """Its job has ended with it, unless it was killed."""
