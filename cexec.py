@@ -11168,8 +11168,8 @@ class JobEnds:
     slave    its terminal, which stays open here: what it makes of its own descriptors must not look like the end
     """
 
-    def __init__(self, run, job):
-        self.run, self.loop, self.channel, self.session = run, run.loop, run.channel, run.session
+    def __init__(self, loop, channel, job):
+        self.loop, self.channel, self.session = loop, channel, channel.session
         self.job = job
         self.theirs = {}
         self.to_close = []          # of `theirs`, until it has been started
@@ -11181,7 +11181,8 @@ class JobEnds:
         self.consumed = {}          # {input that the job reads no more: bytes of it that it has read}
         self.master = self.slave = None
         self.copied = job.copied if sees_reading() else frozenset()     # inputs that get a copy first
-        self.share = PIPES_MAX // max(1, len(job.descriptors))     # bytes that each may hold in the system
+        share = PIPES_MAX // max(1, len(job.descriptors))
+        self.share = 1 << share.bit_length() - 1    # bytes that each may hold in the system, which rounds up
         try:
             self._open()
         except (OSError, ValueError):
@@ -11463,7 +11464,7 @@ class RunningJob:
         if self.handler.daemon.scratch:
             self.scratch = Scratch(*self.handler.daemon.scratch)
             os.chdir(self.scratch.path)
-        self.ends = JobEnds(self, self.job)
+        self.ends = JobEnds(self.loop, self.channel, self.job)
         if self.handler.daemon.program is not None:
             self._open_calls()
 

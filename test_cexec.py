@@ -16894,6 +16894,60 @@ def test_whatever_may_fail_does_so_before_the_command_is_started(monkeypatch, ca
             os.waitpid(-1, os.WNOHANG)
 
 
+@LINUX_ONLY
+@pytest.mark.parametrize("count, most", [(3, 1 << 20), (200, 1 << 17), (1000, 1 << 14)])
+def test_what_the_system_holds_for_a_job_is_bounded_however_many_descriptors_it_has(count, most):
+    """S23: 16 MiB in pipes and sockets, and no more than 1024 of them."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit[1] < 8192:
+        skip("too few descriptors")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (8192, limit[1]))
+    try:
+        with lone_handler("/bin/true") as (handler, far):
+            kinds = {number: (cexec.IN, cexec.OUT, cexec.BOTH)[number % 3] for number in range(count)}
+            ends = cexec.JobEnds(handler.loop, handler.channel, job_of(kinds))
+            sizes = [fcntl.fcntl(end, cexec.F_GETPIPE_SZ) for fd, end in ends.ends.items() if fd not in ends.sockets]
+            assert sizes and max(sizes) <= most
+            for each in (*ends.sinks.values(), *ends.sources.values()):
+                assert count < 32 or each.enlarged, "it will not grow"
+            ends.close()
+            with pytest.raises(OSError, match="more than the 1024 that a job may have"):
+                cexec.JobEnds(handler.loop, handler.channel, job_of(dict.fromkeys(range(1025), cexec.OUT)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+
+
+def test_a_handlers_lines_are_the_daemons_as_long_as_there_is_one():
+    """So the limit of the log is one for all of them."""
+    with lone_handler("/bin/true") as (handler, far):
+        handler.log("a line of words")
+        assert far.recv(99) == b"LINE a line of words\n" and handler.daemon.log == []
+        handler.link.close()
+        handler.log("last words")
+        assert handler.daemon.log == ["last words"]
+
+
+def test_a_link_carries_whole_messages_and_keeps_what_is_not_taken(loop):
+    one, two = socket.socketpair()
+    heard, count = [], 10000
+    near, far = cexec.Link(loop, one, heard.append), cexec.Link(loop, two, [].append)
+    for number in range(count):         # more than the system takes at once
+        far.send("LINE", "number %d" % number)
+    assert far.unsent
+
+    def look():
+        if len(heard) == count:
+            far.close()
+        if heard[-1:] == [[]]:
+            return loop.stop()
+        loop.call_later(0.002, look)
+    look()
+    run_loop(loop)
+    assert heard == [["LINE", "number", "%d" % number] for number in range(count)] + [[]]
+    near.send("EXIT")                   # to nobody
+    assert not near.open
+
+
 # ---------------------------------------------------------------- cservice: a daemon without a network
 
 class Listed(list):
