@@ -16421,15 +16421,24 @@ class Stimuli:
                 os.kill(pid, signal.SIGKILL)
         job.wait()
 
+    def employed(self):
+        """The connection to the worker, though it may also answer what was announced before."""
+        self.impostor.announce()
+        while True:
+            with contextlib.suppress(cexec.ProtocolError):
+                connection, go = self.impostor.accept(3)
+                connection.sendall(go)
+                return self.impostor.secure(connection, self.impostor.public, True)
+
     def refused_job(self):
         """With a descriptor that the worker cannot give it."""
         with contextlib.suppress(OSError):
-            self.impostor.employ().sendall(a_job({30000: cexec.IN}))
+            self.employed().sendall(a_job({30000: cexec.IN}))
 
     def lost_submitter(self):
         """In the middle of its job."""
         with contextlib.suppress(OSError):
-            peer = self.impostor.employ()
+            peer = self.employed()
             peer.sendall(a_job({}, do="exec sleep 60"))
             time.sleep(0.2)
             peer.close()
@@ -16437,7 +16446,7 @@ class Stimuli:
     def waiting_submitter(self):
         """Who waits for half a second, and then no more, while a job runs."""
         with contextlib.suppress(OSError):
-            peer = self.impostor.employ()
+            peer = self.employed()
             peer.sendall(a_job({}, do="exec sleep 3"))
             self.impostor.announce()
             time.sleep(1.2)
