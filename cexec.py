@@ -9793,8 +9793,8 @@ class Offers:
 
 class Link:
     """One end of the line between daemon and handler: messages of words, a line each.  heard(words) gets each message,
-    and an empty list once, at the end.  What the other end does not take at once waits here.  pause: seconds between two
-    looks at what comes, so that a thousand jobs a second cost a hundred wake-ups; who is in a hurry calls read()."""
+    and an empty list once, at the end.  What the other end does not take at once waits here.  pause: seconds between
+    two looks at what comes, so that a thousand jobs a second cost a hundred wake-ups; read() looks at once."""
 
     def __init__(self, loop, end, heard, pause=0.0):
         self.loop, self.end, self.heard, self.pause = loop, end, heard, pause
