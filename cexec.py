@@ -1546,7 +1546,7 @@ def identity(role, scalar):
 
 
 def make_keypair(master):
-    """(private half, public half) as the bytes of their files, from 32 secret bytes."""
+    """(private half, submitting half) as the bytes of their files, from 32 secret bytes."""
     scalars = [1 + int.from_bytes(hkdf(master, role, 48), "big") % (P256_N - 1) for role in (WORKER_ROLE, CLIENT_ROLE)]
     private = key_text(PRIVATE_LABELS, identity(WORKER_ROLE, scalars[0]) + identity(CLIENT_ROLE, scalars[1]))
     return private, public_half(private)
@@ -1614,7 +1614,7 @@ class Key:
     """What the tools need of one half of a key.
 
     path         the file, for load_cert_chain: its first two blocks are this half's own identity
-    text         that file's bytes, where it is not there: a public half that was made of the private one
+    text         that file's bytes, where it is not there: a submitting half that was made of the private one
     name         the key as the user named it, for logs
     private      whether this is the private half (own is the worker, peer is the client; else the reverse)
     id           4 bytes that name the key in datagrams: the start of the SHA-256 of the worker's certificate
@@ -2320,7 +2320,7 @@ class Diagnosis:
             return "within %.3g s %s" % (seconds, facts.no_port), facts.no_port.hint
         why = "%s within %.3g s" % (
             "no worker was free" if self.alive else
-            "of the workers that answered none was of use" if self.trouble else "nobody answered", seconds)
+            "none of the workers that answered took the job" if self.trouble else "nobody answered", seconds)
         states = sorted({here.text() for here in self.alive if here})
         if states:
             why += " (%s)" % ", ".join(states)
@@ -10183,7 +10183,7 @@ class AlertJudge:
         ratted = alert.verdict == RATTED_OUT
         self.responder.penalise(now_ms(), self.MUTE if ratted else 0)
         if ratted:
-            self.log("ratted out by %s: %s; holding back for %d s" % (alert.submitter, alert.words, self.MUTE / 1000))
+            self.log("reported by %s: %s; holds back for %d s" % (alert.submitter, alert.words, self.MUTE / 1000))
 
 
 class RollCalls:
@@ -13413,8 +13413,8 @@ def load_keys(tool, paths):
 def load_key(path, want=None):
     """(Key, warning or None) from the file PATH, or PATH.pub unless want is "private"; the first usable one counts.
 
-    WANT is "private", "public" or None for either half.  Where a public half is wanted and only the private one is
-    there, its public half serves.  Failure: why PATH itself (or, where it is missing, PATH.pub) is of no use.  The
+    WANT is "private", "public" or None for either half.  Where a submitting half is wanted and only the private one is
+    there, its submitting half serves.  Failure: why PATH itself (or, where it is missing, PATH.pub) is of no use.  The
     warning is for a file that others can use.
     """
     refusal = whole = None
@@ -13422,7 +13422,7 @@ def load_key(path, want=None):
         try:
             text, key, warning = read_key(name) or (None, None, None)
             if key and want == "private" and not key.private:
-                raise Failure("%s is a public half" % name, "serving needs the private key", status=EXIT_USAGE)
+                raise Failure("%s is a submitting half" % name, "serving needs the private key", status=EXIT_USAGE)
         except Failure as problem:
             refusal = refusal or problem
             continue
@@ -13441,8 +13441,8 @@ def load_key(path, want=None):
 
 
 def ckeygen(arguments, settings):
-    """Makes the key APP, unless it is there, and its public half; with -l tells what each FILE is. Returns the status,
-    or raises Failure with one of those above."""
+    """Makes the key APP, unless it is there, and its submitting half; with -l tells what each FILE is.  Returns the
+    status, or raises Failure with one of those above."""
     names = list(arguments)
     if settings.list and names and not settings.stdin:
         return list_keys(names)
@@ -13454,7 +13454,7 @@ def ckeygen(arguments, settings):
     leave = "it was left as it is; choose another name"
     found = existing_half(private_path, True, "cannot use %s as a private key", leave, EXIT_BAD_PRIVATE)
     if not found and private_path.endswith(".pub"):
-        raise Failure(private_path, "that is the name of a public half, and this would be the private one",
+        raise Failure(private_path, "that is the name of a submitting half, and this would be the private one",
                       "say: ckeygen %s" % private_path[:-4], EXIT_USAGE)
     replaced = existing_half(public_path, False, "cannot replace %s", leave + ", or move it", EXIT_NO_PUBLIC)
     private = found
@@ -13466,7 +13466,7 @@ def ckeygen(arguments, settings):
         raise Failure("%s exists and is another key" % private_path, "the text given does not lead to it",
                       leave, EXIT_OTHER_KEY)
     if replaced not in (None, public_half(private)):
-        raise Failure("cannot replace %s" % public_path, "it is the public half of another key, perhaps the only copy",
+        raise Failure("cannot replace %s" % public_path, "it is half of another key, perhaps the only copy",
                       "it was left as it is; name another file, or move it away", EXIT_NO_PUBLIC)
     write_halves(private_path, public_path, private, not found)
     made = "%s from %s" % (public_path, private_path) if found else "%s and %s" % (private_path, public_path)
@@ -13508,7 +13508,7 @@ def existing_half(path, private, what, hint, status):
     try:
         text, key, warning = read_key(path) or (None, None, None)
         if key and key.private != private:
-            raise Failure("", "it is a %s half" % ("private" if key.private else "public"), status=EXIT_USAGE)
+            raise Failure("", "it is a %s half" % ("private" if key.private else "submitting"), status=EXIT_USAGE)
     except Failure as problem:
         raise Failure(what % path, problem.why, hint,
                       EXIT_TEMPORARY if problem.status == EXIT_TEMPORARY else status) from None
@@ -16135,7 +16135,7 @@ DEMO_TEXT = b"one job, the best machine in the room, and every byte of it comes 
 
 
 def make_temporary_key():
-    """(folder, path of a private key in it): the public half beside it ends with .pub; nobody else can read them."""
+    """(folder, path of a private key in it): beside it app.pub; nobody else can read them."""
     folder = os.path.join(os.environ.get("TMPDIR") or "/tmp", "cexec-" + os.urandom(8).hex())
     mask = os.umask(0o77)       # the user's own may take even this user's rights
     try:

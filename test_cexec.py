@@ -990,7 +990,7 @@ def tools(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def key(tmp_path_factory):
-    """The path of a private key; its public half is beside it, with .pub."""
+    """The path of a private key; its submitting half is beside it, with .pub."""
     path = str(tmp_path_factory.mktemp("key") / "app")
     made = run("ckeygen", path)
     assert made.returncode == 0, made.stderr
@@ -2341,7 +2341,7 @@ def test_a_half_is_read_without_multiplying(monkeypatch, half):
 
 
 def lines_changed(change):
-    """A public half whose list of lines was changed in place."""
+    """A submitting half whose list of lines was changed in place."""
     lines = PUBLIC.split(b"\n")
     change(lines)
     return b"\n".join(lines)
@@ -2373,7 +2373,7 @@ BAD_KEYS = [
      "its checksum does not fit"),
     ("labels of the other half", cexec.pem_text(cexec.PRIVATE_LABELS, [b"x"] * 5), "its checksum does not fit"),
     ("a key of ssh", b"-----BEGIN OPENSSH PRIVATE KEY-----\n", "it is a key of ssh"),
-    ("its public half", b"ssh-ed25519 AAAA anna@lab\n", "it is a key of ssh"),
+    ("its submitting half", b"ssh-ed25519 AAAA anna@lab\n", "it is a key of ssh"),
     ("too large", PUBLIC + b"\n" * cexec.KEY_FILE_LIMIT, "it is too large"),
 ]
 
@@ -2671,7 +2671,7 @@ def test_loading_finds_the_half_that_is_wanted(tmp_path):
 
 
 @pytest.mark.parametrize("half, want, what", [
-    ("k.pub", "private", "k.pub is a public half: serving needs the private key"),
+    ("k.pub", "private", "k.pub is a submitting half: serving needs the private key"),
     ("none", "private", "no key none: there is no such file"),
     ("none", None, "no key none: there is no such file"),
     ("k/below", "public", "no key k/below: there is no such file"),
@@ -2840,19 +2840,19 @@ def test_ckeygen_makes_the_same_key_of_the_same_text(tmp_path):
 
 @pytest.mark.parametrize("arguments, status, words", [
     (["junk"], 101, b"cannot use junk as a private key: it holds no key at all"),
-    (["k.pub"], 101, b"cannot use k.pub as a private key: it is a public half"),
+    (["k.pub"], 101, b"cannot use k.pub as a private key: it is a submitting half"),
     (["directory"], 101, b"not a regular file"),
     (["fifo"], 101, b"not a regular file"),
     (["damaged"], 101, b"cannot use damaged as a private key: it is damaged: its checksum does not fit"),
-    (["-stdin", "new.pub"], 2, b"new.pub: that is the name of a public half"),
+    (["-stdin", "new.pub"], 2, b"new.pub: that is the name of a submitting half"),
     (["new.pub"], 2, b"  say: ckeygen new\n"),
     (["k", "none/k.pub"], 102, b"cannot write none/k.pub: No such file"),
     (["new", "none/k.pub"], 102, b"cannot write none/k.pub: No such file"),
     (["k", "junk"], 102, b"cannot replace junk: it holds no key at all"),
     (["new", "junk"], 102, b"cannot replace junk: it holds no key at all"),
     (["new", "k"], 102, b"cannot replace k: it is a private half"),
-    (["k", "other.pub"], 102, b"cannot replace other.pub: it is the public half of another key"),
-    (["new", "other.pub"], 102, b"cannot replace other.pub: it is the public half of another key"),
+    (["k", "other.pub"], 102, b"cannot replace other.pub: it is half of another key"),
+    (["new", "other.pub"], 102, b"cannot replace other.pub: it is half of another key"),
     (["k", "directory"], 102, b"not a regular file"),
     (["k", "/dev/null"], 102, b"not a regular file"),
     (["k", "n" * 300], 102, b"File name too long"),
@@ -2899,7 +2899,7 @@ def test_a_new_key_does_not_replace_the_public_half_of_another(tmp_path):
     (tmp_path / "app").unlink()
     before = (tmp_path / "app.pub").read_bytes()
     done = run("ckeygen", "app", cwd=str(tmp_path))
-    assert done.returncode == 102 and b"cannot replace app.pub: it is the public half of another key" in done.stderr
+    assert done.returncode == 102 and b"cannot replace app.pub: it is half of another key" in done.stderr
     assert (tmp_path / "app.pub").read_bytes() == before and files_below(tmp_path) == ["app.pub"]
 
 
@@ -6495,8 +6495,8 @@ def test_what_a_job_waits_for_in_one_line(workers, line):
      "is cservice running with this key (SHA256:ab) in this network?"),
     ([], {"unsent": ["eth0: no"], "unused": ["b: reset"]}, "; could not send: eth0: no; b: reset", "do firewalls pass"),
     ([heard("a", words="busy", state=1)], {}, "no worker was free within 60 s (busy); ", "=0 waits for ever; cwho"),
-    ([heard("a", words="cannot", state=4)], {}, "of the workers that answered none was of use within", "a firewall"),
-    ([heard("a", words="reset")], {}, "of the workers that answered none was of use within", "-v tells what"),
+    ([heard("a", words="cannot", state=4)], {}, "none of the workers that answered took the job within", "a firewall"),
+    ([heard("a", words="reset")], {}, "none of the workers that answered took the job within", "-v tells what"),
     ([], {"last_loss": "worker a: lost"}, "worker a: lost; since then nobody answered", "is cservice running"),
     ([], {"no_port": cexec.PortTaken("no port", "in use", "name more")}, "within 60 s no port: in use", "name more")])
 def test_why_a_job_got_no_worker(workers, changes, why, hint):
@@ -9428,8 +9428,6 @@ NO_COMMAND = "  COMMAND is a program of this machine, run without a shell"
 
 @pytest.mark.parametrize("argv, env, lines", [
     (["cexec"], {}, ["cexec: no key given", "  usage: cexec APP[.pub] [NAME=VALUE...]"]),
-    (["cexec", "{alone}"], {}, ["cexec: {alone} is a private half: submitting needs the public one",
-                                "  make it with: ckeygen {alone}"]),
     (["cexec", "{dir}/none"], {}, ["cexec: no key {dir}/none: there is no such file",
                                    "  make one with ckeygen, or copy it from where it was made"]),
     (["cexec", "{dir}"], {}, ["cexec: cannot read the key {dir}: not a regular file"]),
@@ -9451,7 +9449,7 @@ NO_COMMAND = "  COMMAND is a program of this machine, run without a shell"
     (["cexec", "--nonsense"], {}, ["cexec: --nonsense: unknown option", "  see cexec --help"]),
     (["cservice"], {}, ["cservice: key and command wanted", "  usage: cservice APP COMMAND [ARG...]"]),
     (["cservice", "{key}"], {}, ["cservice: key and command wanted", "  usage: cservice APP COMMAND [ARG...]"]),
-    (["cservice", "{pub}", "true"], {}, ["cservice: {pub} is a public half: serving needs the private key"]),
+    (["cservice", "{pub}", "true"], {}, ["cservice: {pub} is a submitting half: serving needs the private key"]),
     (["cservice", "{key}", "no such command"], {}, ["cservice: no such command: command not found", NO_COMMAND]),
     (["cservice", "{key}", "/none/such"], {}, ["cservice: /none/such: command not found", NO_COMMAND]),
     (["cservice", "{key}", "{dir}"], {}, ["cservice: {dir}: command not found", NO_COMMAND]),
@@ -9462,8 +9460,7 @@ NO_COMMAND = "  COMMAND is a program of this machine, run without a shell"
     (["demo", "no such command"], {}, ["demo: no such command: command not found", NO_COMMAND]),
 ])
 def test_wrong_usage_is_told_in_a_line_and_a_hint(key, tmp_path, argv, env, lines):
-    names = dict(key=key, pub=key + ".pub", dir=tmp_path, alone=tmp_path / "alone")
-    shutil.copy(key, str(names["alone"]))
+    names = dict(key=key, pub=key + ".pub", dir=tmp_path)
     done = run(*(word.format(**names) for word in argv), env=env)
     assert done.stderr.decode().splitlines() == [line.format(**names) for line in lines]
     assert (done.returncode, done.stdout) == (2, b"")
@@ -10607,7 +10604,7 @@ def test_a_cservice_in_the_background_is_ready_when_it_returns(room, home, tmp_p
 
 @pytest.mark.parametrize("arguments, words", [
     (["none", "cat"], "no key none"), (["{key}", "no such command"], "command not found"),
-    (["--log", ".", "{key}", "cat"], "cannot write the log"), (["{pub}", "cat"], "public half"),
+    (["--log", ".", "{key}", "cat"], "cannot write the log"), (["{pub}", "cat"], "submitting half"),
     (["--group=nodevice:10.255.255.1", "{key}", "cat"], "nodevice")])
 def test_a_background_that_does_not_come_to_be_ends_as_the_foreground_would(room, home, arguments, words):
     """With the same words and the same status."""
@@ -10954,6 +10951,14 @@ def test_the_folder_goes_however_the_job_ends(room, tmp_path, way):
     wait_until(lambda: must(os.listdir(str(place)) == []))
     assert os.listdir(str(precious)) == ["file"] and (precious / "file").read_text() == "kept"
     assert worker.alive() and not worker.log.having("is left")
+
+
+def test_a_slot_does_not_wait_for_ever_for_a_folder_to_go(room, tmp_path):
+    """What takes too long is told, and goes on."""
+    worker = impatient(room, {"Scratch.WAIT": 0.0}, "--scratch", room.key, *RUN_SHELL, TMPDIR=tmp_path)
+    assert room.cexec("RUN=mkdir $(seq 500)").returncode == 0
+    worker.log.wait("is not removed after 0 s; the next start tries again")
+    wait_until(lambda: must(os.listdir(str(tmp_path)) == []))
 
 
 @LINUX_ONLY
@@ -15837,7 +15842,7 @@ def test_a_job_that_has_ended_is_whole_whatever_its_worker_does_while_its_output
         assert_no_handlers(worker)
         assert len(job.stdout.read()) == 900000 and job.wait(10) == 3
         assert submitter.run(names={"DO": "exit 4"}, timeout=20).status == 4, "its only connection is free again"
-    assert not worker.log.having("ratted out")
+    assert not worker.log.having("reported by")
 
 
 @LINUX_ONLY
@@ -17019,7 +17024,7 @@ def test_a_worker_holds_back_only_for_a_true_alert_about_its_own_job_and_once():
     before = cexec.now_ms()
     daemon.hear(data)
     assert before + 10000 <= daemon.responder.penalty_until <= cexec.now_ms() + 10000
-    assert daemon.log[-1] == "ratted out by 10.0.0.6: lost; holding back for 10 s"
+    assert daemon.log[-1] == "reported by 10.0.0.6: lost; holds back for 10 s"
     count = len(daemon.log)
     daemon.responder.penalise(0, 0)
     daemon.hear(data)
@@ -17034,7 +17039,7 @@ def test_a_worker_finds_its_job_in_a_bundle_of_alerts():
     assert daemon.responder.penalty_until == -math.inf and not daemon.log
     daemon.hear(alert_bytes(FOO, *others, alert_entry(cexec.RATTED_OUT, words="lost")))
     assert daemon.responder.penalty_until > 0
-    assert daemon.log == ["ratted out by 10.0.0.6: lost; holding back for 10 s"]
+    assert daemon.log == ["reported by 10.0.0.6: lost; holds back for 10 s"]
 
 
 def test_no_copy_of_an_alert_begins_or_ends_a_hold_back():
@@ -18389,7 +18394,7 @@ def test_a_firewall_here_that_keeps_workers_out_is_found_and_opened(street, key,
     back = r"could not connect back to 10\.99\.0\.1:\d+: %s" % reason
     assert re.search(r"\r\x1b\[Kcexec: 10\.99\.0\.2 %s, [2-7] s" % back, shown), shown
     line, hint = shown.rpartition("\x1b[K")[2].splitlines()
-    assert line.startswith("cexec: no worker: of the workers that answered none was of use within 7 s")
+    assert line.startswith("cexec: no worker: none of the workers that answered took the job within 7 s")
     assert re.search(r"10\.99\.0\.2: " + back, line) and "firewall" in hint and "cwho --check" in hint
     noted = worker.log.having("no connection back to 10.99.0.1")
     assert len(noted) == 1 and reason in noted[0], worker.log
@@ -18925,7 +18930,7 @@ def test_a_test_alert_shows_and_harms_nobody(room):
     assert crat.out.having("127.0.0.1 rats out 127.0.0.1 for %s job" % room.pub)[0].split(": ")[1].startswith("test")
     assert room.cexec("RUN=exit 4").returncode == 4
     assert worker.stop() == 0
-    assert not worker.log.having("ratted out")
+    assert not worker.log.having("reported by")
 
 
 def test_crat_prints_each_alert_at_once_and_ends_with_0(room, foo):
@@ -20361,9 +20366,9 @@ def test_what_was_captured_does_nothing_when_it_is_sent_again(net, key, tmp_path
                           env={"CEXEC_RETRIES": 0}, timeout=60)
     assert failed.returncode == 111
     crat.out.wait("rats out", 10)
-    worker.log.wait("ratted out", 10)
-    wait_until(lambda: must(len(worker.log.having("ratted out")) == len(crat.out.having("rats out"))))
-    lines, muted, jobs = str(crat.out), len(worker.log.having("ratted out")), jobs_of(worker)
+    worker.log.wait("reported by", 10)
+    wait_until(lambda: must(len(worker.log.having("reported by")) == len(crat.out.having("rats out"))))
+    lines, muted, jobs = str(crat.out), len(worker.log.having("reported by")), jobs_of(worker)
     capture = [line for line in str(recorder.out).splitlines() if line != "listening"]
     assert len(capture) >= 6
     for line in capture:
@@ -20378,7 +20383,7 @@ def test_what_was_captured_does_nothing_when_it_is_sent_again(net, key, tmp_path
     added = str(crat.out)[len(lines):].splitlines()
     known = [line for line in added if line and " unknown key " not in line]
     assert len(known) == 1 and known[0].split(" job ")[0].endswith("exit code 6")
-    assert len(worker.log.having("ratted out")) == muted and jobs_of(worker) == jobs + 1
+    assert len(worker.log.having("reported by")) == muted and jobs_of(worker) == jobs + 1
 
 
 # Knows preambles, as who has overheard one or holds APP.pub.  Once told to, it sends old announcements again from all
