@@ -12111,14 +12111,14 @@ def hear_answers(mouth, calls, on_foreign=None):
 
 
 def print_all(text):
-    """Writes this on standard output, whole."""
+    """Writes this on standard output, whole.  BrokenPipeError where its reader has gone."""
     data = text.encode("utf-8", "replace")
     try:
         while data:
             data = data[os.write(1, data):]
-    except BrokenPipeError:
-        raise
     except OSError as error:
+        if error.errno == errno.EPIPE:
+            raise
         raise Failure("standard output", reason_of(error)) from None
 
 
@@ -12211,10 +12211,7 @@ class RollCallView:
     def draw(self):
         workers = self.workers()
         if not self.screen:
-            try:
-                self._print(workers, differences(workers) + list(self.ended) + [""])
-            except BrokenPipeError:
-                self.loop.stop(128 + signal.SIGPIPE)
+            self._print(workers, differences(workers) + list(self.ended) + [""])
             return self.ended.clear()
         lines = ["%s  q ends  group %s  key %s" % (time.strftime("%H:%M:%S"), self.settings.group, ", ".join(
             key.name for key in self.keys))] + self.calls[0].problems
@@ -12619,9 +12616,12 @@ def cwho(arguments, settings):
         raise Failure("a key wanted", "", "usage: cwho [OPTION...] APP[.pub]...", EXIT_USAGE)
     check_output()
     keys = load_keys(CWHO, arguments)
-    if not settings.check:
-        return RollCallView(keys, settings).run()
-    return max(Check(key, settings).run() for key in keys)
+    try:
+        if not settings.check:
+            return RollCallView(keys, settings).run()
+        return max(Check(key, settings).run() for key in keys)
+    except BrokenPipeError:     # as a program that dies of SIGPIPE, but by its exit status
+        return 128 + signal.SIGPIPE
 
 
 def check_output():

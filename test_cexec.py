@@ -18320,11 +18320,12 @@ def test_watch_on_a_pipe_prints_plain_tables(room):
     assert watch.stop() == 0 and "\x1b" not in str(watch.out)
 
 
-def test_a_watch_whose_reader_has_gone_ends(room):
+@pytest.mark.parametrize("options", [("--watch",), (), ("--check",)])
+def test_a_cwho_whose_reader_has_gone_ends_quietly(room, options):
     room.serve(*EVAL)
-    watch = room.tool("cwho", "--watch", room.pub, stdout=subprocess.PIPE)
+    watch = room.tool("cwho", *options, room.pub, stdout=subprocess.PIPE)
     watch.stdout.close()
-    assert watch.wait() == 141
+    assert watch.complete() == 141 and not watch.log.lines
 
 
 # -- why nobody answers
