@@ -2285,6 +2285,9 @@ SearchFacts = collections.namedtuple(
     "SearchFacts", "heard group key_name fingerprint udp_port port ways unsent unused no_port last_loss")
 
 
+CHECK_AFTER = 10.0          # seconds without any answer until the line names cwho --check
+
+
 class Diagnosis:
     """Why a job waits, or got no worker, in words; of what was heard since a time.  Pure."""
 
@@ -2307,11 +2310,12 @@ class Diagnosis:
             words.append("waiting: %s, %s" % (
                 count_text(len(self.alive), "worker"),
                 "none free" if len(states) > 1 else "all " * (len(self.alive) > 1) + states.pop()))
-        elif not (earlier.trouble or words):
-            words.append("nobody has answered yet")
-        words += earlier.trouble[-1:]
-        return "%s, %.0f s%s" % ("; ".join(words), seconds,
-                                 "; before that, " + self.facts.last_loss if self.facts.last_loss else "")
+        nobody = not (self.alive or earlier.trouble or words)
+        words += ["nobody has answered yet"] if nobody else earlier.trouble[-1:]
+        return "%s, %.0f s%s%s" % (
+            "; ".join(words), seconds,
+            "; cwho --check %s finds out why" % self.facts.key_name if nobody and seconds >= CHECK_AFTER else "",
+            "; before that, " + self.facts.last_loss if self.facts.last_loss else "")
 
     def failure(self, seconds):
         """(why, hint) of the failure of a job that got no worker within so many seconds."""
