@@ -4818,27 +4818,34 @@ def pipe_calls():
 
 
 class PipeTap:
-    """Reads a pipe or copies what is in it, by way of a pipe of its own and so without ever waiting.  A pipe that was
-    once copied from cannot be read with RWF_NOWAIT any more.  Needs pipe_calls()."""
+    """Reads a pipe or copies what is in it without ever waiting.  Needs pipe_calls().
+
+    It opens the pipe once more, for itself, and copies by way of a pipe of its own.  Where it may not, it also reads so:
+    what was once copied from cannot be read with RWF_NOWAIT any more.
+    """
 
     def __init__(self, fd):
-        self.fd = fd
         self.tee, self.splice = pipe_calls()
         self.reading, self.writing = os.pipe()
+        try:
+            self.fd = os.open("/proc/self/fd/%d" % fd, os.O_RDONLY | os.O_NONBLOCK)
+        except OSError:
+            self.fd = fd        # no /proc, or a pipe that belongs to another user
+        self.reopened = self.fd != fd
 
     def copy_into(self, view):
         return self._pass(self.tee, view)
 
     def read_into(self, view):
-        return self._pass(self.splice, view)
+        return read_into(self.fd, view) if self.reopened else self._pass(self.splice, view)
 
     def _pass(self, call, view):
         size = call(self.fd, self.writing, len(view))
         return read_into(self.reading, view[:size]) if size else 0
 
     def close(self):
-        os.close(self.reading)
-        os.close(self.writing)
+        for fd in [self.reading, self.writing] + [self.fd] * self.reopened:
+            os.close(fd)
 
 
 def open_tap(fd):

@@ -5800,6 +5800,15 @@ def test_before_a_job_is_accepted_all_its_input_is_remembered(loop, filled):
 COPYABLE = ["pipe", "fifo", "socket"]
 
 
+@pytest.fixture(params=["opened anew", "as it is"])
+def reopened(request, monkeypatch):
+    """A pipe that is copied can be opened once more, or not, as one that belongs to another user."""
+    if request.param == "as it is":
+        opened = os.open
+        monkeypatch.setattr(cexec.os, "open", lambda path, *more: opened(
+            "/nowhere" if str(path).startswith("/proc/self/fd/") else path, *more))
+
+
 def copied(loop, fd, ready=lambda: None):
     """An input of which a copy is sent."""
     made = cexec.ReplayableInput(cexec.open_source(loop, fd, ready))
@@ -5821,7 +5830,7 @@ def left_in(fd):
 @needs_linux
 @pytest.mark.parametrize("kind", COPYABLE)
 @pytest.mark.parametrize("consumed", [0, 1, 5, 9, cexec.UNKNOWN])
-def test_of_a_copy_what_the_job_has_read_is_taken_in_the_end(loop, tmp_path, kind, consumed):
+def test_of_a_copy_what_the_job_has_read_is_taken_in_the_end(loop, tmp_path, reopened, kind, consumed):
     reading, writing = ends_of(kind, tmp_path)
     os.write(writing, b"one\ntwo\n\n")
     source, view = copied(loop, reading), memoryview(bytearray(100))
@@ -5836,7 +5845,7 @@ def test_of_a_copy_what_the_job_has_read_is_taken_in_the_end(loop, tmp_path, kin
 
 @needs_linux
 @pytest.mark.parametrize("kind", COPYABLE)
-def test_a_copy_that_was_read_is_taken_and_then_all_is_read(loop, tmp_path, kind):
+def test_a_copy_that_was_read_is_taken_and_then_all_is_read(loop, tmp_path, reopened, kind):
     """Also what has been copied is replayed from then on."""
     reading, writing = ends_of(kind, tmp_path)
     size = 20000
@@ -5894,7 +5903,7 @@ def test_another_reader_of_a_copied_input_is_noticed(loop, tmp_path, kind, other
 @needs_linux
 @pytest.mark.parametrize("kind", COPYABLE)
 @pytest.mark.parametrize("data", [b"", b"some", bytes(4096), bytes(4097)], ids=len)
-def test_the_end_follows_a_copy_of_all_when_the_writer_has_gone(loop, tmp_path, kind, data):
+def test_the_end_follows_a_copy_of_all_when_the_writer_has_gone(loop, tmp_path, reopened, kind, data):
     reading, writing = ends_of(kind, tmp_path)
     os.write(writing, data)
     os.close(writing)
