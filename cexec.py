@@ -4820,8 +4820,8 @@ def pipe_calls():
 class PipeTap:
     """Reads a pipe or copies what is in it without ever waiting.  Needs pipe_calls().
 
-    It opens the pipe once more, for itself, and copies by way of a pipe of its own.  Where it may not, it also reads so:
-    what was once copied from cannot be read with RWF_NOWAIT any more.
+    It opens the pipe once more, for itself, and copies by way of a pipe of its own.  Where it may not open it, it reads
+    that way too: what was once copied from cannot be read with RWF_NOWAIT any more.
     """
 
     def __init__(self, fd):

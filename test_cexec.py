@@ -6493,7 +6493,8 @@ def heard(name, at=1.0, words=None, **here):
     ([heard("a", words="busy", state=1), heard("b")], "waiting: 2 workers, none free, 12 s"),
     ([heard("a", words="closed in the handshake")], "a failed: closed in the handshake, 12 s"),
     ([heard("a", words="could not connect", state=4, port=4000, error="x")], "a could not connect, 12 s"),
-    ([heard("a", at=-1.0, words="busy", state=1)], "nobody has answered yet, 12 s; cwho --check app.pub finds out why")])
+    ([heard("a", at=-1.0, words="busy", state=1)],
+     "nobody has answered yet, 12 s; cwho --check app.pub finds out why")])
 def test_what_a_job_waits_for_in_one_line(workers, line):
     made = diagnosis(*workers)
     assert made.waiting(12.2, made) == line
