@@ -67,7 +67,8 @@ The map, in the order of the file.  Above the line all is pure: bytes, times and
     session              one connection's phases as a table; streams with credit; silence
     calls                what an Executor and its interpreters say to each other
     slots                the states of a worker's slot
-    choice               which worker answers when (Responder), which one is taken (Selection)
+    jobs                 the states of a job at its submitter; whom it avoids; why it waits, in words
+    choice               which worker answers when (Responder), which ones are taken (Selection)
     batch                many jobs: what runs again, where, what counts, what is delivered next
     --- the line: below it the program touches the world
     TLS                  the one way to make a channel
@@ -2403,7 +2404,6 @@ PATIENCE_MOST = 1000.0  # one older than this makes room where there is none
 CANDIDATES = 64         # connections that are kept at once, unless more are wanted
 PER_ADDRESS = 4         # of these, unproven ones from one address: its holder must not keep all others out
 WANTED_MOST = 64        # handshakes, and unproven ones from one address, however many are wanted
-FAILURES_MOST = 1024    # addresses whose failed handshakes are remembered
 RANDOMS_MOST = 4096     # preambles remembered, so that no copy passes for another worker
 PREFER_GAP = 0.1        # a connected worker that is cheaper by this is worth waiting for
 PREFER_WAIT = 1.5
@@ -5863,13 +5863,13 @@ class Channel:
             try:
                 size = self.connection.read_into(self.incoming)
             except (OSError, ValueError) as error:
-                return self.lost(loss_of(error))
+                return self.fail(loss_of(error))
             if size is None and self.send_failure:
-                return self.lost(self.send_failure)
+                return self.fail(self.send_failure)
             if size is None:
                 break
             if size == 0:
-                return self.lost(Loss(CLOSED, "the connection was closed"))
+                return self.fail(Loss(CLOSED, "the connection was closed"))
             if not self._process(size):
                 return
             if size < whole and not (self.connection.failure or self.send_failure):
@@ -5901,7 +5901,7 @@ class Channel:
                 if self.closed:
                     return False
         except ProtocolError as error:
-            self.lost(Loss(PROTOCOL, "protocol broken: %s" % error))
+            self.fail(Loss(PROTOCOL, "protocol broken: %s" % error))
             return False
         finally:
             self.processing = False
@@ -5917,11 +5917,11 @@ class Channel:
         self.timer.cancel()
         now = time.monotonic()
         if self.session.tick(now):
-            return self.lost(Loss(SILENT, "silent for %g seconds" % self.session.timeout))
+            return self.fail(Loss(SILENT, "silent for %g seconds" % self.session.timeout))
         self.timer = self.loop.call_at(now + max(self.TICK, min(15, self.session.timeout / 8)), self.tick)
         self.flush()
 
-    def lost(self, loss):
+    def fail(self, loss):
         """Ends the connection for the reason given, which the owner hears unless the session was over."""
         if not self.closed:
             over = self.session.phase is OVER and loss.kind is not PROTOCOL
@@ -7724,8 +7724,8 @@ class Pool:
         return {submission.instance for submission in self.running}
 
     def serving(self):
-        """The instances of the workers that there is a connection to."""
-        return {kept.instance for kept in self.connections}
+        """The instances of the workers that run a job or may have one, on a connection that there is."""
+        return {kept.instance for kept in self.connections if kept.channel.session.phase is not OVER}
 
     def submit(self, submission, first=False):
         """first: in front of the others that wait."""
@@ -16563,7 +16563,7 @@ were local.  The job finds each VALUE in its environment as PEER_NAME.
 """, ("-t", "-n", "-v", "-q", "--timeout-accept", "--group"), """\
 0-255  the job's own; 128+n: it died of signal n
 111    the cluster failed: to try again may help
-2      wrong usage
+2      wrong usage, or every worker refuses the job for good
 """, """\
 $ cexec app.pub < song.wav > song.ogg
 $ cexec app.pub SIZE=100x100 < photo.jpg > small.jpg

@@ -9067,6 +9067,7 @@ def test_a_room_out_of_descriptors_says_so(room):
 
 class Rogue(threading.Thread):
     """A worker that takes every job it can get and does to each what treat(session) makes of it: refuse, abort, lose.
+    session.tls is the connection.
 
     names: the instances that it says it is, one after another; the last one for ever."""
 
@@ -9111,6 +9112,7 @@ class Rogue(threading.Thread):
                     for _ in session.receive(data, 0):
                         pass
                 self.asked.append(name)
+                session.tls = tls
                 self.treat(session)
                 tls.sendall(session.outbox)
 
@@ -9161,6 +9163,31 @@ def test_a_worker_under_ever_new_names_is_asked_a_few_times_only(room, treat):
         loop.run()
         asked = len(rogue.asked)
     assert 3 <= asked <= 10
+
+
+def floods(session):
+    """The job starts, and then come new keys for TLS as fast as they can be made, until nobody is there any more."""
+    session.accept(0)
+    session.tls.sendall(session.outbox)
+    session.outbox.clear()
+    keys = NewKeys(types.SimpleNamespace(tls=session.tls))
+    end = time.monotonic() + 20
+    with contextlib.suppress(OSError, AssertionError):
+        while time.monotonic() < end:
+            for _ in range(100):
+                keys.ask(False)
+            session.tls.getpeername()
+
+
+def test_a_flood_of_new_keys_ends_the_connection_and_holds_up_nobody(room):
+    """S11, R18: timers go on meanwhile."""
+    with Rogue(room, floods), room_here(room) as (loop, pool):
+        ticks = []
+        loop.call_every(0.05, lambda: ticks.append(time.monotonic()))
+        pool.submit(pool_job(loop, "", retries=0))
+        status, failure = ended_by(loop)
+    assert failure.what == "worker 127.0.0.1" and "keeps TLS busy" in failure.why, failure
+    assert max(after - before for before, after in zip(ticks, ticks[1:])) < 2
 
 
 def test_a_job_that_its_only_worker_refuses_for_good_ends_soon_with_its_words(room):
