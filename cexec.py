@@ -15477,17 +15477,19 @@ class CallPool:
             self.pump()
 
     def _cancel_waiting(self):
-        calls = [*self.waiting, *(call for each in self.interpreters for call in each.owed.values())]
-        self.waiting.clear()
-        for call in calls:
+        calls = [call for each in self.interpreters for call in each.owed.values()]
+        for call in [*self._take_waiting(), *calls]:
             if call.state in (CallState.QUEUED, CallState.SENT) and call.taker.cancel():
                 call.taker.set_running_or_notify_cancel()
                 self.forget(call)
         self.pump()
 
+    def _take_waiting(self):
+        """The calls that wait; other threads may add to them meanwhile."""
+        return [self.waiting.popleft() for _ in range(len(self.waiting))]
+
     def fail_waiting(self, make_error):
-        calls, self.waiting = self.waiting, collections.deque()
-        for call in calls:
+        for call in self._take_waiting():
             if call.state is CallState.QUEUED:
                 self.fail(call, make_error())
 
@@ -15728,10 +15730,9 @@ def find_spec_here(name):
     """The spec of a module of this program, without importing anything: of what has been imported, or what the path
     finders find; None where there is none."""
     from importlib.machinery import PathFinder
-    module = sys.modules.get(name)
-    spec = getattr(module, "__spec__", None)
-    if module is not None:
-        return spec if getattr(spec, "name", None) == name else None
+    spec = getattr(sys.modules.get(name), "__spec__", None)
+    if getattr(spec, "name", None) == name and getattr(spec, "loader", None) is not None:
+        return spec
     parent = name.rpartition(".")[0]
     if not parent:
         return PathFinder.find_spec(name)

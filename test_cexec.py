@@ -11717,6 +11717,9 @@ def setup(value):
     STATE = value
 def state(): return STATE, os.getpid()
 def fail_setup(): raise RuntimeError("no licence here")
+def setup_or_fail():
+    if os.environ.get("PROBE_BAD") == "raise": raise RuntimeError("bad machine")
+    if os.environ.get("PROBE_BAD") == "exit": os._exit(3)
 def end(how):
     if how == "exit": os._exit(37)
     if how == "abort": os.abort()
@@ -12191,6 +12194,31 @@ if __name__ == "__main__":
 """)
 
 
+def test_threads_of_a_call_import_at_once_and_after_it(calls, tmp_path):
+    run_program(calls, tmp_path, """
+import cexec, os, sys, threading, time
+def load():
+    found = []
+    def load_one(name): found.append(__import__(name))
+    threads = [threading.Thread(target=load_one, args=(name,)) for name in "one two three one".split()]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    return len(found)
+def later(path):
+    def work():
+        time.sleep(0.2)
+        import four
+        with open(path, "w") as file: file.write(four.V)
+    threading.Thread(target=work).start()
+if __name__ == "__main__":
+    with cexec.Executor("py.pub", max_workers=1) as pool:
+        assert pool.submit(load).result(30) == 4
+        pool.submit(later, os.path.abspath("made")).result(30)
+        while not os.path.exists("made"): pool.submit(time.sleep, 0.05).result(30)
+""", files={"one.py": "import time; time.sleep(0.1); import two", "three.py": "",
+            "two.py": "import time; time.sleep(0.1); import three", "four.py": "V = 'four'"})
+
+
 def test_random_numbers_differ_between_interpreters(calls, tmp_path):
     told = run_program(calls, tmp_path, """
 import cexec, os, random, time, uuid
@@ -12385,6 +12413,10 @@ MODULES = {
                         "    if not hasattr(r, 'files'): return 'a'\n"
                         "    return r.files('data').joinpath('more', 'a.txt').read_text()\n",
     "data/words.txt": "words", "data/more/a.txt": "a",
+    "itself.py": "import sys\nclass Lazy:\n    def f(self, n): return n + 1\nsys.modules[__name__] = Lazy()\n",
+    "uses.py": "import itself\ndef f(n): return itself.f(n)\n",
+    "round/__init__.py": "from . import one\nf = one.f\n",
+    "round/one.py": "from . import two\ndef f(n): return two.g(n)\n", "round/two.py": "from . import one\ndef g(n): return n - 1\n",
     "line.py": "def f(n):\n    return n / 0  # the line that failed\n"}
 
 
@@ -12393,7 +12425,7 @@ def test_modules_of_every_kind_come_from_the_submitter(calls, tmp_path):
     told = run_program(calls, tmp_path, """
 import sys
 import cexec
-import bom, crlf, data, feed, latin, line, no_end, space.inner.mod, speedy, user, os
+import bom, crlf, data, feed, latin, line, no_end, round, space.inner.mod, speedy, user, uses, os
 import colorsys
 def absent(n):
     try: import no_such_package.sub
@@ -12403,7 +12435,7 @@ def compiled(n):
 if __name__ == "__main__":
     import broken
     with cexec.Executor("py.pub", max_workers=1) as pool:
-        for module in bom, crlf, data, feed, latin, no_end, space.inner.mod, speedy, user:
+        for module in bom, crlf, data, feed, latin, no_end, round, space.inner.mod, speedy, user, uses:
             assert pool.submit(module.f, 3).result(30) == module.f(3), module
         assert pool.submit(speedy.have, 0).result(30) == speedy.HAVE == [False, True, False]
         assert sys.version_info[:2] == (3, 9) or pool.submit(data.r, 0).result(30) == "a"
@@ -12563,6 +12595,73 @@ if __name__ == "__main__":
         print(len({future.result(60) for future in [pool.submit(burn) for _ in range(6)]}))
 """)
         assert int(told) >= 2
+    finally:
+        room.end()
+
+
+def test_one_bad_machine_does_not_break_the_room(key, probe):
+    """Its initializer fails, or its interpreter dies at the start: calls run on the others."""
+    for bad in {"PROBE_BAD": "raise"}, {"PROBE_BAD": "exit"}:
+        room = Room(key)
+        serve_python(room, CONCURRENCY=1, **bad)
+        serve_python(room, CONCURRENCY=1)
+        try:
+            with executor(room, 2, initializer=probe.setup_or_fail) as pool:
+                assert [future.result(60) for future in [pool.submit(probe.square, n) for n in range(40)]] == [
+                    n * n for n in range(40)]
+        finally:
+            room.end()
+
+
+def test_executors_share_a_room(key, probe):
+    """The second one starts within the length of a call and half a second, and no interpreter is started in vain."""
+    room = Room(key)
+    worker = serve_python(room, CONCURRENCY=2)
+    try:
+        with executor(room) as one, executor(room) as other:
+            first = one.map(probe.sleep, [0.2] * 40)
+            next(first)
+            began = time.monotonic()
+            assert other.submit(probe.square, 3).result(30) == 9
+            assert time.monotonic() - began < 10
+            assert len(list(other.map(probe.sleep, [0.05] * 20))) == 20 and len(list(first)) == 39
+        assert jobs_of(worker) < 12
+    finally:
+        room.end()
+
+
+def test_a_drain_ends_interpreters_after_the_call_in_hand(key, probe):
+    """Nothing is killed; what was sent ahead runs elsewhere."""
+    room = Room(key)
+    worker = serve_python(room, CONCURRENCY=2)
+    try:
+        with executor(room, retries=0) as pool:
+            results = pool.map(probe.sleep, [0.02] * 200, range(200))
+            found = [next(results) for _ in range(30)]
+            serve_python(room, CONCURRENCY=2)
+            worker.signal(signal.SIGTERM)
+            found += results
+        assert found == list(range(200)) and worker.complete(30) == 0
+        assert not worker.log.having("killed") and not worker.log.having("lost")
+    finally:
+        room.end()
+
+
+def test_an_idle_interpreter_counts_as_a_free_slot(key, probe):
+    """cwho shows it so, and who else comes gets it."""
+    room = Room(key)
+    serve_python(room, CONCURRENCY=1)
+
+    def shown(running, state):
+        row = json.loads(run("cwho", "--json", room.pub, env=room.settings({})).stdout)
+        assert (row["running"], row["free"], row["state"]) == (running, 1 - running, state)
+    try:
+        with executor(room) as pool, executor(room) as other:
+            assert pool.submit(probe.square, 2).result(30) == 4
+            wait_until(lambda: shown(0, "free"), 20)
+            busy = pool.submit(probe.sleep, 3)
+            wait_until(lambda: shown(1, "busy"), 20)
+            assert other.submit(probe.square, 4).result(30) == 16 and busy.result(30) is None
     finally:
         room.end()
 
