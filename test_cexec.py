@@ -12416,7 +12416,8 @@ MODULES = {
     "itself.py": "import sys\nclass Lazy:\n    def f(self, n): return n + 1\nsys.modules[__name__] = Lazy()\n",
     "uses.py": "import itself\ndef f(n): return itself.f(n)\n",
     "round/__init__.py": "from . import one\nf = one.f\n",
-    "round/one.py": "from . import two\ndef f(n): return two.g(n)\n", "round/two.py": "from . import one\ndef g(n): return n - 1\n",
+    "round/one.py": "from . import two\ndef f(n): return two.g(n)\n",
+    "round/two.py": "from . import one\ndef g(n): return n - 1\n",
     "line.py": "def f(n):\n    return n / 0  # the line that failed\n"}
 
 
