@@ -2066,27 +2066,32 @@ class CallReader:
         """Yields (kind, number, microseconds, pickle, [buffer]) of each message that data completes; pickle and buffers
         are bytes or views of memory that nobody else has.  ProtocolError for what no encoder makes."""
         view = memoryview(data)
-        while True:
-            if self.begun:
-                view = self._fill(view)
-                if len(self.begun) < CALL_HEAD.size or len(self.begun) < self._whole(self.begun):
-                    return
-                message, self.begun = self.begun, bytearray()
-            elif len(view) < CALL_HEAD.size or len(view) < self._whole(view):
-                self.begun += view
+        if self.begun:
+            view = self._fill(view)
+            if len(self.begun) < CALL_HEAD.size or len(self.begun) < CALL_HEAD.size + self._head(self.begun)[-1]:
                 return
-            else:
-                size = self._whole(view)
-                message, view = bytes(view[:size]), view[size:]
+            message, self.begun = self.begun, bytearray()
             yield self._parts(message)
+        at, end = 0, len(view)
+        while end - at >= CALL_HEAD.size:
+            kind, buffers, number, microseconds, size = self._head(view, at)
+            start, behind = at + CALL_HEAD.size, at + CALL_HEAD.size + size
+            if behind > end:
+                break
+            if buffers:
+                yield self._parts(bytes(view[at:behind]))
+            else:
+                yield kind, number, microseconds, bytes(view[start:behind]), []
+            at = behind
+        self.begun += view[at:]
 
     @staticmethod
-    def _whole(view):
-        """The size of the message that begins there."""
-        kind, buffers, _, _, size = CALL_HEAD.unpack_from(view)
+    def _head(view, at=0):
+        """What the message says that begins there: kind, buffers, number, microseconds, size."""
+        head = kind, buffers, _, _, size = CALL_HEAD.unpack_from(view, at)
         if kind > ENOUGH or buffers > BUFFERS_MAX or not (8 * buffers + 8 if buffers else 0) <= size <= CALL_MAX:
             raise ProtocolError("a message of calls that no Executor sends")
-        return CALL_HEAD.size + size
+        return head
 
     def _fill(self, view):
         """Completes, as far as the data goes, the message that has begun; returns what is left of the data."""
@@ -2095,7 +2100,7 @@ class CallReader:
             self.begun += view[:missing]
             view = view[missing:]
         if len(self.begun) >= CALL_HEAD.size:
-            missing = self._whole(self.begun) - len(self.begun)
+            missing = CALL_HEAD.size + self._head(self.begun)[-1] - len(self.begun)
             self.begun += view[:missing]
             view = view[missing:]
         return view
@@ -15182,7 +15187,8 @@ class Interpreter(JobStreams):
         self.bytes_owed -= call.size
         self.dropped.discard(number)
         for sink in self.sinks[1], self.sinks[2]:
-            sink.pass_on()
+            if sink.line:
+                sink.pass_on()
         if kind != DROPPED:
             self._learn(microseconds / 1e6)
             self.pool.on_answer(self, call, number, kind, data, buffers)
@@ -15218,13 +15224,14 @@ class CallPool:
         self.tasks = tasks              # calls that an interpreter runs before it is replaced, or None
         self.waiting = collections.deque()
         self.interpreters = set()
-        self.left = 0                   # calls that are not settled
+        self.taken = 0                  # calls that were submitted
+        self.settled = 0                # calls of which no more is heard
         self.avoid = {}                 # {instance of a worker: monotonic seconds until which it is passed over}
         self.start_failures = collections.Counter()     # {instance: in a row}
         self.started = set()            # instances whose interpreters have started
         self.woken = False              # pump() will be called
         self.closing = False            # no more calls are taken
-        self.lock = threading.Lock()    # of `closing`, `left` and what is put into `waiting`
+        self.lock = threading.Lock()    # of `taken` and the first call
         self.told = []                  # what the teller is to be given
         self.news = SimpleQueue()       # what it has been
         self.teller = None
@@ -15244,7 +15251,7 @@ class CallPool:
             self.check_open()
         call = Call(self, data, buffers, by_value, taker)
         with self.lock:
-            self.left += 1
+            self.taken += 1
             if self.teller is None:
                 self._begin()
         self.waiting.append(call)
@@ -15442,8 +15449,7 @@ class CallPool:
         """It has ended; returns who is to be told."""
         taker = call.taker
         call.on(event)
-        with self.lock:
-            self.left -= 1
+        self.settled += 1
         return taker
 
     def forget(self, call):
@@ -15600,7 +15606,7 @@ class CallPool:
 
     def _maybe_over(self):
         """After shutdown, when nothing is left to be done, all ends: interpreters, the network, the teller."""
-        if not self.closing or self.left or self.maps or self.thread.closed:
+        if not self.closing or self.taken > self.settled or self.maps or self.thread.closed:
             return
         for interpreter in list(self.interpreters):
             if interpreter.state is InterpreterState.SEEKING:
@@ -15998,11 +16004,35 @@ class CallResults:
 
 
 class CallExecutor:
-    """The room as a concurrent.futures.Executor, for Python functions; see Executor.
+    """The room as a concurrent.futures.Executor, for Python functions.
 
         with cexec.Executor("py.pub") as pool:
-            for result in pool.map(simulate, seeds):
+            for result in pool.map(math.sqrt, range(5)):
                 print(result)
+
+    key: the path of py.pub; its workers run `cservice --python py [PYTHON [ARG...]]`.
+    max_workers: interpreters at once, 256 at most, which is what None means.
+    initializer(*initargs): called once in each interpreter.  One that fails tells the calls that wait why and where,
+    unless it does not fail on other workers, which then run them.
+    max_tasks_per_child: calls after which an interpreter is replaced.
+    settings: those of cexec by their names in lower case, as for a Room: group, timeout_accept, retries ...
+
+    It is used as ProcessPoolExecutor is, which it differs from in this:
+    - A call whose interpreter dies fails alone, with an InterpreterDied; nothing breaks the pool.
+    - A call whose worker is lost runs again elsewhere, `retries` times: so calls should do no harm twice.  Failure is
+      for what the cluster could not do.
+    - Arguments are pickled in submit(), by cloudpickle where pickle refuses and cloudpickle is installed.  What cannot
+      be pickled is the future's error.
+    - Code goes along.  The script is run once in each interpreter that needs a function of it, as __mp_main__.  Modules
+      outside the standard library and site-packages come from here; those in site-packages come from the worker if it
+      has them, else from here if they are plain Python.  What is compiled has to be installed on the worker.
+    - What calls print comes out at sys.stdout and sys.stderr here, before their results.  Standard input is empty.
+    - cancel() works on a call that was sent ahead as well; it may have begun within the last round trip.
+    - map() takes its inputs as its results are taken, a bounded number ahead.
+    - Processes that a call starts anew (multiprocessing's spawn) find only what is installed on the worker.
+    - Ctrl-C in the main thread ends the calls.
+
+    Whoever holds py.pub can run any Python on the workers, and a worker's answers can run any Python here.
     """
 
     def __init__(self, key, max_workers=None, initializer=None, initargs=(), max_tasks_per_child=None, **settings):

@@ -11915,6 +11915,12 @@ def test_callbacks_may_use_the_pool(either, probe):
 
 # ---------------------------------------------------------------- Executor: what is its own
 
+def test_the_example_of_an_executor_runs_as_it_stands(calls, tmp_path):
+    text = "".join(re.findall("^    .*\n", inspect.getdoc(cexec.Executor).partition("key:")[0], re.M))
+    assert run_program(calls, tmp_path, "import cexec, math\n" + textwrap.dedent(text)).split() == [
+        str(math.sqrt(n)) for n in range(5)]
+
+
 def test_an_executor_says_what_it_cannot_take(calls, probe):
     for named, error in (({"mp_context": None}, TypeError), ({"max_workers": 0}, ValueError),
                          ({"max_tasks_per_child": 0}, ValueError), ({"initializer": 3}, TypeError),
