@@ -18201,6 +18201,22 @@ def test_the_jobs_that_run_now_are_a_table():
     assert all(line.isprintable() for line in cexec.job_table([row(jobs=(one._replace(user="\x1b[2J"),))]))
 
 
+def test_the_room_tells_whose_jobs_run(room):
+    """A10, --jobs, with real workers: who says nothing of itself is a dash."""
+    room.serve("sleep", "600", CONCURRENCY=2)
+    jobs = [room.submit(env={"CEXEC_USER": user}) for user in ("ann@lab1", "none")]
+
+    def told():
+        rows = [line.split() for line in who(room, "--jobs").stdout.decode().splitlines()]
+        assert rows[-1] == "2 jobs on 1 worker".split()
+        assert sorted(row[:3] for row in rows[1:-1]) == [["127.0.0.1", "127.0.0.1", "-"],
+                                                         ["127.0.0.1", "127.0.0.1", "ann@lab1"]]
+        return rows
+    rows = wait_until(told)
+    assert {len(row[3]) for row in rows[1:-1]} == {16} and all(int(row[4]) < 600 for row in rows[1:-1])
+    assert all(job.stop() == -signal.SIGTERM for job in jobs)
+
+
 def test_free_slots_are_those_that_the_lists_allow_and_never_none():
     """A13, keys: programs that start so many jobs at once take 0 for no limit."""
     rows = [row(slots=4, running=1, host="lab1.example.org"), row(name="10.0.0.4", address="10.0.0.4", slots=2,
