@@ -7234,6 +7234,8 @@ class HeldSource:
         if self.fd is None:
             return False
         now, then = os.fstat(self.fd), self.status
+        if now.st_nlink != then.st_nlink:       # its names have changed, which says nothing of its bytes
+            return (now.st_size, now.st_mtime_ns) != (then.st_size, then.st_mtime_ns)
         return (now.st_size, now.st_mtime_ns, now.st_ctime_ns) != (then.st_size, then.st_mtime_ns, then.st_ctime_ns)
 
     def can_rewind(self):
@@ -7720,9 +7722,10 @@ class Pool:
         self.closed = False
 
     # -- for the owner
-    def has_capacity(self):
-        """Whether one more job would soon get a slot: then is the time to make it."""
-        return not self.closed and (bool(self.idle) or len(self.queue) < AHEAD)
+    def has_capacity(self, held_back=0):
+        """Whether one more job would soon get a slot: then is the time to make it.  held_back: how many of those in the
+        queue wait for a worker that is not there."""
+        return not self.closed and (bool(self.idle) or len(self.queue) - held_back < AHEAD)
 
     def working(self):
         """The instances of the workers that run a job now."""
@@ -8649,7 +8652,8 @@ class Claims:
         try:
             os.mkdir(folder)
         except FileExistsError:
-            pass        # somebody else was quicker; if it is no folder, who looks next will find that
+            if not os.path.isdir(folder):       # a link to nowhere; else somebody was quicker
+                raise
         self.new_in.add(above or b".")
 
     def output(self, path, number, make=True):
@@ -8690,11 +8694,9 @@ class Claims:
         self.table.add(self._place(path, False), number, self._mark(status))
 
 
-
 class MapJob(BatchJob):
     """One input, and what becomes of it.  MapInputs makes it, Cmap ends it."""
-    __slots__ = ("name", "names", "data", "head", "path", "key", "failure", "left_out", "unsteady", "spare", "output",
-                 "began")
+    __slots__ = ("name", "names", "data", "head", "path", "failure", "left_out", "unsteady", "spare", "output", "began")
 
     def __init__(self, name, data, head):
         super().__init__()
@@ -8876,7 +8878,7 @@ class MapInputs:
                     elif count == 1:
                         yield (*self._one_line(line), head)
                     else:
-                        group = group or InputSpool(self.budget)
+                        group = InputSpool(self.budget) if group is None else group
                         for piece in line.pieces() if isinstance(line, Spool) else (line,):
                             yield from self._keep(group, piece)
                         left -= 1
@@ -8885,7 +8887,7 @@ class MapInputs:
                             group, left = None, count
             except OSError as error:
                 yield os.fsencode(path), JobFailure(path, reason_of(error))
-            if group:
+            if group is not None:
                 yield NUMBERED, group.failure or group, head
 
     def _one_line(self, line):
@@ -9033,8 +9035,8 @@ class OutputFile(TemporaryFile):
     def put(self, spool, path, claims, number):
         """What the spool holds is the output of this input: it gets its name.  Failure where that cannot be."""
         spool.write_out()
-        replaces, own = claims.standing(path, number), os.fstat(spool.fd)
         try:
+            replaces, own = claims.standing(path, number), os.fstat(spool.fd)
             if replaces:        # without the bits that a write takes away as well
                 os.fchmod(spool.fd, replaces.st_mode & 0o777)
             there = os.lstat(self.partial)
@@ -9297,7 +9299,7 @@ class Cmap:
 
     def _has_room(self):
         held_back = sum(bool(run.job.failed_on) for run in self.pool.queue) if self.batch.workers.failed else 0
-        return (self.batch.wants_job(held_back) and self.pool.has_capacity() and self.budget.has_room()
+        return (self.batch.wants_job(held_back) and self.pool.has_capacity(held_back) and self.budget.has_room()
                 and not (self.log and self.log.unsynced >= UNSYNCED_MAX))
 
     def _begin(self, job):
@@ -9578,7 +9580,8 @@ class Cmap:
         took, workers = time.monotonic() - self.began, self.batch.workers
         spread = workers.spread_text()
         return "%s, %d failed%s%s%s%s, %.1f s%s" % (
-            count_text(self.done, "job"), self.failed, " (%s)" % spread if spread else "",
+            count_text(self.done, "job"), self.failed,
+            "" if not spread else " (%s)" % spread if self.failed else " in the end (%s at first)" % spread,
             ", %d left out as done before" % self.left_out if self.settings.resume else "",
             ", %d started again" % self.lost if self.lost else "",
             ", on %s" % count_text(len({record.name for record in workers.records.values()}), "worker"), took,
