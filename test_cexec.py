@@ -13165,6 +13165,17 @@ def test_a_log_line_waits_for_the_disk_and_jobs_do_not(tmp_path, monkeypatch):
     loop.close()
 
 
+@pytest.mark.slow
+def test_what_waits_for_another_worker_holds_nobody_back(room, tmp_path):
+    """In a room of one, jobs that failed wait ten seconds for another; meanwhile all the good ones run."""
+    room.serve("sh", "-c", "read n; exit $((n % 4 == 0))", CONCURRENCY=2)
+    done = mapped(room, "--again", "1", "--lines", "--log", tmp_path / "log", "APP",
+                  input=b"".join(b"%d\n" % n for n in range(1, 81)))
+    assert done.returncode == 1 and b"80 jobs, 20 failed" in done.stderr, done.stderr
+    statuses = [row.split("\t")[2] for row in (tmp_path / "log").read_text().splitlines()[1:]]
+    assert statuses == ["0"] * 60 + ["1"] * 20
+
+
 def test_what_a_worker_refuses_for_good_is_run_elsewhere_or_fails(room, tmp_path):
     """It counts against the worker as a failure does; where everybody refuses, it is status 2 of that input."""
     worker = room.tool("cservice", "--allow", "N=good*", room.key, "sh", "-c", "echo $PEER_N").ready()
