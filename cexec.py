@@ -2363,7 +2363,7 @@ class Diagnosis:
 JITTER = 3.0            # scale of the random part: about the time from the first connection until all have heard of it
 PER_COST = 48.0         # delay per unit of cost (cost is a logarithm: twice as loaded or half as fast waits 33 ms more)
 OFFSET_UNSET = 18.0     # a worker that has heard nothing yet does not know how many others it would collide with
-OFFSET_RANGE = (-150.0, 120.0)   # what a taken message can do at worst; a few jobs later it is mended
+OFFSET_RANGE = (-150.0, 120.0)   # bounds the offset, so that one bad TAKEN cannot delay workers for long
 HIGH_HALF_LIFE = 600e3  # the highest offset is forgotten by halves
 QUIET = 2000.0          # after so long without a job the cluster may have become idle, so start near the highest offset
 QUIET_REST = 6.0
@@ -2453,7 +2453,8 @@ class HeardSearch:
         self.busy_at, self.busy_told = None, -math.inf      # when to say that this worker is busy, and when it did
 
     def heard_from(self, origin, new):
-        """Only the submitter can go on to be the first with new sequence numbers: copies come later."""
+        """A copy arrives after the original, so the address first heard with a new sequence number is the
+        submitter's."""
         elsewhere = self.origin and self.origin.source[0] != origin.source[0]
         if elsewhere:
             self.alternative = self.origin if new else origin
