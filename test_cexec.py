@@ -17466,6 +17466,30 @@ def test_a_worker_without_enough_descriptors_starts_a_job_not_even_once(room, fo
 
 
 @LINUX_ONLY
+def test_a_flood_of_searches_that_never_say_go_keeps_no_job_waiting(room, forker):
+    """S4, R16: three hundred a second from the submitter's own address, all of them older by what they claim."""
+    worker, over = forked_worker(forker, room, CONCURRENCY=1), threading.Event()
+    with Impostor(room) as impostor:
+        def flood():
+            body = cexec.encode_announcement(cexec.Announcement(0, 10**9, 4000, 0, os.urandom(8), 1))
+            while not over.wait(0.02):
+                for _ in range(6):
+                    impostor.send(cexec.encode_datagram(impostor.public.udp, cexec.ANNOUNCE, impostor.public.id,
+                                                        os.urandom(8), 1, body, impostor.port))
+        attacker = threading.Thread(target=flood)
+        attacker.start()
+        try:
+            for _ in range(4):
+                result = quick(forker, room, "DO=sleep 0.2; cat", input=b"data", env={"CEXEC_TIMEOUT_ACCEPT": 20})
+                assert result == (0, b"data", "")
+        finally:
+            over.set()
+            attacker.join()
+        assert len(impostor.listener.accept()) == 2, "nobody came: the attack was none"
+    drained(worker)
+
+
+@LINUX_ONLY
 def test_submitters_that_never_take_the_last_words_are_few(room, forker):
     """S23: their jobs have said that they may be silent for a day."""
     worker = forked_worker(forker, room, patch={"Handlers.LINGERING": 2, "Handler.IDLE": 0.05}, CONCURRENCY=4)
