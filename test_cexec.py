@@ -21755,6 +21755,15 @@ def bench_executor(lab):
         lab.worker(path, wide, "--python", lab.key, CONCURRENCY=4)
     result = calls("executor", wide, 0, 0, 160 if quick else 800)()()
     lab.result("executor", "16 slots", "100 ms", "%.3f of the ideal" % (result["sleep"] * 16 / 0.1), **result)
+    far, settle = lab.once(lab.switched)
+    distant = lab.served(far, "--python", lab.key, concurrency=2)[1]
+    trips = {}
+    for ms in 0, 20:
+        settle(ms)
+        trips[ms] = calls("executor", distant, 2000 if quick else 20000, 0)()()
+        lab.result("executor", "round trip %d ms" % ms, "math.sqrt", "%.0f calls/s" % (1 / trips[ms]["call"]),
+                   round_trip=ms, **trips[ms])
+    lab.target("executor", "calls a second at 20 ms against none", trips, 0, 20, 0.67, field="call")
     lab.target("executor", "16 slots, 100 ms: time against the ideal", {"": {"sleep": result["sleep"] * 160}, "one": {
         "sleep": 1}}, "", "one", 1.05, most=True, field="sleep")
 
