@@ -110,6 +110,11 @@ if sys.version_info < (3, 8):
     sys.stderr.write(words + "\n")
     raise SystemExit(2)
 
+if __name__ == "__main__":
+    import _signal
+    if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+        _signal.signal(_signal.SIGINT, _signal.SIG_DFL)     # until main() can catch it: no traceback, and loops end
+
 try:
     import _thread, binascii, collections, enum, errno, fcntl, functools, gc, hashlib, heapq, hmac, io, itertools, math
     import operator, os, select, signal, socket, stat, struct, time
@@ -119,9 +124,6 @@ except ImportError as missing:
     sys.stderr.write("cexec: this Python is not complete: %s\n  install the whole of it, as with: apt install python3\n"
                      % missing)
     raise SystemExit(2)
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)    # until main() can catch it: no traceback, and a shell's loop ends
 
 VERSION = "1.0"
 ssl = None      # tls_context() imports it: it takes as long as all the others, and cexec has announced its job by then
