@@ -15237,7 +15237,7 @@ class CallPool:
         self.started = set()            # instances whose interpreters have started
         self.woken = False              # pump() will be called
         self.closing = False            # no more calls are taken
-        self.lock = threading.Lock()    # of `taken` and the first call
+        self.lock = threading.RLock()   # of `taken` and `closing`; the collector of garbage may shut down
         self.told = []                  # what the teller is to be given
         self.news = SimpleQueue()       # what it has been
         self.teller = None
@@ -15252,16 +15252,21 @@ class CallPool:
 
     # -- for any thread
     def submit(self, data, buffers, by_value, taker, of_map=False):
-        """Makes a Call.  RuntimeError after shutdown, Failure in a forked child."""
-        if not of_map or self.finished.is_set():
-            self.check_open()
+        """Makes a Call.  RuntimeError after shutdown and in a forked child, Failure where no thread can be started."""
         call = Call(self, data, buffers, by_value, taker)
         with self.lock:
-            self.taken += 1
+            if not of_map or self.finished.is_set():
+                self.check_open()
             if self.teller is None:
                 self._begin()
+            self.taken += 1
         self.waiting.append(call)
-        self.pump_soon()
+        try:
+            self.pump_soon()
+        except Failure:
+            self.waiting.remove(call)
+            self.settled += 1
+            raise
         return call
 
     def _begin(self):
@@ -15281,12 +15286,22 @@ class CallPool:
         try:
             self.thread.call(function)
         except Failure:
-            pass
+            if not self.thread.closed:
+                raise
 
     def pump_soon(self):
         if not self.woken:
-            self.woken = True
-            self._call(self.pump)
+            self.woken = True           # first: the other thread may be quicker
+            try:
+                self._call(self.pump)
+            except Failure:
+                self.woken = False
+                raise
+
+    def close(self):
+        """Takes no more calls but those of maps."""
+        with self.lock:
+            self.closing = True
 
     def cancelled(self, call):
         """Nobody wants its result any more."""
@@ -15295,7 +15310,7 @@ class CallPool:
     def shutdown(self, cancel=False):
         """No more calls; those there are run to their end, or are cancelled where they have not begun."""
         if self.pid == os.getpid():
-            self.closing = True
+            self.close()
             if self.teller is None:
                 self.finished.set()
             else:
@@ -15303,7 +15318,7 @@ class CallPool:
 
     def finish(self, wait, cancel=False):
         """shutdown(), and waits until all is over."""
-        self.closing = True
+        self.close()
         if cancel:
             for run in self.maps:
                 run.close()
@@ -15317,7 +15332,8 @@ class CallPool:
 
     def abort(self):
         """Ends all, the calls in hand too."""
-        self.closing = self.aborted = True
+        self.close()
+        self.aborted = True
         self.maps.clear()
         if self.teller is not None:
             self._call(self._abort)
@@ -15587,6 +15603,8 @@ class CallPool:
         else:
             for call in begun:
                 self._lost(call, failure)
+        if failure and self.thread.thread is None:      # it has ended with an error, and pump() with it
+            self.woken = False
         if isinstance(failure, NoWorker) or failure and self.thread.thread is None:
             self.fail_waiting(lambda: Failure(*failure.args))
         self.flush()
