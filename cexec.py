@@ -15903,7 +15903,8 @@ class CallMapItem:
         return not self.run.closed
 
     def cancel(self):
-        self.set_exception(cancelled_error())
+        from concurrent.futures import CancelledError
+        self.set_exception(CancelledError())
         return True
 
     def set_result(self, value):
@@ -15915,10 +15916,10 @@ class CallMapItem:
         self._end()
 
     def _end(self):
-        with self.run.changed:
-            self.over = True
-            self.run.open -= 1
-            self.run.changed.notify_all()
+        self.over = True
+        if self.run.awaited is self:
+            with self.run.changed:
+                self.run.changed.notify_all()
 
 
 class CallMap:
@@ -15933,7 +15934,7 @@ class CallMap:
         self.until = None if timeout is None else time.monotonic() + timeout
         self.most = most
         self.items = collections.deque()    # (CallMapItem, Call or None) whose results nobody has taken yet
-        self.open = 0                   # of those, without a result
+        self.awaited = None             # the CallMapItem that somebody waits for
         self.changed = threading.Condition()
         self.wanted = True              # somebody may still take results
         self.closed = False
@@ -15946,8 +15947,6 @@ class CallMap:
                 self.inputs = None
                 return
             item = CallMapItem(self)
-            with self.changed:
-                self.open += 1
             try:
                 data, buffers, version = self.pickler.pickle((self.function, arguments, {}))
             except Exception as error:
@@ -15962,27 +15961,35 @@ class CallMap:
         if not self.items:
             raise StopIteration
         item = self.items[0][0]
-        with self.changed:
-            while not item.over:
-                patience = None if self.until is None else self.until - time.monotonic()
-                if patience is not None and patience <= 0:
-                    from concurrent.futures import TimeoutError
-                    raise TimeoutError()
-                self.changed.wait(patience)
+        if not item.over:
+            self._wait_for(item, self.until)
         self.items.popleft()
         if item.error is not None:
             raise item.error
         return item.value
 
+    def _wait_for(self, item, until=None):
+        self.awaited = item
+        with self.changed:
+            while not item.over:
+                patience = None if until is None else until - time.monotonic()
+                if patience is not None and patience <= 0:
+                    from concurrent.futures import TimeoutError
+                    raise TimeoutError()
+                self.changed.wait(patience)
+        self.awaited = None
+
     def complete(self):
         """Runs what is left, for nobody, or for whoever takes the results later."""
+        pending = collections.deque(item for item, _ in self.items)
         while self.inputs is not None and not self.closed:
-            with self.changed:
-                while self.open >= self.most:
-                    self.changed.wait()
+            if len(pending) >= self.most:
+                self._wait_for(pending.popleft())
             while not self.wanted and self.items and self.items[0][0].over:
                 self.items.popleft()
             self.take_inputs(1)
+            if self.items:
+                pending.append(self.items[-1][0])
 
     def close(self):
         """Nobody wants it any more: calls that have not begun never do."""

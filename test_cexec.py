@@ -11967,6 +11967,15 @@ def test_a_map_from_which_nobody_takes_is_completed(calls, probe, tmp_path):
     assert list(kept) == [n * n for n in range(40)]
 
 
+def test_a_shutdown_that_cancels_ends_maps_too(calls, probe):
+    pool = executor(calls, 1)
+    results = pool.map(probe.sleep, [0.2] * 50)
+    next(results)
+    pool.shutdown(wait=True, cancel_futures=True)
+    with pytest.raises(concurrent.futures.CancelledError):
+        list(results)
+
+
 def test_a_call_that_cannot_come_back_or_be_run_says_why(pool, probe):
     error = pool.submit(probe.raise_odd).exception(30)
     assert "Odd: E42 at step five" in str(error) and "raise_odd" in str(error.__cause__)
