@@ -4535,8 +4535,9 @@ def raise_descriptor_limit(wanted):
     return min(soft, wanted)
 
 
+@functools.lru_cache(None)
 def user_here():
-    """USER@HOST of this process, for people to read."""
+    """USER@HOST of this process, for people to read.  Asked when a worker has been found: it may cost an import."""
     user = os.environ.get("LOGNAME") or os.environ.get("USER")
     if not user:
         import pwd
@@ -7459,7 +7460,8 @@ class Attempt:
         streams.begin(self)
         terminal = streams.terminal.describe() if streams.terminal else None
         job = Job(submission.id, streams.descriptors, submission.names, settings.timeout_pingpong, terminal,
-                  streams.copied() if self.kept.sees_reading else frozenset(), self.pool.user)
+                  streams.copied() if self.kept.sees_reading else frozenset(),
+                  user_here() if settings.user is None else settings.user)
         self.channel.owner = self
         self.session.offer(job, self.kept.submitter)
         for number in streams.delivered:
@@ -7703,7 +7705,6 @@ class Pool:
         self.more = 0
         self.trace = trace or (lambda text: None)
         self.id = os.urandom(8)
-        self.user = user_here() if settings.user is None else settings.user
         self.queue = collections.deque()    # submissions that wait for a worker
         self.backing_off = set()        # those that have failed often and wait before they are in the queue again
         self.running = set()            # those with an attempt
