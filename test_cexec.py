@@ -245,7 +245,7 @@ class Runner:
         return True
 
 
-PROCESSES_EACH = 4          # for each processor: measured, more are no faster
+PROCESSES_EACH = 4          # for each processor: most tests wait
 HANGS = 600                 # seconds for one test; then its process is killed, long after the test's own deadline
 
 
@@ -4907,13 +4907,15 @@ def test_a_call_taken_back_in_its_round_is_not_made(loop):
 
 def test_signals_become_calls_and_go_back_to_what_they_were():
     before, heard = signal.getsignal(signal.SIGUSR1), []
+    waker = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(waker)
     loop = cexec.Loop()
     loop.on_signal(signal.SIGUSR1, lambda number: (heard.append(number), loop.stop()))
     loop.call_later(0.01, lambda: os.kill(os.getpid(), signal.SIGUSR1))
     run_loop(loop)
     assert heard == [signal.SIGUSR1]
     loop.close()
-    assert signal.getsignal(signal.SIGUSR1) == before and signal.set_wakeup_fd(-1) == -1
+    assert signal.getsignal(signal.SIGUSR1) == before and signal.set_wakeup_fd(-1) == waker
 
 
 def test_a_descriptor_too_high_for_select_is_watched(loop):
@@ -8376,26 +8378,14 @@ def most_at_once(workers):
     return most
 
 
-@alone("who answers first depends on how soon workers wake")
-def test_few_workers_connect_for_each_job(room):
-    """Seen by a relay before the submitter, over many jobs with four real workers.  The random part of their timers is
-    some milliseconds, so a machine that wakes processes later than that cannot show it."""
+def test_no_worker_connects_twice_for_one_job(room):
+    """Seen by a relay before the submitter.  How few of them do is a figure: of the simulation, and the benchmark's."""
     for _ in range(4):
         room.serve("true")
-    relay, rounds = room.relay(), []
-    while len(rounds) < 4 and min(rounds, default=100) > 25 * 3:
-        before = len(relay.carried["submitter"])
-        for _ in range(25):
-            assert room.cexec(group=relay.group, stdin=subprocess.DEVNULL).returncode == 0
-        rounds.append(len(relay.carried["submitter"]) - before)
-    late = []
-    for _ in range(50):
-        began = time.monotonic()
-        time.sleep(0.001)
-        late.append(time.monotonic() - began - 0.001)
-    if min(rounds) > 25 * 3 and statistics.quantiles(late)[2] > 0.001:
-        skip("this machine is too busy: it wakes processes late")
-    assert 25 <= min(rounds) <= 25 * 3, rounds
+    relay = room.relay()
+    for _ in range(10):
+        assert room.cexec(group=relay.group, stdin=subprocess.DEVNULL).returncode == 0
+    assert 10 <= len(relay.carried["submitter"]) <= 40
 
 
 def test_a_freed_slot_is_used_at_once(room):
@@ -21961,6 +21951,15 @@ def bench_room(lab):
             worker.ready(60)
         found["idle workers: %d" % size] = lambda words=lab.cexec(group): lambda: lab.timed(words[0], env=words[1])
     time_results(lab, "room", lab.interleave("room", found, runs=lab.options.runs * 3), "idle workers: 1", path.name)
+    relay = Relay(free_port(), free_port())
+    for worker in [lab.start("cservice", lab.key, "true", env={"GROUP": "%s:%d" % relay.tell}) for _ in range(4)]:
+        worker.ready()
+    command, env = lab.cexec(relay.group)
+    for _ in range(20):
+        lab.timed(command, env=env)
+    relay.close()
+    each = len(relay.carried["submitter"]) / 20
+    lab.result("room", "4 idle workers, loopback", "connections a job", "%.2f" % each, connections=each)
 
 
 def bench_ramp(lab):
