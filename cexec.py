@@ -9844,8 +9844,8 @@ class Link:
         self._watch()
 
     def send(self, *words):
-        """The last word may have spaces in it."""
-        self.unsent += " ".join(words).encode("utf-8", "surrogateescape") + b"\n"
+        """The last word may have spaces in it, and what a peer has said: no control character of that ends a line."""
+        self.unsent += printable(" ".join(words)).encode("utf-8") + b"\n"
         self._flush()
 
     def _flush(self):
@@ -9870,7 +9870,7 @@ class Link:
             *lines, self.incoming = (self.incoming + data).split(b"\n")
             try:
                 for line in lines:
-                    self.heard(line.decode("utf-8", "surrogateescape").split(" "))
+                    self.heard(line.decode("utf-8").split(" "))
             except Exception:
                 self.close()        # what was lost of it would be missed
                 raise

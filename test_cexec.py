@@ -11114,6 +11114,18 @@ def test_a_parameter_that_is_not_allowed_starts_no_command(room, tmp_path):
     assert os.listdir(str(tmp_path)) == ["it"] and worker.log.having("refused to 127.0.0.1: RUN=ls is not allowed")
 
 
+@pytest.mark.parametrize("value", ["x\nLEAVE", "x\nSTAY\nLINE forged", "x\nGROUP 7 forged", "x\n\n\xff\nBOGUS"])
+def test_a_refused_value_with_line_ends_is_one_line_of_the_log(room, value):
+    """S11, S14: a handler tells its daemon what a submitter sent, and none of that is taken for an event."""
+    worker = room.tool("cservice", "--allow", "RUN=a*", room.key, "true").ready()
+    assert room.cexec("RUN=" + value).returncode == 2
+    assert room.cexec("RUN=a").returncode == 0
+    assert worker.stop() == 0
+    lines = str(worker.log).splitlines()
+    assert not [line for line in lines if "internal error" in line]
+    assert len([line for line in lines if "refused to 127.0.0.1: RUN=x\\n" in line]) == 1
+
+
 def test_an_option_that_is_a_list_may_be_given_several_times():
     """The second one adds to the first: a restriction must not be silently void."""
     assert settings_of("cexec", "--reject-server", "10.0.0.1", "--reject-servers=10.0.0.2").reject_servers == (
@@ -17120,6 +17132,15 @@ def test_a_link_carries_whole_messages_and_keeps_what_is_not_taken(loop):
     assert heard == [["LINE", "number", "%d" % number] for number in range(count)] + [[]]
     near.send("EXIT")                   # to nobody
     assert not near.open
+
+
+def test_what_a_peer_said_is_no_message_of_a_link(loop):
+    one, two = socket.socketpair()
+    heard = []
+    near, far = cexec.Link(loop, one, heard.append), cexec.Link(loop, two, [].append)
+    far.send("LINE", "a\nLEAVE \x1b[2J\udcff")
+    near.read()
+    assert heard == [["LINE", "a\\nLEAVE", "\\x1b[2J\\udcff"]]
 
 
 # ---------------------------------------------------------------- cservice: a daemon without a network
