@@ -116,7 +116,7 @@ if __name__ == "__main__":
         _signal.signal(_signal.SIGINT, _signal.SIG_DFL)     # until main() can catch it: no traceback, and loops end
 
 try:
-    import _thread, binascii, collections, enum, errno, fcntl, functools, gc, hashlib, heapq, hmac, io, itertools, math
+    import _thread, binascii, collections, enum, errno, fcntl, functools, gc, hashlib, heapq, hmac, io, math
     import operator, os, select, signal, socket, stat, struct, time
 except ImportError as missing:
     if __name__ != "__main__":
@@ -13600,6 +13600,7 @@ def discard(temporary):
 HERE_SIDE, THERE_SIDE, NAMESPACE, MISSING = "here", "there", "namespace", "missing"      # where a module comes from
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS",
                     "VECLIB_MAXIMUM_THREADS", "NUMEXPR_NUM_THREADS", "RAYON_NUM_THREADS")
+READ_EVERY = 0.001          # seconds between two looks for messages while there are calls
 CALL_STATUS_LOOK = 0.25     # seconds between two looks at an interpreter's CallStatus
 PRINTED_LOOK = 0.0002       # seconds until the first look whether what a call has printed has been taken
 PRINTED_PATIENCE = 5.0      # seconds after which the result does not wait for it: a child may print on and on
@@ -13744,6 +13745,7 @@ class CallLoop:
         self.reader = CallReader()
         self.lock = _thread.RLock()
         self.sending = _thread.allocate_lock()
+        self.looked = -math.inf         # when messages were read last
         self.ahead = collections.OrderedDict()      # {number: (pickle, buffers), or None for one that was dropped}
         self.replies = {}                           # {number of a question: what the submitter says}
         self.asked = 0
@@ -13797,7 +13799,8 @@ class CallLoop:
         except ImportError:
             pass        # then the limit ends it under a call
         while True:
-            self._read()
+            if not self.ahead or time.monotonic() - self.looked > READ_EVERY:
+                self._read()
             if self.setup is None and not self.input_over:
                 self.idle.poll()
             elif self.ahead:
@@ -13815,6 +13818,7 @@ class CallLoop:
     def _read(self, patience=0):
         """Takes what messages there are now, or come within so many milliseconds; None waits."""
         with self.lock:
+            self.looked = time.monotonic()
             while not self.input_over and self.poll.poll(patience):
                 data = os.read(self.calls, BUFFER)
                 self.input_over = not data
@@ -13900,7 +13904,7 @@ class CallLoop:
         self._send(kind, number, data, out, int(seconds * 1e6))
         if self.status:
             self.status.show(0.0)
-        if not self.enough and time.process_time() > self.cpu_limit / 2:
+        if self.cpu_limit < math.inf and not self.enough and time.process_time() > self.cpu_limit / 2:
             self.enough = True
             self._send(ENOUGH)
 
