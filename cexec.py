@@ -4956,13 +4956,17 @@ class SocketCount:
         self.leader = None
         self._look()
 
-    def _look(self):
-        if self.own is None:
-            return
-        if self.sink.written and unread_bytes(self.own) == 0 and not self.sink.queue:
+    def is_emptied(self):
+        """Whether the job has read it all: emptied() has been called by now."""
+        if self.own is not None and self.sink.written and unread_bytes(self.own) == 0 and not self.sink.queue:
             self.close()
             self.emptied()
-        elif not is_open_elsewhere(self.own, self.leader):
+        return self.own is None
+
+    def _look(self):
+        if self.is_emptied():
+            return
+        if not is_open_elsewhere(self.own, self.leader):
             self.left = unread_bytes(self.own)
             self.close()
         else:
@@ -5046,6 +5050,8 @@ class Input:
 
 class Source(Input):
     """A descriptor that is read as it comes, by one job."""
+    NOT_THERE = ("another program reads it too, and has taken what this job was given as well",
+                 "give each of them a pipe of its own; -n where a job needs no standard input")
 
     def __init__(self, loop, fd, ready):
         self.loop, self.fd, self.ready = loop, fd, ready
@@ -5157,6 +5163,8 @@ class FileSource(Source):
 
 class EditedFileSource(Source):
     """A file that is open for reading and writing: one place for both, which other processes share."""
+    NOT_THERE = ("the job has read and written it by turns, so what it wrote or read may be at a wrong place",
+                 "open it once for reading and once for writing")
 
     def __init__(self, loop, fd, ready):
         super().__init__(loop, fd, ready)
@@ -5170,9 +5178,10 @@ class EditedFileSource(Source):
         return read_into(self.fd, view, self.start)
 
     def take(self, copy):
-        if offset_of(self.fd) == self.start:    # else the job has written
+        if offset_of(self.fd) == self.start:
             os.lseek(self.fd, len(copy), os.SEEK_CUR)
-        return True
+            return True
+        return not copy or bool(fcntl.fcntl(self.fd, fcntl.F_GETFL) & os.O_APPEND)     # the job has written
 
 
 class SocketSource(Source):
@@ -5203,6 +5212,23 @@ class SocketSource(Source):
     def close(self):
         super().close()
         self.socket.close()
+
+
+class AnswerSource(SocketSource):
+    """What a job writes to a socket that gets a copy first.  What it has written after it had read the copy goes out
+    behind the word that it has read it: in a file that is open both ways, reading and writing have one place."""
+
+    def __init__(self, loop, fd, ready, count):
+        super().__init__(loop, fd, ready)
+        self.count = count
+
+    def _read(self, view, flags=0):
+        if self.count.own is not None:
+            view = view[:unread_bytes(self.fd)] or view[:1]     # not what is written after the look
+            if self.count.is_emptied():
+                self.loop.call_soon_threadsafe(self.ready)
+                return None
+        return super()._read(view, flags)
 
 
 def wait_for(fd, events, seconds=None):
@@ -8191,11 +8217,10 @@ class InheritedStreams(JobStreams):
 
     def input_emptied(self, number):
         if not self.sources[number].emptied():
-            self.run.on_local_failure(self._other_reader(number))
+            self.run.on_local_failure(self._not_there(number))
 
-    def _other_reader(self, number):
-        return Failure(name_of(number), "another program reads it too, and has taken what this job was given as well",
-                       "give each of them a pipe of its own; -n where a job needs no standard input")
+    def _not_there(self, number):
+        return Failure(name_of(number), *self.sources[number].live.NOT_THERE)
 
     def accepted(self):
         for source in self.sources.values():
@@ -8219,14 +8244,14 @@ class InheritedStreams(JobStreams):
         self.stopped[number] = consumed
         source = self.sources[number]
         if not isinstance(source, FileSource) and not source.commit(consumed):
-            return self.run.on_local_failure(self._other_reader(number))
+            return self.run.on_local_failure(self._not_there(number))
         self._let_go(number)
 
     def ended(self, report):
         """What the job has read is taken: a regular file's offset is put behind it.  Without a report nothing is."""
         for fd, source in self.sources.items():
             if report and not source.commit(self.stopped.get(fd, report.consumed.get(fd, UNKNOWN))):
-                self.failure = self.failure or self._other_reader(fd)
+                self.failure = self.failure or self._not_there(fd)
 
     # -- local trouble
     def _sink_failed(self, fd, error):
@@ -11267,6 +11292,8 @@ class JobEnds:
             if kind == IN:
                 self.counts[fd] = InputCount(sink)
         if kind in DOWNWARD:
+            if kind == BOTH and fd in self.counts:
+                make_source = functools.partial(AnswerSource, count=self.counts[fd])
             source = self.sources[fd] = make_source(self.loop, ours,
                                                     functools.partial(self.channel.source_ready, fd))
             source.enlarged = source.enlarged or self.share < PIPE_SIZE

@@ -17975,6 +17975,26 @@ def test_what_follows_the_bytes_that_a_job_has_read_stays(shell, tmp_path, kind,
 
 
 @needs_linux
+@pytest.mark.parametrize("job, there", [
+    ("for n in 1 2 3; do read -r x <&3; done; echo d >&3", b"a\nb\nc\nd\n"),
+    ("head -c 6 <&3; echo d >&3", b"a\nb\nc\nd\n"),
+    ("echo d >&3", b"d\nb\nc\n"),
+    ("for n in 1 2 3; do read -r x <&3; done; echo d >&3; read -r x <&3", b"a\nb\nc\nd\n")])
+def test_a_file_open_both_ways_is_written_behind_what_was_read(shell, tmp_path, job, there):
+    """C12: as locally, also at once after the last byte of what it was given."""
+    done = in_bash(shell, tmp_path, "exec 3<> list; %s >&2; cat list", env={"WORDS": shlex.quote("RUN=" + job)})
+    assert done.stdout == there, done.stderr
+
+
+@needs_linux
+@pytest.mark.parametrize("job", ["read -r x <&3; echo d >&3", "echo d >&3; read -r x <&3"])
+def test_a_job_that_writes_amid_its_input_is_told(shell, tmp_path, job):
+    """Where its reading had come, or was to begin, is not known then."""
+    done = in_bash(shell, tmp_path, "exec 3<> list; %s; echo $?", env={"WORDS": shlex.quote("RUN=" + job)})
+    assert done.stdout == b"111\n" and b"descriptor 3: the job has read and written it by turns" in done.stderr
+
+
+@needs_linux
 def test_a_shared_socket_is_not_shut_down_by_a_job(shell):
     """Nor by one that ends: the next job may still write there."""
     near, far = socket.socketpair()
