@@ -11958,6 +11958,7 @@ def cservice(arguments, settings):
         log(warning)
     command, program = arguments[1:], None
     if settings.python:
+        import mmap             # noqa: for handlers too
         program = open_program(command, settings.user)
         command = [*command, "-c", PROGRAM_START]
     daemon = Daemon(key, settings, command, log, unit, program)

@@ -12604,6 +12604,26 @@ if __name__ == "__main__":
         room.end()
 
 
+def test_calls_run_as_another_user(key, tmp_path):
+    """Who cannot read the key; where calls can, `ready` warns."""
+    python = "/usr/bin/python3"
+    if os.geteuid() or not os.path.exists(python):
+        skip("another user takes root, and a Python that all can read")
+    room = Room(key)
+    worker = room.tool("cservice", "--python", "--user", "nobody", room.key, python).ready(30)
+    warned = serve_python(room, GROUP="127.255.255.255:%d" % free_port())
+    try:
+        assert run_program(room, tmp_path, """
+import cexec, os, sys
+if __name__ == "__main__":
+    with cexec.Executor("py.pub") as pool:
+        print(pool.submit(os.getuid).result(30) != 0, pool.submit(os.access, sys.argv[1], os.R_OK).result(30))
+""", "script.py", room.key) == "True False\n"
+        assert warned.log.wait("calls can read") and not worker.log.having("calls can read")
+    finally:
+        room.end()
+
+
 def test_an_interpreter_is_replaced_at_half_of_its_cpu(key, tmp_path):
     room = Room(key)
     serve_python(room, CSERVICE_LIMIT="cpu=2", CONCURRENCY=1)
