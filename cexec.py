@@ -13819,6 +13819,7 @@ class CallLoop:
     def run(self):
         sys.path[:] = [folder for folder in sys.path if folder]     # this worker's own folder is nobody's business
         sys.meta_path.insert(0, self.modules)
+        sys.path_hooks.append(self.modules.folder)
         os.register_at_fork(after_in_child=self._forked)
         try:
             import resource
@@ -13920,7 +13921,7 @@ class CallLoop:
             function, arguments, named = self._load(message, buffers)
             del message, buffers
             value = function(*arguments, **named)
-            data, out = dump(self.pickle.dumps, value)
+            data, out = self._pickled(dump, value)
         except BaseException as error:
             kind, out = RAISED, []
             data = self.pickle.dumps(self._describe(error), 4)
@@ -13968,18 +13969,29 @@ class CallLoop:
             self.main_runs = False
         self.main = module
 
-    def _describe(self, error):
-        """(traceback, words, pickle or None) of what a call raised."""
-        self.modules.explain(error)
-        import linecache, traceback
-        self.modules.show_lines(linecache)
+    def _pickled(self, way, value):
+        """way(dumps, value), by cloudpickle where pickle refuses it and code has come so from the same Python: what
+        the prompt or a notebook has defined goes back as it came."""
         try:
+            return way(self.pickle.dumps, value)
+        except Exception:
+            by_value = sys.modules.get("cloudpickle")
+            if by_value is None or self.setup["python"] != sys.version_info[:2]:
+                raise
+        return way(by_value.dumps, value)
+
+    def _describe(self, error):
+        """(traceback, words, pickle or None) of what a call raised, whatever has become of this interpreter."""
+        try:
+            self.modules.explain(error)
+            import linecache, traceback
+            self.modules.show_lines(linecache)
             trace = error.__traceback__ and error.__traceback__.tb_next       # from the call's own part on
             text = "".join(traceback.format_exception(type(error), error, trace))
         except Exception as problem:
             text = "the traceback cannot be told: %s\n" % words_of(problem)
         try:
-            data = self.pickle.dumps(error, 5)
+            data = self._pickled(lambda dumps, value: dumps(value, protocol=5), error)
             self.pickle.loads(data)
         except BaseException:
             data = None
@@ -14086,7 +14098,7 @@ def words_of(error):
     """What an exception is and says, whatever its own methods do."""
     try:
         text = str(error)
-    except Exception:
+    except BaseException:
         text = ""
     return type(error).__name__ + (": " + text if text else "")
 
@@ -14155,6 +14167,14 @@ class ModuleFinder:
         module.__file__, module.__package__, module.__loader__ = told["file"], told["package"], loader
         module.__spec__ = told["name"] and ModuleSpec(told["name"], loader, origin=told["file"])
         return module, loader
+
+    def folder(self, path):
+        """A hook of sys.path_hooks."""
+        kind, _, folder = path.partition(":")
+        loader = self.loaders.get(os.path.join(folder, "__init__.py"))
+        if kind != "cexec" or loader is None:
+            raise ImportError("not the folder of a package that was sent", path=path)
+        return SentFolder(loader)
 
     def explain(self, error):
         """An import that failed since the module cannot come from the submitter says why."""
@@ -14235,6 +14255,24 @@ class SentLoader:
 
     def get_resource_reader(self, name):
         return SentResources(self, name) if self.package else None
+
+
+class SentFolder:
+    """What pkgutil finds in the folder of a package that the submitter has sent."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def find_spec(self, name, target=None):
+        return None             # ModuleFinder, which was asked before, has not found it
+
+    def iter_modules(self, prefix=""):
+        package = self.loader.name
+        for name, is_folder in sorted((self.loader.names(package, "") or {}).items()):
+            if is_folder and "__init__.py" in (self.loader.names(package, name) or ()):
+                yield prefix + name, True
+            elif not is_folder and name.endswith(".py") and name != "__init__.py":
+                yield prefix + name[:-3], False
 
 
 class SentResources:
@@ -16129,6 +16167,7 @@ class CallExecutor:
             data, buffers, _ = self._pickler.pickle((initializer, tuple(arguments)))
         return encode_call(SETUP, 0, pickle.dumps({
             "main": main, "argv": sys.argv if main else None, "shadowed": shadowed_modules(),
+            "python": sys.version_info[:2],
             "initializer": data, "buffers": buffers}, 4))
 
     def submit(*call, **named):

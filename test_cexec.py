@@ -12333,7 +12333,8 @@ pool.shutdown()
 
 CLOUDPICKLE = '''"""A stand-in for cloudpickle: functions by their code."""
 import marshal, pickle, types, io
-def make(code, name): return types.FunctionType(marshal.loads(code), {"__builtins__": __builtins__}, name)
+SPACE = {"__builtins__": __builtins__, "__name__": "__main__"}
+def make(code, name): return types.FunctionType(marshal.loads(code), SPACE, name)
 class Pickler(pickle.Pickler):
     def reducer_override(self, value):
         if isinstance(value, types.FunctionType) and value.__module__ == "__main__":
@@ -12357,6 +12358,17 @@ def test_cloudpickle_takes_what_has_no_source(calls, tmp_path):
     assert run_program(calls, tmp_path, "", "-c", BY_VALUE, files={"cloudpickle.py": CLOUDPICKLE}) == "2\n"
 
 
+def test_what_code_by_value_gives_and_raises_goes_back_so(calls, tmp_path):
+    """Prompts and notebooks define classes and functions that are in no module of the worker."""
+    assert run_program(calls, tmp_path, "", "-c", """
+import cexec
+def give(): return lambda n: n + 1
+def fail(): raise ValueError(lambda n: n + 2)
+with cexec.Executor("py.pub") as pool:
+    print(pool.submit(give).result(30)(1), pool.submit(fail).exception(30).args[0](1))
+""", files={"cloudpickle.py": CLOUDPICKLE}) == "2 3\n"
+
+
 def test_code_by_value_crosses_no_minor_version(calls, tmp_path):
     mine = "%d.%d" % sys.version_info[:2]
     others = [version for version in interpreters() if version != mine]
@@ -12374,6 +12386,32 @@ def test_other_versions_of_python_at_the_submitter(calls, tmp_path):
         (tmp_path / version).mkdir()
         assert run_program(calls, tmp_path / version, SCRIPT, "script.py", "an", "argument", files=HELPER,
                            python=interpreters()[version]) == "OK\n"
+
+
+def test_a_call_that_fails_where_nothing_can_be_imported_any_more_fails_alone(calls, tmp_path):
+    assert run_program(calls, tmp_path, """
+import cexec, sys, threading, time
+def spoil():
+    threading.Thread(target=time.sleep, args=(300,)).start()
+    sys.path.clear(), sys.meta_path.clear()
+    raise ValueError("spoilt")
+if __name__ == "__main__":
+    with cexec.Executor("py.pub", max_workers=1) as pool:
+        print(repr(pool.submit(spoil).exception(30)), pool.submit(abs, -1).result(30))
+""") == "ValueError('spoilt') 1\n"
+
+
+def test_the_modules_of_a_package_that_was_sent_can_be_listed(calls, tmp_path):
+    """Packages find their plugins so."""
+    files = {"plugs/__init__.py": "import pkgutil\ndef names(): return NAMES\n"
+                                  "NAMES = [each.name for each in pkgutil.walk_packages(__path__, 'plugs.')]\n",
+             "plugs/one.py": "", "plugs/data/x.py": "", "plugs/two/__init__.py": "",
+             "plugs/two/three.py": "", "plugs/text": ""}
+    assert run_program(calls, tmp_path, """
+import cexec, plugs
+if __name__ == "__main__":
+    with cexec.Executor("py.pub") as pool: print(pool.submit(plugs.names).result(30) == plugs.names(), *plugs.NAMES)
+""", files=files) == "True plugs.one plugs.two plugs.two.three\n"
 
 
 def test_a_missing_guard_is_named(calls, tmp_path):
