@@ -8333,6 +8333,7 @@ def test_a_machine_with_other_work_is_passed_over(room, tmp_path):
     assert max(shares) >= 9, (shares, list(map(jobs_of, loaded)))
 
 
+@alone("who answers first depends on how soon workers wake")
 def test_of_two_unequal_workers_the_freer_is_preferred(room, tmp_path):
     small = serve_alone(room, tmp_path, cpus="0", CONCURRENCY=2)
     occupied(room, None, 1)
