@@ -17626,7 +17626,9 @@ def end_of(worker):
 def test_a_limit_ends_a_job_and_the_log_names_it(room, tmp_path, limit, text, status, end):
     worker = room.tool("cservice", "--limit", limit, room.key, *RUN_SHELL, env={"CONCURRENCY": 1}).ready()
     done = room.cexec("RUN=" + text, "FILE=%s" % (tmp_path / "file"))
-    assert (done.returncode, done.stdout, done.stderr) == (status, b"", b"")
+    assert (done.returncode, done.stdout) == (status, b"")
+    told = "cexec: job \\w+ on 127.0.0.1 was ended by its limit of %s\n" % limit.split("=")[0] if "limit" in end else ""
+    assert re.fullmatch(told, done.stderr.decode()), done.stderr
     assert end_of(worker) == end
     if limit == "file=8k":
         assert (tmp_path / "file").stat().st_size == 8192
