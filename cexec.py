@@ -1832,7 +1832,7 @@ class Session:
     def _pong(self, kind, number, body, size, now):
         if len(body) == 8:
             trip = now - struct.unpack(">d", body)[0]
-            if trip >= 0:
+            if 0 <= trip < math.inf:
                 self.round_trip = trip if self.round_trip is None else min(trip, self.round_trip)
 
     RECEIVED = {WELCOME: _pass_on, HELLO: _pass_on, JOB: _job, ACCEPTED: _accepted, REFUSED: _pass_on, ABORT: _pass_on,
@@ -8216,7 +8216,8 @@ class InheritedStreams(JobStreams):
                          and (len(self.numbers[fd]) == 1 or stream_kind(fd) is not SOCKET) and source.copies())
 
     def input_emptied(self, number):
-        if not self.sources[number].emptied():
+        source = self.sources.get(number)       # a terminal that is only written to has none, whatever a worker says
+        if source and not source.emptied():
             self.run.on_local_failure(self._not_there(number))
 
     def _not_there(self, number):
@@ -8242,8 +8243,8 @@ class InheritedStreams(JobStreams):
 
     def input_stopped(self, number, consumed):
         self.stopped[number] = consumed
-        source = self.sources[number]
-        if not isinstance(source, FileSource) and not source.commit(consumed):
+        source = self.sources.get(number)
+        if source and not isinstance(source, FileSource) and not source.commit(consumed):
             return self.run.on_local_failure(self._not_there(number))
         self._let_go(number)
 

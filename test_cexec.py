@@ -4422,7 +4422,8 @@ def test_all_windows_together_are_bounded():
 
 
 @pytest.mark.parametrize("body", [b"", b"short", b"nine octe", struct.pack(">d", float("nan")),
-                                  struct.pack(">d", float("inf")), struct.pack(">d", NOW + 5)])
+                                  struct.pack(">d", float("inf")), struct.pack(">d", float("-inf")),
+                                  struct.pack(">d", NOW + 5)])
 def test_a_pong_that_answers_no_ping_is_no_round_trip(body):
     session = session_in("submitter", "running")
     assert events_of(session, wire("pong", body=body)) == []
@@ -14922,6 +14923,24 @@ def test_what_was_typed_cannot_be_given_to_another_worker(room, terminal, tmp_pa
 
 
 # ---------------------------------------------------------------- terminals: hung sessions, hang-ups
+
+@pytest.mark.parametrize("lie", ["stop", "emptied"])
+def test_a_worker_cannot_let_go_of_a_terminal_that_nobody_types_at(room, terminal, lie):
+    """S9: standard input is a pipe, so the terminal is only written to, whatever the worker says of it."""
+    def lies(session):
+        session.accept(0)
+        number = max(session.receiving)
+        session.outbox += cexec.frame(cexec.STOP, number, bytes(8)) if lie == "stop" else cexec.frame(
+            cexec.EMPTIED, number)
+        for number in session.sending:
+            session.end(number)
+        session.exit(cexec.ExitReport(False, True, 7, 0, "", "", {}))
+
+    with Rogue(room, lies):
+        run = terminal.cexec(stdin=subprocess.DEVNULL)
+        assert run.wait(PATIENCE) == 7, bytes(terminal.shown)
+    assert b"Traceback" not in terminal.shown
+
 
 def test_the_escape_ends_a_hung_session(room, terminal):
     relay = room.relay()
