@@ -6195,7 +6195,7 @@ def lose(linked, how):
         far.session.outbox += cexec.frame(cexec.DATA, 77, b"for nobody")
         far.flush()
     else:
-        near.lost(cexec.Loss(cexec.ABORTED, "given up"))
+        near.fail(cexec.Loss(cexec.ABORTED, "given up"))
 
 
 @pytest.mark.parametrize("how", [cexec.CLOSED, cexec.BROKEN, cexec.SILENT, cexec.PROTOCOL, cexec.ABORTED])
@@ -6205,7 +6205,7 @@ def test_why_a_connection_was_lost_is_told_once_and_by_kind(linked, how):
     near.add_source(3, source)
     lose(linked, how)
     linked.until(lambda: submitter.losses)
-    near.lost(cexec.Loss(cexec.ABORTED, "again"))
+    near.fail(cexec.Loss(cexec.ABORTED, "again"))
     near.close()
     assert [loss.kind for loss in submitter.losses] == [how] and submitter.losses[0].words
     assert near.closed and source.closed == 1
@@ -18521,12 +18521,15 @@ cexec.raise_descriptor_limit(4096)
 context = cexec.tls_context(key, False)
 cexec.tls_context = lambda key, server_side: context
 cexec.measured_speed = lambda: 1.0
+cexec.Loop = lambda on_error: loop
 for number in range(int(sys.argv[3])):
     daemon = cexec.Daemon(key, settings, ["cat"], log)
-    daemon.loop.close()
-    daemon.loop = loop
-    daemon.responder.running = int(sys.argv[5] == "busy")
-    loop.watch(daemon.group.fileno(), read=daemon._heard)
+    daemon.control.close()
+    if sys.argv[5] == "busy":
+        slot = cexec.Slot(cexec.HeardSearch(b"otherone", cexec.now_ms(), b"somebody"), None, None, 0)
+        slot.state = cexec.SlotState.RUNNING
+        daemon.responder.slots.append(slot)
+    loop.watch(daemon.group.fileno(), read=daemon.receiver.read)
 cexec.say("", "ready")
 loop.run()
 """ % HERE
