@@ -674,8 +674,10 @@ def _read_options(tool, arguments):
         if word in own_flags:
             flags[own_flags[word][0]] = own_flags[word][1]
         elif name not in options:
-            raise Failure(word, "unknown option", did_you_mean(name, [*options, *own_flags])
-                          + "see %s --help" % tool, EXIT_USAGE)
+            alone = ["-" + letter for letter in word[1:]]
+            hint = ("each stands alone: %s; " % " ".join(alone) if len(alone) > 1 and set(alone) <= set(own_flags) else
+                    did_you_mean(name, [*options, *own_flags, *SHOWN]))
+            raise Failure(word, "unknown option", hint + "see %s --help" % tool, EXIT_USAGE)
         elif not equals and not arguments:
             raise Failure(name, "an option without its value", "see %s --help" % tool, EXIT_USAGE)
         else:
@@ -692,13 +694,20 @@ def _read_options(tool, arguments):
 
 
 def did_you_mean(word, known):
-    """A question for a hint, with the nearest of the known words; empty where none is near."""
+    """A question for a hint, with the known words that begin so, else the nearest; empty where there is none."""
+    longer = [each for each in known if len(word) > 3 and each.startswith(word)]
     try:
         import difflib
     except ImportError:
         return ""
-    near = difflib.get_close_matches(word, known, 1, 0.75)
-    return "did you mean %s? " % near[0] if near else ""
+    near = longer[:3] or difflib.get_close_matches(word, known, 1, 0.75)
+    return "did you mean %s? " % " or ".join(near) if near else ""
+
+
+def shell_word(text):
+    """The text as one word of a command that can be pasted."""
+    import shlex        # noqa: not at every start
+    return shlex.quote(text)
 
 
 def unknown_variables(environment):
@@ -2322,7 +2331,8 @@ class Diagnosis:
         words += ["nobody has answered yet"] if nobody else earlier.trouble[-1:]
         return "%s, %.0f s%s%s" % (
             "; ".join(words), seconds,
-            "; cwho --check %s finds out why" % self.facts.key_name if nobody and seconds >= CHECK_AFTER else "",
+            "; cwho --check %s finds out why" % shell_word(
+                self.facts.key_name) if nobody and seconds >= CHECK_AFTER else "",
             "; before that, " + self.facts.last_loss if self.facts.last_loss else "")
 
     def failure(self, seconds):
@@ -2342,7 +2352,9 @@ class Diagnosis:
             why += "; announced on %s by %s, to connect back to TCP port %d" % (facts.group, facts.ways, facts.port)
         if facts.unsent:
             why += "; could not send: " + ", ".join(facts.unsent)
-        return "; ".join([why, *facts.unused]), "%s; cwho --check %s finds out more" % (self._hint(), facts.key_name)
+        hint = self._hint()
+        return "; ".join([why, *facts.unused]), "%s%s cwho --check %s finds out more" % (
+            hint, " " if hint.endswith("?") else ";", shell_word(facts.key_name))
 
     def _hint(self):
         if self.alive:
@@ -4074,7 +4086,8 @@ class GroupSocket:
             if error.errno == errno.EADDRINUSE:
                 hint = "another program keeps it; GROUP may name another port, the same on all machines: ADDRESS:PORT"
                 raise PortTaken(what, reason_of(error), hint if self.listen else "") from None
-            raise Failure(what, reason_of(error)) from None
+            hint = "it must be an address of this machine: ip address" if error.errno == errno.EADDRNOTAVAIL else ""
+            raise Failure(what, reason_of(error), hint) from None
 
     # -- interfaces
     def refresh(self):
@@ -8494,15 +8507,19 @@ def check_errors_fd(settings):
         raise Failure("CEXEC_FD_FOR_ERRORS=%d" % settings.errors_fd, "not open", "", EXIT_USAGE)
 
 
+NAME_RULE = "NAME is letters, digits and _, with no digit in front"
+
+
 def parse_name(word):
     name, equals, value = os.fsencode(word).partition(b"=")
     if word.startswith("-"):
         raise Failure(word, "unknown option after the key", "options come before the key, see cexec --help", EXIT_USAGE)
     if not equals:
-        raise Failure(word, "not NAME=VALUE", "the command was chosen where cservice was started, cexec cannot choose "
-                      "one; it can only tell it NAME=VALUE", EXIT_USAGE)
+        raise Failure(word or "an empty parameter", "not NAME=VALUE", "the command was chosen where cservice was "
+                      "started, a submitter cannot choose one; it can only tell it NAME=VALUE", EXIT_USAGE)
     if not is_name(name):
-        raise Failure(word, "not NAME=VALUE", "the job finds VALUE in its environment as PEER_NAME", EXIT_USAGE)
+        raise Failure(word, "not NAME=VALUE", "the job finds VALUE in its environment as PEER_NAME, so " + NAME_RULE,
+                      EXIT_USAGE)
     return name, value
 
 
@@ -9164,7 +9181,10 @@ class MapLog:
         self.unsynced = 0
         self.helpers = []
         self.old = False            # an older cmap wrote it, and did not say which output a line is of
-        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        try:
+            self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise Failure("--log=" + path, reason_of(error), status=EXIT_USAGE) from None
         if stat.S_ISREG(os.fstat(self.fd).st_mode) and os.fstat(self.fd).st_size:
             self._read(resume)
         else:
@@ -9690,7 +9710,7 @@ def check_map_inputs(settings, operands):
              "not together with " + "".join(kinds), ""),
             (not operands and not kinds, "no input", "", "name FILEs, or use --from, --lines, --block or --value"),
             (settings.value and not is_name(os.fsencode(settings.value)), "--value=" + settings.value, "not a NAME",
-             "the job finds the line in its environment as PEER_NAME"),
+             "the job finds the line in its environment as PEER_NAME, so " + NAME_RULE),
             (settings.count and not settings.lines, "-N", "it says how many of --lines go together", ""),
             (settings.header and not (settings.lines or blocks), "--header", "only with --lines or --block", ""),
             (settings.cut_before and settings.cut == "bytes", "--cut-before", "not together with --cut=bytes", ""),
@@ -9699,6 +9719,8 @@ def check_map_inputs(settings, operands):
             (settings.tag and settings.out, "--tag", "not together with --out",
              "it marks the lines of standard output"),
             (settings.keep_failed and not settings.out, "--keep-failed", "there is no --out to put them beside", ""),
+            (settings.list not in (None, "", "-") and not os.path.exists(settings.list),
+             "--from=%s" % settings.list, "there is no such file", "it has the names of the inputs, one a line"),
             (settings.resume and not settings.log, "--resume", "there is no --log that tells what is done", ""),
             (settings.resume and not settings.out, "--resume", "the outputs of the jobs that are left out would be "
              "missing on standard output", "use it with --out")):
@@ -10675,6 +10697,7 @@ def find_command(name):
             if os.access(path, os.X_OK):
                 return os.path.abspath(path)
     raise Failure(name or "an empty COMMAND", "not executable: %s" % found if found else "command not found",
+                  "in this folder is one: name it ./" + name if "/" not in name and os.path.isfile(name) else
                   "COMMAND is a program of this machine, run without a shell", EXIT_USAGE)
 
 
@@ -10771,7 +10794,8 @@ def fork_to_background():
 def wait_for_background(pid, pipe, log, key):
     """In the process that was started: the status, once the child serves or has said why it does not."""
     if os.read(pipe, 5):
-        say(CSERVICE, "serves in the background; log: %s; to stop it: cservice --stop %s" % (os.path.abspath(log), key))
+        say(CSERVICE, "serves in the background; log: %s; to stop it: cservice --stop %s" % (
+            os.path.abspath(log), shell_word(key)))
         return 0
     status = os.waitpid(pid, 0)[1]
     return 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status) or EXIT_TEMPORARY
@@ -11522,8 +11546,6 @@ class RunningJob:
     def _open_calls(self):
         """What an interpreter needs beside the ends that its submitter asks for: the program, and where it shows when
         its call has begun."""
-        if self.job.descriptors != CALL_DESCRIPTORS:
-            raise ValueError("it serves calls of Python functions (cexec.Executor), no commands")
         status = shared_file(CallStatus.FORM.size)
         self.ends.to_close.append(status)
         self.call_status = CallStatus(status)
@@ -11810,6 +11832,8 @@ class Handler:
         self._report(SlotEvent.JOB, job.id, self.remote, job.user)
         self.slot.jobs += 1
         refusal = refusal_of(job.names, self.settings.allow) if self.settings.allow else ""
+        if self.daemon.program is not None and job.descriptors != CALL_DESCRIPTORS:
+            refusal = "cservice --python serves here: calls of cexec.Executor, no jobs of cexec or cmap"
         if refusal:
             return self.refuse(job, refusal, final=True)
         try:
@@ -11927,11 +11951,13 @@ def cservice(arguments, settings):
     if settings.python and len(arguments) == 1:
         arguments = [arguments[0], sys.executable]
     if len(arguments) < 2:
-        raise Failure("key and command wanted", "", "usage: cservice APP COMMAND [ARG...]", EXIT_USAGE)
+        raise Failure("no COMMAND given" if arguments else "no key given", "",
+                      "usage: cservice [OPTION...] " + (
+                          "--python APP [PYTHON [ARG...]]" if settings.python else "APP COMMAND [ARG...]"), EXIT_USAGE)
     if settings.user and os.geteuid() != 0:
         raise Failure("--user", "only root can change user", "", EXIT_USAGE)
-    find_command(arguments[1])
     key, warning = load_key(arguments[0], "private")
+    find_command(arguments[1])
     unit = service_unit()
     park_standard()
     close_strays()
@@ -12238,7 +12264,7 @@ class RollCallView:
             raise Failure("nobody answered", "asked on %s for key %s%s" % (
                 self.settings.group, ", ".join("%s (%s)" % (call.key.fingerprint, call.key.name) for call in missing),
                 "".join("; " + problem for problem in missing[0].problems)),
-                "cwho --check %s finds out why" % missing[0].key.name)
+                "cwho --check %s finds out why" % shell_word(missing[0].key.name))
         return 0
 
     def _print(self, workers, behind=()):
@@ -12402,12 +12428,16 @@ def check_advice(facts):
         return [] if not facts.silent or facts.workers else [
             "jobs run, but what workers answer by UDP is not heard, as that all are busy:", *let_answers_in(facts)]
     advice = next(advice_for_workers(facts, beyond) if facts.workers else advice_without_workers(facts), None)
-    port = [(facts.group.port, facts.group.port)]
-    return advice or ["nobody has answered.  On the worker, is cservice running with key %s and group %s?" % (
-                facts.fingerprint, facts.group), "    pgrep -a cservice",
+    return advice or ["nobody has answered.", *ask_worker(facts), "does one here keep its answers out?",
+                      *let_answers_in(facts), *beyond]
+
+
+def ask_worker(facts):
+    """What to look at on a machine that should serve and was not heard."""
+    return ["on the worker, is cservice running with key %s and group %s?" % (facts.fingerprint, facts.group),
+            "    pgrep -a cservice",
             "does a firewall there keep UDP port %d out?  By its kind, one of:" % facts.group.port,
-            *firewall_commands([], port, ["udp"]), "does one here keep its answers out?", *let_answers_in(facts),
-            *beyond]
+            *firewall_commands([], [(facts.group.port, facts.group.port)], ["udp"])]
 
 
 def advice_for_workers(facts, beyond):
@@ -12461,8 +12491,8 @@ def advice_without_workers(facts):
         yield ["%s runs another version of this program: copy the same cexec.py to all machines; to compare:" %
                ", ".join(sorted(facts.versions)[:5]), "    cexec.py --version"]
     if facts.other_keys:
-        yield ["should one of these serve this key?  Copy the right file: the id of %s is 0x%s; there:" % (
-            facts.key_name, facts.key_id), "    ckeygen -l APP"]
+        yield ["should one of these serve this key?  Copy the right file: SHA256:%s... is to be shown there by:"
+               % facts.key_id, "    ckeygen -l APP", "is it another machine that should?", *ask_worker(facts)]
 
 
 def let_answers_in(facts):
@@ -12665,7 +12695,12 @@ class Check:
 def cwho(arguments, settings):
     """cwho [OPTION...] APP[.pub]..."""
     if not arguments:
-        raise Failure("a key wanted", "", "usage: cwho [OPTION...] APP[.pub]...", EXIT_USAGE)
+        raise Failure("no key given", "", "usage: cwho [OPTION...] APP[.pub]...", EXIT_USAGE)
+    asked = [option for option, given in (
+        ("--check", settings.check), ("--slots", settings.slots), ("--watch", settings.watch and settings.check),
+        ("--jobs", settings.running_jobs), ("--json", settings.json)) if given]
+    if len(asked) > 1 and asked[0] in ("--check", "--slots"):
+        raise Failure(" and ".join(asked), "only one of them at a time", status=EXIT_USAGE)
     check_output()
     keys = load_keys(CWHO, arguments)
     try:
@@ -13469,12 +13504,15 @@ def load_key(path, want=None):
     there, its submitting half serves.  Failure: why PATH itself (or, where it is missing, PATH.pub) is of no use.  The
     warning is for a file that others can use.
     """
+    if not path:
+        raise Failure("the key's name is empty", hint="is it that of a variable that is not set?", status=EXIT_USAGE)
     refusal = whole = None
     for name in [path] if want == "private" else [path, path + ".pub"]:
         try:
             text, key, warning = read_key(name) or (None, None, None)
             if key and want == "private" and not key.private:
-                raise Failure("%s is a submitting half" % name, "serving needs the private key", status=EXIT_USAGE)
+                raise Failure("%s is a submitting half" % name, "serving needs the private key",
+                              "ckeygen made it beside this one: copy that and name it", EXIT_USAGE)
         except Failure as problem:
             refusal = refusal or problem
             continue
@@ -13498,6 +13536,8 @@ def ckeygen(arguments, settings):
     names = list(arguments)
     if settings.list and names and not settings.stdin:
         return list_keys(names)
+    if settings.list and not settings.stdin:
+        raise Failure("-l: no FILE given", hint=CKEYGEN_USAGE, status=EXIT_USAGE)
     if settings.list or len(names) not in (1, 2) or not all(names):
         raise Failure("one or two file names are needed", hint=CKEYGEN_USAGE, status=EXIT_USAGE)
     private_path, public_path = (names + [names[0] + ".pub"])[:2]
@@ -13534,7 +13574,7 @@ def list_keys(paths):
     for path in paths:
         try:
             key, = load_keys("ckeygen", [path])
-            half = "private" if key.private else "public "
+            half = "private   " if key.private else "submitting"
             name = path if key.path == os.path.abspath(path) else path + ".pub"
             status = print_out("%s %s %s\n" % (key.fingerprint, half, printable(name))) or status
         except Failure as failure:
@@ -15691,7 +15731,7 @@ class CallPool:
             self.fail(call, InterpreterDied("the interpreter that ran the call %s" % words))
         if interpreter.state is InterpreterState.BOOTING:
             self._count_failure(interpreter.instance, lambda: InterpreterDied(
-                "the interpreter %s before it was ready" % words))
+                "the interpreter %s before it was ready: is it cservice --python that serves there?" % words))
 
     def _lost(self, call, failure):
         call.losses += 1
@@ -16615,7 +16655,7 @@ def choices(argument):
 
 def called_names():
     """Under which the shell may call this: the tools that a link makes, and the file itself."""
-    return " ".join([name for name in TOOLS if name not in ("demo", "completion")] + ["cexec.py"])
+    return " ".join([name for name in TOOLS if name not in NOT_LINKED] + ["cexec.py"])
 
 
 def bash_completion():
@@ -16683,6 +16723,7 @@ Makes the private key APP for the workers and its submitting half APP.pub for
 the submitters.  Both are secret.  If APP exists, only APP.pub is made from it.
 """, (), """\
 0    done
+2    wrong usage; -l: a FILE is missing or no key
 101  APP exists and is no private key
 102  APP.pub cannot be written
 103  APP cannot be written
@@ -16712,10 +16753,11 @@ by --lines, --block or --value, parts of standard input.  In --set and --out
 without folders, {/.} without both, {#} for its number.
 """, ("--out", "--lines", "--value", "--block", "--from", "--set", "--jobs", "--log", "--resume", "--again",
       "--timeout"), """\
-0    all jobs ended with 0
-1    some failed
-111  the cluster failed
-2    wrong usage
+0      all jobs ended with 0
+1      some failed
+111    the cluster failed: to try again may help
+2      wrong usage
+128+n  ended by signal n
 """, """\
 $ cmap --out 'ogg/{/.}.ogg' app.pub wav/*.wav
 $ cmap --lines app.pub < urls > pages
@@ -16745,7 +16787,7 @@ Lists the workers of the keys: who is there, what they do, what they are worth.
 """, """\
 $ cwho app.pub
 $ cwho --check app.pub                 # nobody answers? it says why
-$ xargs -P"$(cwho --slots app.pub)" -n1 cexec app.pub < jobs
+$ seq 9 | xargs -P"$(cwho --slots app.pub)" -I{} cexec app.pub FRAME={}
 """)),
     (CRAT, Tool(crat, "crat [OPTION...] [APP.pub...]", """\
 Prints one line for every job that was completed, and for every worker that was
@@ -16788,6 +16830,9 @@ $ cexec.py completion fish > ~/.config/fish/completions/cexec.fish
 ])
 
 
+NOT_LINKED = "demo", "completion"       # called as cexec.py NAME only
+
+
 def options_of(tool):
     """[(option, argument or "", help, names in the environment)] in the order in which help shows them."""
     found = [(flag, "", words, ()) for flag, (_, _, tools, words) in FLAGS.items() if tool in tools]
@@ -16801,7 +16846,8 @@ def options_of(tool):
 
 def usage(tool):
     _, synopsis, text, _, statuses, example = TOOLS[tool]
-    lines = ["usage: " + synopsis.replace(", or ", "\n       "), "", text.rstrip("\n")]
+    start = "cexec.py " if tool in NOT_LINKED else ""
+    lines = ["usage: " + start + synopsis.replace(", or ", "\n       "), "", text.rstrip("\n")]
     options = options_of(tool)
     if options:
         import textwrap
@@ -16827,7 +16873,9 @@ def overview():
 def no_tool(word):
     """Says that there is no such tool, and which was perhaps meant."""
     hint = did_you_mean(word, list(TOOLS))
-    say("cexec.py", "%s: no such tool%s" % (word, "; " + hint.strip() if hint else ""))
+    say("cexec.py", "%s: %s%s" % (
+        word or "an empty word", "unknown option" if word.startswith("-") else "no such tool",
+        "; " + hint.strip() if hint else ""))
 
 
 def print_out(text, descriptor=1):
@@ -16858,7 +16906,7 @@ def main(argv, environment=os.environ):
     if arguments[:1] == ["help"] and not any(map(os.path.exists, ("help", "help.pub"))):
         return show(next((word for word in arguments[1:] if word in TOOLS), tool), "--help")
     if tool is None:
-        if arguments and not arguments[0].startswith("-"):
+        if arguments:
             no_tool(arguments[0])
         print_out(overview(), 2)
         return EXIT_USAGE
@@ -16882,7 +16930,7 @@ def run_tool(tool, arguments, environment):
             gc.enable()
         if __name__ == "__main__":
             name_process(tool)
-        if tool in ("demo", "completion"):
+        if tool in NOT_LINKED:
             return TOOLS[tool].call(arguments, None)
         settings, arguments = read_settings(tool, arguments, environment)
         settings = resolve_hosts(settings)

@@ -2816,10 +2816,10 @@ def test_ckeygen_tells_which_half_a_file_is_and_the_fingerprint(tmp_path):
     mine, other = cexec.parse_key(PUBLIC, "").fingerprint, cexec.parse_key(OTHER_PUBLIC, "").fingerprint
     done = run("ckeygen", "-l", "k", "k.pub", "other", cwd=tmp_path)
     assert (done.returncode, done.stdout.decode()) == (0, (
-        "%s private k\n%s public  k.pub\n%s private other\n" % (mine, mine, other)))
+        "%s private    k\n%s submitting k.pub\n%s private    other\n" % (mine, mine, other)))
     assert done.stderr.startswith(b"ckeygen: warning: others can use the key other (mode 0640)")
     done = run("ckeygen", "-l", "crlf", "none", "k", cwd=tmp_path)      # what can be told is told
-    assert (done.returncode, done.stdout.decode()) == (2, "%s private k\n" % mine)
+    assert (done.returncode, done.stdout.decode()) == (2, "%s private    k\n" % mine)
     lines = done.stderr.decode().splitlines()
     assert lines[0].startswith("ckeygen: crlf is not a key: its lines end in CR LF")
     assert lines[2].startswith("ckeygen: no key none: ") and len(lines) == 4
@@ -9332,7 +9332,8 @@ def test_a_tool_is_its_name_or_the_first_argument(tmp_path, tools, name):
 
 
 @pytest.mark.parametrize("argv, words", [
-    ((), ""), (("-x",), ""), (("", "cexec"), "cexec.py: : no such tool\n"),
+    ((), ""), (("-x",), "cexec.py: -x: unknown option\n"),
+    (("", "cexec"), "cexec.py: an empty word: no such tool\n"),
     (("unknown",), "cexec.py: unknown: no such tool\n"),
     (("cmpa", "app.pub"), "cexec.py: cmpa: no such tool; did you mean cmap?\n")])
 def test_no_tool_is_wrong_usage(argv, words):
@@ -9364,7 +9365,8 @@ def test_help_for_all(option):
 @pytest.mark.parametrize("name", NAMES)
 def test_help_names_every_setting_and_fits_a_terminal(name):
     text = cexec.usage(name)
-    assert text.startswith("usage: %s " % name) and re.search(r"\nExit status:\n(  .*\n)+\nExample:\n(  .*\n)+\Z", text)
+    assert re.match(r"usage: (cexec\.py )?%s " % name, text)
+    assert re.search(r"\nExit status:\n(  .*\n)+\nExample:\n(  .*\n)+\Z", text)
     assert re.search(r"\n  \$ (.*[ (])?%s " % name, text.partition("\nExample:")[2])
     for setting in cexec.SETTINGS:
         if name in setting.tools:
@@ -9464,10 +9466,24 @@ NO_COMMAND = "  COMMAND is a program of this machine, run without a shell"
                                    "  make one with ckeygen, or copy it from where it was made"]),
     (["cexec", "{dir}"], {}, ["cexec: cannot read the key {dir}: not a regular file"]),
     (["cexec", "{pub}", "novalue"], {}, ["cexec: novalue: not NAME=VALUE", "  the command was chosen where "
-                                         "cservice was started, cexec cannot choose one; "
+                                         "cservice was started, a submitter cannot choose one; "
                                          "it can only tell it NAME=VALUE"]),
     (["cexec", "{pub}", "=x"], {}, ["cexec: =x: not NAME=VALUE",
-                                    "  the job finds VALUE in its environment as PEER_NAME"]),
+                                    "  the job finds VALUE in its environment as PEER_NAME, so NAME is letters, "
+                                    "digits and _, with no digit in front"]),
+    (["cexec", "{pub}", ""], {}, ["cexec: an empty parameter: not NAME=VALUE", "  the command was chosen where "
+                                  "cservice was started, a submitter cannot choose one; "
+                                  "it can only tell it NAME=VALUE"]),
+    (["cexec", ""], {}, ["cexec: the key's name is empty", "  is it that of a variable that is not set?"]),
+    (["cexec", "--timeout", "2", "{pub}"], {}, ["cexec: --timeout: unknown option", "  did you mean --timeout-accept "
+                                                "or --timeout-pingpong? see cexec --help"]),
+    (["cexec", "-nv", "{pub}"], {}, ["cexec: -nv: unknown option", "  each stands alone: -n -v; see cexec --help"]),
+    (["cexec", "--hlep"], {}, ["cexec: --hlep: unknown option", "  did you mean --help? see cexec --help"]),
+    (["ckeygen", "-l"], {}, ["ckeygen: -l: no FILE given",
+                             "  usage: ckeygen [-stdin] APP [APP.pub], or ckeygen -l FILE..."]),
+    (["cmap", "--from", "/none/such", "{pub}"], {}, ["cmap: --from=/none/such: there is no such file",
+                                                     "  it has the names of the inputs, one a line"]),
+    (["cmap", "--log", "/none/such", "{pub}", "x"], {}, ["cmap: --log=/none/such: No such file or directory"]),
     (["cexec", "{pub}"], {"CEXEC_MAXFD": "x"}, ["cexec: CEXEC_MAXFD=x: not accepted",
                                                "  accepted: a whole number from 2 to 4096"]),
     (["cexec", "--maxfd=x", "{pub}"], {}, ["cexec: --maxfd=x: not accepted",
@@ -9479,9 +9495,14 @@ NO_COMMAND = "  COMMAND is a program of this machine, run without a shell"
                                                          "  the job would share it"]),
     (["cexec", "{pub}"], {"CEXEC_FD_FOR_ERRORS": "200"}, ["cexec: CEXEC_FD_FOR_ERRORS=200: not open"]),
     (["cexec", "--nonsense"], {}, ["cexec: --nonsense: unknown option", "  see cexec --help"]),
-    (["cservice"], {}, ["cservice: key and command wanted", "  usage: cservice APP COMMAND [ARG...]"]),
-    (["cservice", "{key}"], {}, ["cservice: key and command wanted", "  usage: cservice APP COMMAND [ARG...]"]),
-    (["cservice", "{pub}", "true"], {}, ["cservice: {pub} is a submitting half: serving needs the private key"]),
+    (["cservice"], {}, ["cservice: no key given", "  usage: cservice [OPTION...] APP COMMAND [ARG...]"]),
+    (["cservice", "{key}"], {}, ["cservice: no COMMAND given", "  usage: cservice [OPTION...] APP COMMAND [ARG...]"]),
+    (["cservice", "--python"], {}, ["cservice: no key given",
+                                    "  usage: cservice [OPTION...] --python APP [PYTHON [ARG...]]"]),
+    (["cservice", "true", "{key}"], {}, ["cservice: no key true: there is no such file",
+                                         "  make one with ckeygen, or copy it from where it was made"]),
+    (["cservice", "{pub}", "true"], {}, ["cservice: {pub} is a submitting half: serving needs the private key",
+                                         "  ckeygen made it beside this one: copy that and name it"]),
     (["cservice", "{key}", "no such command"], {}, ["cservice: no such command: command not found", NO_COMMAND]),
     (["cservice", "{key}", "/none/such"], {}, ["cservice: /none/such: command not found", NO_COMMAND]),
     (["cservice", "{key}", "{dir}"], {}, ["cservice: {dir}: command not found", NO_COMMAND]),
@@ -18927,6 +18948,7 @@ NO_COMMAND = dict(state=cexec.UNABLE, port=20000, command="sim", error="COMMAND 
      "export CEXEC_GROUP=239.1.2.3:3010"),
     (dict(versions={"10.0.0.3": "..."}), False, "10.0.0.3 runs another version", "cexec.py --version"),
     (dict(other_keys={"10.0.0.3": "..."}), False, "should one of these serve this key", "ckeygen -l APP"),
+    (dict(other_keys={"10.0.0.3": "..."}), False, "should one of these serve this key", "pgrep -a cservice"),
     (dict(), False, "nobody has answered", "pgrep -a cservice"),
 ])
 def test_each_cause_has_its_advice(facts, could_run, begins, command):
@@ -19013,7 +19035,10 @@ def test_the_firewall_that_is_at_work_is_the_one_that_is_advised(tmp_path, monke
 
 
 @pytest.mark.parametrize("arguments, words", [
-    ((), "a key wanted"), (("a", "b"), "no key a"), (("--watch", "nothere"), "no key nothere"),
+    ((), "no key given"),
+    (("--check", "--json", "a"), "--check and --json: only one of them at a time"),
+    (("--slots", "--jobs", "a"), "--slots and --jobs: only one of them"),
+    (("a", "b"), "no key a"), (("--watch", "nothere"), "no key nothere"),
     (("--nothing", "a"), "unknown option")])
 def test_cwho_used_wrongly_is_a_usage_error(tmp_path, arguments, words):
     done = run("cwho", *arguments, cwd=str(tmp_path))
