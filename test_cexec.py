@@ -18545,7 +18545,6 @@ cexec.measured_speed = lambda: 1.0
 cexec.Loop = lambda on_error: loop
 for number in range(int(sys.argv[3])):
     daemon = cexec.Daemon(key, settings, ["cat"], log)
-    daemon.control.close()
     if sys.argv[5] == "busy":
         slot = cexec.Slot(cexec.HeardSearch(b"otherone", cexec.now_ms(), b"somebody"), None, None, 0)
         slot.state = cexec.SlotState.RUNNING
