@@ -14442,6 +14442,7 @@ class Room:
     def run(self, input=b"", names={}, check=False, timeout=None):
         """Runs one job and returns its Result."""
         from queue import SimpleQueue
+        self._thread.check_wait()
         ended = SimpleQueue()
         job = HeldJob(self._thread, input, names, check, timeout, ended.put)
         try:
@@ -14455,7 +14456,8 @@ class Room:
 
     def submit(self, input=b"", names={}, check=False, timeout=None):
         """Starts one job; returns a concurrent.futures.Future of its Result.  Its cancel() ends a running job too; what
-        its callbacks do holds up the other jobs.  asyncio.wrap_future() makes it one to await."""
+        its callbacks do holds up the other jobs, so they cannot wait for one.  asyncio.wrap_future() makes it one to
+        await."""
         from concurrent.futures import Future
         future = Future()
 
@@ -14519,6 +14521,7 @@ class RoomMap:
             self.news.notify_all()
 
     def results(self):
+        self.thread.check_wait()
         self.thread.maps.add(self)
         self.slots_changed()
         self.taker.start()
@@ -14605,6 +14608,13 @@ class PoolThread:
 
     def is_open(self):
         return self.thread is not None and not self.closed and self.pid == os.getpid()
+
+    def check_wait(self):
+        """Failure where the caller is the thread itself, and would wait for ever for what only that can bring."""
+        thread = self.thread
+        if thread and thread.ident == _thread.get_ident():
+            raise Failure("this Room", "what a Future calls at its end cannot wait for a job: all of them would stop",
+                          "use submit() there, or another thread")
 
     def call(self, function, submission=None):
         """Calls it in the thread; Failure where that cannot be.  submission: the one that begins with it; when the
@@ -14882,6 +14892,8 @@ class Process:
 
     def wait(self, timeout=None):
         """Waits for the end; returns the status.  subprocess.TimeoutExpired after so many seconds."""
+        if not self._over.is_set():
+            self._thread.check_wait()
         if not self._over.wait(timeout):
             import subprocess
             raise subprocess.TimeoutExpired(self._thread.key.name, timeout)

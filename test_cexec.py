@@ -9220,6 +9220,22 @@ def test_a_room_raises_what_is_refused_for_good(room):
     assert caught.value.status == cexec.EXIT_USAGE
 
 
+@pytest.mark.parametrize("wait", [lambda made: made.run(b"x"), lambda made: next(made.map([b"x"])),
+                                  lambda made: made.popen().wait(5)], ids=["run", "map", "popen"])
+def test_a_callback_that_waits_for_its_own_room_is_told(shell, wait):
+    """It holds up all jobs, so it would wait for ever."""
+    caught = concurrent.futures.Future()
+    with cexec.Room(shell.pub, group=shell.group) as made:
+        def called(future):
+            try:
+                wait(made)
+            except Exception as error:
+                caught.set_result(error)
+        made.submit(names={"RUN": "sleep 0.2"}).add_done_callback(called)
+        assert "would stop" in str(caught.result(30))
+        assert made.run(names={"RUN": "echo on"}).stdout == b"on\n"
+
+
 @pytest.mark.parametrize("kept_jobs, excused, failures", [(1, False, 1), (2, False, 0), (2, True, 1)])
 def test_a_slot_wanted_back_is_nobodys_fault_once(room, kept_jobs, excused, failures):
     with room_here(room) as (loop, pool):
