@@ -16185,7 +16185,7 @@ class CallExecutor:
     - cancel() works on a call that was sent ahead as well; it may have begun within the last round trip.
     - map() takes its inputs as its results are taken, a bounded number ahead.
     - Processes that a call starts anew (multiprocessing's spawn) find only what is installed on the worker.
-    - Ctrl-C in the main thread ends the calls.
+    - Ctrl-C in the main thread ends the calls, and so does the cancellation of a coroutine that is inside `with`.
 
     Whoever holds py.pub can run any Python on the workers, and a worker's answers can run any Python here.
     """
@@ -16282,8 +16282,9 @@ class CallExecutor:
         return self
 
     def __exit__(self, kind, *exception):
-        """Waits for all calls; after a Ctrl-C it ends them."""
-        if kind is not None and issubclass(kind, KeyboardInterrupt):
+        """Waits for all calls; after a Ctrl-C it ends them.  In a coroutine that comes as a cancellation."""
+        cancelled = getattr(sys.modules.get("asyncio"), "CancelledError", KeyboardInterrupt)
+        if kind is not None and issubclass(kind, (KeyboardInterrupt, cancelled)):
             self._pool.abort()
         else:
             self.shutdown()

@@ -12117,7 +12117,11 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("text", ["list(pool.map(time.sleep, [30] * 500))",
-                                  "futures = [pool.submit(time.sleep, 30) for _ in range(9)]; futures[0].result()"])
+                                  "futures = [pool.submit(time.sleep, 30) for _ in range(9)]; futures[0].result()",
+                                  """import asyncio
+    async def main():
+        with pool: await asyncio.get_running_loop().run_in_executor(pool, time.sleep, 30)
+    asyncio.run(main())"""], ids=["map", "futures", "coroutine"])
 def test_ctrl_c_ends_a_program_with_many_calls(calls, tmp_path, text):
     (tmp_path / "script.py").write_text("""
 import cexec, sys, time
