@@ -9184,6 +9184,30 @@ def test_a_flood_of_new_keys_ends_the_connection_and_holds_up_nobody(room):
     assert max(after - before for before, after in zip(ticks, ticks[1:])) < 2
 
 
+def test_a_flood_of_new_keys_keeps_no_user_from_ending_a_cexec(room):
+    """R18: two INTs end it."""
+    with Rogue(room, floods) as rogue:
+        run = room.tool("cexec", "-v", room.pub, env={"CEXEC_RETRIES": 100})
+        run.log.wait("started on")
+        for _ in range(2):
+            with contextlib.suppress(ProcessLookupError):
+                run.signal(signal.SIGINT)
+        assert run.wait(15) in (-signal.SIGINT, 111)
+    assert rogue.asked
+
+
+def test_a_flood_of_new_keys_exceeds_no_timeout(room):
+    """R18, of cmap and of Room.run."""
+    with Rogue(room, floods) as rogue, cexec.Room(room.pub, group=room.group, retries=100) as made:
+        began = time.monotonic()
+        with pytest.raises((cexec.Failure, TimeoutError, subprocess.TimeoutExpired)):
+            made.run(timeout=2)
+        done = room.start(*program(), "cmap", "-q", "--lines", "--timeout", "2", room.pub, stdin=pipe_in(b"1\n"),
+                          env=room.settings({"CEXEC_RETRIES": "0"}))
+        assert done.wait(15) == 111
+        assert time.monotonic() - began < 19 and len(rogue.asked) >= 2      # a flood lasts 20 s
+
+
 def test_a_job_refused_for_good_by_all_ends_soon(room):
     with Rogue(room, refuses_for_good) as rogue:
         done = room.cexec(env={"CEXEC_TIMEOUT_ACCEPT": 30})
@@ -17605,6 +17629,25 @@ def test_without_enough_descriptors_no_job_starts(room, forker, tmp_path, text):
                     said += part
     wait_until(lambda: assert_no_handlers(worker))
     assert not pids.exists()
+    assert_serving(forker, room)
+    drained(worker)
+
+
+@LINUX_ONLY
+def test_a_submitters_flood_of_new_keys_keeps_no_job_beyond_its_limit(room, forker):
+    """R18, R9: nor does it keep a slot."""
+    worker = forked_worker(forker, room, "--limit", "wall=1", CONCURRENCY=1)
+    with Impostor(room) as impostor:
+        peer = impostor.employ()
+        peer.sendall(a_job({}, do="exec sleep 60"))
+        wait_until(lambda: assert_contains(worker.errors, b": start"))
+        job, = [pid for handler in children(worker.pid) for pid in children(handler)]
+        keys = NewKeys(types.SimpleNamespace(tls=peer))
+        with contextlib.suppress(OSError, AssertionError):
+            for _ in range(20000):      # half a megabyte
+                keys.ask(False)
+                peer.getpeername()
+        assert_gone(job)
     assert_serving(forker, room)
     drained(worker)
 
