@@ -13843,11 +13843,11 @@ class CallLoop:
 
     def _open_files(self):
         """sys.stdin and its kin anew, where a call has closed them."""
-        if sys.stdin is None or sys.stdin.closed:
+        if is_closed(sys.stdin):
             sys.stdin = sys.__stdin__ = open(0, closefd=False)
         for fd, name in (1, "stdout"), (2, "stderr"):
             file = sys.stdout if fd == 1 else sys.stderr
-            if file is None or file.closed:
+            if is_closed(file):
                 file = open(fd, "w", closefd=False)
             if isinstance(file, io.TextIOWrapper):
                 file.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
@@ -14046,7 +14046,7 @@ class CallLoop:
                 file.flush()
             except Exception:
                 pass        # it is closed, or the call's own
-        if not (sys.stdin and sys.stdout and sys.stderr) or sys.stdin.closed or sys.stdout.closed or sys.stderr.closed:
+        if any(map(is_closed, (sys.stdin, sys.stdout, sys.stderr))):
             self._restore()
         for fd in range(3):
             if not is_open(fd):
@@ -14075,6 +14075,11 @@ class CallLoop:
                 pass        # a call has closed it
         os.close(null)
         self.lock, self.sending = _thread.RLock(), _thread.allocate_lock()
+
+
+def is_closed(file):
+    """Whether what sys.stdout and its kin are cannot be used any more; a program's own kind of file may not say."""
+    return file is None or getattr(file, "closed", False)
 
 
 def move_descriptor(fd, least):

@@ -12244,6 +12244,22 @@ if __name__ == "__main__":
     assert told == "EOFError ['', b'']\nstill here\nTrue b''\n"
 
 
+def test_a_script_may_put_its_own_kind_of_file_in_the_place_of_standard_output(calls, tmp_path):
+    """As those do that copy what is printed into a log: an object that can write and flush, and nothing else."""
+    assert run_program(calls, tmp_path, """
+import cexec, sys
+class Tee(list):
+    def __init__(self, file): self.file = file
+    def write(self, text): return self.file.write(text)
+    def flush(self): self.file.flush()
+sys.stdout = Tee(sys.stdout)
+def say(text): print(text)
+if __name__ == "__main__":
+    with cexec.Executor("py.pub", max_workers=1) as pool:
+        for text in "first", "second": pool.submit(say, text).result(30)
+""") == "first\nsecond\n"
+
+
 def test_what_calls_leave_behind_holds_nobody_up(calls, tmp_path):
     """Children with the inherited descriptors, forks that come back, threads, a daemon."""
     told = run_program(calls, tmp_path, """
