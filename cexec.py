@@ -8549,13 +8549,13 @@ def replaced(text, name, number):
     head, *rest = text.split(b"{")
     if not rest:
         return text
-    if name is None:
-        raise Failure("input %d" % number, "its line is too long to be a name", "leave {} out", EXIT_USAGE)
-    last = name.rpartition(b"/")[2]
-    values = {b"": name, b".": os.path.splitext(name)[0], b"/": last, b"/.": os.path.splitext(last)[0],
+    last = (name or b"").rpartition(b"/")[2]
+    values = {b"": name or b"", b".": os.path.splitext(name or b"")[0], b"/": last, b"/.": os.path.splitext(last)[0],
               b"#": b"%d" % number}
     for part in rest:
         mark, brace, tail = part.partition(b"}")
+        if brace and name is None and mark in values and mark != b"#":
+            raise JobFailure("", "its line is too long to be a name", "{#} is its number")
         head += values[mark] + tail if brace and mark in values else b"{" + part
     return head
 
@@ -8564,7 +8564,7 @@ def output_path(pattern, name, number):
     """The path of an output.  Failure for one that no file can have, or that would lie outside of the folder in which
     the pattern begins: names may come from strangers."""
     path, folder = replaced(pattern, name, number), os.path.dirname(pattern.partition(b"{")[0])
-    lasts = [os.path.basename(path)] + ([name.rpartition(b"/")[2]] if b"{/" in pattern else [])
+    lasts = [os.path.basename(path)] + ([name.rpartition(b"/")[2]] if name and b"{/" in pattern else [])
     if b"\0" in path:
         raise JobFailure(log_text(path), "no file's name has a NUL byte")
     if {b"", b".", b".."}.intersection(lasts):
@@ -8907,7 +8907,7 @@ class MapInputs:
                     yield from self._keep(spool, piece)
             yield name, spool.failure or spool
         except OSError as error:
-            yield name, JobFailure(path, reason_of(error))
+            yield name, JobFailure(log_text(name), reason_of(error))
         except Failure as failure:
             yield name, failure
 
@@ -8933,7 +8933,7 @@ class MapInputs:
                             yield NUMBERED, group.failure or group, head
                             group, left = None, count
             except OSError as error:
-                yield os.fsencode(path), JobFailure(path, reason_of(error))
+                yield os.fsencode(path), JobFailure(log_text(os.fsencode(path)), reason_of(error))
             if group is not None:
                 yield NUMBERED, group.failure or group, head
 
@@ -9503,7 +9503,8 @@ class Cmap:
             self.log.add(job, EXIT_TEMPORARY, "-", 0.0, None, 0, 0)
             return
         source, output = run.streams.sources[0], run.streams.output
-        took = run.report.milliseconds / 1000 if run.report else time.monotonic() - job.began
+        took = (run.report.milliseconds / 1000 if run.report else time.monotonic() - job.began if failure or run.refusal
+                else self.settings.timeout)
         folders = [os.path.dirname(run.path) or b".", *self.claims.new_in] if run.path else ()
         if run.path:
             self.claims.new_in.clear()

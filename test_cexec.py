@@ -12887,6 +12887,16 @@ def test_replacement_strings(text, expected):
     assert cexec.replaced(b"{} {/.}", b".{}rc", 1) == b".{}rc .{}rc"
 
 
+def test_a_line_too_long_for_a_name_has_its_number(farm, tmp_path):
+    line = b"x" * 70000
+    for pattern in "o/{#}", "o/{/x{#}":
+        done = mapped(farm, "--lines", "--set", 'N={"a":{#}}', "--out", pattern, "APP", input=line, cwd=str(tmp_path))
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / pattern.replace("{#}", "1")).read_bytes() == b'{"a":1}|%s|' % line
+    done = mapped(farm, "--lines", "--out", "o/{}", "APP", input=line, cwd=str(tmp_path))
+    assert b"input 1 (): its line is too long to be a name; {#} is its number\n" in done.stderr
+
+
 @pytest.mark.parametrize("argv, given, output", [
     (["--lines"], b"", b""),
     (["--lines"], b"a\nb\n", b"|a\n||b\n|"),
@@ -12924,11 +12934,11 @@ def test_files_as_inputs_however_they_are_called(farm, tmp_path):
 
 def test_inputs_that_cannot_be_read_cost_their_job_only(farm, tmp_path):
     (tmp_path / "good").write_bytes(b"good")
-    done = mapped(farm, "APP", "missing", "/dev/null", ".", "good", cwd=str(tmp_path), input=None)
+    done = mapped(farm, "APP", "missing", "/dev/null", ".", "good", "\udcff\\", cwd=str(tmp_path), input=None)
     assert (done.returncode, done.stdout) == (1, b"|good|")
-    assert done.stderr.decode().splitlines()[:3] == [
+    assert sorted(done.stderr.decode().splitlines())[1:5] == [
         "cmap: input 1 (missing): No such file or directory", "cmap: input 2 (/dev/null): not a regular file",
-        "cmap: input 3 (.): a folder"]
+        "cmap: input 3 (.): a folder", "cmap: input 5 (\\xff\\\\): No such file or directory"]
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -13290,9 +13300,12 @@ def test_a_line_a_minute_where_there_is_no_terminal(farm):
         {"PYTHONPATH": os.path.dirname(CEXEC)})).stderr == b""
 
 
-def test_a_job_that_ran_out_of_time_says_so_and_where(farm):
+def test_a_job_that_ran_out_of_time_says_so_and_where(farm, tmp_path):
     done = mapped(farm, "--timeout", "0.3", "--lines", "--set=RUN=sleep 100", "APP", input=b"x\n")
     assert b"cmap: input 1 (x): status 124 on 127.0.0.1: it ran for 0.3 s, --timeout\n" in done.stderr
+    mapped(farm, "--timeout", "0.3", "-j1", "--log", tmp_path / "log", "--lines", "--set=RUN=sleep 100", "APP",
+           input=b"x\ny\nz\n")
+    assert (tmp_path / "log").read_text().count("\t124\t0.300\t127.0.0.1\t") == 3, "on its worker"
     done = mapped(farm, "APP", "/missing")
     assert done.stderr.endswith(b"cmap: 1 job, 1 failed, on 0 workers, 0.0 s\n"), "no rate where no job ran"
 
