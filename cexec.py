@@ -10024,6 +10024,11 @@ class Handlers:
         finally:
             os._exit(status)
 
+    def read(self):
+        """Looks at once at what all handlers report."""
+        for handler in list(self.processes.values()):
+            handler.link.read()
+
     def _heard(self, handler, words):
         if words:
             self.HEARD[words[0]](self, handler, *words[1:])
@@ -10203,6 +10208,7 @@ class Receiver:
     def _matters(self, datagram):
         """Most of what a worker hears is about jobs of others, and not worth an HMAC."""
         if datagram.kind == ALERT:
+            self.daemon.handlers.read()     # an alert may be faster than the word of a job that was over at once
             return any(self.daemon.alerts.counts(alert) for alert in parse_alerts(datagram))
         return datagram.kind != HERE and self.responder.concerned(datagram.kind, datagram.nonce)
 
