@@ -13879,7 +13879,7 @@ class CallLoop:
             if not self.ahead or time.monotonic() - self.looked > READ_EVERY:
                 self._read()
             if self.setup is None and not self.input_over:
-                self.idle.poll()
+                self._idle()
             elif self.ahead:
                 number, message = self.ahead.popitem(last=False)
                 if message is None:
@@ -13890,7 +13890,14 @@ class CallLoop:
             elif self.input_over:
                 return
             else:       # threads that calls have left behind may read a message as well
-                self.idle.poll(100 if _thread._count() else None)
+                self._idle(100 if _thread._count() else None)
+
+    def _idle(self, patience=None):
+        """Waits for a message, so many milliseconds."""
+        try:
+            self.idle.poll(patience)
+        except BaseException as error:      # of a signal or a timer that a call has left behind: nobody's fault now
+            report_in_thread(error)
 
     def _read(self, patience=0):
         """Takes what messages there are now, or come within so many milliseconds; None waits."""

@@ -12260,6 +12260,30 @@ if __name__ == "__main__":
 """) == "first\nsecond\n"
 
 
+def test_a_timer_that_a_call_has_left_behind_ends_no_interpreter(calls, tmp_path):
+    assert run_program(calls, tmp_path, """
+import cexec, os, signal, sys, time
+def late(*_):
+    print("late")
+    raise TimeoutError("late")
+def leave():
+    signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    return os.getpid()
+class Printed:
+    text = ""
+    def write(self, text): self.text += text
+    def flush(self): pass
+if __name__ == "__main__":
+    said, sys.stdout, sys.stderr = sys.stdout, Printed(), Printed()
+    with cexec.Executor("py.pub", max_workers=1) as pool:
+        first = pool.submit(leave).result(30)
+        until = time.monotonic() + 30
+        while "late" not in sys.stdout.text and time.monotonic() < until: time.sleep(0.02)
+        print(pool.submit(os.getpid).result(30) == first, file=said)
+""") == "True\n"
+
+
 def test_what_calls_leave_behind_holds_nobody_up(calls, tmp_path):
     """Children with the inherited descriptors, forks that come back, threads, a daemon."""
     told = run_program(calls, tmp_path, """
