@@ -8656,7 +8656,7 @@ def test_thirty_percent_loss_and_every_job_runs_once(net, key):
     for batch in range(10):
         jobs = [net.tool("s", "cexec", key + ".pub", stdout=LINES) for _ in range(5)]
         for job in jobs:
-            assert job.wait(60) == 0
+            assert job.complete(60) == 0
             seen.add(str(job.out))
     assert len(seen) == 50 and sum(map(jobs_of, workers)) == 50
 
