@@ -15749,7 +15749,7 @@ class CallPool:
         if failure and self.thread.thread is None:      # it has ended with an error, and pump() with it
             self.woken = False
         if isinstance(failure, NoWorker) or failure and self.thread.thread is None:
-            self.fail_waiting(lambda: Failure(*failure.args))
+            self.fail_waiting(lambda: type(failure)(*failure.args))
         self.flush()
         self.pump_soon()
 

@@ -12048,6 +12048,22 @@ def test_a_call_that_cannot_come_back_or_be_run_says_why(pool, probe):
     assert "Odd: E42 at step five" in str(error) and "raise_odd" in str(error.__cause__)
 
 
+def test_calls_and_commands_that_meet_say_what_serves_there(calls, room):
+    """A worker of calls refuses a command for good, so nobody waits; one of commands ends before it takes a call."""
+    done = calls.cexec()
+    assert done.returncode == 2 and b"cservice --python serves here: calls of cexec.Executor" in done.stderr
+    room.serve("false")
+    with executor(room) as made:
+        error = made.submit(abs, -1).exception(60)
+    assert isinstance(error, cexec.InterpreterDied) and "is it cservice --python that serves there?" in str(error)
+
+
+def test_a_call_for_which_nobody_answers_fails_as_a_job_does(room):
+    with executor(room, timeout_accept=0.3) as made:
+        error = made.submit(abs, -1).exception(30)
+    assert isinstance(error, cexec.NoWorker) and "nobody answered within 0.3 s" in str(error) and error.hint
+
+
 @pytest.mark.parametrize("how,words", [("exit", "status 37"), (signal.SIGKILL, "signal 9 (KILL)"),
                                        (signal.SIGSEGV, "signal 11 (SEGV)"), ("abort", "(ABRT)")])
 def test_a_call_whose_interpreter_dies_fails_alone(pool, probe, how, words):
