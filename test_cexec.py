@@ -11079,6 +11079,9 @@ def test_the_next_start_removes_what_a_killed_daemon_has_left(room, tmp_path):
     for pid in first.pid, only_handler(first):
         os.kill(pid, signal.SIGKILL)
     job.wait()
+    for pid, line in room.left().items():       # nobody is there any more to end it
+        if line == "sleep 1000":
+            os.kill(pid, signal.SIGKILL)
     left, = tmp_path.iterdir()
     start = left.name[:-16]
     (tmp_path / (start + "file")).touch()
@@ -12735,7 +12738,7 @@ def test_a_worker_for_commands_and_one_for_calls_say_so(room, probe, calls):
         error = pool.submit(probe.square, 2).exception(60)
         assert isinstance(error, (cexec.CallError, cexec.Failure)), error
     done = calls.cexec(timeout=30, env={"CEXEC_TIMEOUT_ACCEPT": "1"})
-    assert done.returncode in (2, 111) and b"calls of Python functions" in done.stderr
+    assert done.returncode in (2, 111) and b"serves here: calls of cexec.Executor" in done.stderr
 
 
 def test_a_python_that_cannot_serve_is_told_at_the_start(key):
@@ -14793,7 +14796,8 @@ def test_who_left_the_session_does_not_keep_the_terminal(room, terminal, tmp_pat
         assert cexec.wait(PATIENCE) == 8
         terminal.wait("last\r\n")
     finally:
-        os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):       # on Linux it has ended with its job
+            os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
 
 
 # ---------------------------------------------------------------- terminals: beside them
@@ -16852,9 +16856,11 @@ class Stimuli:
         self.worker.signal(signal.SIGTERM)
 
     def told_to_stop(self):
-        connection, = cexec.controls(cexec.load_key(self.room.key)[0])
-        connection.sendall(b"stop\n")
-        connection.close()
+        for connection in cexec.controls(cexec.load_key(self.room.key)[0]):
+            peer = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+            if peer == self.worker.pid:
+                connection.sendall(b"stop\n")
+            connection.close()
 
     def say(self, kind, body):
         public = self.impostor.public
@@ -17247,8 +17253,9 @@ def test_a_worker_stopped_before_its_first_job_is_not_lost(shared_room, private_
 @contextlib.contextmanager
 def lone_handler(*command):
     """(a Handler without a network, the daemon's end of its link), its first job on its way."""
-    settings = types.SimpleNamespace(user=None, limits=[])
-    daemon = types.SimpleNamespace(settings=settings, log=Listed(), path=command[0], command=command, environment={})
+    settings = types.SimpleNamespace(user=None, limits=[], allow=[], python=False)
+    daemon = types.SimpleNamespace(settings=settings, log=Listed(), path=command[0], command=command, environment={},
+                                   scratch=None, folder=None, program=None)
     link, far = socket.socketpair()
     slot = cexec.Slot(None, None, cexec.Origin(("127.0.0.1", 3010), 5000), 0.0)
     slot.state = cexec.SlotState.HANDSHAKE
@@ -17283,15 +17290,14 @@ def test_whatever_may_fail_does_so_before_the_command_is_started(monkeypatch, ca
         raise OSError(errno.EMFILE, "Too many open files")
     with lone_handler("/bin/sleep", "600") as (handler, far):
         monkeypatch.setattr({"socketpair": socket, "pipe": os, "dup": os}.get(call, cexec), call, fails)
-        before = len(os.listdir("/dev/fd"))
+        before, had = len(os.listdir("/dev/fd")), set(children(os.getpid()))
         kinds = {0: cexec.IN, 1: cexec.OUT, 3: cexec.BOTH, 4: cexec.TTY}
         handler._start(cexec.Job("0123456789abcdef", kinds, [], 60.0, (24, 80, b"dumb", {})))
         session = handler.channel.session
         assert session.phase is cexec.OVER and b"Too many open files" in session.outbox
         assert [line.split()[0] for line in far.recv(999).splitlines()] == [b"JOB", b"FAILED", b"LEAVE"]
         assert len(os.listdir("/dev/fd")) == before
-        with pytest.raises(ChildProcessError):
-            os.waitpid(-1, os.WNOHANG)
+        assert set(children(os.getpid())) <= had
 
 
 @LINUX_ONLY
