@@ -10970,6 +10970,9 @@ def stop_services(key, now):
             say(CSERVICE, "takes no new job, %s running%s" % (
                 rest, "" if now or rest == "0" else "; once more, or with --now, ends them"))
             wait_for(connection.fileno(), select.POLLIN)
+        elif os.fsdecode(connection.getpeername()) in control_addresses(key):       # else it was ending anyhow
+            say(CSERVICE, "a cservice of this key does not answer: too many ask it at once")
+            status = EXIT_TEMPORARY
     return status
 
 

@@ -10901,6 +10901,19 @@ def test_a_cservice_of_a_service_manager_is_left_to_it(room):
     assert worker.alive() and child.complete() == 0
 
 
+@LINUX_ONLY
+def test_a_stop_that_gets_no_answer_is_no_success(room):
+    worker = room.serve("cat")
+    held = [connection for _ in range(cexec.CONTROLLERS_MAX)
+            for connection in cexec.controls(cexec.load_key(room.key)[0])]
+    done = run("cservice", "--stop", room.key, env=room.settings({}))
+    assert done.returncode == 111 and b"does not answer: " in done.stderr, done.stderr
+    for connection in held:
+        connection.close()
+    done = run("cservice", "--stop", room.key, env=room.settings({}))
+    assert done.returncode == 0 and worker.wait() == 0
+
+
 def test_elsewhere_the_control_socket_is_in_a_users_folder(monkeypatch, key):
     """Where there are no abstract sockets: type, owner and mode of the folder are checked."""
     monkeypatch.setattr(cexec, "LINUX", False)
