@@ -14455,6 +14455,12 @@ def test_the_unit_in_the_manual_is_one(tmp_path):
     assert done.returncode == 0 and b"cexec-test" not in done.stderr, done.stderr.decode()
 
 
+def test_the_readmes_check_sum_is_that_of_the_file():
+    with open(CEXEC, "rb") as file:
+        line = hashlib.sha256(file.read()).hexdigest() + "  cexec.py"
+    assert "echo '%s' | sha256sum -c" % line in document("README.md"), "the line in README.md should have: " + line
+
+
 def test_the_readme_is_read_in_ten_minutes():
     assert len(document("README.md").splitlines()) <= 400
 
