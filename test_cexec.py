@@ -3908,7 +3908,7 @@ MALFORMED = [
     ("cexec", "CEXEC_TIMEOUT_PINGPONG", "0"), ("cexec", "CEXEC_TIMEOUT_PINGPONG", "inf"),
     ("cexec", "CEXEC_LISTEN_PORTS", "80"), ("cexec", "CEXEC_LISTEN_PORT", "5000-4000"), ("cexec", "CEXEC_PORTS", "a,b"),
     ("cexec", "CEXEC_PORT", "4000;"), ("cexec", "CEXEC_PORT", ","),
-    ("cexec", "CEXEC_ACCEPT_SERVER", "host.example"), ("cexec", "CEXEC_REJECT_SERVERS", "10.0.0.1;10.0.0.2"),
+    ("cexec", "CEXEC_ACCEPT_SERVER", "host!.example"), ("cexec", "CEXEC_REJECT_SERVERS", "10.0.0.1;10.0.0.2"),
     ("cexec", "CEXEC_REJECT_SERVER", "10.0.0"), ("cexec", "CEXEC_REJECT_SERVER", "\udcff"),
     ("cexec", "CEXEC_MAXFD", "1"), ("cexec", "CEXEC_MAXFD", "4097"), ("cexec", "MAXFD", "many"),
     ("cexec", "MAXFD", "\u0663\u0663"), ("cexec", "CEXEC_FD_FOR_ERRORS", "2"), ("cexec", "CEXEC_FD_FOR_ERRORS", "x"),
