@@ -2969,7 +2969,7 @@ class Selection:
 
     # -- how many
     def _want(self, now, wanted):
-        if not self.alone and now - self.fresh >= ALONE:
+        if not self.alone and now >= self.fresh + ALONE:
             self.alone = True
             if self.taken:
                 return self._finish(now)
@@ -3066,7 +3066,8 @@ class Selection:
 
     def _start_handshakes(self, now):
         """A few at once; one that has stalled does not count any more, and may still be the first."""
-        while sum(now - candidate.began < PATIENCE for candidate in self._shaking()) < self._at_once() and self.wanted:
+        while self.wanted and self._at_once() > sum(        # in the very sum that next_due() tells
+                now < candidate.began + PATIENCE for candidate in self._shaking()):
             candidate = self._next_to_shake()
             if candidate is None:
                 return
