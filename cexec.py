@@ -8361,7 +8361,10 @@ class CexecRun:
             self.loop.call_later(WAITING_AFTER, self._show_status)
         self.pool.submit(self.submission)
         self.loop.call_later(0, self.streams.prepare)
-        return self.loop.run()
+        try:
+            return self.loop.run()
+        finally:
+            self.status.clear()         # here, for a timer may still show it in the round in which the job ends
 
     def _show_status(self):
         """Tells a user at a terminal what is waited for, and how far a long job is that uses no terminal."""
@@ -8388,7 +8391,6 @@ class CexecRun:
         self._stop(status, failure, SIGNAL_NAMES[name] if name in self.passed_on and not failure else None)
 
     def _stop(self, status, failure=None, number=None):
-        self.status.clear()
         self.pool.close()
         self.loop.stop((status, failure, number))
 
