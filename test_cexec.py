@@ -11835,8 +11835,10 @@ def serve_python(room, *command, **env):
 
 
 @pytest.fixture(scope="module")
-def calls(key):
-    """A Room with a worker of two slots for calls, for many tests."""
+def calls(tmp_path_factory):
+    """A Room with a worker of two slots for calls, for many tests; with a key of its own, which no test stops."""
+    key = str(tmp_path_factory.mktemp("calls") / "py")
+    assert run("ckeygen", key).returncode == 0
     room = Room(key)
     room.worker = serve_python(room, CONCURRENCY=2)
     yield room
