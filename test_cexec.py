@@ -8354,7 +8354,7 @@ def test_boost_overrides_the_load(room):
     occupied(room, None, 2)
     for _ in range(5):
         room.cexec("C=true")
-    assert jobs_of(favourite) == 7
+    wait_until(lambda: must(jobs_of(favourite) == 7))
 
 
 def test_a_burst_beyond_all_slots_is_served_by_all(room):
@@ -10034,7 +10034,7 @@ def job_process(room, command):
 LIMIT = 60 * MB
 
 
-def test_a_long_output_that_waits_takes_little_memory(shell):
+def test_a_long_output_that_waits_takes_little_memory(shell, as_root):
     """R14: neither the handler nor cexec grows with the stream."""
     job = shell.submit("RUN=exec head -c 400000000 /dev/zero", stdout=subprocess.PIPE)
     stands_still(job_process(shell, "head"))
@@ -10047,7 +10047,7 @@ def test_a_long_output_that_waits_takes_little_memory(shell):
     assert job.complete() == 0
 
 
-def test_a_long_input_that_waits_takes_little_memory(shell):
+def test_a_long_input_that_waits_takes_little_memory(shell, as_root):
     """R14: neither the handler nor cexec grows with the stream."""
     head = subprocess.Popen(["head", "-c", "400000000", "/dev/zero"], stdout=subprocess.PIPE)
     release, hold = os.pipe()
@@ -10716,7 +10716,7 @@ def test_a_failed_background_ends_as_the_foreground_would(room, home, arguments,
 
 
 @LINUX_ONLY
-def test_the_background_keeps_nothing_of_its_starter(room, home):
+def test_the_background_keeps_nothing_of_its_starter(room, home, as_root):
     """Neither descriptor nor session: an ssh that started it returns."""
     reading, writing = os.pipe()
     done = run_command(*program(), "cservice", "-d", room.key, "cat", env=room.settings({"HOME": "/dev/null"}),
@@ -17540,7 +17540,7 @@ def test_lost_and_doubled_datagrams_lose_no_job_and_no_line(room, forker):
 
 
 @LINUX_ONLY
-def test_datagrams_of_any_content_cost_a_worker_nothing(room, forker):
+def test_datagrams_of_any_content_cost_a_worker_nothing(room, forker, as_root):
     """S3, S4, S17: noise, forgeries, a real announcement with other ports: no job, no memory, hardly a line."""
     worker = room.serve(*DOER, CONCURRENCY=4)
     assert_serving(forker, room)
