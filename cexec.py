@@ -5770,13 +5770,16 @@ class Channel:
     Several jobs may use one channel in turn: reset_streams() ends a job's part, `owner` may be set to the next one's.
     """
     ROUNDS = 8              # buffers per call, so that a fast peer does not starve timers and signals
-    SLICE = 0.05            # seconds per call, for one whose buffers take long
+    SLICE = 0.05            # seconds per call, for one whose messages take long
     TICK = 0.25             # the silence clock looks at least so often, seconds, and at a quarter of the timeout
 
     def __init__(self, loop, connection, session, owner):
         self.loop, self.connection, self.session, self.owner = loop, connection, session, owner
         self.fd = connection.fileno()
         self.incoming = memoryview(bytearray(BUFFER_START))
+        self.messages = None                            # those in `incoming` that have not been acted on, an iterator
+        self.received = 0                               # bytes that came into it
+        self.kept = False                               # whether somebody keeps a view of it
         self.outgoing = bytearray(BUFFER_START)
         self.pending = memoryview(b"")                  # of `outgoing`, or the one before: not given to TLS yet
         self.sources = {}
@@ -5784,12 +5787,12 @@ class Channel:
         self.starved = set()                            # numbers of sources that wait for credit
         self.on_ended = None                            # called once, when the peer goes after the session was over
         self.on_flushed = None                          # called once, when the system has taken all there was to send
-        self.closed = self.filling = self.blocked = self.processing = False
+        self.closed = self.filling = self.blocked = self.processing = self.coming_back = False
         self.send_failure = None                        # the Loss, when nothing can be sent any more
         self.sent_total = self.received_total = 0       # bytes of data
         self.timer = loop.call_later(0, self.tick)      # nothing is sent before the owner has what the events may need
         loop.watch(self.fd, read=self._readable)
-        loop.call_soon_threadsafe(self._readable)       # the handshake may have decrypted more than its own
+        self._come_back()       # the handshake may have decrypted more than its own
 
     # -- sources
     def add_source(self, number, source):
@@ -5844,7 +5847,7 @@ class Channel:
         except (OSError, ValueError) as error:
             self.blocked, self.send_failure = True, loss_of(error)
             self.connection.emptied = False
-            self.loop.call_soon_threadsafe(self._readable)      # what came in before the end is still heard
+            self._come_back()       # what came in before the end is still heard
             return
         self.blocked = True
         self.loop.watch(self.fd, read=self._readable, write=self._writable)
@@ -5903,44 +5906,57 @@ class Channel:
         return at
 
     # -- from the peer
+    def _come_back(self):
+        """What TLS holds, or is left of a buffer, wakes no select."""
+        if not self.coming_back:
+            self.coming_back = True
+            self.loop.call_soon_threadsafe(self._back)
+
+    def _back(self):
+        self.coming_back = False
+        self._readable()
+
     def _readable(self):
-        if self.closed:
+        """Acts on what has come, a few buffers and a slice of time: then others have their turn."""
+        if self.closed or self.coming_back:
             return
         until = time.monotonic() + self.SLICE
         for _ in range(self.ROUNDS // 2):
-            whole = len(self.incoming)
-            try:
-                size = self.connection.read_into(self.incoming)
-            except (OSError, ValueError) as error:
-                return self.fail(loss_of(error))
-            if size is None and self.send_failure:
-                return self.fail(self.send_failure)
-            if size is None:
+            if not (self.messages or self._receive()) or not self._process(until):
                 break
-            if size == 0:
-                return self.fail(Loss(CLOSED, "the connection was closed"))
-            if not self._process(size):
-                return
-            if size < whole and not (self.connection.failure or self.send_failure):
-                break
-            if time.monotonic() > until:
-                self.loop.call_soon_threadsafe(self._readable)
+            if self.received < len(self.incoming) and not (self.connection.failure or self.send_failure):
                 break
         else:
-            self.loop.call_soon_threadsafe(self._readable)      # what TLS holds wakes no select
+            self._come_back()
         self.flush()
 
-    def _process(self, size):
-        """Acts on one buffer of messages; returns whether the channel is still open."""
-        if self.session.phase is OVER:
-            return True         # the last word has been said; what crosses it counts for nothing
-        kept = False
+    def _receive(self):
+        """Takes in one buffer; returns whether anything has come."""
+        if self.kept or self.received == len(self.incoming) == BUFFER_START:
+            self.incoming, self.kept = memoryview(bytearray(BUFFER)), False
+        try:
+            size = self.connection.read_into(self.incoming)
+        except (OSError, ValueError) as error:
+            self.fail(loss_of(error))
+            return False
+        if size:
+            self.received = size
+            self.messages = self.session.receive(self.incoming[:size], time.monotonic())
+        elif size == 0:
+            self.fail(Loss(CLOSED, "the connection was closed"))
+        elif self.send_failure:
+            self.fail(self.send_failure)
+        return bool(size)
+
+    def _process(self, until):
+        """Acts on what is left of one buffer; returns whether it has come to its end, with the channel open.  Behind
+        the last word of either side nothing counts."""
         self.processing = True      # what is given back goes out together, at the end
         try:
-            for kind, number, body in self.session.receive(self.incoming[:size], time.monotonic()):
+            for kind, number, body in self.messages if self.session.phase is not OVER else ():
                 if kind == DATA:
                     self.received_total += len(body)
-                    kept = self.owner.on_data(number, body) or kept
+                    self.kept = self.owner.on_data(number, body) or self.kept
                 elif kind == CREDIT:
                     if number in self.starved:
                         self.starved.discard(number)
@@ -5949,13 +5965,15 @@ class Channel:
                     self.owner.on_message(kind, number, body)
                 if self.closed:
                     return False
+                if time.monotonic() > until:
+                    self._come_back()
+                    return False
         except ProtocolError as error:
             self.fail(Loss(PROTOCOL, "protocol broken: %s" % error))
             return False
         finally:
             self.processing = False
-        if kept or size == len(self.incoming) == BUFFER_START:
-            self.incoming = memoryview(bytearray(BUFFER))
+        self.messages = None
         return True
 
     # -- silence and the end

@@ -1582,6 +1582,22 @@ def test_nothing_above_the_line_touches_the_world():
     assert {"parse_datagram", "make_keypair", "parse_job", "encode_exit"} <= pure
 
 
+def names_bound(tree):
+    """Every name that the statements of a module bind, as often as they do."""
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.name
+        for target in getattr(node, "targets", ()):
+            yield from (each.id for each in ast.walk(target) if isinstance(each, ast.Name))
+
+
+def test_no_name_of_the_module_has_two_meanings():
+    """The second one would silently be that of the first one's users too, as with two constants in two sections."""
+    with open(CEXEC, encoding="utf-8") as file:
+        names = list(names_bound(ast.parse(file.read())))
+    assert sorted(name for name in set(names) if names.count(name) > 1) == []
+
+
 # ---------------------------------------------------------------- what is private to another object stays so
 
 NAMED_TUPLE = {"_replace", "_fields", "_asdict", "_make"}       # what begins with _ and is documented
@@ -9209,6 +9225,7 @@ def test_a_flood_of_new_keys_exceeds_no_timeout(room):
 
 
 def test_a_job_refused_for_good_by_all_ends_soon(room):
+    """Two seconds after the refusal, which are enough for every other worker to offer itself."""
     with Rogue(room, refuses_for_good) as rogue:
         done = room.cexec(env={"CEXEC_TIMEOUT_ACCEPT": 30})
     assert (done.returncode, done.stdout, len(rogue.asked)) == (2, b"", 1)
@@ -9242,6 +9259,24 @@ def test_a_room_raises_what_is_refused_for_good(room):
         with pytest.raises(cexec.JobRefused, match="the job was refused by 127.0.0.1: no such parameter") as caught:
             made.run()
     assert caught.value.status == cexec.EXIT_USAGE
+
+
+@pytest.mark.parametrize("stops", [True, False])
+@pytest.mark.parametrize("given", ["path", "file"])
+def test_a_room_reads_no_input_that_changes(shell, tmp_path, stops, given):
+    """As cmap: the job is run again, with what is there then; Failure where it never holds still."""
+    path = tmp_path / "in"
+    path.write_bytes(b"first " * 1000)
+    code = "cd %s; head -c 5 >/dev/null; echo >>runs; %s echo more >>in; cat >/dev/null; cat in" % (
+        tmp_path, "test $(wc -l <runs) -gt 1 ||" if stops else "")
+    with cexec.Room(shell.pub, group=shell.group) as made, open(str(path), "rb") as file:
+        job = made.submit(file if given == "file" else path, {"RUN": code})
+        if stops:
+            assert job.result().stdout == path.read_bytes() == b"first " * 1000 + b"more\n"
+        else:
+            with pytest.raises(cexec.Failure, match="its input changes while it is read"):
+                job.result()
+        assert (tmp_path / "runs").read_text() == "\n" * (2 if stops else 3)
 
 
 @pytest.mark.parametrize("wait", [lambda made: made.run(b"x"), lambda made: next(made.map([b"x"])),
@@ -13410,6 +13445,42 @@ def test_what_waits_for_another_worker_holds_nobody_back(room, tmp_path):
     assert done.returncode == 1 and b"80 jobs, 20 failed" in done.stderr, done.stderr
     statuses = [row.split("\t")[2] for row in (tmp_path / "log").read_text().splitlines()[1:]]
     assert statuses == ["0"] * 60 + ["1"] * 20
+
+
+def test_what_all_refuse_for_good_is_not_run_again(room):
+    """--again waits for another worker; all there are have been asked."""
+    room.tool("cservice", "--allow", "N=good*", room.key, "true").ready()
+    began = time.monotonic()
+    done = mapped(room, "--again", "5", "--value", "N", "APP", input=b"bad\nworse\n")
+    assert done.returncode == 1 and b"2 jobs, 2 failed" in done.stderr
+    assert time.monotonic() - began < cexec.ELSEWHERE
+
+
+def test_a_timeout_of_0_is_none(farm):
+    """As with timeout(1), and with CEXEC_TIMEOUT_ACCEPT."""
+    done = mapped(farm, "--timeout", "0", "--lines", "--set=RUN=sleep 0.3; cat", "APP", input=b"x\n")
+    assert (done.returncode, done.stdout) == (0, b"x\n"), done.stderr
+
+
+def everything_in(folder):
+    """{path: (mode, size, time of change)}"""
+    return {path: (found.st_mode, found.st_size, found.st_ctime_ns) for top, folders, names in os.walk(str(folder))
+            for path in [top] + [os.path.join(top, name) for name in names] for found in [os.lstat(path)]}
+
+
+@pytest.mark.parametrize("log", [None, "", "old head", "cut line"])
+def test_a_dry_run_touches_nothing(farm, tmp_path, log):
+    """C31: Neither the log, which is read, nor folders; what it leaves out is what a run would leave out."""
+    options = ["-j1", "--lines", "--log", "log", "--resume", "--out", "o/{}", "APP"]
+    if log:
+        assert mapped(farm, *options, input=b"a\nb\n", cwd=str(tmp_path)).returncode == 0
+    if log is not None:
+        text = (tmp_path / "log").read_text() if log else ""
+        (tmp_path / "log").write_text(re.sub("\t[^\t]*\n", "\n", text) if log == "old head" else text[:-1])
+    before = everything_in(tmp_path)
+    done = mapped(farm, "--dry-run", *options, input=b"a\nb\nc\n", cwd=str(tmp_path))
+    assert done.returncode == 0 and everything_in(tmp_path) == before, done.stderr
+    assert done.stdout == (b"" if log == "cut line" else b"a\to/a\n") + b"b\to/b\nc\to/c\n"
 
 
 def test_what_is_refused_for_good_runs_elsewhere_or_fails(room, tmp_path):
