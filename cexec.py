@@ -2040,10 +2040,11 @@ INTERPRETER_STATES = {
 }
 
 
-def next_state(table, state, event):
-    """Where the event leads to; what the table has no entry for cannot be."""
+def next_state(table, state, event, whose="a call"):
+    """Where the event leads to, to be recorded before anything is done about it; RuntimeError for what has no entry in
+    the table."""
     if (state, event) not in table:
-        raise RuntimeError("%s, of what is %s" % (event, state.name))
+        raise RuntimeError("%s: event %s in state %s" % (whose, getattr(event, "name", event), state.name))
     return table[state, event]
 
 
@@ -2131,6 +2132,8 @@ class CallReader:
         if at != len(view):
             raise ProtocolError("buffers of a call that do not add up")
         return kind, number, microseconds, parts[0], parts[1:]
+
+
 # ---------------------------------------------------------------- slots: what a worker has to give
 #
 # A slot belongs to a connection: it is offered to one search, may serve several jobs of that submitter in turn, and is
@@ -2183,12 +2186,7 @@ class Slot:
         self.jobs = 0
 
     def move(self, event):
-        """The next state, by the table: before anything is done about it."""
-        state = SLOTS.get((self.state, event))
-        if state is None:
-            raise RuntimeError("slot of job %s: event %s in state %s" % (
-                self.job.id if self.job else "none yet", event.name, self.state.name))
-        self.state = state
+        self.state = next_state(SLOTS, self.state, event, "slot of job %s" % (self.job.id if self.job else "none yet"))
 
 
 # ---------------------------------------------------------------- jobs: what becomes of one at its submitter
@@ -2227,14 +2225,6 @@ AVOID_DOUBLINGS = 5         # up to eight seconds
 FAILURES_AT_ONCE = 4        # failures of a job after which it waits for as long itself
 REFUSALS_AT_ONCE = 64       # the same for those that are final, which each worker can say once
 BAD_ADDRESS = 3             # workers in a row that failed the job at one address: it may be one under many names
-
-
-def next_job_state(job, state, event):
-    """The state of the job of this id behind the event; RuntimeError for an event that cannot be in the state."""
-    after = JOBS.get((state, event))
-    if after is None:
-        raise RuntimeError("job %s: event %s in state %s" % (job, event.name, state.name))
-    return after
 
 
 def why_not_again(committed, losses, retries, signalled, can_rewind):
@@ -2505,8 +2495,8 @@ class Responder:
         self.slots = []
         self.stopped = False
         self.pending = collections.OrderedDict()    # {nonce: HeardSearch}, the least recently heard first
-        self.answered = collections.OrderedDict()   # those that have been, or need no answer
-        self.silent = collections.OrderedDict()     # {(address, port): when an offer to it lapsed}
+        self.answered = Recent(ANSWERED_MOST)       # those that have been, or need no answer
+        self.silent = Recent(SILENT_MOST)           # {(address, port): when an offer to it lapsed}
         self.turns = 0                              # offers made while several waited
         self.offset = OFFSET_UNSET + PER_COST * math.log(speed)
         self.offset_high = self.offset_at = -math.inf
@@ -2673,11 +2663,7 @@ class Responder:
         slot = min(offers, key=self._lapses_at, default=None)
         if slot and self._lapses_at(slot) <= now:
             slot.reserved = False
-            place = slot.origin.source[0], slot.origin.port
-            self.silent.pop(place, None)
-            self.silent[place] = now
-            if len(self.silent) > SILENT_MOST:
-                self.silent.popitem(last=False)
+            self.silent[slot.origin.source[0], slot.origin.port] = now
 
     # -- what becomes of a slot
     def connected(self, now, slot):
@@ -2832,8 +2818,6 @@ class Responder:
         if search.over:
             search.alternative = None
         self.answered[search.nonce] = search
-        if len(self.answered) > ANSWERED_MOST:
-            self.answered.popitem(last=False)
 
     def _forget_silent(self, now):
         for search in [search for search in self.pending.values() if search.until <= now]:
@@ -2886,7 +2870,7 @@ class Selection:
         self.taken = None                       # the Candidate that was taken last
         self.over = False
         self.choose_by = math.inf
-        self.randoms = collections.OrderedDict()
+        self.randoms = Recent(RANDOMS_MOST)
         self.spoke, self.repeats = -math.inf, []        # when the cluster was told last; when the end is told again
         self.actions = []
         self.answered = False                   # whether anybody has
@@ -2899,8 +2883,6 @@ class Selection:
         if random in self.randoms:
             return self.actions.append((EVICT, who, "a copy of another worker's first bytes"))
         self.randoms[random] = None
-        if len(self.randoms) > RANDOMS_MOST:
-            self.randoms.popitem(last=False)
         self.connections += 1
         self.answered, self.fresh = True, now
         if not self.over and self._admits(now, source):
@@ -3426,14 +3408,6 @@ class TlsConnection:
                 raise
         return False
 
-    def handshake_within(self, seconds):
-        """All of the handshake, waiting for the peer; socket.timeout when that takes longer."""
-        end = time.monotonic() + seconds
-        while not self.handshake():
-            left = end - time.monotonic()
-            if left <= 0 or not wait_for(self.fileno(), select.POLLIN | (select.POLLOUT if self.unsent else 0), left):
-                raise socket.timeout("timed out in the handshake")
-
     def read_into(self, view):
         """Returns how many bytes were read, 0 when the peer has ended the connection, or None when there is nothing
         now.  Fewer than the view holds means that there is no more now, unless `failure` is set, or that the socket
@@ -3514,9 +3488,9 @@ def check_peer(tls, key):
         raise ssl.SSLError("the peer shows another certificate")
 
 
-# Why a connection was lost: the peer ended it, the system or TLS failed, nothing was heard for too long, the peer broke
-# the protocol, or one side gave the job up.
-CLOSED, BROKEN, SILENT, PROTOCOL, ABORTED = "closed", "broken", "silent", "protocol", "aborted"
+# Why a connection was lost: the peer ended it, the system or TLS failed, nothing was heard for too long, or the peer
+# broke the protocol.
+CLOSED, BROKEN, SILENT, PROTOCOL = "closed", "broken", "silent", "protocol"
 Loss = collections.namedtuple("Loss", "kind words")
 
 
@@ -3627,7 +3601,7 @@ class Log:
         self.timed = not is_journal()
         self.bucket = TokenBucket(self.PER_SECOND, self.BURST)
         self.dropped = 0        # lines since the last one that was written
-        self.topics = {}        # {topic: (when it was noted, how many have not been since)}, the oldest first
+        self.topics = Recent(TOPICS_MAX)    # {topic: (when it was noted, how many have not been since)}
         self.lost = 0           # datagrams, as told to datagrams_lost()
 
     def __call__(self, text, always=False):
@@ -3658,10 +3632,7 @@ class Log:
         if now - when < NOTE_PAUSE:
             self.topics[topic] = when, held + 1
             return
-        self.topics.pop(topic, None)
         self.topics[topic] = now, 0
-        if len(self.topics) > TOPICS_MAX:
-            del self.topics[next(iter(self.topics))]
         self(text + (" (and %d more such since the last note)" % held if held else ""))
 
     def datagrams_lost(self, count):
@@ -3865,9 +3836,6 @@ IP_BOUND_IF, IPV6_BOUND_IF = 25, 125                # macOS
 IP_MULTICAST_ALL, IPV6_MULTICAST_ALL = 49, 29       # Linux
 IPV6_RECVPKTINFO, IPV6_PKTINFO = getattr(socket, "IPV6_RECVPKTINFO", 61), getattr(socket, "IPV6_PKTINFO", 46)   # macOS
 SO_RXQ_OVFL, SO_REUSEPORT = 40, getattr(socket, "SO_REUSEPORT", None)       # Linux; not on Linux
-SO_ATTACH_FILTER = 26                               # Linux
-BPF_LOAD = {1: 0x30, 4: 0x20}                       # by bytes: a load from a fixed place
-BPF_JUMP_IF_EQUAL, BPF_RETURN = 0x15, 0x06          # with a constant
 TENTATIVE, DUPLICATE = 0x40, 0x08                   # flags of an IPv6 address that cannot be used
 TRUNCATED = int(socket.MSG_TRUNC)                   # the enumeration's own arithmetic is slow
 PRIVATE_LINKS = ("awdl", "llw", "anpi")             # macOS's own: AirDrop and the like
@@ -3978,7 +3946,7 @@ class GroupSocket:
     home     the interface that was named, or that has the source address; None if there is none
     tried    names of the interfaces that the last send used, "" for the system's own choice
     forbidden  whether something on this machine, as a firewall, refused to send the last one
-    dropped  datagrams that the kernel threw away: nobody fetched them, or hear_only() did not want them
+    dropped  datagrams that the kernel threw away, since nobody fetched them
     """
 
     def __init__(self, group, listen, source=None, port=0, by=None):
@@ -4045,31 +4013,6 @@ class GroupSocket:
         except OSError:
             return False
         return True
-
-    def hear_only(self, key_id):
-        """Asks the kernel (Linux) to pass what a worker of this key acts on and no more: every job of another key in
-        the room would else wake it five times.  It passes the key's own datagrams, roll calls of all keys, and what
-        speaks another version, which is worth a note.
-
-        The filter is a program of struct sock_filter (linux/filter.h), to which a datagram begins with its 8 bytes of
-        UDP header, and which drops one that is too short for a load.
-        """
-        def step(code, value, if_true=0, if_false=0):
-            return struct.pack("@HBBI", code, if_true, if_false, value)
-
-        def check(place, size, value, if_true, if_false):
-            return (step(BPF_LOAD[size], 8 + place)
-                    + step(BPF_JUMP_IF_EQUAL, int.from_bytes(value, "big"), if_true, if_false))
-        program = b"".join((
-            check(0, 4, MAGIC, 0, 7),
-            check(4, 1, bytes([WIRE_VERSION]), 0, 4),
-            check(5, 1, bytes([ASK]), 2, 0),
-            check(8, 4, key_id, 0, 1),
-            step(BPF_RETURN, 1 << 16),      # so many of its bytes pass
-            step(BPF_RETURN, 0)))
-        import array
-        memory = array.array("B", program)      # the kernel copies it during the call
-        self._try(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("@HP", len(program) // 8, memory.buffer_info()[0]))
 
     def _bind(self):
         group, (address, _, scope) = self.group, self.source or ("", 0, "")
@@ -4767,8 +4710,9 @@ def park(fd):
 
 def park_standard():
     """Occupies those of standard input, output and error that are closed."""
-    for fd in set((0, 1, 2)) - set(open_descriptors(2)):
-        park(fd)
+    for fd in 0, 1, 2:
+        if not is_open(fd):
+            park(fd)
 
 
 def is_memory(fd):
@@ -4779,28 +4723,17 @@ def is_memory(fd):
 F_SETPIPE_SZ, F_GETPIPE_SZ = 1031, 1032     # Linux; Python has the names from 3.10 on
 PIPE_FULL = 1 << 16         # what a pipe holds by default
 PIPE_SIZE = 1 << 19         # of one that has proved full: half costs 10 % CPU, twice uses up a user's 64 MiB soon
+COPY_MAX = 4096             # bytes of an input that are copied before its job reads it: one page of a pipe everywhere
 
 
-def enlarge_pipe(fd):
-    """Makes a pipe hold more, for everybody who has it; its contents and flags stay as they are."""
+def resize_pipe(fd, size, least=False):
+    """Makes a pipe hold so much, a page or more, or `least` so much, for everybody who has it; its contents and flags
+    stay as they are."""
     try:
-        if LINUX and fcntl.fcntl(fd, F_GETPIPE_SZ) < PIPE_SIZE:
-            fcntl.fcntl(fd, F_SETPIPE_SZ, PIPE_SIZE)
-    except OSError:
-        pass        # no pipe, or the user's share of pipe memory is used up: smaller pipes are only slower
-
-
-
-def resize_pipe(fd, size):
-    """Makes a pipe hold so much, at least a page, where that can be chosen."""
-    try:
-        if LINUX:
+        if LINUX and not (least and fcntl.fcntl(fd, F_GETPIPE_SZ) >= size):
             fcntl.fcntl(fd, F_SETPIPE_SZ, size)
     except OSError:
-        pass
-
-
-COPY_MAX = 4096             # bytes of an input that are copied before its job reads it: one page of a pipe everywhere
+        pass        # no pipe, or the user's share of pipe memory is used up: smaller pipes are only slower
 
 
 def unread_bytes(fd):
@@ -4889,28 +4822,16 @@ def open_tap(fd):
     return tap
 
 
-def read_whole(read, size):
-    """So many bytes as read(view) gives them in pieces; fewer when it has no more now."""
-    data, done = bytearray(size), 0
-    try:
-        while done < size:
-            part = read(memoryview(data)[done:])
-            if not part:
-                break
-            done += part
-    except OSError:
-        pass
-    return bytes(data[:done])
-
-
 class InputCount:
     """How much of an input a job has read: what its sink wrote to the job's pipe less what is left in there.
 
     Who closes the pipe's writing end calls keep() before, and close() when nobody asks any more."""
 
     def __init__(self, sink):
-        self.sink, self.fd = sink, sink.fd
-        self.left = self.own = None         # what was left in the end; a reading end of our own
+        self.sink = sink
+        self.fd = sink.fd       # which tells what is left; None when it is gone
+        self.own = None         # the same where it is ours to close: a reading end
+        self.left = None        # bytes that were left when `fd` went
 
     def keep(self):
         """The writing end is about to be closed.  If there is something left the reading end, which we have given
@@ -4929,7 +4850,7 @@ class InputCount:
         return None if left is None else max(0, self.sink.written - left)      # a job may write to its own input
 
     def leader_ended(self):
-        """The pipe tells by itself."""
+        """The job's first process has.  A pipe tells by itself when nobody reads it any more."""
 
     def close(self):
         if self.own is not None:
@@ -4937,7 +4858,7 @@ class InputCount:
             self.fd = self.own = None
 
 
-class SocketCount:
+class SocketCount(InputCount):
     """How much a job has read of a copy that was sent to its socket: what its sink wrote less what waits at the job's
     own end, of which this keeps a descriptor.  As long as that is open nobody else sees that the job has closed its
     own: so /proc is looked at, soon after each write, and then less and less often.
@@ -4947,9 +4868,10 @@ class SocketCount:
     SOON, SELDOM = 0.001, 0.5       # seconds between two looks
 
     def __init__(self, loop, own, leader, emptied):
-        self.loop, self.own, self.leader, self.emptied = loop, own, leader, emptied
+        self.loop, self.leader, self.emptied = loop, leader, emptied
+        self.fd = self.own = own
         self.sink = None                # a CopySocketSink
-        self.left = None                # bytes, in the end
+        self.left = None
         self.timer = None
         self.look_soon()
 
@@ -4989,16 +4911,9 @@ class SocketCount:
     def keep(self):
         """The end of the input follows what was written."""
 
-    def read(self):
-        """In bytes, None when it cannot be known."""
-        left = self.left if self.own is None else unread_bytes(self.own)
-        return None if left is None else max(0, self.sink.written - left)      # a job may write to its own input
-
     def close(self):
         self._cancel()
-        if self.own is not None:
-            os.close(self.own)
-            self.own = None
+        super().close()
 
 
 def is_open_elsewhere(fd, likely):
@@ -5062,6 +4977,17 @@ class Input:
         """Gives back what it holds here."""
 
 
+class Output:
+    """What takes one output of a job.  Of its data whoever made it hears when they have left, to give credit back."""
+
+    def feed(self, view):
+        """Takes these bytes.  Returns whether the view was kept: then its buffer must not be used again."""
+        raise NotImplementedError
+
+    def finish(self):
+        """Nothing comes behind them."""
+
+
 class Source(Input):
     """A descriptor that is read as it comes, by one job."""
     NOT_THERE = ("another program reads it too, and has taken what this job was given as well",
@@ -5080,7 +5006,7 @@ class Source(Input):
         return size
 
     def _enlarge(self):
-        enlarge_pipe(self.fd)
+        resize_pipe(self.fd, PIPE_SIZE, least=True)
 
     def _now(self, read, view):
         try:
@@ -5097,7 +5023,7 @@ class Source(Input):
     # -- what is there can be had without taking it
     def can_copy(self):
         """Whether copy_into(), is_all() and take() may be called."""
-        return self.fd > 2      # a device that gives as much as one wants
+        return False
 
     def copy_into(self, view):
         """As read_into, and what is read stays where it is."""
@@ -5111,17 +5037,21 @@ class Source(Input):
         return False
 
     def take(self, copy):
-        """Takes what was copied; returns whether it was still there."""
-        return True
-
-    def _is_there(self, copy):
-        """Whether the first of it still is: what another reader has left is not to be taken from him."""
-        view = memoryview(bytearray(len(copy)))
+        """Takes what was copied.  Returns whether it was still there: what another reader has left is not to be taken
+        from him."""
+        view, done = memoryview(bytearray(len(copy))), 0
         try:
             size = self._copy(view) if copy else 0
+            if copy[:size] != view[:size]:
+                return False
+            while done < len(copy):
+                part = self._read(view[done:]) if size else 0
+                if not part:
+                    return False
+                done += part
         except OSError:
             return False
-        return copy[:size] == view[:size] and (size > 0 or not copy)
+        return view == copy
 
     def _readable(self):
         self.loop.watch(self.fd)
@@ -5135,6 +5065,16 @@ class Source(Input):
 
     def end(self):
         self.close()
+
+
+class MemorySource(Source):
+    """A device like /dev/zero, which gives as much as one wants."""
+
+    def can_copy(self):
+        return self.fd > 2
+
+    def take(self, copy):
+        return True
 
 
 class FileSource(Source):
@@ -5212,9 +5152,6 @@ class SocketSource(Source):
     def _copy(self, view):
         return self._read(view, socket.MSG_PEEK)
 
-    def take(self, copy):
-        return self._is_there(copy) and read_whole(self._read, len(copy)) == copy
-
     def _read(self, view, flags=0):
         try:
             return self.socket.recv_into(view, 0, socket.MSG_DONTWAIT | flags)
@@ -5256,30 +5193,25 @@ class Helper:
     """A thread for what may block: does one thing after another, and hands over what came of it in the loop."""
 
     def __init__(self, loop):
-        self.loop, self.tasks, self.count = loop, collections.deque(), None
+        self.loop, self.tasks = loop, None
 
     def call(self, work, done):
         """done(work()), work() in the thread and done() in the loop."""
-        if self.count is None:
+        if self.tasks is None:
+            import queue
             import threading
-            self.count = threading.Semaphore(0)
+            self.tasks = queue.SimpleQueue()
             threading.Thread(target=self._run, daemon=True).start()
-        self.tasks.append((work, done))
-        self.count.release()
+        self.tasks.put((work, done))
 
     def _run(self):
-        while True:
-            self.count.acquire()
-            work, done = self.tasks.popleft()
-            if work is None:
-                return
+        for work, done in iter(self.tasks.get, None):
             self.loop.call_soon_threadsafe(functools.partial(done, work()))
 
     def end(self):
         """After what it has to do."""
-        if self.count:
-            self.tasks.append((None, None))
-            self.count.release()
+        if self.tasks is not None:
+            self.tasks.put(None)
 
 
 class SharedSource(Source):
@@ -5336,9 +5268,6 @@ class SharedSource(Source):
         poll.register(self.fd, select.POLLIN)
         return any(events & select.POLLHUP for _, events in poll.poll(0)) and unread_bytes(self.fd) == size
 
-    def take(self, copy):
-        return self._is_there(copy) and read_whole(self.tap.read_into, len(copy)) == copy
-
     def _ask(self):
         if not self.asked and not self.closed:
             self.asked = True
@@ -5366,7 +5295,7 @@ class SharedSource(Source):
     def _enlarge(self):
         super()._enlarge()
         if self.tap:
-            enlarge_pipe(self.tap.writing)
+            resize_pipe(self.tap.writing, PIPE_SIZE, least=True)
 
     def close(self):
         if self.tap and not self.closed:
@@ -5407,7 +5336,7 @@ def open_source(loop, fd, ready):
     if kind is REGULAR and offset is not None:
         return EditedFileSource(loop, fd, ready)
     if kind is DEVICE and is_memory(fd):
-        return Source(loop, fd, ready)
+        return MemorySource(loop, fd, ready)
     return {SOCKET: SocketSource, TERMINAL: TerminalSource}.get(kind, SharedSource)(loop, fd, ready)
 
 
@@ -5505,10 +5434,9 @@ class ReplayableInput(Input):
         self.live.close()
 
 
-class Sink:
-    """Something to write to.  feed(view) takes data (the view only until it returns, unless it says that it keeps it);
-    consumed(n) is called when bytes have left this process, failed(error) once when nobody takes any more.
-    finish() ends it behind what is still queued, then calls finished()."""
+class Sink(Output):
+    """A descriptor that is written to.  consumed(n) is called when bytes have left this process, failed(error) once when
+    nobody takes any more, finished() when all has been written after finish()."""
     KEEP = BUFFER // 2      # a view at least this long is kept, a shorter one copied: it would pin a whole buffer
     join = 1 << 16          # short pieces become one, up to here: each by itself would cost 60 bytes more
 
@@ -5519,10 +5447,9 @@ class Sink:
         self.ending = self.done = self.enlarged = False
         self.written = 0                        # bytes that the system has taken
         # A pipe's writing end becomes readable, on Linux, when its last reader has gone.
-        self.tells = LINUX and stream_kind(fd) is PIPE and access_of(fd) is OUT
+        self.reader_loss_visible = LINUX and stream_kind(fd) is PIPE and access_of(fd) is OUT
 
     def feed(self, view):
-        """Returns whether the view was kept: then its buffer must not be used again."""
         if self.done:
             self.consumed(len(view))
             return False
@@ -5531,7 +5458,7 @@ class Sink:
             sent = self._try(view)
             if sent < len(view) and not self.enlarged and not self.done:    # a pipe that is full
                 self.enlarged = True
-                enlarge_pipe(self.fd)
+                resize_pipe(self.fd, PIPE_SIZE, least=True)
                 sent += self._try(view[sent:])
         if sent:
             self.consumed(sent)
@@ -5587,7 +5514,7 @@ class Sink:
             self.watch_other_side()
 
     def watch_other_side(self):
-        self.loop.watch(self.fd, read=self._reader_gone if self.tells else None)
+        self.loop.watch(self.fd, read=self._reader_gone if self.reader_loss_visible else None)
 
     def _reader_gone(self):
         if not self.queue:
@@ -5640,16 +5567,6 @@ class CopySink(Sink):
             resize_pipe(self.fd, self.size)
             self.watch_other_side()
             emptied()
-
-
-class FileSink(Sink):
-    """A regular file: it never says that it would block, so all is written at once."""
-
-    def _write(self, view):
-        sent = os.write(self.fd, view)
-        while sent < len(view):
-            sent += os.write(self.fd, view[sent:])
-        return sent
 
 
 class SocketSink(Sink):
@@ -5751,7 +5668,7 @@ class TerminalSink(SharedSink):
 def open_sink(loop, fd, *calls):
     kind = stream_kind(fd)
     if kind is REGULAR or (kind is DEVICE and is_memory(fd)):
-        return FileSink(loop, fd, *calls)
+        return Sink(loop, fd, *calls)
     return (SocketSink if kind is SOCKET else SharedSink)(loop, fd, *calls)
 
 
@@ -6738,7 +6655,6 @@ class AnswerPort:
 
     search: the Discovery that hears what comes, or None.
     """
-    ROUND = 64              # datagrams read in a row
 
     def __init__(self, loop, settings):
         self.loop = loop
@@ -6755,12 +6671,9 @@ class AnswerPort:
             connection.close()
 
     def _read(self):
-        for _ in range(self.ROUND):
-            received = self.socket.receive()
-            if not received:
-                break
+        for data, source, _ in self.socket.datagrams():
             if self.search:
-                self.search.hear(*received[:2])
+                self.search.hear(data, source)
 
     def close(self):
         self.acceptor.close()
@@ -7004,7 +6917,7 @@ class JobStreams:
     """What a job's descriptors are connected to here.  Its owner makes it and closes it.
 
     descriptors: {number in the job: IN, OUT, BOTH, TTY or the lower number it shares}
-    sources, sinks: {number: Source}, {number: Sink}
+    sources, sinks: {number: Input}, {number: Output}
     held: whether what the job writes is seen by nobody before the job has ended, so that it may always start again
     attempt: the Attempt that runs the job at the moment; channel: what carries its streams, until the job has ended
     """
@@ -7250,7 +7163,7 @@ class Spool:
 NAMELESS = TemporaryFile()
 
 
-class HeldSource:
+class HeldInput(Input):
     """What one attempt at a job reads: it can start again and never has to wait.
 
     It is bytes, a Spool that is complete, the path (str) of a regular file, or a descriptor of one, of which `start`
@@ -7300,15 +7213,9 @@ class HeldSource:
             return (now.st_size, now.st_mtime_ns) != (then.st_size, then.st_mtime_ns)
         return (now.st_size, now.st_mtime_ns, now.st_ctime_ns) != (then.st_size, then.st_mtime_ns, then.st_ctime_ns)
 
-    def can_rewind(self):
-        return True
-
     def rewind(self):
         self.position = 0
         self.hash = self.digest and self.digest.copy()
-
-    def close(self):
-        """The channel lets go of it; the next one may take it up."""
 
     def end(self):
         """Closes what it has opened or was given.  May be called again."""
@@ -7317,7 +7224,7 @@ class HeldSource:
             os.close(fd)
 
 
-class HeldSink:
+class HeldOutput(Output):
     """Keeps an output in its Spool."""
 
     def __init__(self, streams, number, spool):
@@ -7341,7 +7248,7 @@ class HeldSink:
 class HeldStreams(JobStreams):
     """Standard input, output and error of a job, held here: so it may start again at any moment.
 
-    The source, a HeldSource, is ended by whoever made it.  After the job `output` and `errors` hold what it wrote,
+    The source, a HeldInput, is ended by whoever made it.  After the job `output` and `errors` hold what it wrote,
     until close().  turn: which of several goes on when all together hold too much: the least.  output_file, a
     TemporaryFile with a budget of its own, is for an output that gets a file to stay.
     """
@@ -7358,7 +7265,7 @@ class HeldStreams(JobStreams):
         self.errors = Spool(self.budget)
         self.descriptors = {0: IN, 1: OUT, 2: OUT}
         self.sources = {0: source}
-        self.sinks = {1: HeldSink(self, 1, self.output), 2: HeldSink(self, 2, self.errors)}
+        self.sinks = {1: HeldOutput(self, 1, self.output), 2: HeldOutput(self, 2, self.errors)}
 
     def begin(self, attempt):
         """What another attempt wrote is thrown away."""
@@ -7480,8 +7387,7 @@ class Submission:
                           "send what is long through a descriptor", EXIT_USAGE)
 
     def move(self, event):
-        """To be said before anything is done about it."""
-        self.state = next_job_state(self.id, self.state, event)
+        self.state = next_state(JOBS, self.state, event, "job " + self.id)
 
     def refused_for_good(self):
         """Its last worker will never run it.  Others may."""
@@ -7660,10 +7566,6 @@ class PooledConnection:
         self.timer = None
         self.channel = Channel(pool.loop, found.take(), found.session, self)
         self.channel.on_ended = self.close
-
-    def takes_jobs(self):
-        """Whether it may have another one: neither side has said its last word."""
-        return self.channel.session.phase is IDLE and not self.channel.closed
 
     def run(self, submission):
         """Offers it the job."""
@@ -8770,7 +8672,7 @@ class MapJob(BatchJob):
         super().__init__()
         self.name = name            # bytes; None when that would be too long
         self.names = []             # [(NAME, VALUE)] that the job is told
-        self.data = data            # what a HeldSource takes
+        self.data = data            # what a HeldInput takes
         self.head = head            # bytes that stand before that
         self.path = None            # of its output file
         self.failure = None         # why there is no input
@@ -8878,7 +8780,7 @@ class MapInputs:
 
     def _compare(self, job):
         """Whether the log says that this has been done: a long input takes several turns."""
-        source = HeldSource(job.data, head=job.head, digest=self.log.digest(job))
+        source = HeldInput(job.data, head=job.head, digest=self.log.digest(job))
         try:
             while source.read_into(self.buffer):
                 if source.position // HASH_AT_ONCE != (source.position - BUFFER) // HASH_AT_ONCE:
@@ -9407,7 +9309,7 @@ class Cmap:
 
     def _make_run(self, job):
         try:
-            source = HeldSource(job.data, head=job.head, digest=self.log and self.log.digest(job))
+            source = HeldInput(job.data, head=job.head, digest=self.log and self.log.digest(job))
         except OSError as error:
             raise JobFailure(log_text(job.name), reason_of(error)) from None
         try:
@@ -10516,8 +10418,6 @@ class Daemon:
                 self.environment.setdefault(name.encode(), share)
         self.context = tls_context(key, server_side=False)
         self.group = GroupSocket(settings.group, listen=True)
-        if LINUX:
-            self.group.hear_only(key.id)
         self.instance = os.urandom(8).hex()
         self.began = time.monotonic()
         self.meter = LoadMeter()
@@ -14758,15 +14658,15 @@ def returncode(report):
 
 
 def job_input(input):
-    """The HeldSource of what a user gives as input; end() closes it."""
+    """The HeldInput of what a user gives as input; end() closes it."""
     if isinstance(input, (str, os.PathLike)):
-        return HeldSource(os.fsdecode(input))
+        return HeldInput(os.fsdecode(input))
     if not hasattr(input, "fileno"):
-        return HeldSource(bytes(memoryview(input)))
+        return HeldInput(bytes(memoryview(input)))
     fd = input.fileno()
     if stream_kind(fd) is not REGULAR:
-        return HeldSource(b"".join(iter(lambda: os.read(fd, BUFFER), b"")))
-    return HeldSource(os.dup(fd), os.lseek(fd, 0, os.SEEK_CUR), given=True)
+        return HeldInput(b"".join(iter(lambda: os.read(fd, BUFFER), b"")))
+    return HeldInput(os.dup(fd), os.lseek(fd, 0, os.SEEK_CUR), given=True)
 
 
 class HeldJob:

@@ -3119,32 +3119,6 @@ def test_what_is_too_long_is_passed_over():
         assert [len(hear(ear)[0]) for _ in range(4)] == [0, 1, cexec.DATAGRAM_MAX, 7]
 
 
-@pytest.mark.parametrize("text", ["127.0.0.1:%d", "[::1]:%d"])
-def test_the_kernel_drops_what_is_for_another_key(text):
-    if sys.platform != "linux":
-        skip("Linux's socket filters")
-    group = cexec.parse_group(text % free_port())
-    secret, own, other = bytes(32), b"ownk", b"ownl"
-
-    def datagram(kind, key_id, version=cexec.WIRE_VERSION):
-        data = bytearray(cexec.encode_datagram(secret, kind, key_id, bytes(8), 0, bytes(30)))
-        data[4] = version
-        return bytes(data)
-    wanted = [datagram(kind, own) for kind in cexec.DATAGRAM_NAMES]
-    wanted += [datagram(cexec.ASK, other), datagram(cexec.ANNOUNCE, other, cexec.WIRE_VERSION + 1),
-               wanted[0] + bytes(cexec.DATAGRAM_MAX - len(wanted[0]))]
-    unwanted = [datagram(kind, other) for kind in cexec.DATAGRAM_NAMES if kind != cexec.ASK]
-    unwanted += [b"", bytes(11), b"cxed" + wanted[0][4:], wanted[0][:11], b"hello" * 20]
-    with contextlib.closing(cexec.GroupSocket(group, True)) as ear, \
-            contextlib.closing(cexec.GroupSocket(group, False)) as mouth:
-        ear.hear_only(own)
-        for pair in itertools.zip_longest(unwanted, wanted, fillvalue=unwanted[0]):
-            for each in pair:
-                mouth.socket.sendto(each, (group.address, group.port))
-        assert [hear(ear)[0] for _ in wanted] == wanted
-        assert ear.receive() is None and ear.dropped
-
-
 def test_a_flood_of_unwanted_datagrams_does_not_hold_the_caller():
     group = cexec.parse_group("127.0.0.1:%d" % free_port())
     with contextlib.closing(cexec.GroupSocket(group, True)) as ear, socket.socket(type=socket.SOCK_DGRAM) as mouth:
@@ -4616,7 +4590,7 @@ def test_every_event_of_calls_and_interpreters_has_its_state(table):
             if (state, event) in table:
                 assert cexec.next_state(table, state, event) == table[state, event]
             else:
-                with pytest.raises(RuntimeError, match="%s, of what is %s" % (event, state.name)):
+                with pytest.raises(RuntimeError, match="event %s in state %s" % (event, state.name)):
                     cexec.next_state(table, state, event)
 
 
@@ -4814,13 +4788,6 @@ def test_records_without_data_end_the_connection(pair, data):
         assert len(calls) <= cexec.TlsConnection.FETCHES
     assert found == data * 40 and bool(failure) == (not data)
     assert not failure or "keeps TLS busy and sends no data" in failure
-
-
-def test_a_handshake_that_stalls_is_given_up(pair):
-    began = time.monotonic()
-    with pytest.raises(OSError) as caught:
-        pair.client.handshake_within(0.2)
-    assert time.monotonic() - began >= 0.19 and cexec.loss_of(caught.value).kind is cexec.BROKEN
 
 
 def test_a_handshake_with_a_stranger_fails_on_both_sides(pair, tmp_path):
@@ -5371,7 +5338,7 @@ def test_a_file_is_written_at_once_where_it_stands(loop, tmp_path):
     fd = os.open(str(path), os.O_WRONLY)
     os.lseek(fd, 3, os.SEEK_SET)
     pour = Pour(loop, fd, OCTETS)
-    assert type(pour.sink).__name__ == "FileSink"
+    assert type(pour.sink) is cexec.Sink
     run_loop(loop)
     assert path.read_bytes() == b"012" + OCTETS and pour.finished == 1
     os.close(fd)
@@ -5612,7 +5579,7 @@ def test_a_terminal_is_not_read_while_another_group_has_it():
                 if source.read_into(view):
                     loop.stop(bytes(view[:1]))
             source = cexec.open_source(loop, follower, more)
-            assert source.read_into(view) is None and source.helper.count is None, "no thread was set to it"
+            assert source.read_into(view) is None and source.helper.tasks is None, "no thread was set to it"
             os.write(report_out, b"in the background;")
             loop.call_later(0.1, lambda: os.tcsetpgrp(follower, os.getpgrp()))
             os.write(report_out, run_loop(loop))
@@ -6211,17 +6178,17 @@ def lose(linked, how):
         far.session.outbox += cexec.frame(cexec.DATA, 77, b"for nobody")
         far.flush()
     else:
-        near.fail(cexec.Loss(cexec.ABORTED, "given up"))
+        near.fail(cexec.Loss(cexec.CLOSED, "given up"))
 
 
-@pytest.mark.parametrize("how", [cexec.CLOSED, cexec.BROKEN, cexec.SILENT, cexec.PROTOCOL, cexec.ABORTED])
+@pytest.mark.parametrize("how", [cexec.CLOSED, cexec.BROKEN, cexec.SILENT, cexec.PROTOCOL])
 def test_why_a_connection_was_lost_is_told_once_and_by_kind(linked, how):
     (submitter, _), (near, _) = linked.owners, linked.channels
     source = Ended(b"x")
     near.add_source(3, source)
     lose(linked, how)
     linked.until(lambda: submitter.losses)
-    near.fail(cexec.Loss(cexec.ABORTED, "again"))
+    near.fail(cexec.Loss(cexec.CLOSED, "again"))
     near.close()
     assert [loss.kind for loss in submitter.losses] == [how] and submitter.losses[0].words
     assert near.closed and source.closed == 1
@@ -6425,10 +6392,10 @@ STATES, EVENTS = list(cexec.JobState), list(cexec.JobEvent)
 @pytest.mark.parametrize("event", EVENTS)
 def test_each_event_leads_on_or_is_an_error_with_names(state, event):
     if (state, event) in cexec.JOBS:
-        assert cexec.next_job_state("1a2b", state, event) in STATES and state is not cexec.JobState.DONE
+        assert cexec.next_state(cexec.JOBS, state, event) in STATES and state is not cexec.JobState.DONE
     else:
         with pytest.raises(RuntimeError, match="^job 1a2b: event %s in state %s$" % (event.name, state.name)):
-            cexec.next_job_state("1a2b", state, event)
+            cexec.next_state(cexec.JOBS, state, event, "job 1a2b")
 
 
 def test_every_state_of_a_job_is_reached_and_left():
@@ -8874,9 +8841,9 @@ def test_a_held_source_starts_again_at_will(tmp_path):
     spool, view = cexec.Spool(cexec.Budget()), memoryview(bytearray(700))
     spool.append(data)
     with open(str(tmp_path / "in"), "rb") as file:
-        sources = {data: [cexec.HeldSource(data), cexec.HeldSource(str(tmp_path / "in")), cexec.HeldSource(spool),
-                          cexec.HeldSource(file.fileno())],
-                   data[100:850]: [cexec.HeldSource(file.fileno(), 100, 750)], b"": [cexec.HeldSource()]}
+        sources = {data: [cexec.HeldInput(data), cexec.HeldInput(str(tmp_path / "in")), cexec.HeldInput(spool),
+                          cexec.HeldInput(file.fileno())],
+                   data[100:850]: [cexec.HeldInput(file.fileno(), 100, 750)], b"": [cexec.HeldInput()]}
         for expected, kinds in sources.items():
             for source in kinds:
                 first = source.read_into(view)
@@ -8895,9 +8862,9 @@ def test_what_cannot_be_read_twice_is_refused(tmp_path):
     os.mkfifo(str(tmp_path / "fifo"))
     for path, words in (tmp_path, "a folder"), (tmp_path / "fifo", "not a regular file"), ("/dev/null", "not a reg"):
         with pytest.raises(cexec.Failure, match=words):
-            cexec.HeldSource(str(path))
+            cexec.HeldInput(str(path))
     with pytest.raises(FileNotFoundError):
-        cexec.HeldSource(str(tmp_path / "missing"))
+        cexec.HeldInput(str(tmp_path / "missing"))
 
 
 def test_a_temporary_folder_that_cannot_be_used_is_named(monkeypatch, tmp_path):
@@ -8926,7 +8893,7 @@ class Held:
         self.ended = []
 
     def submit(self, code, input=b"", retries=3, **options):
-        streams = cexec.HeldStreams(cexec.HeldSource(input))
+        streams = cexec.HeldStreams(cexec.HeldInput(input))
         submission = cexec.Submission(streams, [(b"RUN", code.encode())], retries,
                                       lambda *ended: self.ended.append(ended[:2]), **options)
         self.room.submit(submission)
@@ -9033,7 +9000,7 @@ def ended_by(loop, seconds=30):
 
 def pool_job(loop, code, retries=3, **options):
     """A Submission whose end stops the loop."""
-    return cexec.Submission(cexec.HeldStreams(cexec.HeldSource(b"")), [(b"RUN", code.encode())], retries,
+    return cexec.Submission(cexec.HeldStreams(cexec.HeldInput(b"")), [(b"RUN", code.encode())], retries,
                             lambda *end: loop.stop(end), **options)
 
 
@@ -9703,7 +9670,7 @@ def test_streams_hear_what_the_worker_says_of_input_and_slot(room, sees, copied)
             session.others_wait(False)
             tls.sendall(session.outbox)
     with room_here(room, CEXEC_USER="me@here") as (loop, pool):
-        streams = Hooked(cexec.HeldSource(b""))
+        streams = Hooked(cexec.HeldInput(b""))
         pool.submit(cexec.Submission(streams, [], 0, lambda *ended: loop.stop(ended)))
         worker = threading.Thread(target=work)
         worker.start()
@@ -18024,11 +17991,11 @@ class Wide(cexec.HeldStreams):
     """What a job reads on 0, 3 and 5 and writes on 1, 2, 4 and 5, held here."""
 
     def __init__(self, inputs):
-        super().__init__(cexec.HeldSource(inputs[0]))
+        super().__init__(cexec.HeldInput(inputs[0]))
         self.more = {number: cexec.Spool(self.budget) for number in (4, 5)}
         self.descriptors = {0: cexec.IN, 1: cexec.OUT, 2: cexec.OUT, 3: cexec.IN, 4: cexec.OUT, 5: cexec.BOTH}
-        self.sources.update({number: cexec.HeldSource(inputs[number]) for number in (3, 5)})
-        self.sinks.update({number: cexec.HeldSink(self, number, spool) for number, spool in self.more.items()})
+        self.sources.update({number: cexec.HeldInput(inputs[number]) for number in (3, 5)})
+        self.sinks.update({number: cexec.HeldOutput(self, number, spool) for number, spool in self.more.items()})
 
     def outputs(self):
         return {1: bytes(self.output), 2: bytes(self.errors), 4: bytes(self.more[4]), 5: bytes(self.more[5])}
@@ -18055,7 +18022,7 @@ class InTurn:
             def submit():
                 number = len(self.ended)
                 text, inputs, name = jobs[number]
-                streams = Wide(inputs) if inputs else cexec.HeldStreams(cexec.HeldSource(b"data"))
+                streams = Wide(inputs) if inputs else cexec.HeldStreams(cexec.HeldInput(b"data"))
 
                 def event(words, always=False):
                     if "started on" in words and number in self.at:
