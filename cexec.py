@@ -82,6 +82,7 @@ The map, in the order of the file.  Above the line all is pure: bytes, times and
     children             starting a job, ending all of it
     terminals            the user's terminal, and the job's
     discovery            from an announcement to a proven worker
+    job streams          what a job reads and writes here; what is held until it has ended
     pool                 queue, connections, retries of lost workers, why nobody answers
     cexec, cmap          one job with this process's descriptors; many jobs with one result
     cservice             the daemon; what stands beside its jobs; the handler of a connection's jobs
@@ -1169,7 +1170,8 @@ SIGNALS = ("INT", "TERM", "HUP", "QUIT", "USR1", "USR2", "TSTP", "CONT")    # po
 USER_MAX = 64               # bytes of what a submitter says of itself
 
 
-class Job(collections.namedtuple("Job", "id descriptors names timeout terminal copied user")):
+class Job(collections.namedtuple("Job", "id descriptors names timeout terminal copied user",
+                                 defaults=(frozenset(), ""))):
     """What the submitter asks for.
 
     id: 16 hexadecimal digits.  descriptors: {number: IN, OUT, BOTH, TTY, or the lower number it shares}.
@@ -1179,9 +1181,6 @@ class Job(collections.namedtuple("Job", "id descriptors names timeout terminal c
     user: USER@HOST, for people to read and never for a decision.
     """
     __slots__ = ()
-
-    def __new__(cls, id, descriptors, names, timeout, terminal, copied=frozenset(), user=""):
-        return super().__new__(cls, id, descriptors, names, timeout, terminal, copied, user)
 
 
 def encode_job(job):
@@ -2186,7 +2185,8 @@ class Slot:
         self.jobs = 0
 
     def move(self, event):
-        self.state = next_state(SLOTS, self.state, event, "slot of job %s" % (self.job.id if self.job else "none yet"))
+        whose = "slot of job %s" % (self.job.id if self.job else "none yet",)
+        self.state = next_state(SLOTS, self.state, event, whose)
 
 
 # ---------------------------------------------------------------- jobs: what becomes of one at its submitter
@@ -5435,8 +5435,8 @@ class ReplayableInput(Input):
 
 
 class Sink(Output):
-    """A descriptor that is written to.  consumed(n) is called when bytes have left this process, failed(error) once when
-    nobody takes any more, finished() when all has been written after finish()."""
+    """A descriptor that is written to.  consumed(n) is called when bytes have left this process, failed(error) once
+    when nobody takes any more, finished() when all has been written after finish()."""
     KEEP = BUFFER // 2      # a view at least this long is kept, a shorter one copied: it would pin a whole buffer
     join = 1 << 16          # short pieces become one, up to here: each by itself would cost 60 bytes more
 
@@ -6746,7 +6746,8 @@ class Discovery:
     # -- who comes
     def accept(self, connection, address):
         self._make_room()
-        self.connections[WorkerConnection(self, connection, address, self._is_listed(address))] = None
+        listed = is_wanted(self.settings, address)      # what it says of itself does not count
+        self.connections[WorkerConnection(self, connection, address, listed)] = None
 
     def _make_room(self):
         """A worker says who it is within a round trip: of the address with the most connections that have said nothing,
@@ -6757,19 +6758,11 @@ class Discovery:
             oldest = max(silent or self.connections, key=lambda connection: crowd[connection.address])
             oldest.close("it said nothing, and others connected", failed=False)
 
-    def _is_listed(self, address):
-        """Whether a worker with this TCP address may be used: what it says of itself does not count."""
-        return is_wanted(self.settings, address)
-
-    def note(self, name, why):
-        """Remembers why a worker was of no use."""
-        self.reasons[name] = why
-
     def hear(self, data, source):
         """A datagram has come back."""
         try:
             datagram = parse_datagram(data)
-            if ((datagram.kind, datagram.nonce) == (HERE, self.nonce) and self._is_listed(source[0])
+            if ((datagram.kind, datagram.nonce) == (HERE, self.nonce) and is_wanted(self.settings, source[0])
                     and datagram.authentic(self.key.udp)):
                 self._here(parse_here(datagram), datagram.sequence, source[0])
         except ProtocolError:
@@ -6783,7 +6776,7 @@ class Discovery:
         own = parse_address(here.address)
         name = worker_name(own[0], address) if own else address
         if here.state == UNREACHABLE:
-            self.note(name, here.text())
+            self.reasons[name] = here.text()
         else:
             self.selection.busy(now_ms())
         self.on_heard(name, address, here.text(), here)
@@ -6808,7 +6801,7 @@ class Discovery:
         self.selection.closed(now_ms(), connection)
         self.trace("%s: connection closed: %s" % (connection.name, why))
         if not self.is_over():
-            self.note(connection.name, why)
+            self.reasons[connection.name] = why
             if failed and connection.answer:
                 self.on_heard(connection.name, connection.address, why, None)
             self.look()
@@ -6879,31 +6872,10 @@ def uniform():
     return (int.from_bytes(os.urandom(7), "big") + 1) / (1 << 56)
 
 
-# ---------------------------------------------------------------- pool
+# ---------------------------------------------------------------- job streams: what a job reads and writes here
 #
-# A Pool finds workers for jobs and runs them.  It knows no signals, no standard descriptors and no exit(): cexec is
-# one with one job, cmap and the Python API give it many.  What a job reads and writes here is its JobStreams.
-
-AHEAD = 4                   # jobs that wait for a slot: one that comes free has its next job at once
-RECENTLY = 15.0             # seconds for which what a worker said last counts
-SPARE = 0.02                # seconds for which a search goes on that nobody needs at the moment
-WATCH_EVERY = 0.25          # seconds between two looks at those that wait
-KEEP = 0.9                  # seconds that a connection without a job is kept; the worker ends it after one
-START_PATIENCE = 1.0        # seconds from the offer to the job's start; doubled with each lost worker
-OFFER_TIME = 2.0            # seconds that are enough for every worker that is there to offer itself
-SIGNAL_GRACE = 10.0         # seconds that a job has after INT or TERM
-TERMINAL_MAX = 2048         # bytes kept free in the job message for a terminal's description
-ALERT_GAP = 0.025           # seconds between two alert datagrams: more of them travel together
-NOBODY = 60.0               # seconds without a word from any worker after which there is none
-
-
-class NoWorker(Failure):
-    """No worker was found for a job."""
-
-
-class JobRefused(Failure):
-    """Every worker that offered itself has refused the job for good: to ask them again would be in vain."""
-
+# cexec's are the descriptors of its caller, those of an Executor are messages.  Where they are held here until the job
+# has ended, as with cmap and Room, the job may start again at any moment.
 
 class LocalFailure(Failure):
     """Something on this machine cannot be written, which the next job would need as well."""
@@ -6986,9 +6958,6 @@ class JobStreams:
         if self.attempt:
             self.attempt.output_over(number)
 
-    def all_delivered(self):
-        return len(self.delivered) == len(self.sinks)
-
 
 class TemporaryFile:
     """Makes the file of a Spool: one without a name, in TMPDIR or /tmp."""
@@ -7035,6 +7004,13 @@ class Budget:
     def running(self):
         """The HeldStreams whose job has a worker, in their order."""
         return sorted((streams for streams in self.live if streams.attempt), key=lambda streams: streams.turn)
+
+    def leave(self, streams):
+        """Its job writes no more."""
+        self.live.discard(streams)
+        self.waiting.discard(streams)
+        if streams in self.postponed:
+            self.postponed.remove(streams)
 
     def pay(self):
         """Something has become less, or somebody waits: whoever may go on does."""
@@ -7281,10 +7257,7 @@ class HeldStreams(JobStreams):
         """The job writes no more."""
         self.owed = {}
         self.first = False
-        self.budget.waiting.discard(self)
-        self.budget.live.discard(self)
-        if self in self.budget.postponed:
-            self.budget.postponed.remove(self)
+        self.budget.leave(self)
 
     def kept(self, number, size):
         """An output has grown; if too much is held already, the job hears of that later."""
@@ -7344,6 +7317,32 @@ def open_regular(path):
         raise Failure(printable(os.fsencode(path)), "a folder" if stat.S_ISDIR(mode) else "not a regular file",
                       "what cannot be read twice would be lost with a worker: copy it to a file", EXIT_USAGE)
     return fd
+
+
+# ---------------------------------------------------------------- pool
+#
+# A Pool finds workers for jobs and runs them.  It knows no signals, no standard descriptors and no exit(): cexec is
+# one with one job, cmap and the Python API give it many.
+
+AHEAD = 4                   # jobs that wait for a slot: one that comes free has its next job at once
+RECENTLY = 15.0             # seconds for which what a worker said last counts
+SPARE = 0.02                # seconds for which a search goes on that nobody needs at the moment
+WATCH_EVERY = 0.25          # seconds between two looks at those that wait
+KEEP = 0.9                  # seconds that a connection without a job is kept; the worker ends it after one
+START_PATIENCE = 1.0        # seconds from the offer to the job's start; doubled with each lost worker
+OFFER_TIME = 2.0            # seconds that are enough for every worker that is there to offer itself
+SIGNAL_GRACE = 10.0         # seconds that a job has after INT or TERM
+TERMINAL_MAX = 2048         # bytes kept free in the job message for a terminal's description
+ALERT_GAP = 0.025           # seconds between two alert datagrams: more of them travel together
+NOBODY = 60.0               # seconds without a word from any worker after which there is none
+
+
+class NoWorker(Failure):
+    """No worker was found for a job."""
+
+
+class JobRefused(Failure):
+    """Every worker that offered itself has refused the job for good: to ask them again would be in vain."""
 
 
 class Submission:
@@ -7533,7 +7532,7 @@ class Attempt:
         self._maybe_delivered()
 
     def _maybe_delivered(self):
-        if self.submission.state is JobState.DELIVERING and self.streams.all_delivered():
+        if self.submission.state is JobState.DELIVERING and len(self.streams.delivered) == len(self.streams.sinks):
             self.pool.on_delivered(self)
 
     def _lost(self, reason):
@@ -7627,6 +7626,8 @@ class AlertSender:
 
     def _send(self):
         """What is new, and what was sent the last time once more."""
+        if self.timer:
+            self.timer.cancel()
         again, self.again = self.again, []
         for body in pack_alerts(self.entries) if self.entries else ():
             self.sequence += 1
@@ -7639,12 +7640,8 @@ class AlertSender:
 
     def close(self):
         """Sends what is left.  May be called again."""
-        if self.timer:
-            self.timer.cancel()
         while self.entries or self.again:
             self._send()
-            self.timer.cancel() if self.timer else None
-        self.timer = None
 
 
 class Pool:
@@ -7790,11 +7787,9 @@ class Pool:
 
     def _next_for(self, instance, address):
         """The first job in the queue that may run on this worker now, or None."""
-        now, in_use = time.monotonic(), self._addresses_in_use() if self.failing else ()
+        now = time.monotonic()
+        in_use = {submission.attempt.kept.address for submission in self.running} if self.failing else ()
         return next((each for each in self.queue if each.wants(now, instance, address, in_use)), None)
-
-    def _addresses_in_use(self):
-        return {submission.attempt.kept.address for submission in self.running}
 
     def avoids(self, instance, address):
         """Whether none of the jobs that wait wants this worker, which has offered itself."""
@@ -9196,7 +9191,7 @@ class Cmap:
         self.pool = Pool(self.loop, key, settings, most=settings.jobs, keep=True, on_ready=self._pump)
         self.batch = Batch(settings.jobs, settings.again, bool(settings.halt), not (settings.unordered or settings.out),
                            self.pool.working, self.pool.serving)
-        self.budget = Budget(settings.spill, self._is_known_who_is_next)
+        self.budget = Budget(settings.spill, self._all_is_written)
         self.file_budget = Budget()     # of outputs that get files of their own
         self.claims = Claims() if settings.out else None
         self.log = MapLog(settings.log, settings.resume, hashlib.sha256(key.fingerprint.encode()), self.loop) \
@@ -9488,9 +9483,9 @@ class Cmap:
             self.status.clear()
             self.errors.add(marked_lines(b"%d: " % run.job.number, errors), functools.partial(self._written, errors))
 
-    def _is_known_who_is_next(self):
-        """Outputs have grown to their limit: when all that can be written is written, the first job that runs may go
-        on, or all would wait for ever."""
+    def _all_is_written(self):
+        """Whether all that can be written is written: if outputs have grown to their limit the first job that runs may
+        go on then, or all would wait for ever."""
         return (not self.writer or self.writer.is_idle()) and self.errors.is_idle()
 
     # -- the end
@@ -9515,8 +9510,7 @@ class Cmap:
         self.loop.stop(signal.SIGPIPE)
 
     def _maybe_over(self):
-        if (self.batch.is_over() and self.errors.is_idle() and (not self.writer or self.writer.is_idle())
-                and not (self.log and self.log.unsynced)):
+        if self.batch.is_over() and self._all_is_written() and not (self.log and self.log.unsynced):
             self.loop.stop(self.terminated)
 
     # -- what is seen
@@ -14795,7 +14789,7 @@ class Process:
         self._thread = thread
         self._over = threading.Event()
         self._failure = None
-        self._unsent = None             # of the input of communicate()
+        self._movers = []               # threads of communicate()
         self._outputs = bytearray(), bytearray()
         self.status = None
         self.worker = None
@@ -14817,12 +14811,12 @@ class Process:
         self._thread.pool.submit(self._submission)
 
     def _done(self, status, failure, submission):
-        self._thread.submissions.discard(submission)
         self._streams.ended(None)
-        self.worker = submission.worker
-        self._failure = failure
-        if not failure:
-            self.status = returncode(submission.report)
+        self._end(None if failure else returncode(submission.report), failure)
+
+    def _end(self, status, failure=None):
+        self._thread.submissions.discard(self._submission)
+        self.worker, self.status, self._failure = self._submission.worker, status, failure
         self._over.set()
 
     returncode = property(lambda self: self.status)
@@ -14845,40 +14839,37 @@ class Process:
     def communicate(self, input=None, timeout=None):
         """Writes input and closes stdin, reads both outputs to their ends, waits; returns (stdout, stderr).  When
         subprocess.TimeoutExpired was raised it may be called again, and nothing is lost."""
-        until = math.inf if timeout is None else time.monotonic() + timeout
-        try:
-            if not self.stdin.closed:
-                self.stdin.flush()
-        except BrokenPipeError:
-            pass        # the job reads no more, which the first write finds as well
-        if self._unsent is None:
-            self._unsent = memoryview(input or b"")
-        files = {file.fileno(): file for file in (self.stdin, self.stdout, self.stderr) if not file.closed}
-        while files:
-            found = select.poll()
-            for fd, file in files.items():
-                found.register(fd, select.POLLOUT if file is self.stdin else select.POLLIN)
-            found = found.poll(None if timeout is None else max(0, math.ceil((until - time.monotonic()) * 1000)))
-            if not found:
+        if not self._over.is_set():
+            self._thread.check_wait()
+        if not self._movers:
+            import threading
+            self._movers = [threading.Thread(target=target, args=args, daemon=True) for target, *args in (
+                (self._write_all, input or b""), (self._read_all, self.stdout, self._outputs[0]),
+                (self._read_all, self.stderr, self._outputs[1]))]
+            for mover in self._movers:
+                mover.start()
+        until = None if timeout is None else time.monotonic() + timeout
+        for mover in self._movers:
+            mover.join(None if until is None else max(0, until - time.monotonic()))
+            if mover.is_alive():
                 import subprocess
                 raise subprocess.TimeoutExpired(self._thread.key.name, timeout, *map(bytes, self._outputs))
-            for fd, _ in found:
-                if self._move(fd, files[fd]):
-                    files.pop(fd).close()
-        self.wait(None if timeout is None else max(0, until - time.monotonic()))
+        self.wait(None if until is None else max(0, until - time.monotonic()))
         return tuple(map(bytes, self._outputs))
 
-    def _move(self, fd, file):
-        """Moves some bytes for communicate(); returns whether the file is at its end."""
-        if file is not self.stdin:
-            part = os.read(fd, BUFFER)
-            self._outputs[file is self.stderr].extend(part)
-            return not part
+    def _write_all(self, data):
         try:
-            self._unsent = self._unsent[os.write(fd, self._unsent[:select.PIPE_BUF]):] if self._unsent else b""
+            if not self.stdin.closed:
+                with self.stdin:
+                    self.stdin.write(data)
         except BrokenPipeError:
-            self._unsent = b""
-        return not self._unsent
+            pass        # the job reads no more
+
+    def _read_all(self, file, output):
+        if not file.closed:
+            with file:
+                for part in iter(lambda: file.read1(BUFFER), b""):
+                    output += part
 
     def send_signal(self, number):
         """Sends INT, TERM, HUP, QUIT, USR1, USR2, TSTP, CONT or KILL to the job; nothing once it has ended."""
@@ -14891,11 +14882,8 @@ class Process:
     def _signal(self, name):
         pool, submission = self._thread.pool, self._submission
         if submission.state is not JobState.DONE and (name == "KILL" or not pool.signal(submission, name)):
-            self._thread.pool.cancel(self._submission)
-            self._thread.submissions.discard(self._submission)
-            self.worker = self._submission.worker
-            self.status = -SIGNAL_NAMES[name]
-            self._over.set()
+            pool.cancel(submission)
+            self._end(-SIGNAL_NAMES[name])
 
     def terminate(self):
         """Sends TERM."""
