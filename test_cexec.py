@@ -247,6 +247,7 @@ class Runner:
 
 PROCESSES_EACH = 4          # for each processor: most tests wait
 HANGS = 600                 # seconds for one test; then its process is killed, long after the test's own deadline
+ENDS = 60                   # seconds for what is left when the tests are done
 
 
 def usable_cpus():
@@ -320,6 +321,7 @@ class TestProcesses:
         self.last = collections.deque(number for number in order if alone[number])
         self.idle, self.busy = [], {}       # connections; {connection: (number of its test, when that began)}
         self.pids = {}
+        self.present = os.pipe()    # whatever was forked and has not ended holds the second end
         self.begun = time.monotonic()
         self.done = 0
         self.progress = Progress(self)
@@ -371,10 +373,12 @@ class TestProcesses:
         item = self.session.items[number]
         try:
             reports = line.recv()
-            self.idle.append(line)
         except (EOFError, ConnectionError):
-            reports = [self.failed(item, "the process that ran this test ended: %s" % self.reap(line))]
-            self.idle.append(self.fork())
+            reports = ""
+        if isinstance(reports, str):
+            reports = [self.failed(item, "the process that ran this test ended: %s\n%s" % (self.reap(line), reports))]
+            line = self.fork()
+        self.idle.append(line)
         self.seconds[item.nodeid] = round(time.monotonic() - begun, 2)
         self.done += 1
         self.progress.before(reports)
@@ -405,17 +409,46 @@ class TestProcesses:
         for line in self.pids:
             with contextlib.suppress(OSError):
                 line.send(None)
-        for line in list(self.pids):
-            words = None
+        faults = []
+        for line, pid in list(self.pids.items()):
+            words = []
             with contextlib.suppress(EOFError, OSError):
-                words = line.recv()
                 while isinstance(words, list):      # of a test that was interrupted
+                    if not line.poll(ENDS):
+                        os.kill(pid, signal.SIGKILL)
                     words = line.recv()
             how = self.reap(line)
             if words or how != "status 0":
-                self.config.hook.pytest_runtest_logreport(report=self.failed(
-                    self.session.items[0], words or "a process that ran tests ended: " + how))
+                faults.append(words or "a process that ran tests ended: " + how)
+        faults += self.left_over()
+        for words in faults:
+            report = self.failed(self.session.items[0], words)
+            self.progress.before([report])
+            self.config.hook.pytest_runtest_logreport(report=report)
         self.progress.end()
+
+    def left_over(self):
+        """Kills the processes that tests forked and did not end; in words, which."""
+        here, there = self.present
+        name = os.fstat(there)
+        os.close(there)
+        if select.select([here], [], [], ENDS)[0]:      # its end: nobody holds the other one
+            return
+        pids = holders(name) - {os.getpid()}
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        yield "processes that tests forked have not ended: %s" % (sorted(pids) or "their numbers are not known")
+
+
+def holders(file):
+    """The numbers of the processes that have this file open, by its os.stat_result; on Linux."""
+    pids = set()
+    for path in glob.glob("/proc/[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(path), file):
+                pids.add(int(path.split("/")[2]))
+    return pids
 
 
 class TestProcess:
@@ -440,7 +473,7 @@ class TestProcess:
             status = 0
         except BaseException:
             import traceback
-            traceback.print_exc()
+            self.line.send(traceback.format_exc())
         finally:
             os._exit(status)
 
@@ -448,12 +481,17 @@ class TestProcess:
         # Under nohup, cron and setsid the parent's process group is an orphaned one, which cannot be stopped; a group
         # with a parent outside of it can.
         os.setpgid(0, 0)
+        os.register_at_fork(after_in_child=self.line.close)     # its end is that of this process, not of a test's
         config, manager = self.session.config, self.session.config.pluginmanager
         writer = config.get_terminal_writer()
         manager.unregister(name="terminalreporter")
         manager.register(MuteReporter(writer), "terminalreporter")
         capture = manager.getplugin("capturemanager")
         capture.stop_global_capturing()
+        # What a test leaves behind must not hold the output of the run, whose reader would wait for it.
+        with open(os.devnull, "r+b", buffering=0) as null:
+            for number in range(3):
+                os.dup2(null.fileno(), number)
         capture.start_global_capturing()
         capture.suspend_global_capture()
         self.module.in_new_process()
@@ -21120,6 +21158,10 @@ def test_passes(): pass
 def test_fails(): assert "one" == "two", os.getpid()
 def test_skips(): pytest.skip("no reason")
 def test_ends_its_process(): os._exit(3)
+def test_leaves_a_process():
+    if os.fork() == 0:
+        time.sleep(300)
+        os._exit(0)
 @pytest.fixture(scope="session")
 def shared():
     yield
@@ -21133,16 +21175,18 @@ def test_alone_too(): pass
 
 
 def test_what_happens_in_several_processes_is_reported_by_one(tmp_path):
-    """Each failure by name and in its words, the loss of a process as that of its test, the counts in the last line."""
+    """Each failure by name and in its words, the loss of a process as that of its test, the counts in the last line;
+    what a test leaves running is named and ended, and does not hold the output."""
     with open(os.path.join(HERE, "test_cexec.py"), encoding="utf-8") as file:
         head = file.read().partition("\nclass NoPytest")[0]
     (tmp_path / "test_cexec.py").write_text(
-        head + BROKEN + "def before_processes(): pass\ndef in_new_process(): pass\n")
+        head.replace("ENDS = 60 ", "ENDS = 1 ") + BROKEN + "def before_processes(): pass\ndef in_new_process(): pass\n")
     done = run_command(sys.executable, tmp_path / "test_cexec.py", "-q", "--processes", "3", "-rs",
                        env={"XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME")}, timeout=60)
     text = done.stdout.decode()
-    assert done.returncode == 1 and re.match(r"3 failed, 4 passed, 1 skipped in ", text.splitlines()[-1]), text
-    for words in ("assert 'one' == 'two'", "no reason", "the process that ran this test ended: status 3", "at the end"):
+    assert done.returncode == 1 and re.match(r"4 failed, 5 passed, 1 skipped in ", text.splitlines()[-1]), text
+    for words in ("assert 'one' == 'two'", "no reason", "the process that ran this test ended: status 3", "at the end",
+                  "processes that tests forked have not ended: ["):
         assert words in text
 
 
