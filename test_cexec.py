@@ -3106,7 +3106,7 @@ def test_what_is_no_port_list_is_a_value_error(text):
 
 # ---------------------------------------------------------------- groups: the sockets, on loopback
 
-def hear(sock, seconds=5):
+def hear(sock, seconds=PATIENCE):
     """The next datagram of a GroupSocket; fails when none comes."""
     def one():
         got = sock.receive()
@@ -3128,7 +3128,7 @@ def test_loopback_groups_are_heard_and_answered(text):
         assert source[1] == listener.getsockname()[1], "datagrams and connections come back to one number"
         assert data == b"hello"
         with socket.socket(group.family, socket.SOCK_STREAM) as back:
-            back.settimeout(5)
+            back.settimeout(PATIENCE)
             back.connect((source[0], listener.getsockname()[1], *source[2:]))
         assert listener.getsockname()[0] in ("127.0.0.1", "::1")
         assert ear.receive() is None, "it came twice"
@@ -3269,7 +3269,7 @@ def test_an_ended_connection_leaves_its_number_free():
                 cexec.open_ports(group, [(number, number)])
             ours.sendall(b"bye")
             ours.close()                    # first: the side that would have to wait
-            worker.settimeout(5)
+            worker.settimeout(PATIENCE)
             assert worker.recv(10) == b"bye" and worker.recv(10) == b""
 
 
@@ -3640,7 +3640,7 @@ def test_a_listener_with_two_interfaces_hears_those_it_wants(bridge, group):
     unwanted = "eth1" in group
     talk(bridge, "left", bare, 0 if unwanted else 1)
     talk(bridge, "right", bare, 1)
-    ear.out.wait("eth1")
+    ear.out.wait("eth1")            # what was sent later
     assert len(ear.out.having("eth0")) == (0 if unwanted else 1)
 
 
@@ -3711,6 +3711,7 @@ def test_nothing_of_a_loopback_group_is_heard_from_the_network(street):
     talk(street, "anna", "10.99.0.2")
     talk(street, "bert", "127.255.255.255")
     loopback.out.wait("call")
+    all_of_it.out.wait(" 10.99.0.1 ", count=2)
     assert len(loopback.out.lines) == 1
     assert len(all_of_it.out.having(" 10.99.0.1 ")) == 2
 
@@ -4854,7 +4855,7 @@ def loop():
     loop.close()
 
 
-def run_loop(loop, seconds=10):
+def run_loop(loop, seconds=PATIENCE):
     """Runs the loop until something stops it; a failure if nothing does."""
     guard = loop.call_later(seconds, lambda: loop.stop("too late"))
     result = loop.run()
@@ -5091,7 +5092,7 @@ def test_a_loop_runs_in_any_thread_and_touches_no_signal_unasked():
         loop.close()
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    thread.join(10)
+    thread.join(PATIENCE)
     assert results == ["done"] and signal.set_wakeup_fd(before) == -1
 
 
@@ -5100,7 +5101,7 @@ def test_a_loop_that_another_thread_made_is_woken_all_the_same():
     thread = threading.Thread(target=lambda: results.append(loop.run()), daemon=True)
     thread.start()
     loop.call_soon_threadsafe(lambda: loop.stop("called"))
-    thread.join(10)
+    thread.join(PATIENCE)
     assert results == ["called"]
     loop.close()
 
@@ -5124,7 +5125,7 @@ class Looks(threading.Thread):
 
     def end(self):
         self.over = True
-        self.join(10)
+        self.join(PATIENCE)
         assert self.count and not self.found, "%d of %d looks found O_NONBLOCK" % (self.found, self.count)
 
 
@@ -5198,7 +5199,7 @@ def test_a_source_reads_all_and_never_changes_the_flags(loop, tmp_path, kind):
     assert type(drain.source).__name__ == SOURCES[kind]
     thread = feeder(writing, OCTETS, 0.005, close=False)
     run_loop(loop)
-    thread.join(10)
+    thread.join(PATIENCE)
     looks.end()
     assert bytes(drain.data) == OCTETS and drain.waits
     os.fstat(reading)
@@ -5327,7 +5328,7 @@ def test_a_sink_writes_all_and_never_changes_the_flags(loop, tmp_path, kind, pie
     assert type(pour.sink).__name__ == SINKS[kind]
     run_loop(loop)
     looks.end()
-    reader.join(10)
+    reader.join(PATIENCE)
     assert reader.data == OCTETS
     assert (pour.consumed, pour.error, pour.finished) == (len(OCTETS), None, 1)
     os.fstat(writing)
@@ -5417,7 +5418,7 @@ def test_what_somebody_else_made_non_blocking_is_written_too(loop, tmp_path, kin
     os.set_blocking(writing, False)
     reader, pour = Slow(reading, len(OCTETS)), Pour(loop, writing, OCTETS)
     run_loop(loop)
-    reader.join(10)
+    reader.join(PATIENCE)
     assert reader.data == OCTETS and pour.finished == 1
     assert fcntl.fcntl(writing, fcntl.F_GETFL) & os.O_NONBLOCK
     os.close(reading)
@@ -5448,7 +5449,7 @@ def test_short_pieces_cost_little_more_than_their_bytes(loop):
     readers = [Slow(reading, size) for (reading, _), size in zip(ends, expected)]
     run_loop(loop, 30)
     for reader in readers:
-        reader.join(10)
+        reader.join(PATIENCE)
     assert [len(reader.data) for reader in readers] == [sink.written for sink in sinks] == expected
     for fd in itertools.chain(*ends):
         os.close(fd)
@@ -5875,7 +5876,7 @@ def test_a_copy_that_was_read_is_taken_and_then_all_is_read(loop, tmp_path, reop
     """Also what has been copied is replayed from then on."""
     reading, writing = ends_of(kind, tmp_path)
     size = 20000
-    feeder(writing, OCTETS[:size]).join(10)
+    feeder(writing, OCTETS[:size]).join(PATIENCE)
     told = []
     source = copied(loop, reading, lambda: told.append(1))
     source.remember(1 << 20)
@@ -8262,8 +8263,15 @@ def test_the_summary_names_workers_whose_failures_are_not_spread():
 # ---------------------------------------------------------------- the choice, with real workers
 
 def jobs_of(worker):
-    """How many jobs a worker has started."""
+    """How many jobs a worker has started, by its log so far: a line may come after the job's result."""
     return len(worker.log.having(": start from "))
+
+
+def jobs_in_all(*workers):
+    """[how many jobs each of these has started]; it stops them, for only then is the log complete."""
+    for worker in workers:
+        assert worker.stop() == 0, worker.log
+    return list(map(jobs_of, workers))
 
 
 def must(condition):
@@ -8283,7 +8291,7 @@ def occupied(room, worker_group, count):
     """Starts jobs that last until the test ends, and waits until they run."""
     sleepers = [room.submit("C=echo running; exec sleep 600", stdout=LINES, group=worker_group) for _ in range(count)]
     for sleeper in sleepers:
-        sleeper.out.wait("running", 30)
+        sleeper.out.wait("running")
     return sleepers
 
 
@@ -8306,7 +8314,7 @@ def serve_alone(room, tmp_path, queue=1, cpus=None, **env):
                         *affinity,
                         *program(), "cservice", room.key, *EVAL, env=room.settings(env))
     try:
-        worker.ready(20)
+        worker.ready()
     except BaseException:
         if worker.popen.poll() is not None and "mount" in str(worker.log):
             skip("no mount namespace: %s" % worker.log)
@@ -8325,34 +8333,28 @@ def test_the_idle_one_of_four_workers_gets_the_jobs(room, tmp_path):
         for other in busy[:-1]:
             other.signal(signal.SIGCONT)
     wait_until(lambda: must([jobs_of(worker) for worker in busy] == [1, 1, 1]))
-    idle = serve_alone(room, tmp_path, CONCURRENCY=2)
+    serve_alone(room, tmp_path, CONCURRENCY=2, WHO="idle")
     shares = []
     while len(shares) < 3 and max(shares, default=0) < 18:      # a starved machine may wake the idle one too late, once
-        before = jobs_of(idle)
-        for _ in range(20):
-            assert room.cexec("C=exit 7").returncode == 7
-        shares.append(jobs_of(idle) - before)
+        jobs = [room.cexec("C=echo $WHO; exit 7") for _ in range(20)]
+        assert {job.returncode for job in jobs} == {7}
+        shares.append(sum(job.stdout == b"idle\n" for job in jobs))
     assert max(shares) >= 18, shares
 
 
 @alone("who answers first depends on how soon workers wake")
 def test_a_machine_with_other_work_is_passed_over(room, tmp_path):
-    loaded = [serve_alone(room, tmp_path, queue=1 + 3 * (os.cpu_count() or 1)) for _ in range(2)]
-    free = serve_alone(room, tmp_path)
+    for _ in range(2):
+        serve_alone(room, tmp_path, queue=1 + 3 * (os.cpu_count() or 1))
+    serve_alone(room, tmp_path, WHO="free")
 
-    def they_know_their_load():
-        before = jobs_of(free)
-        for _ in range(3):
-            room.cexec("C=true")
-        assert jobs_of(free) == before + 3
-    wait_until(they_know_their_load, 30)
+    def share(count):
+        return sum(room.cexec("C=echo $WHO").stdout == b"free\n" for _ in range(count))
+    wait_until(lambda: must(share(3) == 3))     # they know their load
     shares = []
     while len(shares) < 3 and max(shares, default=0) < 9:       # a starved machine may wake the free one too late, once
-        before = jobs_of(free)
-        for _ in range(10):
-            room.cexec("C=true")
-        shares.append(jobs_of(free) - before)
-    assert max(shares) >= 9, (shares, list(map(jobs_of, loaded)))
+        shares.append(share(10))
+    assert max(shares) >= 9, shares
 
 
 @alone("who answers first depends on how soon workers wake")
@@ -8366,6 +8368,7 @@ def test_of_two_unequal_workers_the_freer_is_preferred(room, tmp_path):
     wait_until(lambda: must(jobs_of(large) == 1))
     for _ in range(10):
         room.cexec("C=true")
+    wait_until(lambda: must(jobs_of(small) + jobs_of(large) == 12))
     assert jobs_of(small) <= 2, "its only core is taken, and one of two slots"
 
 
@@ -8385,9 +8388,8 @@ def test_a_burst_beyond_all_slots_is_served_by_all(room):
     jobs = [room.submit(script) for _ in range(24)]
     for job in jobs:
         assert job.wait(60) == 0
-    assert most_at_once(workers) <= 2
-    assert sum(map(jobs_of, workers)) == 24
-    assert all(map(jobs_of, workers))
+    jobs = jobs_in_all(*workers)
+    assert most_at_once(workers) <= 2 and sum(jobs) == 24 and all(jobs), jobs
 
 
 def most_at_once(workers):
@@ -8416,15 +8418,16 @@ def test_a_freed_slot_is_used_at_once(room):
     worker = room.serve(*EVAL, CONCURRENCY=1)
     first = room.submit("C=echo on; read line", stdin=subprocess.PIPE, stdout=LINES)
     first.out.wait("on")
+    worker.log.wait(": start from ")
     waiting = [room.submit("C=echo served", stdout=LINES) for _ in range(3)]
     time.sleep(0.5)         # their announcements have backed off by now; nothing is asserted about how far
     assert jobs_of(worker) == 1
     first.popen.stdin.close()
     began = time.monotonic()
     for job in waiting:
-        assert job.wait(30) == 0
-    assert jobs_of(worker) == 4 and most_at_once([worker]) == 1
+        assert job.wait() == 0
     assert time.monotonic() - began < 10        # each would have announced itself again after four seconds
+    assert jobs_in_all(worker) == [4] and most_at_once([worker]) == 1
 
 
 def test_timeout_accept_is_kept_and_the_line_says_what_was_tried(room):
@@ -8468,7 +8471,7 @@ def test_a_lost_worker_and_a_job_that_moves_are_told(room, options):
     job = room.tool("cexec", *options, room.pub, "C=sleep 600", env={"CEXEC_TIMEOUT_ACCEPT": 2})
     worker.log.wait("start from")
     worker.kill()
-    assert job.complete(20) == 111
+    assert job.complete() == 111
     lost = r"worker 127\.0\.0\.1: .* after \d+\.\d s; the job may have run there in part"
     assert re.search("cexec: ( *\\d+ ms: )?%s; it starts again elsewhere\n" % lost, str(job.log)), job.log
     assert re.search("cexec: no worker: %s; since then nobody answered within 2 s; announced on " % lost, str(job.log))
@@ -8554,7 +8557,7 @@ class Searching:
             lambda instance, address: False, self.found.append, lambda *heard: self.heard.append(heard),
             lambda text: None)
 
-    def until(self, condition, seconds=20):
+    def until(self, condition, seconds=PATIENCE):
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, self.heard
@@ -8643,7 +8646,7 @@ def test_a_used_up_range_of_ports_is_named_and_waited_for(room):
                    room.tool("cwho", room.pub, env={"CEXEC_LISTEN_PORTS": port})]
         for process in waiting:
             process.log.wait(words % port + "; waits for one")
-    assert [process.wait(20) for process in waiting] == [0, 0]
+    assert [process.wait() for process in waiting] == [0, 0]
 
 
 def test_accept_and_reject_server(net, key):
@@ -8679,7 +8682,7 @@ def test_thirty_percent_loss_and_every_job_runs_once(net, key):
         for job in jobs:
             assert job.complete(60) == 0
             seen.add(str(job.out))
-    assert len(seen) == 50 and sum(map(jobs_of, workers)) == 50
+    assert len(seen) == 50 and sum(jobs_in_all(*workers)) == 50
 
 
 def test_a_worker_on_either_of_two_networks_is_found(net, key):
@@ -8732,7 +8735,7 @@ def test_several_workers_of_several_keys_on_one_host(room, tmp_path):
     for _ in range(4):
         assert room.cexec().stdout == b"mine\n"
         assert room.cexec(key=other + ".pub").stdout == b"theirs\n"
-    assert sum(map(jobs_of, mine)) == sum(map(jobs_of, theirs)) == 4
+    assert sum(jobs_in_all(*mine)) == sum(jobs_in_all(*theirs)) == 4
 
 
 def test_a_stopped_worker_among_two_costs_nothing(room):
@@ -8937,7 +8940,7 @@ class Held:
         self.room.submit(submission)
         return submission
 
-    def until(self, holds, seconds=20):
+    def until(self, holds, seconds=PATIENCE):
         deadline = time.monotonic() + seconds
         tick = self.loop.call_later(0.01, lambda: None)
         while not holds():
@@ -9029,7 +9032,7 @@ def no_more_descriptors():
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def ended_by(loop, seconds=30):
+def ended_by(loop, seconds=PATIENCE):
     """(status, failure) of the job whose on_done stops the loop with what it is given."""
     status, failure, _ = run_loop(loop, seconds)
     loop.running = True
@@ -9213,7 +9216,7 @@ def test_a_flood_of_new_keys_keeps_no_user_from_ending_a_cexec(room):
         for _ in range(2):
             with contextlib.suppress(ProcessLookupError):
                 run.signal(signal.SIGINT)
-        assert run.wait(15) in (-signal.SIGINT, 111)
+        assert run.wait() in (-signal.SIGINT, 111)
     assert rogue.asked
 
 
@@ -9225,7 +9228,7 @@ def test_a_flood_of_new_keys_exceeds_no_timeout(room):
             made.run(timeout=2)
         done = room.start(*program(), "cmap", "-q", "--lines", "--timeout", "2", room.pub, stdin=pipe_in(b"1\n"),
                           env=room.settings({"CEXEC_RETRIES": "0"}))
-        assert done.wait(15) == 111
+        assert done.wait() == 111
         assert time.monotonic() - began < 19 and len(rogue.asked) >= 2      # a flood lasts 20 s
 
 
@@ -9750,7 +9753,7 @@ class SlowReader(cexec.JobStreams):
         pass
 
 
-def run_until(loop, holds, seconds=20):
+def run_until(loop, holds, seconds=PATIENCE):
     """Runs the loop until holds()."""
     def look():
         if holds() or time.monotonic() > end:
@@ -9978,7 +9981,7 @@ def test_a_socket_ends_when_the_job_closes_its_own(shell):
     near, far = socket.socketpair()
     job = start_placed(shell, {3: far.fileno()}, "RUN=echo bye >&3; exec 3>&-; exec cat", stdin=subprocess.PIPE)
     far.close()
-    assert Reader(near.detach()).done(10) == b"bye\n" and job.alive()
+    assert Reader(near.detach()).done() == b"bye\n" and job.alive()
     job.stdin.close()
     assert job.complete() == 0
 
@@ -10059,7 +10062,7 @@ def stands_still(pid):
         before, seen[0] = seen[0], proc(pid, "io")
         time.sleep(0.2)
         assert before and before == seen[0]
-    wait_until(still, 30)
+    wait_until(still)
 
 
 def job_process(room, command):
@@ -10101,7 +10104,7 @@ def test_a_long_input_that_waits_takes_little_memory(shell, as_root):
     os.write(hold, b"go\n")
     os.close(hold)
     assert job.complete(60) == 0 and job.out.lines[0].strip() == "400000000"
-    assert head.wait(10) == 0
+    assert head.wait() == 0
 
 
 @pytest.fixture(scope="module")
@@ -10238,7 +10241,7 @@ class Flags(threading.Thread):
 
     def end(self):
         self.over = True
-        self.join(10)
+        self.join(PATIENCE)
         assert self.set == 0 and self.looks > 50, "%d of %d looks found O_NONBLOCK" % (self.set, self.looks)
 
 
@@ -10643,16 +10646,16 @@ def test_a_worker_without_its_command_answers_nobody(room, tmp_path):
     command.unlink()
     done = room.cexec(input=b"x", env={"CEXEC_TIMEOUT_ACCEPT": 2.5})
     assert done.returncode == 111 and b"(cannot run: COMMAND is missing)" in done.stderr, done.stderr
-    assert done.stderr.count(b"cexec: 127.0.0.1 refused the job") == 1 == len(worker.log.having("refused to"))
-    assert len(worker.log.having("missing or not executable")) == 1
+    assert done.stderr.count(b"cexec: 127.0.0.1 refused the job") == 1
     make()
     worker.log.wait("there again, takes jobs again")
+    assert len(worker.log.having("refused to")) == len(worker.log.having("missing or not executable")) == 1
     assert room.cexec(input=b"x").stdout == b"x"
     make("#!/no/such/interpreter\n")
     other = room.serve("cat")
     for _ in range(3):
         assert room.cexec(input=b"x").stdout == b"x"
-    assert len(worker.log.having("refused to")) < 3 and other.alive() and worker.alive()
+    assert other.alive() and worker.stop() == 0 and len(worker.log.having("refused to")) < 3
 
 
 def test_a_worker_that_only_loopback_reaches_says_so(net, key):
@@ -10736,7 +10739,8 @@ def test_a_cservice_in_the_background_is_ready_when_it_returns(room, home, tmp_p
     assert done.returncode == 0 and b"ready: " in done.stderr and b"serves in the background; log: " in done.stderr
     assert room.cexec().stdout.decode() == "%s\n" % tmp_path
     path = done.stderr.decode().partition("; log: ")[2].partition(";")[0]
-    assert path.startswith(str(tmp_path)) and re.search("ready: .*\n(.*\n)*.* start from ", open(path).read())
+    assert path.startswith(str(tmp_path))
+    wait_until(lambda: must(re.search("ready: .*\n(.*\n)*.* start from ", log_text(tmp_path, room.key))))
     stopped = home("--stop", room.key)
     assert (stopped.returncode, stopped.stderr) == (0, b"cservice: takes no new job, 0 running\n")
     assert log_text(tmp_path, room.key).endswith(" done\n")
@@ -10988,7 +10992,7 @@ def test_elsewhere_the_control_socket_is_in_a_users_folder(monkeypatch, key):
     shutil.rmtree(place)
 
 
-def run_loop_until(loop, holds, seconds=10):
+def run_loop_until(loop, holds, seconds=PATIENCE):
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline
@@ -11236,7 +11240,7 @@ def test_a_parameter_that_is_not_allowed_starts_no_command(room, tmp_path):
     assert room.cexec("RUN=touch it", "N=3").returncode == 0
     done = room.cexec("RUN=ls", "N=3", env={"CEXEC_TIMEOUT_ACCEPT": 3})
     assert done.returncode in (2, 111) and b"RUN=ls is not allowed here, only RUN=touch [a-z]*" in done.stderr
-    assert os.listdir(str(tmp_path)) == ["it"] and worker.log.having("refused to 127.0.0.1: RUN=ls is not allowed")
+    assert os.listdir(str(tmp_path)) == ["it"] and worker.log.wait("refused to 127.0.0.1: RUN=ls is not allowed")
 
 
 @pytest.mark.parametrize("value", ["x\nLEAVE", "x\nSTAY\nLINE forged", "x\nGROUP 7 forged", "x\n\n\xff\nBOGUS"])
@@ -11412,7 +11416,7 @@ def test_signals_to_a_process_are_as_those_to_a_local_one(api, number):
             with pytest.raises(subprocess.TimeoutExpired):
                 each.wait(0.05)
             each.send_signal(number)
-            found += [each.wait(20), each.poll()]
+            found += [each.wait(), each.poll()]
             each.send_signal(number)        # it has ended: nothing happens
     assert found == [-number] * 4 and process.status == -number
     wait_until(all_ended)
@@ -11490,7 +11494,7 @@ def test_map_yields_what_is_ready_however_slowly_inputs_come(api):
 
     def inputs():
         yield b"1"
-        assert more.wait(20), "the second input is asked for, and nobody waits for it"
+        assert more.wait(PATIENCE), "the second input is asked for, and nobody waits for it"
         raise ValueError("no second")
     results = api.map(inputs(), {"RUN": "cat"})
     assert next(results).stdout == b"1"
@@ -11875,7 +11879,7 @@ def probe(tmp_path_factory):
 
 
 def serve_python(room, *command, **env):
-    return room.tool("cservice", "--python", room.key, *command, env=env).ready(30)
+    return room.tool("cservice", "--python", room.key, *command, env=env).ready()
 
 
 @pytest.fixture(scope="module")
@@ -12045,7 +12049,7 @@ def test_callbacks_may_use_the_pool(either, probe):
             over.set()
             pool.shutdown(wait=False)
     pool.submit(probe.same, 0).add_done_callback(again)
-    assert over.wait(30) and seen == [*range(20)]
+    assert over.wait(PATIENCE) and seen == [*range(20)]
 
 
 # ---------------------------------------------------------------- Executor: what is its own
@@ -12237,10 +12241,10 @@ if __name__ == "__main__":
 """ % text)
     process = calls.start(sys.executable, str(tmp_path / "script.py"), calls.pub, preexec_fn=lambda: signal.signal(
         signal.SIGINT, signal.default_int_handler),
-        env=calls.settings({"PYTHONPATH": os.path.dirname(compiled_for(sys.executable)[-1])})).ready(30)
+        env=calls.settings({"PYTHONPATH": os.path.dirname(compiled_for(sys.executable)[-1])})).ready()
     time.sleep(0.3)
     process.signal(signal.SIGINT)
-    status = process.complete(15)
+    status = process.complete()
     assert status in (-signal.SIGINT, 130, 1) and "KeyboardInterrupt" in str(process.log)
     calls.processes.remove(process)
 
@@ -12705,7 +12709,7 @@ def test_the_code_of_today_runs_and_no_stale_namesake(key, tmp_path):
     (tmp_path / "worker").mkdir()
     (tmp_path / "worker" / "edited.py").write_text("def f(): return 'stale'\n")
     room.tool("cservice", "--python", room.key, cwd=str(tmp_path / "worker"),
-              env={"PYTHONPATH": str(tmp_path / "worker")}).ready(30)
+              env={"PYTHONPATH": str(tmp_path / "worker")}).ready()
     try:
         told = run_program(room, tmp_path, """
 import cexec, importlib, sys
@@ -12836,7 +12840,7 @@ def test_calls_run_as_another_user(key, tmp_path):
         skip("another user takes root, and a Python that all can read")
     room = Room(key)
     worker = room.start(sys.executable, CEXEC, "cservice", "--python", "--user", "nobody", room.key, python,
-                        env=room.settings({})).ready(30)        # as source, which a Python of any version reads
+                        env=room.settings({})).ready()        # as source, which a Python of any version reads
     warned = serve_python(room, GROUP="127.255.255.255:%d" % free_port())
     try:
         assert run_program(room, tmp_path, """
@@ -12895,7 +12899,7 @@ def test_executors_share_a_room(key, probe):
             assert other.submit(probe.square, 3).result(30) == 9
             assert time.monotonic() - began < 10
             assert len(list(other.map(probe.sleep, [0.05] * 20))) == 20 and len(list(first)) == 39
-        assert jobs_of(worker) < 12
+        assert jobs_in_all(worker)[0] < 12
     finally:
         room.end()
 
@@ -12911,7 +12915,7 @@ def test_a_drain_ends_interpreters_after_the_call_in_hand(key, probe):
             serve_python(room, CONCURRENCY=2)
             worker.signal(signal.SIGTERM)
             found += results
-        assert found == list(range(200)) and worker.complete(30) == 0
+        assert found == list(range(200)) and worker.complete() == 0
         assert not worker.log.having("killed") and not worker.log.having("lost")
     finally:
         room.end()
@@ -12928,9 +12932,9 @@ def test_an_idle_interpreter_counts_as_a_free_slot(key, probe):
     try:
         with executor(room) as pool, executor(room) as other:
             assert pool.submit(probe.square, 2).result(30) == 4
-            wait_until(lambda: shown(0, "free"), 20)
+            wait_until(lambda: shown(0, "free"))
             busy = pool.submit(probe.sleep, 3)
-            wait_until(lambda: shown(1, "busy"), 20)
+            wait_until(lambda: shown(1, "busy"))
             assert other.submit(probe.square, 4).result(30) == 16 and busy.result(30) is None
     finally:
         room.end()
@@ -13163,7 +13167,7 @@ def test_a_closed_reader_ends_it(farm):
                     stdin=pipe_in(b"".join(b"%d\n" % n for n in range(50))), stdout=subprocess.PIPE)
     assert job.stdout.readline() == b"0\n"
     job.stdout.close()
-    assert job.wait(20) == 128 + signal.SIGPIPE
+    assert job.wait() == 128 + signal.SIGPIPE
 
 
 @pytest.mark.parametrize("names, status, ended", [
@@ -13174,7 +13178,7 @@ def test_signals(farm, tmp_path, names, status, ended):
     (tmp_path / "out").mkdir()
     job = start_map(farm, "-j2", "--lines", "--log", tmp_path / "log", "--out", str(tmp_path / "out" / "{#}"), code,
                     "APP", stdin=pipe_in(b"".join(b"%d\n" % n for n in range(50))), stdout=LINES)
-    wait_until(lambda: check((tmp_path / "2").exists() and (tmp_path / "3").exists()), 20)
+    wait_until(lambda: check((tmp_path / "2").exists() and (tmp_path / "3").exists()))
     job.signal(getattr(signal, "SIG" + names[0]))
     if names == ["TERM", "TERM"]:
         time.sleep(0.3)         # two at once would be one
@@ -13183,7 +13187,7 @@ def test_signals(farm, tmp_path, names, status, ended):
     elif ended == 4:
         time.sleep(0.3)         # no new job may begin meanwhile
         (tmp_path / "go").touch()
-    assert job.complete(20) == status
+    assert job.complete() == status
     assert sorted(os.listdir(str(tmp_path / "out"))) == [str(n + 1) for n in range(ended)]
     assert len((tmp_path / "log").read_text().splitlines()) == 1 + ended and not (tmp_path / "4").exists()
 
@@ -13325,7 +13329,7 @@ def test_a_mark_is_found_wherever_the_pieces_of_a_pipe_are_cut(farm):
     with open(writing, "wb", 0) as pipe:
         for octet in b"".join(records):
             pipe.write(bytes([octet]))
-    assert job.stdout.read() == b"".join(record + b"\n" for record in records) and job.wait(20) == 0
+    assert job.stdout.read() == b"".join(record + b"\n" for record in records) and job.wait() == 0
     for size in 1, 9, 50, 51, 52, 200:
         done = mapped(farm, "-q", "--cut-before", ">", "--block", size, "--set", "RUN=cat; printf @", "APP",
                       input=b"".join(records))
@@ -13420,7 +13424,7 @@ def test_a_log_line_waits_for_the_disk_and_jobs_do_not(tmp_path, monkeypatch):
     synced, may_end, loop = [], threading.Event(), cexec.Loop()
 
     def fsync(fd):
-        assert may_end.wait(20)
+        assert may_end.wait(PATIENCE)
         synced.append(os.readlink("/proc/self/fd/%d" % fd))
     monkeypatch.setattr(cexec.os, "fsync", fsync)
     log = cexec.MapLog(str(tmp_path / "log"), False, hashlib.sha256(), loop)
@@ -13972,13 +13976,13 @@ def test_fifos_are_inputs_and_waiting_for_one_can_be_ended(farm, tmp_path):
     data = random_octets(MB)
     with open(str(tmp_path / "fifo"), "wb") as fifo:
         fifo.write(data)
-    assert job.stdout.read() == b"fifo|" + data + b"|" and job.wait(20) == 0
+    assert job.stdout.read() == b"fifo|" + data + b"|" and job.wait() == 0
     for argv, number in ([], signal.SIGINT), (["--lines"], signal.SIGTERM), (["--from"], signal.SIGINT):
         job = start_map(farm, *argv, *(["fifo", "APP"] if argv == ["--from"] else ["APP", "fifo"]), cwd=str(tmp_path),
                         stdin=subprocess.DEVNULL)
         time.sleep(0.5)
         job.signal(number)
-        assert job.wait(10) == -number
+        assert job.wait() == -number
 
 
 def test_long_lines_leave_no_descriptor(farm, tmp_path):
@@ -13989,7 +13993,7 @@ def test_long_lines_leave_no_descriptor(farm, tmp_path):
         for _ in range(30):
             lines.write(b"x" * 300000 + b"\n")
         lines.flush()
-        job.out.wait("300001", 30, count=30)
+        job.out.wait("300001", count=30)
         wait_until(lambda: check(not [what for what in open_fds(job.pid).values() if "(deleted)" in what]))
     assert job.complete() == 0
 
@@ -14041,10 +14045,10 @@ def test_who_interrupts_is_told_what_was_done_and_how_to_go_on(farm, tmp_path, n
     code = "--set=RUN=cd %s; eval \"$(cat)\"" % tmp_path
     job = start_map(farm, "-j2", "--out", "{}.out", "--log", "log", code, "APP", "1", "2", "3",
                     cwd=str(tmp_path), stdin=subprocess.DEVNULL)
-    wait_until(lambda: check((tmp_path / "ready").exists() and (tmp_path / "1.out").exists()), 20)
+    wait_until(lambda: check((tmp_path / "ready").exists() and (tmp_path / "1.out").exists()))
     wait_until(lambda: check("1.out" in (tmp_path / "log").read_text()))
     job.signal(number)
-    assert job.complete(20) == -number
+    assert job.complete() == -number
     assert re.search(r"cmap: interrupted: [123] of 3 done; the same command with --resume goes on from there",
                      str(job.log)), str(job.log)
 
@@ -14054,13 +14058,13 @@ def test_two_cmaps_share_a_room_and_a_cexec_gets_in_between(room):
     lines = b"".join(b"%d\n" % n for n in range(2000))
     maps = [start_map(room, "--lines", "-q", "APP", stdin=pipe_in(lines), stdout=LINES) for _ in range(2)]
     for each in maps:
-        each.out.wait("", 20, count=5)
+        each.out.wait("", count=5)
     before = [len(each.out.lines) for each in maps]
     began = time.monotonic()
     assert room.cexec(input=b"alone\n").stdout == b"alone\n"
     assert time.monotonic() - began < 10, "it waits for a turn, not for the end of 2,000 jobs"
     for each, start in zip(maps, before):
-        each.out.wait("", 30, count=start + 40)
+        each.out.wait("", count=start + 40)
     first, second = [len(each.out.lines) - start for each, start in zip(maps, before)]
     assert max(first, second) < 4 * min(first, second), (first, second)
     for each in maps:
@@ -14136,7 +14140,7 @@ def test_progress_on_a_terminal(farm):
     job = start_map(farm, "--lines", "--set=RUN=read n; sleep 0.$n", "APP", stdin=pipe_in(b"1\n5\n6\n"),
                     stderr=follower)
     os.close(follower)
-    assert job.wait(30) == 0
+    assert job.wait() == 0
     shown = os.read(leader, 1 << 16)
     assert b"K1 of 3 done, 0 failed, 2 running on 1 worker, " in shown
     assert shown.endswith(b"a second\r\n") and b"3 jobs, 0 failed" in shown
@@ -14276,7 +14280,7 @@ def test_a_demo_that_is_interrupted_leaves_nothing(stage, number):
     demo.log.wait("$ cexec app.pub")
     wait_until(lambda: must("sleep 100" in map(command_line, marked("STAGE=" + stage.mark))))
     demo.signal(number)
-    assert demo.complete(20) == 128 + number and "Traceback" not in str(demo.log)
+    assert demo.complete() == 128 + number and "Traceback" not in str(demo.log)
     stage.clean()
 
 
@@ -15576,10 +15580,10 @@ class Octets:
                 self.data += part
         self.ended = True
 
-    def wait(self, size, seconds=10):
+    def wait(self, size, seconds=PATIENCE):
         wait_until(lambda: self._long(size), seconds)
 
-    def wait_end(self, seconds=10):
+    def wait_end(self, seconds=PATIENCE):
         wait_until(self._at_end, seconds)
         return self.data
 
@@ -15623,7 +15627,7 @@ class Forker:
                 forked.signal(signal.SIGKILL)
                 forked.wait()
 
-    def run(self, *argv, input=b"", seconds=30, **options):
+    def run(self, *argv, input=b"", seconds=PATIENCE, **options):
         """(status, output, errors) of one run from file to file."""
         with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
             given.write(input)
@@ -15660,7 +15664,7 @@ class Forked:
     def alive(self):
         return not select.select([self.report], [], [], 0)[0]
 
-    def wait(self, seconds=20):
+    def wait(self, seconds=PATIENCE):
         """The exit status, -n for death by signal n."""
         if self.status is None:
             assert select.select([self.report], [], [], seconds)[0], "still running after %s s: %s\n%s" % (
@@ -15670,7 +15674,7 @@ class Forked:
             self.status = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
         return self.status
 
-    def result(self, seconds=20):
+    def result(self, seconds=PATIENCE):
         """(status, output, errors)."""
         return self.wait(seconds), self.out.wait_end(), self.errors.wait_end().decode()
 
@@ -15695,10 +15699,11 @@ def assert_contains(data, words, count=1):
 
 
 def drained(worker):
-    """It ends as it should, and has never been surprised."""
+    """It ends as it should, and has never been surprised; its log is complete then."""
     worker.signal(signal.SIGTERM)
     assert worker.wait() == 0
-    assert b"Traceback" not in worker.errors.data and b"handler:" not in worker.errors.data
+    log = worker.errors.wait_end()
+    assert b"Traceback" not in log and b"handler:" not in log
 
 
 def quick(forker, room, *pairs, env=None, key=None, group=None, **options):
@@ -15710,7 +15715,7 @@ def assert_serving(forker, room, **env):
     assert quick(forker, room, "DO=cat", input=b"still here", env=env) == (0, b"still here", "")
 
 
-def assert_gone(*pids, seconds=10):
+def assert_gone(*pids, seconds=PATIENCE):
     def look():
         assert not [pid for pid in pids if stat_fields(pid)[:1] not in ([], ["Z"])]
     wait_until(look, seconds)
@@ -15764,7 +15769,7 @@ class Impostor:
         self.listener = self._hold(socket.socket())
         self.listener.bind(("127.0.0.1", 0))
         self.listener.listen(512)
-        self.listener.settimeout(10)
+        self.listener.settimeout(PATIENCE)
         self.port, self.nonce = self.listener.getsockname()[1], None
 
     def _hold(self, made):
@@ -15790,11 +15795,11 @@ class Impostor:
         self.send(data)
         return data
 
-    def accept(self, seconds=10):
+    def accept(self, seconds=PATIENCE):
         """(a worker that has answered, past its preamble; the word that lets it go on)."""
         self.listener.settimeout(seconds)
         connection = self._hold(self.listener.accept()[0])
-        connection.settimeout(10)
+        connection.settimeout(PATIENCE)
         data = receive_exactly(connection, cexec.PREAMBLE_SIZE)
         cexec.parse_preamble(self.public.udp, self.nonce, data)
         return connection, cexec.encode_go(self.public.udp, data)
@@ -15817,7 +15822,7 @@ class Impostor:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as ear:
             ear.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             ear.bind(("", self.room.port))
-            ear.settimeout(10)
+            ear.settimeout(PATIENCE)
             while True:
                 data, source = ear.recvfrom(2048)
                 with contextlib.suppress(cexec.ProtocolError):
@@ -16089,8 +16094,8 @@ def test_fault_matrix(cluster, who, what, tmp_path):
     assert_no_handlers(one)
     cluster.serves_in_all_slots("one", tmp_path / "all")
     if logged:
-        lines = [line for line in one.log.lines if re.search(r"job [0-9a-f]{16}: %s" % logged, line)]
-        assert len(lines) >= len(cases), str(one.log)
+        pattern = re.compile(r"job [0-9a-f]{16}: %s" % logged)
+        wait_until(lambda: must(sum(bool(pattern.search(line)) for line in list(one.log.lines)) >= len(cases)))
     assert "Traceback" not in str(one.log) and "Error" not in str(one.log)
 
 
@@ -16331,7 +16336,7 @@ def test_an_ended_job_is_whole_whatever_its_worker_does(room, how):
         if how == "killed":
             os.kill(children(worker.pid)[0], signal.SIGKILL)
         assert_no_handlers(worker)
-        assert len(job.stdout.read()) == 900000 and job.wait(10) == 3
+        assert len(job.stdout.read()) == 900000 and job.wait() == 3
         assert submitter.run(names={"DO": "exit 4"}, timeout=20).status == 4, "its only connection is free again"
     assert not worker.log.having("reported by")
 
@@ -16472,8 +16477,8 @@ def test_a_worker_short_of_descriptors_refuses_politely(room, forker):
     said = r"127\.0\.0\.1 refused the job: /\S+: (Too many open files|descriptor \d+ is too high .*)"
     assert re.match(r"cexec: %s\ncexec: no worker: %s; since then .*\n  .*\n\Z" % (said, said), text), text
     assert_serving(forker, room)
-    assert b"refused to 127.0.0.1" in worker.errors.data
     drained(worker)
+    assert b"refused to 127.0.0.1" in worker.errors.data
 
 
 @LINUX_ONLY
@@ -16640,21 +16645,25 @@ def test_a_worker_that_breaks_the_protocol_is_found_out(shared_room, private_key
 
 
 def lie_to_cexec(room, forker, key, said, before=b""):
-    """(status, output, errors) of a cexec whose only worker says all this."""
-    with Impostor(room) as impostor:
-        job, heard = submit_and_hear(forker, room, impostor, input=b"data",
-                                     env={"CEXEC_RETRIES": 0, "CEXEC_TIMEOUT_ACCEPT": 2})
-        worker = impostor.apply(heard, key)
-        worker.sendall(OWN_HELLO + before)
-        if not before:
-            assert worker.recv(1 << 16)
-        try:
-            worker.sendall(said)
-        except OSError:
-            pass            # it had heard enough
-        result = job.result(8)
-        drain(worker)
-        return result
+    """(status, output, errors) of a cexec whose only worker says all this.  Where it is not replaced cexec waits for
+    another one in vain: for two seconds, or for longer on a machine that has not brought it the lie by then."""
+    for patience in 2, 10, PATIENCE:
+        began = time.monotonic()
+        with Impostor(room) as impostor, contextlib.ExitStack() as stack:
+            job, heard = submit_and_hear(forker, room, impostor, input=b"data",
+                                         env={"CEXEC_RETRIES": 0, "CEXEC_TIMEOUT_ACCEPT": patience})
+            with contextlib.suppress(OSError):      # it had heard enough, or has given up
+                worker = impostor.apply(heard, key)
+                stack.callback(drain, worker)
+                worker.sendall(OWN_HELLO + before)
+                if not before:
+                    worker.recv(1 << 16)
+                worker.sendall(said)
+            in_time = time.monotonic() - began < patience / 2
+            result = job.result()
+        if in_time:
+            return result
+    raise AssertionError("not even within %d s" % PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -16712,7 +16721,7 @@ def test_a_lie_about_what_was_read_moves_no_file_too_far(
         while not data.endswith(message("END", 0)):     # it has sent all of the file
             data += worker.recv(1 << 16)
         worker.sendall(words)
-        assert (job.wait(5), errors.wait_end()) == (0, b"")
+        assert (job.wait(), errors.wait_end()) == (0, b"")
         assert os.lseek(given.fileno(), 0, os.SEEK_CUR) == place
 
 
@@ -17091,7 +17100,7 @@ def test_hundreds_of_strangers_delay_a_job_a_little(room, forker, other_key, tmp
         assert len(open_fds(job.pid)) < 300
         began = time.monotonic()
         room.serve(*DOER)
-        job.out.wait(8, 20)
+        job.out.wait(8)
         assert time.monotonic() - began < 8
         strangers.come(300)
         fds, memory_then = len(open_fds(job.pid)), rss(job.pid)
@@ -17233,8 +17242,8 @@ def test_a_replayed_announcement_costs_a_worker_no_process(room, forker, private
             if len(words) == cexec.GO_SIZE:
                 assert drain(connection) == b""
         assert_no_handlers(worker)
-    assert worker.errors.data.count(b": start from ") == 1
     drained(worker)
+    assert worker.errors.data.count(b": start from ") == 1
 
 
 @LINUX_ONLY
@@ -17608,7 +17617,8 @@ def test_lost_and_doubled_datagrams_lose_no_job_and_no_line(room, forker):
         postman.job = job
         assert quick(forker, room, "DO=cat; exit %d" % job, input=b"data", group=relay.group) == (job, b"data", "")
         crat.out.wait("exit code %d job" % job)
-    assert jobs_of(worker) == len(crat.out.lines) == len(postman.carried) == 9 and min(postman.carried.values()) >= 5
+    assert jobs_in_all(worker) == [9]
+    assert len(crat.out.lines) == len(postman.carried) == 9 and min(postman.carried.values()) >= 5
 
     def twice_each():
         assert sum(data[5] == cexec.ALERT for data in relay.datagrams) == 18
@@ -17662,7 +17672,7 @@ def test_copies_of_a_roll_call_bring_no_second_answer(room, forker):
             """The nonces of what has come up to the answer to a new question, which comes last."""
             last, found = os.urandom(8), []
             ask(impostor.udp, last, sequence=7)
-            impostor.udp.settimeout(10)
+            impostor.udp.settimeout(PATIENCE)
             while last not in found:
                 found.append(cexec.parse_datagram(impostor.udp.recv(2048)).nonce)
             return found[:-1]
@@ -17775,7 +17785,7 @@ def test_a_roll_call_that_asks_for_jobs_is_told_them(room, forker):
             nonce = os.urandom(8)
             impostor.send(cexec.encode_datagram(impostor.public.udp, cexec.ASK, impostor.public.id, nonce, 1,
                                                 cexec.encode_ask(0, flags)))
-            impostor.udp.settimeout(10)
+            impostor.udp.settimeout(PATIENCE)
             while True:
                 found = cexec.parse_datagram(impostor.udp.recv(2048))
                 if found.nonce == nonce:
@@ -18162,10 +18172,11 @@ def test_a_drain_and_a_veto_end_a_connection_behind_its_job(room, forker, how, t
     turn.run(cat + [(HELD_UP % go + "; cat", None, None)] + cat, next_worker)
     assert [(status, outputs[1]) for status, outputs, _ in turn.ended] == [(0, b"data")] * 5
     assert turn.connections() == 2
-    if how == "veto":
-        assert b"--if: takes jobs again" in worker.errors.data
-    assert (worker.errors.data.count(b": start from "), len(others)) == ((5, 0) if how == "veto" else (3, 1))
     drained((others or [worker])[0])
+    log = worker.errors.wait_end()
+    if how == "veto":
+        assert b"--if: takes jobs again" in log
+    assert (log.count(b": start from "), len(others)) == ((5, 0) if how == "veto" else (3, 1))
 
 
 def test_a_drain_ends_an_idle_connection_at_once(room, forker):
@@ -18412,7 +18423,7 @@ class AnyInput:
         self.feeder = threading.Thread(target=self._feed, args=(now, later), daemon=True)
         self.feeder.start()
         if not later:
-            self.feeder.join(10)
+            self.feeder.join(PATIENCE)
 
     def _feed(self, now, later):
         if self.peer is not None:
@@ -18427,7 +18438,7 @@ class AnyInput:
 
     def state(self):
         """(what is left to be read, what the jobs wrote); closes it."""
-        self.feeder.join(10)
+        self.feeder.join(PATIENCE)
         os.set_blocking(self.fd, False)
         left, written = b"", b""
         with contextlib.suppress(BlockingIOError):
@@ -18810,7 +18821,7 @@ def test_two_hundred_workers_are_listed_in_spite_of_loss(room):
     def listed():
         found = {each["instance"] for each in objects(who(room, "--json"))}
         assert len(found) >= 198, len(found)
-    wait_until(listed, 30)
+    wait_until(listed)
 
 
 def test_a_crowd_behind_a_proxy_is_listed_too(room):
@@ -18828,7 +18839,7 @@ def test_many_busy_workers_answer_with_few_datagrams(room, proxied):
     if proxied:
         room.tool("cproxy", "--key", room.pub, "127.0.0.1", beyond).ready()
     job = room.tool("cexec", "-v", room.pub, env={"CEXEC_TIMEOUT_ACCEPT": 3})
-    assert job.complete(20) == 111
+    assert job.complete() == 111
     assert 1 <= len(job.log.having(" is busy")) <= 60 and "no worker was free within 3 s (busy)" in str(job.log)
 
 
@@ -18973,7 +18984,7 @@ def test_a_firewall_here_is_found_and_opened(street, key, rule, reason):
     assert status == 111 and "asked:     on 255.255.255.255:3010 by eth0 from 10.99.0.1" in found
     assert re.search(r"worker:    10\.99\.0\.2 \(.*\): could not connect back to 10\.99\.0\.1:\d+: %s" % reason,
                      found), found
-    assert job.complete(20) == 111
+    assert job.complete() == 111
     with os.fdopen(master, "rb", 0) as told:
         shown = told.read(1 << 16).decode()
     os.close(slave)
@@ -18982,8 +18993,8 @@ def test_a_firewall_here_is_found_and_opened(street, key, rule, reason):
     line, hint = shown.rpartition("\x1b[K")[2].splitlines()
     assert line.startswith("cexec: no worker: none of the workers that answered took the job within 7 s")
     assert re.search(r"10\.99\.0\.2: " + back, line) and "firewall" in hint and "cwho --check" in hint
-    noted = worker.log.having("no connection back to 10.99.0.1")
-    assert len(noted) == 1 and reason in noted[0], worker.log
+    assert reason in worker.log.wait("no connection back to 10.99.0.1")
+    assert len(worker.log.having("no connection back to 10.99.0.1")) == 1, worker.log
     works(street, key, follow(street, "anna", commands))
 
 
@@ -19069,8 +19080,8 @@ def test_one_rule_for_both_lets_all_answers_in(street, key):
     for job in jobs:
         job.log.wait(" started on ")
     jobs.append(submit())
-    jobs[2].log.wait(" is busy", 20)        # the answer came in
-    assert [job.wait(30) for job in jobs] == [0] * 3
+    jobs[2].log.wait(" is busy")        # the answer came in
+    assert [job.wait() for job in jobs] == [0] * 3
     assert ask().stdout.decode().splitlines()[-1] == "2 workers, 2 slots, 2 free"
     status, found, commands = checked(street, "anna", key, *options)
     assert (status, commands) == (0, []) and found.count("connected back; free") == 2, found
@@ -19219,7 +19230,7 @@ def test_a_check_believes_no_stranger(room, who):
     with Impostor(room) as impostor, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as ear:
         ear.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         ear.bind(("", room.port))
-        ear.settimeout(20)
+        ear.settimeout(PATIENCE)
         check, flags = room.tool("cwho", "--check", room.pub, stdout=LINES), 0
         while not flags & cexec.CONNECT:
             data, source = ear.recvfrom(2000)
@@ -19233,7 +19244,7 @@ def test_a_check_believes_no_stranger(room, who):
             impostor.udp.sendto(cexec.encode_datagram(impostor.public.udp, cexec.HERE, impostor.public.id, heard.nonce,
                                                       1,
                                                       cexec.encode_here(here)), source)
-        status = check.complete(30)
+        status = check.complete()
     assert "\x1b" not in str(check.out) + str(check.log)
     if who == "stranger":
         assert status == 111 and "no job can run" in str(check.out)
@@ -19517,7 +19528,8 @@ def test_a_test_alert_shows_and_harms_nobody(room):
     done = room.cexec("RUN=exit 3", env={"CEXEC_RATOUT_TEST": 1})
     assert (done.returncode, done.stderr) == (3, b"")
     crat.out.wait("completed by")
-    assert crat.out.having("127.0.0.1 rats out 127.0.0.1 for %s job" % room.pub)[0].split(": ")[1].startswith("test")
+    line = crat.out.wait("127.0.0.1 rats out 127.0.0.1 for %s job" % room.pub)
+    assert line.split(": ")[1].startswith("test")
     assert room.cexec("RUN=exit 4").returncode == 4
     assert worker.stop() == 0
     assert not worker.log.having("reported by")
@@ -19575,7 +19587,7 @@ def test_alerts_of_the_future_hide_no_line_of_another_key(room, foo, tmp_path):
             send(alert_bytes(foo, job="good"))
             assert crat.out.having("for %s exit code 0 job good" % room.pub)
         wait_until(heard)
-    assert crat.log.having("for %s: more than %d alerts a second" % (public, cexec.KEY_RATE))
+    crat.log.wait("for %s: more than %d alerts a second" % (public, cexec.KEY_RATE))
 
 
 def test_several_crat_on_one_host_hear_the_same(room, foo):
@@ -19607,7 +19619,7 @@ def test_crat_and_cproxy_with_a_full_standard_error_heed_signals(room, tool):
         assert caught[0] >> (signal.SIGTERM - 1) & 1
     wait_until(serving)
     process.signal(signal.SIGTERM)
-    assert process.wait(10) == 0
+    assert process.wait() == 0
     os.close(reading)
 
 
@@ -19622,7 +19634,7 @@ def test_crat_ends_at_once_even_when_nobody_reads_its_output(room, foo, number):
             send(alert_bytes(foo, job="%05d" % serial, words="x" * 150))
             time.sleep(0.0002)
     crat.signal(number)
-    assert crat.complete(5) == 0
+    assert crat.complete() == 0
     os.close(inside)
 
 
@@ -19647,7 +19659,7 @@ def test_a_crat_whose_reader_is_gone_ends_quietly(room, foo):
     os.close(outside)
     with sender(room.group) as send:
         send(alert_bytes(foo))
-    assert crat.complete(5) == 128 + signal.SIGPIPE
+    assert crat.complete() == 128 + signal.SIGPIPE
     assert len(crat.log.lines) == 1
 
 
@@ -19658,7 +19670,7 @@ def test_a_full_disk_is_a_failure_of_crat(room, foo):
         crat = room.tool("crat", room.pub, stdout=full).ready()
     with sender(room.group) as send:
         send(alert_bytes(foo))
-    assert crat.complete(5) == 111
+    assert crat.complete() == 111
     assert crat.log.lines[-1] == "crat: standard output: No space left on device"
 
 
@@ -19821,7 +19833,7 @@ class Far:
         self.mouth, self.listener = map(self._keep, cexec.open_ports(self.near))
         self.ear = self._keep(cexec.GroupSocket(cexec.parse_group(far), True))
         self.listener.setblocking(True)
-        self.listener.settimeout(5)
+        self.listener.settimeout(PATIENCE)
         start = room.tool if not descriptors else lambda *argv, env: room.start(
             sys.executable, "-c", LIMITED, str(descriptors), *program()[1:], *argv, env=room.settings(env))
         self.proxy = start("cproxy", *options, "127.0.0.1", far, env=env).ready()
@@ -19842,14 +19854,14 @@ class Far:
 
     def worker(self, port, opening=None, nonce=b"noncenon", own="127.0.0.1"):
         """A connection as a worker makes it."""
-        made = self._keep(socket.create_connection(("127.0.0.1", port), 5, (own, 0)))
+        made = self._keep(socket.create_connection(("127.0.0.1", port), PATIENCE, (own, 0)))
         made.sendall(opening_of(self.key, nonce) if opening is None else opening)
         return made
 
     def accept(self, nonce=b"noncenon"):
         """The connection that the proxy makes to the submitter, its preamble already read and checked."""
         made = self._keep(self.listener.accept()[0])
-        made.settimeout(5)
+        made.settimeout(PATIENCE)
         assert receive_exactly(made, cexec.PREAMBLE_SIZE) == opening_of(self.key, nonce)
         return made
 
@@ -19937,7 +19949,7 @@ def test_both_directions_at_once_are_exact(far):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(PATIENCE)
     assert got[submitter] == blob and got[worker] == blob
     far.proxy.log.wait("ended, %d bytes to the submitter, %d to the worker"
                        % (len(blob) + cexec.PREAMBLE_SIZE, len(blob) + cexec.GO_SIZE))
@@ -20110,11 +20122,9 @@ def test_a_worker_that_waited_and_went_makes_room(far):
     workers.pop().close()
     last = far.worker(port)
     submitters[0].close()
-    for _ in range(2):      # the proxy may hear who went only when it has connected for him
-        with contextlib.suppress(ConnectionResetError):
+    while last not in select.select([last, far.listener], [], [], PATIENCE)[0]:
+        with contextlib.suppress(ConnectionError):      # the proxy may hear who went only when it has connected for him
             far.submitter()
-            if select.select([last], [], [], 1)[0]:
-                break
     assert receive_exactly(last, cexec.GO_SIZE)
 
 
@@ -20349,7 +20359,7 @@ def test_sigterm_lets_relays_finish_and_takes_no_new_ones(far):
     assert far.proxy.alive()
     worker.close()
     submitter.close()
-    assert far.proxy.complete(5) == 0
+    assert far.proxy.complete() == 0
 
 
 def test_a_second_signal_ends_what_is_running(far):
@@ -20357,7 +20367,7 @@ def test_a_second_signal_ends_what_is_running(far):
     far.proxy.signal(signal.SIGTERM)
     far.proxy.log.wait("stopping")
     far.proxy.signal(signal.SIGINT)
-    assert far.proxy.complete(5) == 0
+    assert far.proxy.complete() == 0
     assert is_reset(submitter) and is_reset(worker)
 
 
@@ -20629,6 +20639,7 @@ def test_facing_proxies_make_a_handful_of_datagrams(bridge, key):
         kinds = [line.split()[0] for line in counted.out.lines]
         assert len(kinds) < 40, kinds
         assert kinds.count("announce") <= 6 and kinds.count("alert") <= 9
+    worker.log.wait("served")
     assert len(worker.log.having("served")) == 1
 
 
@@ -20649,6 +20660,7 @@ def test_three_proxies_in_a_ring_make_a_handful_of_datagrams(net, key):
     for counted in counts:
         kinds = [line.split()[0] for line in counted.out.lines]
         assert kinds.count("announce") in (2, 4) and kinds.count("alert") <= 6 and len(kinds) <= 14, kinds
+    worker.log.wait("served")
     assert len(worker.log.having("served")) == 1
 
 
@@ -20734,7 +20746,7 @@ def test_a_killed_proxy_ends_its_relays_and_a_new_one_serves(bridge, key):
     search = bridge.start("left", sys.executable, "-c", SUBMIT, key + ".pub", "255.255.255.255")
     endless.log.wait("sending")
     first.kill()
-    search.complete(10)
+    search.complete()
     endless.end()
     proxy(bridge, "mid", "10.2.0.1")
     answer(bridge, "right", key)
@@ -20805,13 +20817,13 @@ def test_descriptors_and_signals_cross(joined, key):
                       env={"CEXEC_MAXFD": max(reading, out)})
     os.close(reading)
     os.close(out)
-    job.out.wait("ready", 20)
+    job.out.wait("ready")
     assert os.read(back, 100) == b"three"
     os.close(back)
     submitter = the_cexec(job)
     os.kill(submitter, signal.SIGUSR1)
-    job.out.wait("stopped", 20)
-    assert job.wait(20) == 9
+    job.out.wait("stopped")
+    assert job.wait() == 9
 
 
 def the_cexec(job):
@@ -20830,9 +20842,9 @@ def test_the_far_crat_tells_the_right_machines(joined, key):
         proxy.ready()
     crat = joined.tool("w", "crat", key + ".pub", stdout=LINES).ready()
     assert far_job(joined, key, "C=exit 3").returncode == 3
-    crat.out.wait("10.99.0.1 completed by 10.98.0.2 for %s.pub exit code 3" % key, 10)
+    crat.out.wait("10.99.0.1 completed by 10.98.0.2 for %s.pub exit code 3" % key)
     assert far_job(joined, key, "C=exit 4").returncode == 4
-    crat.out.wait("exit code 4", 10)
+    crat.out.wait("exit code 4")
     assert len(str(crat.out).splitlines()) == 2
 
 
@@ -20841,7 +20853,7 @@ def test_the_log_of_the_worker_names_the_submitter_and_the_proxy(joined, key):
     for proxy in joined.proxies():
         proxy.ready()
     assert far_job(joined, key, "C=echo $REMOTE_ADDR").stdout == b"10.99.0.1\n"
-    worker.log.wait("start from 10.99.0.1 by 10.98.0.9", 10)
+    worker.log.wait("start from 10.99.0.1 by 10.98.0.9")
 
 
 def test_a_roll_call_reaches_a_worker_behind_a_proxy(joined, key):
@@ -20860,12 +20872,12 @@ def test_cproxy_killed_in_the_middle_of_a_job(joined, key):
     for proxy in proxies:
         proxy.ready()
     job = joined.tool("s", "cexec", key + ".pub", "C=echo running; sleep 600", stdout=LINES)
-    job.out.wait("running", 20)
+    job.out.wait("running")
     for proxy in proxies:
         os.kill(the_cexec(proxy), signal.SIGKILL)
-    assert job.wait(20) == 111
+    assert job.wait() == 111
     job.log.wait("cexec: worker 10.98.0.2 by 10.99.0.9: the connection ")        # was closed, or broke
-    worker.log.wait("submitter lost", 20)
+    worker.log.wait("submitter lost")
     for proxy in joined.proxies():
         proxy.ready()
     assert far_job(joined, key, "C=echo again").stdout == b"again\n"
@@ -20890,9 +20902,9 @@ def test_proxies_in_a_circle_do_not_storm(net, key, count):
     # A marker after the storm that must not be: what comes after it does not count any more.
     net.run("s", sys.executable, "-c", "import socket; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); "
             "s.sendto(b'end', ('127.0.0.1', 3010))")
-    listener.out.wait("heard ", 20)
+    listener.out.wait("heard ")
     heard = int(str(listener.out).split()[-1])
-    assert 4 <= heard <= 60 and jobs_of(worker) == 1
+    assert 4 <= heard <= 60 and jobs_in_all(worker) == [1]
 
 
 COUNTER = """
@@ -20951,14 +20963,16 @@ def test_what_was_captured_does_nothing_when_it_is_sent_again(net, key, tmp_path
     secret = "a-secret-that-nobody-may-hear"
     done = net.run_tool("s", "cexec", key + ".pub", "C=cat; exit 5", "SECRET=" + secret, input=secret.encode())
     assert done.returncode == 5
-    crat.out.wait("exit code 5", 10)
-    failed = net.run_tool("s", "cexec", key + ".pub", "C=echo x; kill -9 $PPID",
-                          env={"CEXEC_RETRIES": 0}, timeout=60)
-    assert failed.returncode == 111
-    crat.out.wait("rats out", 10)
-    worker.log.wait("reported by", 10)
+    crat.out.wait("exit code 5")
+    failed = net.tool("s", "cexec", key + ".pub", "C=read go; kill -9 $PPID", stdin=subprocess.PIPE,
+                      env={"CEXEC_RETRIES": 0})
+    worker.log.wait(": start from ", count=2)
+    failed.stdin.close()
+    assert failed.complete() == 111
+    crat.out.wait("rats out")
+    worker.log.wait("reported by")
     wait_until(lambda: must(len(worker.log.having("reported by")) == len(crat.out.having("rats out"))))
-    lines, muted, jobs = str(crat.out), len(worker.log.having("reported by")), jobs_of(worker)
+    lines, muted = str(crat.out), len(worker.log.having("reported by"))
     capture = [line for line in str(recorder.out).splitlines() if line != "listening"]
     assert len(capture) >= 6
     for line in capture:
@@ -20969,11 +20983,11 @@ def test_what_was_captured_does_nothing_when_it_is_sent_again(net, key, tmp_path
         net.run("x", sys.executable, "-c", REPLAY, str(tmp_path / "capture"), how, timeout=60)
     # One more job shows that all are well, and stands behind everything that was replayed.
     assert net.run_tool("s", "cexec", key + ".pub", "C=exit 6", timeout=60).returncode == 6
-    crat.out.wait("exit code 6", 10)
+    crat.out.wait("exit code 6")
     added = str(crat.out)[len(lines):].splitlines()
     known = [line for line in added if line and " unknown key " not in line]
     assert len(known) == 1 and known[0].split(" job ")[0].endswith("exit code 6")
-    assert len(worker.log.having("reported by")) == muted and jobs_of(worker) == jobs + 1
+    assert jobs_in_all(worker) == [3] and len(worker.log.having("reported by")) == muted
 
 
 # Knows preambles, as who has overheard one or holds APP.pub.  Once told to, it sends old announcements again from all
@@ -21094,7 +21108,7 @@ def test_a_job_under_attack_starts_within_two_seconds(joined, key, way):
     for proxy in net.proxies(CPROXY_KEY=key + ".pub") if way == "proxy" else ():
         proxy.ready()
     for search in [net.tool("s", "cexec", "-q", key + ".pub", env={"CEXEC_TIMEOUT_ACCEPT": "0.3"}) for _ in range(20)]:
-        assert search.wait(20) == 111       # recorded, and not known to the worker
+        assert search.wait() == 111       # recorded, and not known to the worker
     worker = net.tool("w" if way == "proxy" else "s", "cservice", key, *EVAL,
                       env={"CONCURRENCY": 2, "BOOST": 50000}).ready()
     for attacker in attackers:
@@ -21107,7 +21121,8 @@ def test_a_job_under_attack_starts_within_two_seconds(joined, key, way):
         waits.append(int(re.search(rb"(\d+) ms: job \w+ started", done.stderr).group(1)))
         processes.append(len(children(worker.pid)))
     assert sorted(waits)[2] < 2000 and max(waits) < 2000 + 10000 * start_up(), waits
-    assert max(processes) <= 2 and jobs_of(worker) == 5
+    assert max(processes) <= 2
+    wait_until(lambda: must(jobs_of(worker) == 5))
     visits = 0
     for attacker in attackers:
         attacker.popen.stdin.close()
@@ -21130,7 +21145,7 @@ def test_a_restarted_crat_is_not_told_the_past(net, key, tmp_path):
     crat = net.tool("s", "crat", key + ".pub", stdout=LINES).ready()
     net.run("x", sys.executable, "-c", REPLAY, str(tmp_path / "capture"), "same")
     assert net.run_tool("s", "cexec", key + ".pub").returncode == 0
-    crat.out.wait("completed", 10)
+    crat.out.wait("completed")
     assert len(str(crat.out).splitlines()) == 1
 
 
