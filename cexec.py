@@ -541,7 +541,7 @@ SETTINGS = (
     Setting("again", ("CMAP_AGAIN",), (CMAP,), whole_number(0, 1000), "0", "N",
             "how often a job that ended with another status than 0 runs again"),
     Setting("timeout", ("CMAP_TIMEOUT",), (CMAP,), optional(seconds(0, 10 ** 7)), "", "SECONDS",
-            "how long each job may run; its status is then 124"),
+            "how long each job may run, 0 for ever; its status is then 124"),
     Setting("halt", ("CMAP_HALT",), (CMAP,), one_of("", "soon", "now"), "", "soon|now",
             "on the first failure start no more jobs, or end at once (default: go on)"),
     Setting("log", ("CMAP_LOG",), (CMAP,), str, "", "FILE", "append a line for each job that has ended"),
@@ -3088,7 +3088,8 @@ BATCH_JOB = {               # {state: {what happens: next state}}; nothing else 
 }
 
 TAKING, COMPLETE, STOPPING = "taking", "complete", "stopping"      # whether a Batch takes further jobs; why not
-SUCCEEDED, FAILED, LOST = "succeeded", "failed", "lost"     # a run; lost: the cluster's or the input's fault
+# What became of a run.  LOST: the cluster's or the input's fault.  NOT_TAKEN: every worker refuses it for good.
+SUCCEEDED, FAILED, LOST, NOT_TAKEN = "succeeded", "failed", "lost", "not taken"
 AGAIN, WAIT, COUNTS = "again", "wait", "counts"                 # what is to be done when a run has ended
 
 TRUSTED, SUSPECT, DISTRUSTED = "trusted", "suspect", "distrusted"
@@ -7181,7 +7182,7 @@ class HeldInput(Input):
         return size
 
     def has_changed(self):
-        """Whether the file is not any more what it was when this was made."""
+        """Whether the file is not any more what it was when this began to read it."""
         if self.fd is None:
             return False
         now, then = os.fstat(self.fd), self.status
@@ -7192,6 +7193,7 @@ class HeldInput(Input):
     def rewind(self):
         self.position = 0
         self.hash = self.digest and self.digest.copy()
+        self.status = None if self.fd is None else os.fstat(self.fd)
 
     def end(self):
         """Closes what it has opened or was given.  May be called again."""
@@ -9089,18 +9091,22 @@ def sync_output(fd, folders):
 
 class MapLog:
     """The file of --log: a line for each job that has ended, when its output is on the disk.  With resume, `done` knows
-    what ended with 0 before.  key_digest: of the app's key, with which every content key begins."""
+    what ended with 0 before.  key_digest: of the app's key, with which every content key begins.  untouched: what is
+    there is read, and nothing changed."""
 
-    def __init__(self, path, resume, key_digest, loop):
+    def __init__(self, path, resume, key_digest, loop, untouched=False):
         self.path = path
+        self.untouched = untouched
         self.key_digest = key_digest
         self.loop = loop
         self.done = {}              # {hash of an output's name: (hash of its content key, bytes)}
         self.unsynced = 0
         self.helpers = []
         self.old = False            # an older cmap wrote it, and did not say which output a line is of
+        flags = os.O_RDONLY | os.O_NONBLOCK if untouched else os.O_RDWR | os.O_CREAT | os.O_APPEND
+        there = os.devnull if untouched and not os.path.exists(path) else path
         try:
-            self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            self.fd = os.open(there, flags | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise Failure("--log=" + path, reason_of(error), status=EXIT_USAGE) from None
         if stat.S_ISREG(os.fstat(self.fd).st_mode) and os.fstat(self.fd).st_size:
@@ -9116,7 +9122,9 @@ class MapLog:
                 raise Failure(self.path, "not a log of cmap", "its first line is not cmap's", EXIT_USAGE)
             for line in file:
                 if not line.endswith("\n"):     # it was cut when its writer was
-                    os.ftruncate(self.fd, os.fstat(self.fd).st_size - len(line.encode("utf-8", "surrogateescape")))
+                    cut = os.fstat(self.fd).st_size - len(line.encode("utf-8", "surrogateescape"))
+                    if not self.untouched:
+                        os.ftruncate(self.fd, cut)
                     break
                 fields = line[:-1].split("\t")
                 if line == LOG_HEAD:
@@ -9173,7 +9181,7 @@ class MapLog:
         self._write(line)
 
     def _write(self, line):
-        data = line.encode()
+        data = b"" if self.untouched else line.encode()
         try:
             while data:
                 data = data[os.write(self.fd, data):]
@@ -9194,8 +9202,9 @@ class Cmap:
         self.budget = Budget(settings.spill, self._all_is_written)
         self.file_budget = Budget()     # of outputs that get files of their own
         self.claims = Claims() if settings.out else None
-        self.log = MapLog(settings.log, settings.resume, hashlib.sha256(key.fingerprint.encode()), self.loop) \
-            if settings.log and (settings.resume or not settings.dry_run) else None
+        self.log = MapLog(
+            settings.log, settings.resume, hashlib.sha256(key.fingerprint.encode()), self.loop, settings.dry_run
+        ) if settings.log else None
         reads_parts = settings.list or settings.lines or settings.value or settings.block or settings.cut_before
         self.total = None if reads_parts else len(operands)
         if self.claims and not reads_parts:
@@ -9358,7 +9367,7 @@ class Cmap:
 
     def _count(self, run, status, failure):
         job, now = run.job, time.monotonic()
-        outcome = LOST if failure else FAILED if status else SUCCEEDED
+        outcome = LOST if failure else NOT_TAKEN if run.refusal else FAILED if status else SUCCEEDED
         run.result = status, failure
         if not failure and not run.refusal:
             self.count_worker(run, outcome is FAILED)
@@ -9415,7 +9424,7 @@ class Cmap:
             run.path = path
 
     def _write_log(self, job, status, failure, run):
-        if not self.log or self.settings.dry_run:
+        if not self.log:
             return
         if not run:
             self.log.add(job, EXIT_TEMPORARY, "-", 0.0, None, 0, 0)
@@ -9569,7 +9578,7 @@ class MapRun(Submission):
 
     def __init__(self, job, streams, cmap):
         super().__init__(streams, job.names, cmap.settings.retries, lambda *ended: cmap.run_over(self, *ended[:2]),
-                         timeout=cmap.settings.timeout)
+                         timeout=cmap.settings.timeout or None)
         self.job = job
         self.cmap = cmap
         self.accepts = lambda instance: cmap.batch.may_run(job, instance, time.monotonic())
@@ -11940,7 +11949,7 @@ ASK_SPREAD = 100            # milliseconds over which the answers to one are spr
 ASK_ROUNDS = 16             # questions: two seconds
 ASK_QUIET = 6               # questions that bring nobody new, after which all have been heard
 STRANGERS_MAX = 50          # addresses remembered of those that are not ours
-WATCH_EVERY = 2.0           # seconds between two roll calls of --watch
+ROLL_CALL_EVERY = 2.0       # seconds between two roll calls of --watch
 WATCH_KEPT = 5.0            # seconds for which --watch shows a worker that does not answer
 CHECK_PATIENCE = SubmitterConnection.CONNECT + 1.5      # seconds until a worker has said that it could not connect
 ADVISED_PORTS = [(20000, 20100)]        # for a hundred jobs at once; below those that systems give out by themselves
@@ -12177,7 +12186,7 @@ class RollCallView:
         if not self.settings.watch:
             return self.loop.stop()
         self.draw()
-        self.loop.call_at(max(time.monotonic(), self.began + WATCH_EVERY), self._begin)
+        self.loop.call_at(max(time.monotonic(), self.began + ROLL_CALL_EVERY), self._begin)
 
     def _once(self, workers):
         if workers:
@@ -14354,9 +14363,9 @@ class Room:
 
     An input is bytes, an open file with a descriptor, which is read from its offset on, or the path (str or PathLike)
     of a file.  A regular file is not read before the job needs it, and the offset stays where it is; it may be closed
-    after the call.  names: {NAME: VALUE}, which the job finds as PEER_NAME.  check: whether a job that ends with
-    another status than 0 is a JobError.  timeout: seconds from the call after which a job is ended, for which
-    subprocess.TimeoutExpired is raised.
+    after the call.  While one changes its job is run again, and is a Failure if it does not hold still.  names: {NAME:
+    VALUE}, which the job finds as PEER_NAME.  check: whether a job that ends with another status than 0 is a JobError.
+    timeout: seconds from the call after which a job is ended, for which subprocess.TimeoutExpired is raised.
 
     What a job writes is held until it has ended.  A worker that is lost costs time and no result: its jobs run again
     elsewhere (`retries` times), and so does what they do besides.  Failure is for what the cluster could not do: nobody
@@ -14676,15 +14685,19 @@ class HeldJob:
         self.result = None
         self.error = None
         self.over = False
-        names = job_names(names)
+        self.unsteady = 0               # runs during which the input has changed
+        self.names = job_names(names)
         self.source = job_input(input)
         try:
             self.streams = HeldStreams(self.source, thread.budget, self.began)
-            self.submission = Submission(self.streams, names, thread.settings.retries, self._done)
+            self.submission = self._make_submission()
             thread.call(self._start, self.submission)
         except Failure:
             self.source.end()
             raise
+
+    def _make_submission(self):
+        return Submission(self.streams, self.names, self.thread.settings.retries, self._done)
 
     def _start(self):
         if self.timeout is not None:
@@ -14692,6 +14705,14 @@ class HeldJob:
         self.thread.pool.submit(self.submission)
 
     def _done(self, status, failure, submission):
+        if self.source.has_changed() and not isinstance(failure, NoWorker) and self.thread.is_open():
+            self.unsteady += 1
+            if self.unsteady < STEADY_TRIES:
+                self.submission = self._make_submission()
+                self.thread.submissions.discard(submission)
+                self.thread.submissions.add(self.submission)
+                return self.thread.pool.submit(self.submission)
+            failure = Failure("the job", "its input changes while it is read")
         self.error = failure
         if not failure:
             self.result = Result(returncode(submission.report), bytes(self.streams.output), bytes(self.streams.errors),

@@ -6253,6 +6253,36 @@ def test_what_came_before_the_connection_broke_is_heard(linked):
     assert bytes(submitter.data[5]) == b"last words" and ("end", 5) in submitter.messages
 
 
+def test_a_buffer_full_of_messages_holds_up_no_timer(linked):
+    """S11, R18: however long each takes to act on."""
+    (_, worker), (near, far) = linked.owners, linked.channels
+    keep, ticks = worker.on_message, []
+
+    def slowly(*message):
+        time.sleep(0.001)
+        keep(*message)
+    worker.on_message = slowly
+    near.session.outbox += cexec.frame(cexec.SIGNAL, 0) * 1500      # less than the first buffer holds
+    near.flush()
+    linked.loop.call_every(0.01, lambda: ticks.append(len(worker.messages)))
+    linked.until(lambda: len(worker.messages) == 1500)
+    assert max(after - before for before, after in zip(ticks, ticks[1:])) < 200
+
+
+def test_a_rest_of_messages_does_not_outlive_the_channel(linked):
+    (_, worker), (near, far) = linked.owners, linked.channels
+    worker.on_message = lambda *message: (worker.messages.append(message), time.sleep(0.1))
+    near.session.outbox += cexec.frame(cexec.SIGNAL, 0) * 50
+    near.flush()
+    linked.until(lambda: worker.messages)
+    far.fail(cexec.Loss(cexec.ABORTED, "given up"))
+    heard = len(worker.messages)
+    ticks = []
+    linked.loop.call_every(0.01, lambda: ticks.append(1))
+    linked.until(lambda: len(ticks) == 5)
+    assert len(worker.messages) == heard < 50 and len(worker.losses) == 1
+
+
 # ---------------------------------------------------------------- children
 
 SPAWN_CODE = """
