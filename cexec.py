@@ -179,7 +179,13 @@ def printable(text):
     """The text with every control character escaped: what strangers sent must not drive a terminal or split a line."""
     if isinstance(text, bytes):
         text = text.decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in text)
+    return text if text.isprintable() else "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in text)
+
+
+def printable_lines(text):
+    """The same for a text of lines, which stay so."""
+    return "\n".join(printable(line.expandtabs()) for line in text.split("\n"))
 
 
 def count_text(number, what):
@@ -746,20 +752,32 @@ def tag(secret, *parts):
     return hmac.digest(secret, b"".join(parts), "sha256")[:TAG_SIZE]
 
 
-def pack_short_texts(texts, longest=255):
-    """Texts (str), each behind its length in one byte; cut behind the last character that fits into `longest` bytes."""
-    encoded = [text.encode("utf-8", "replace")[:longest].decode("utf-8", "ignore").encode() for text in texts]
-    return b"".join(bytes([len(text)]) + text for text in encoded)
+WORDS_MAX = 255             # bytes of what a peer says for people to read, and characters of it that are shown
+
+
+def pack_words(text, longest=WORDS_MAX):
+    """The text (str) as bytes, cut behind the last character that fits into `longest` bytes."""
+    return text.encode("utf-8", "replace")[:longest].decode("utf-8", "ignore").encode()
+
+
+def unpack_words(data):
+    """What a peer has said, as people may see it: nothing of it drives a terminal."""
+    return printable(data[:WORDS_MAX].decode("utf-8", "replace"))[:WORDS_MAX]
+
+
+def pack_short_texts(texts, longest=WORDS_MAX):
+    """Texts (str), each behind its length in one byte, cut as pack_words does."""
+    return b"".join(bytes([len(text)]) + text for text in (pack_words(text, longest) for text in texts))
 
 
 def unpack_short_texts(data, at, count):
-    """(list of `count` texts, position behind them) of what pack_short_texts wrote."""
+    """(list of `count` texts, each as unpack_words gives it, position behind them) of what pack_short_texts wrote."""
     texts = []
     for _ in range(count):
         size = data[at] if at < len(data) else -1
         if not 0 <= size <= len(data) - at - 1:
             raise ProtocolError("a list of texts cut short")
-        texts.append(data[at + 1:at + 1 + size].decode("utf-8", "replace"))
+        texts.append(unpack_words(data[at + 1:at + 1 + size]))
         at += 1 + size
     return texts, at
 
@@ -1157,8 +1175,7 @@ def parse_hello(body):
     more = unpack_texts(body)[2:5]
     if len(more) < 3:
         raise ProtocolError("a hello cut short")
-    return (parse_welcome(body), more[0].decode("ascii", "replace"), b"reading" in more[1].split(),
-            more[2].decode("utf-8", "replace"))
+    return parse_welcome(body), unpack_words(more[0]), b"reading" in more[1].split(), unpack_words(more[2])
 
 
 # What a job does with a descriptor: reads, writes, both; it is the terminal; it shares another one.
@@ -1214,7 +1231,7 @@ def parse_job(data):
     if not all(descriptors.get(number) in (IN, BOTH) for number in copied):
         raise ProtocolError("a copy of what is no input")
     return Job(identity.decode(), descriptors, pairs, _whole(timeout, 1, 86400000) / 1000, terminal, copied,
-               printable(user[:USER_MAX].decode("utf-8", "replace")))
+               unpack_words(user[:USER_MAX]))
 
 
 def is_name(name):
@@ -1755,6 +1772,9 @@ class Session:
     def _pass_on(self, kind, number, body, size, now):
         return kind, number, body
 
+    def _words(self, kind, number, body, size, now):
+        return kind, number, unpack_words(body)
+
     def _job(self, kind, number, body, size, now):
         job = parse_job(body)
         self.open_streams(job.descriptors)
@@ -1843,7 +1863,7 @@ class Session:
             if 0 <= trip < math.inf:
                 self.round_trip = trip if self.round_trip is None else min(trip, self.round_trip)
 
-    RECEIVED = {WELCOME: _pass_on, HELLO: _pass_on, JOB: _job, ACCEPTED: _accepted, REFUSED: _pass_on, ABORT: _pass_on,
+    RECEIVED = {WELCOME: _pass_on, HELLO: _pass_on, JOB: _job, ACCEPTED: _accepted, REFUSED: _words, ABORT: _words,
                 BYE: _pass_on, DATA: _data, END: _end, STOP: _stop, CREDIT: _credit, SIGNAL: _signal, WINDOW: _window,
                 PING: _ping, PONG: _pong, EXIT: _exit, EMPTIED: _emptied, OTHERS_WAIT: _others_wait}
 
@@ -1885,12 +1905,12 @@ class Session:
 
     def refuse(self, words, final=False):
         """final: asking this worker again would be in vain."""
-        self.outbox += frame(REFUSED, int(final), words.encode("utf-8", "replace")[:1000])
+        self.outbox += frame(REFUSED, int(final), pack_words(words))
         self.phase = OVER
 
     def abort(self, words):
         """The worker gives the job up, or takes no more: the submitter's user reads the words."""
-        self.outbox += frame(ABORT, 0, words.encode("utf-8", "replace")[:1000])
+        self.outbox += frame(ABORT, 0, pack_words(words))
         self.phase = OVER
 
     def exit(self, report):
@@ -6617,7 +6637,7 @@ class WorkerConnection:
             # All of it before the job is offered: nothing but an abort may follow the hello unasked.
             said = {kind: body for kind, _, body in self.session.receive(buffer[:size or 0], time.monotonic())}
             if ABORT in said:
-                self.close(printable(said[ABORT]))
+                self.close(said[ABORT])
             elif HELLO in said:
                 self._hello(said[HELLO])
         except (OSError, ValueError) as error:
@@ -7456,11 +7476,11 @@ class Attempt:
         elif kind == EXIT:
             self._exited(body)
         elif kind == REFUSED:
-            self.pool.on_refused(self, printable(body), final=bool(number))
+            self.pool.on_refused(self, body, final=bool(number))
         elif kind == ABORT and self.submission.state is JobState.OFFERED:
-            self.pool.on_not_started(self, printable(body))
+            self.pool.on_not_started(self, body)
         elif kind == ABORT:
-            self._lost("gave the job up: %s" % printable(body))
+            self._lost("gave the job up: %s" % body)
 
     def on_data(self, number, view):
         self._commit()
@@ -12062,7 +12082,7 @@ def worker_table(workers, several=False):
 def job_table(workers, several=False):
     """The same for the jobs that these workers run now."""
     rows = [(worker, job) for worker in workers for job in worker.here.jobs]
-    more = ["%s: and %d more" % (printable(worker.name), worker.here.more) for worker in workers if worker.here.more]
+    more = ["%s: and %d more" % (worker.name, worker.here.more) for worker in workers if worker.here.more]
     number = len(rows) + sum(worker.here.more for worker in workers)
     total = "%s on %s" % (count_text(number, "job"), count_text(
         sum(bool(worker.here.jobs or worker.here.more) for worker in workers), "worker"))
@@ -12082,8 +12102,7 @@ def differences(workers):
         groups = ["%s on %s%s" % (shown, ", ".join(names[:3]), " and %d more" % (len(names) - 3) if names[3:] else "")
                   for (_, shown), names in sorted(alike.items(), key=lambda item: -len(item[1]))]
         if len(groups) > 1:
-            text = "warning: workers of this key run different %s: %s" % (what, "; ".join(groups[:5]))
-            warnings.append(printable(text))
+            warnings.append("warning: workers of this key run different %s: %s" % (what, "; ".join(groups[:5])))
     return warnings
 
 
@@ -12661,7 +12680,6 @@ WRITE_MAX = 4096            # bytes written at once: POSIX's pipes do not mix so
 KEY_RATE, KEY_BURST = 4000, 8000        # lines a second for each key, and for all where none is given
 STRANGERS_RATE, STRANGERS_BURST = 10, 100       # beside keys: nothing vouches for these, so they must not fill a disk
 START_SLACK = 1.0           # seconds by which an alert may be older than this crat: clocks of one network agree so far
-WORDS_MAX = 200             # characters of a reason that are shown
 
 
 class Report(collections.namedtuple(
@@ -12756,7 +12774,7 @@ class AlertReader:
                     round(now, 3), event, submitter if parse_address(submitter) else source,
                     worker if parse_address(worker) else "?", proxy if parse_address(proxy) else "",
                     history.name if history.key else None, "0x" + datagram.key_id.hex(), bool(history.key),
-                    status, job, printable(alert.words)[:WORDS_MAX], alert.milliseconds / 1000))
+                    status, job, alert.words, alert.milliseconds / 1000))
             elif refusal:
                 topic, words = refusal
                 notes.append(((topic, history.name), "not shown from %s for %s: %s" % (source, history.name, words)))
@@ -14945,7 +14963,7 @@ class RemoteTraceback(Exception):
     """The traceback of what a call raised, as text: the cause of its exception here."""
 
     def __str__(self):
-        return '\n"""\n%s"""' % self.args[0]
+        return '\n"""\n%s"""' % printable_lines(self.args[0])
 
 
 INTERPRETER_IDLE = 60.0     # seconds without a call after which an interpreter gives its slot back
@@ -15483,7 +15501,7 @@ class CallPool:
             words += " (it cannot be unpickled here: %s)" % words_of(problem)
             error = None
         if not isinstance(error, BaseException):
-            error = CallError("on %s: %s" % (place, words))
+            error = CallError("on %s: %s" % (place, printable_lines(words)))
         error.__cause__ = RemoteTraceback(text)
         return error
 
@@ -15650,7 +15668,7 @@ class CallPool:
         place = interpreter.place
 
         def error():
-            failure = CallError("the initializer failed on worker %s: %s" % (place, words))
+            failure = CallError("the initializer failed on worker %s: %s" % (place, printable_lines(words)))
             failure.__cause__ = RemoteTraceback(trace)
             return failure
         interpreter.lost_calls()

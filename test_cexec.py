@@ -1685,6 +1685,10 @@ def test_what_strangers_sent_cannot_drive_a_terminal(text, shown):
     assert cexec.printable(text) == shown
 
 
+def test_a_text_of_lines_keeps_its_lines_and_nothing_else():
+    assert cexec.printable_lines("a\tb\n\x1b[2Jc\r\n\n") == "a       b\n\\x1b[2Jc\\r\n\n"
+
+
 def test_a_line_is_said_whole_or_not_at_all(tmp_path):
     path = str(tmp_path / "lines")
     fd = os.open(path, os.O_WRONLY | os.O_CREAT)
@@ -1943,6 +1947,35 @@ def test_long_texts_are_cut_between_characters(character):
         body = codec.encode(value)
         assert len(datagram(codec.kind, body)) <= cexec.DATAGRAM_MAX
         assert set(texts(codec.decode(body))) == {(said * (longest // len(said))).decode()}
+
+
+HOSTILE = "\x1b[2J\n" * 200
+
+
+def test_texts_of_peers_come_out_printable_and_short():
+    """S14: of every datagram and message that has any, so nobody who shows one needs to think of it."""
+    alert, = DATAGRAM_CODECS[3].decode(cexec.encode_alert(cexec.Alert(1, 0, 0, 0, *[HOSTILE] * 4)))
+    answer, with_jobs = [DATAGRAM_CODECS[5].decode(cexec.encode_here(here(**changes))) for changes in (
+        {name: HOSTILE for name in cexec.Here._fields[11:20]}, {"jobs": (cexec.RunningNow(1, *[HOSTILE] * 3),)})]
+    hello = cexec.parse_hello(cexec.pack_texts([b"3", b"10.0.0.2", HOSTILE.encode() * 50, b"", HOSTILE.encode()]))
+    end = cexec.parse_exit(cexec.encode_exit(ended(name=HOSTILE, reason=HOSTILE)))
+    job = cexec.parse_job(cexec.encode_job(job_of(user=HOSTILE)))
+    said = []
+    for name, phase in ("refused", "offered"), ("abort", "running"):
+        (_, _, words), = session_in("submitter", phase).receive(wire(name, body=HOSTILE.encode()), NOW)
+        said.append(words)
+    texts = [*alert[4:], *answer[11:20], *with_jobs.jobs[0][1:], hello[1], hello[3], end.name, end.reason, job.user, *said]
+    assert len(texts) == 23
+    for text in texts:
+        assert text.startswith("\\x1b[2J\\n") and text.isprintable() and len(text) <= 255
+
+
+def test_what_is_said_to_a_peer_is_cut_between_characters():
+    for say in cexec.Session.refuse, cexec.Session.abort:
+        session = session_in("worker", "starting")
+        say(session, "\u20ac" * 1000)
+        (_, _, words), = session_in("submitter", "offered").receive(bytes(session.outbox), NOW)
+        assert words == "\u20ac" * 85
 
 
 @pytest.mark.parametrize("count, waiting", [(0, 0), (1, 30), (200, 20), (512, 20), (1000, 60), (4000, 700)])
