@@ -1695,6 +1695,7 @@ def _table():
         (SUBMITTER, RUNNING, EXIT): IDLE,
         (SUBMITTER, RUNNING, ABORT): OVER,
         (WORKER, GREETING, WELCOME): CHOSEN,
+        (WORKER, GREETING, BYE): OVER,              # it will never be chosen
         (WORKER, CHOSEN, JOB): STARTING,
         (WORKER, CHOSEN, BYE): OVER,
         (WORKER, ENDED, JOB): STARTING,
@@ -1920,9 +1921,10 @@ class Session:
                 stream.state = "stopped"        # what still comes belongs to nobody
         self.phase = ENDED
 
-    def bye(self):
+    def bye(self, never=False):
+        """never: the search that it has answered will not take this worker."""
         if self.phase is IDLE:
-            self.outbox += frame(BYE)
+            self.outbox += frame(BYE, int(never))
         self.phase = OVER
 
     def signal(self, name):
@@ -2730,6 +2732,8 @@ class Responder:
     def turned_away(self, slot):
         """The search it was offered to will never take this worker; to be said before LEAVE."""
         slot.search.over = True
+        self.pending.pop(slot.search.nonce, None)
+        self._remember(slot.search)
 
     def refused(self, slot):
         """Nobody listens where it was offered; to be said before LEAVE.  Returns whether its submitter has refused
@@ -6649,7 +6653,10 @@ class WorkerConnection:
         own, self.instance, self.sees_reading, host = parse_hello(body)
         self.name = worker_name(own, self.address)
         if not is_wanted(self.discovery.settings, self.address, own, host):
-            self.close("excluded by CEXEC_REJECT_SERVERS")
+            self.session.bye(never=True)
+            if self.connection.flush():
+                self.connection.send(self.session.outbox)
+            self.close("excluded by CEXEC_REJECT_SERVERS", failed=False)
         elif self.discovery.avoids(self.instance, self.address):
             self.close("it has failed this job already")
         else:
@@ -10001,6 +10008,9 @@ class Handlers:
         self.daemon.command_watch.look_after_failure()
         self._moved(handler, SlotEvent.EXIT)
 
+    def _away(self, handler):
+        self.responder.turned_away(handler.slot)
+
     def _leave(self, handler):
         self._moved(handler, SlotEvent.LEAVE)
 
@@ -10020,8 +10030,8 @@ class Handlers:
         """How many slots have an interpreter without a call, which gives way to whoever else waits."""
         return sum(each.resting and each.slot.state in WITH_JOB for each in self.processes.values())
 
-    HEARD = {"JOB": _job, "GROUP": _group, "EXIT": _exit, "FAILED": _failed, "LEAVE": _leave, "STAY": _stay,
-             "LINE": _line, "REST": _rest, "WORK": _work}
+    HEARD = {"JOB": _job, "GROUP": _group, "EXIT": _exit, "FAILED": _failed, "AWAY": _away,
+             "LEAVE": _leave, "STAY": _stay, "LINE": _line, "REST": _rest, "WORK": _work}
 
     def _moved(self, handler, event):
         self.responder.move(now_ms(), handler.slot, event)
@@ -11644,10 +11654,10 @@ class Handler:
     """One connection on the worker, in a process of its own: the channel, and the jobs that come by it in turn.
 
     The daemon's child makes it and ends with it.  It reports the events of its slot by the link, each before it acts
-    on it: `JOB id submitter user`, `GROUP pid line`, `EXIT line`, `FAILED line`, LEAVE, STAY; REST and WORK say whether
-    an interpreter has no call.  Lines are for the log, as is `LINE line`.  The daemon says LEAVE when this connection
-    shall take no more jobs, STAY when it may again, KILL when the job shall end.  The end of the link means that the
-    daemon was killed.
+    on it: `JOB id submitter user`, `GROUP pid line`, `EXIT line`, `FAILED line`, LEAVE, STAY; AWAY says that its search
+    will never take this worker, REST and WORK whether an interpreter has no call.  Lines are for the log, as is `LINE
+    line`.  The daemon says LEAVE when this connection shall take no more jobs, STAY when it may again, KILL when the
+    job shall end.  The end of the link means that the daemon was killed.
     """
     PATIENCE = 15.0         # seconds for handshake and first job
     IDLE = 1.0              # seconds without a job after which a connection gives its slot back
@@ -11760,6 +11770,8 @@ class Handler:
         elif kind == WINDOW:
             self.running.ends.resize(body)
         elif kind == BYE:
+            if number:
+                self.link.send("AWAY")
             self._finish()
 
     def on_data(self, number, view):
