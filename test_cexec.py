@@ -11974,13 +11974,17 @@ def pool(calls, probe):
 @pytest.fixture(params=["room", "processes"])
 def either(request, calls, probe):
     """Makes an Executor: the room's, or the standard one, which promises the same."""
+    import multiprocessing
+
     def make(*arguments, **named):
         if request.param == "room":
             return executor(calls, *arguments, **named)
-        import multiprocessing
         return concurrent.futures.ProcessPoolExecutor(
             *arguments or (2,), mp_context=multiprocessing.get_context("fork"), **named)
-    return make
+    yield make
+    for process in multiprocessing.active_children():       # 3.8 leaves some where the shutdown did not wait
+        process.kill()
+        process.join()
 
 
 def run_program(room, folder, text, *argv, python=sys.executable, files={}, env=None, status=0, **options):
