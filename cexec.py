@@ -2065,7 +2065,8 @@ def next_state(table, state, event, whose="a call"):
     """Where the event leads to, to be recorded before anything is done about it; RuntimeError for what has no entry in
     the table."""
     if (state, event) not in table:
-        raise RuntimeError("%s: event %s in state %s" % (whose, getattr(event, "name", event), state.name))
+        event, state = (getattr(each, "name", each) for each in (event, state))
+        raise RuntimeError("%s: event %s in state %s" % (whose, event, state))
     return table[state, event]
 
 
@@ -2497,9 +2498,6 @@ class HeardSearch:
         """How many at once may wait for their first job: a copy of an announcement costs one."""
         return self.wanted if self.proven else 1
 
-    def answer_at_once(self):
-        self.fire, self.queued = -math.inf, True
-
 
 class Responder:
     """When one worker offers a slot to which search.
@@ -2758,7 +2756,7 @@ class Responder:
         self.answered.pop(search.nonce, None)
         self.pending[search.nonce] = search
         search.credit = max(1, search.credit)
-        search.answer_at_once()
+        search.fire, search.queued = -math.inf, True
 
     # -- who waits
     def waiting(self):
@@ -3104,11 +3102,12 @@ UNDELIVERED_MAX = 10000     # jobs that may run, or have ended before an earlier
 
 NEW, GOING, DONE_WITH, DELIVERED = "new", "going", "done with", "delivered"
 START, SETTLE, DELIVER = "start", "settle", "deliver"
-BATCH_JOB = {               # {state: {what happens: next state}}; nothing else may happen
-    NEW: {START: GOING, SETTLE: DONE_WITH},     # settled at once: an input of no use, or done before
-    GOING: {START: GOING, SETTLE: DONE_WITH},   # started again, or a second time elsewhere
-    DONE_WITH: {DELIVER: DELIVERED},
-    DELIVERED: {},
+BATCH_JOB = {
+    (NEW, START): GOING,
+    (NEW, SETTLE): DONE_WITH,       # an input of no use, or done before
+    (GOING, START): GOING,          # again, or a second time elsewhere
+    (GOING, SETTLE): DONE_WITH,
+    (DONE_WITH, DELIVER): DELIVERED,
 }
 
 TAKING, COMPLETE, STOPPING = "taking", "complete", "stopping"      # whether a Batch takes further jobs; why not
@@ -3133,7 +3132,7 @@ class BatchJob:
         self.failed_at = -math.inf
 
     def happens(self, event):
-        self.state = BATCH_JOB[self.state][event]
+        self.state = next_state(BATCH_JOB, self.state, event, "job %d" % self.number)
 
 
 class WorkerRecord:
@@ -6612,7 +6611,7 @@ class WorkerConnection:
             tune(self.connection)
             self.submitter = self.connection.getsockname()[0].partition("%")[0]
             self.connection.send(encode_go(self.discovery.key.udp, self.preamble))  # both sides now make ready at once
-            self.connection = TlsConnection(self.connection, self.discovery.context(), server_side=True)
+            self.connection = TlsConnection(self.connection, self.discovery.owner.context(), server_side=True)
         except (OSError, ValueError) as error:
             return self.close(loss_of(error).words)
         self.loop.watch(self.connection.fileno(), read=self._continue_handshake)
@@ -6657,7 +6656,7 @@ class WorkerConnection:
             if self.connection.flush():
                 self.connection.send(self.session.outbox)
             self.close("excluded by CEXEC_REJECT_SERVERS", failed=False)
-        elif self.discovery.avoids(self.instance, self.address):
+        elif self.discovery.owner.avoids(self.instance, self.address):
             self.close("it has failed this job already")
         else:
             self.discovery.authenticated(self)
@@ -6710,9 +6709,10 @@ class AnswerPort:
 
 
 class Discovery:
-    """One search for workers: announcement, candidates, choice.  A Pool makes it, and stops it unless it is over.
+    """One search for workers: announcement, candidates, choice.  Its owner, a Pool, makes it, and stops it unless it is
+    over.  The owner has loop, key and settings, and:
 
-    submitter_id       8 bytes that name the submitting process
+    id                 8 bytes that name the submitting process
     context()          returns the TLS context
     wanted()           how many slots can be used now
     avoids(instance, address)
@@ -6722,16 +6722,16 @@ class Discovery:
                        called for each sign of life of a worker that has the key: it connected (reason and here None),
                        it failed its handshake (reason), it said that it is busy or could not connect back (both)
     trace(text)        hears of each step
-    problems           what went wrong with the last datagram sent, one text for each interface
-    reasons            {name: why the connection came to nothing}, the last ones
+
+    problems: what went wrong with the last datagram sent, one text for each interface.
+    reasons: {name: why the connection came to nothing}, the last ones.
     """
     IDLE = 0.01             # seconds: when nobody has come by then, there is time to prepare the channel
     LAST_WORDS = 0.02       # seconds for which a search that is over goes on to say so
 
-    def __init__(self, loop, key, settings, port, submitter_id, context, wanted, avoids, on_found, on_heard, trace):
-        self.loop, self.key, self.settings, self.port, self.submitter_id = loop, key, settings, port, submitter_id
-        self.context, self.wanted, self.avoids = context, wanted, avoids
-        self.on_found, self.on_heard, self.trace = on_found, on_heard, trace
+    def __init__(self, owner, port):
+        self.owner, self.port = owner, port
+        self.loop, self.key, self.settings, self.trace = owner.loop, owner.key, owner.settings, owner.trace
         self.nonce = os.urandom(8)
         self.sequence = collections.Counter()       # by type of datagram
         self.heres = Recent(INSTANCES_MAX)          # {instance: sequence of its last HERE}
@@ -6741,11 +6741,11 @@ class Discovery:
         self.stopped = False                        # nothing is said or heard any more
         self.looking = False
         self.timer = None
-        self.selection = Selection(now_ms(), uniform, wanted())
+        self.selection = Selection(now_ms(), uniform, owner.wanted())
         self.actions = {ANNOUNCE: self._announce, HOLD: self._hold, TAKEN: self._taken,
                         HANDSHAKE: WorkerConnection.start_handshake, EVICT: self._evict, WIN: self._win}
         port.search = self
-        loop.call_later(self.IDLE, context)
+        self.loop.call_later(self.IDLE, owner.context)
         self.look()
 
     def is_over(self):
@@ -6807,7 +6807,7 @@ class Discovery:
             self.reasons[name] = here.text()
         else:
             self.selection.busy(now_ms())
-        self.on_heard(name, address, here.text(), here)
+        self.owner.on_heard(name, address, here.text(), here)
         self.look()
 
     # -- what the connections report
@@ -6816,7 +6816,7 @@ class Discovery:
         self.trace("%s connected: cost %.2f%s" % (
             connection.name, answer.cost, ", it had no free slot when its turn came" if answer.queued else ""))
         self.selection.connected(now_ms(), connection, connection.address, answer, random)
-        self.on_heard(connection.name, connection.address, None, None)
+        self.owner.on_heard(connection.name, connection.address, None, None)
         self.look()
 
     def authenticated(self, connection):
@@ -6831,7 +6831,7 @@ class Discovery:
         if not self.is_over():
             self.reasons[connection.name] = why
             if failed and connection.answer:
-                self.on_heard(connection.name, connection.address, why, None)
+                self.owner.on_heard(connection.name, connection.address, why, None)
             self.look()
 
     # -- what the selection wants
@@ -6841,7 +6841,7 @@ class Discovery:
             return
         self.looking = True
         while not self.stopped:
-            actions = self.selection.poll(now_ms(), self.wanted())
+            actions = self.selection.poll(now_ms(), self.owner.wanted())
             if not actions:
                 break
             for action, *what in actions:
@@ -6858,7 +6858,7 @@ class Discovery:
 
     def _announce(self, *fields):
         *timing, wanted = fields
-        self.send(ANNOUNCE, encode_announcement(Announcement(*timing, self.submitter_id, wanted)), self.port.number)
+        self.send(ANNOUNCE, encode_announcement(Announcement(*timing, self.owner.id, wanted)), self.port.number)
         self.trace("announced%s on %s by %s%s; workers connect back to TCP port %d" % (
             " again" if fields[0] else "", self.settings.group, self.ways(),
             "".join("; not sent: " + problem for problem in self.problems), self.port.number))
@@ -6882,7 +6882,7 @@ class Discovery:
         self.trace("%s was chosen: %s" % (connection.name, "nobody else was connected" if not others else (
             "the lowest cost of %d" if connection.answer.cost <= min(others) else
             "the first of %d that was ready, the others cost little less") % (len(others) + 1)))
-        self.on_found(connection)
+        self.owner.on_found(connection)
 
     def send(self, kind, body, port=0):
         self.sequence[kind] += 1
@@ -7833,8 +7833,7 @@ class Pool:
         except PortTaken as failure:
             return self._wait_for_port(failure)
         self.no_port = None
-        self.search = Discovery(self.loop, self.key, self.settings, self.port, self.id, self.context, self.wanted,
-                                self.avoids, self.on_found, self.on_heard, self.trace)
+        self.search = Discovery(self, self.port)
 
     def _wait_for_port(self, failure):
         """A later look finds a number free.  As with a room that is busy, nobody has failed."""
@@ -8108,17 +8107,15 @@ class StatusLine:
 
 
 class InheritedStreams(JobStreams):
-    """The descriptors of this process, as its caller left them.  run hears of what breaks here: on_local_failure,
-    on_hang_up, on_command."""
+    """The descriptors of this process, as its caller left them.  The CexecRun makes it, and hears of what breaks here:
+    on_local_failure, on_hang_up, on_command."""
     HALF_CLOSED_AFTER = 0.02        # seconds: of a socket that the job has closed the other half ends in a moment
 
-    def __init__(self, loop, settings, descriptors, terminal, run):
+    def __init__(self, run, descriptors):
         super().__init__()
-        self.loop = loop
-        self.settings = settings
-        self.descriptors = descriptors
-        self.terminal = terminal
         self.run = run
+        self.loop, self.settings, self.terminal = run.loop, run.settings, run.terminal
+        self.descriptors = descriptors
         self.numbers = {}               # {descriptor: it and the others that share it}
         self.owned = {}                 # {descriptor: a duplicate for its sink}
         self.stopped = {}               # {input that the job reads no more: bytes of it that it has read}
@@ -8283,7 +8280,7 @@ class CexecRun:
         self.passed_on = set()          # names of the signals that this process got for the job
         self.status = StatusLine(-1 if settings.quiet or settings.verbose else errors_place(settings))
         self.pool = Pool(self.loop, key, settings, trace=self.trace)
-        self.streams = InheritedStreams(self.loop, settings, descriptors, terminal, self)
+        self.streams = InheritedStreams(self, descriptors)
         self.submission = Submission(self.streams, names, settings.retries, self._done, self.tell)
 
     def run(self):
@@ -9326,9 +9323,9 @@ class Cmap:
         self._close(job)
 
     def _run(self, job, avoid=None):
-        """Starts it on a worker; a second time if one is to be avoided.  Every run reads the input by itself."""
+        """Starts it on a worker; a second time if one is to be avoided."""
         try:
-            run = self._make_run(job)
+            run = MapRun(job, self)
         except Failure as failure:
             job.twins += bool(job.runs)         # the one that runs has what it needs
             return None if job.runs else self._over(job, None, failure)
@@ -9337,18 +9334,6 @@ class Cmap:
         self.batch.start(job, run)
         self.pool.submit(run)
         return None
-
-    def _make_run(self, job):
-        try:
-            source = HeldInput(job.data, head=job.head, digest=self.log and self.log.digest(job))
-        except OSError as error:
-            raise JobFailure(log_text(job.name), reason_of(error)) from None
-        try:
-            output_file = OutputFile(job.path, self.file_budget) if job.path else None
-            return MapRun(job, HeldStreams(source, self.budget, job.number, output_file), self)
-        except Failure:
-            source.end()
-            raise
 
     def _hedge(self):
         """Nothing is left to begin: the jobs that have run for longest start a second time, as slots come free."""
@@ -9361,7 +9346,7 @@ class Cmap:
     # -- ends
     def run_over(self, run, status, failure):
         """A run has ended, with a status or a Failure; if the log wants it the whole input is hashed first."""
-        source = run.streams.sources[0]
+        source = run.source
         if status == 0 and source.hash and not failure:
             run.sent = run.sent or source.position
             for _ in range(HASH_AT_ONCE // BUFFER):
@@ -9456,7 +9441,7 @@ class Cmap:
         if not run:
             self.log.add(job, EXIT_TEMPORARY, "-", 0.0, None, 0, 0)
             return
-        source, output = run.streams.sources[0], run.streams.output
+        source, output = run.source, run.streams.output
         took = (run.report.milliseconds / 1000 if run.report else time.monotonic() - job.began if failure or run.refusal
                 else self.settings.timeout)
         folders = [os.path.dirname(run.path) or b".", *self.claims.new_in] if run.path else ()
@@ -9506,7 +9491,7 @@ class Cmap:
         """Frees what a run holds; its errors may wait to be written."""
         if run:
             run.streams.close()
-            run.streams.sources[0].end()
+            run.source.end()
 
     def _written(self, spool):
         spool.clear()
@@ -9601,11 +9586,22 @@ class Cmap:
 
 
 class MapRun(Submission):
-    """One run of a job of cmap.  It tells the Cmap of its end."""
+    """One run of a job of cmap: it reads the input by itself.  It tells the Cmap of its end.  Failure where that
+    cannot be."""
 
-    def __init__(self, job, streams, cmap):
-        super().__init__(streams, job.names, cmap.settings.retries, lambda *ended: cmap.run_over(self, *ended[:2]),
-                         timeout=cmap.settings.timeout or None)
+    def __init__(self, job, cmap):
+        try:
+            self.source = HeldInput(job.data, head=job.head, digest=cmap.log and cmap.log.digest(job))
+        except OSError as error:
+            raise JobFailure(log_text(job.name), reason_of(error)) from None
+        streams = HeldStreams(self.source, cmap.budget, job.number,
+                              OutputFile(job.path, cmap.file_budget) if job.path else None)
+        try:
+            super().__init__(streams, job.names, cmap.settings.retries, lambda *ended: cmap.run_over(self, *ended[:2]),
+                             timeout=cmap.settings.timeout or None)
+        except Failure:
+            self.source.end()
+            raise
         self.job = job
         self.cmap = cmap
         self.accepts = lambda instance: cmap.batch.may_run(job, instance, time.monotonic())

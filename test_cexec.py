@@ -8281,7 +8281,7 @@ def test_a_batch_takes_as_many_jobs_as_may_run():
     assert not batch.wants_job() and not batch.is_over()
     batch.settle(jobs[0])
     assert list(batch.deliverable(jobs[0])) == jobs[:2] and batch.is_over() and not batch.jobs
-    with pytest.raises(KeyError):
+    with pytest.raises(RuntimeError):
         jobs[0].happens(cexec.START)
 
 
@@ -8614,12 +8614,12 @@ class Searching:
 
     def __init__(self, room):
         self.loop, self.key, self.heard, self.found = cexec.Loop(), cexec.load_key(room.pub, "public")[0], [], []
-        settings = settings_of("cexec", GROUP=room.group)
-        self.port = cexec.AnswerPort(self.loop, settings)
-        self.discovery = cexec.Discovery(
-            self.loop, self.key, settings, self.port, bytes(8), lambda: cexec.tls_context(self.key, True), lambda: 1,
-            lambda instance, address: False, self.found.append, lambda *heard: self.heard.append(heard),
-            lambda text: None)
+        self.settings = settings_of("cexec", GROUP=room.group)
+        self.port, self.id = cexec.AnswerPort(self.loop, self.settings), bytes(8)
+        self.context, self.wanted = lambda: cexec.tls_context(self.key, True), lambda: 1
+        self.avoids, self.trace = lambda instance, address: False, lambda text: None
+        self.on_found, self.on_heard = self.found.append, lambda *heard: self.heard.append(heard)
+        self.discovery = cexec.Discovery(self, self.port)
 
     def until(self, condition, seconds=PATIENCE):
         end = time.monotonic() + seconds
