@@ -847,6 +847,7 @@ def unpack_body(form, datagram):
 # Attempt; ms waited so far; ms to the next announcement; flags; submitter; slots wanted.
 ANNOUNCE_BODY = struct.Struct(">HIIB8sH")
 TELL_BUSY = 1               # flag: whoever has no free slot says so
+PROVE = 2                   # flag: and connects all the same, to show that it has the private key
 HOLD_BODY = struct.Struct(">H")             # milliseconds
 TAKEN_BODY = struct.Struct(">f")            # the new shared offset, NaN for none
 ASK_BODY = struct.Struct(">HBH")    # ms over which the answers are to be spread; flags; bytes of the filter behind
@@ -2348,12 +2349,14 @@ class Diagnosis:
                 self.facts.key_name) if nobody and seconds >= CHECK_AFTER else "",
             "; before that, " + self.facts.last_loss if self.facts.last_loss else "")
 
-    def failure(self, seconds):
-        """(why, hint) of the failure of a job that got no worker within so many seconds."""
+    def failure(self, seconds, unproven=False):
+        """(why, hint) of the failure of a job that got no worker within so many seconds.  unproven: whether workers
+        went on saying that they are there, and none has shown that it is one."""
         facts = self.facts
         if facts.no_port:
             return "within %.3g s %s" % (seconds, facts.no_port), facts.no_port.hint
         why = "%s within %.3g s" % (
+            "no worker that says it is there has shown that it has the private key" if unproven else
             "no worker was free" if self.alive else
             "none of the workers that answered took the job" if self.trouble else "nobody answered", seconds)
         states = sorted({here.text() for here in self.alive if here})
@@ -2365,15 +2368,17 @@ class Diagnosis:
             why += "; announced on %s by %s, to connect back to TCP port %d" % (facts.group, facts.ways, facts.port)
         if facts.unsent:
             why += "; could not send: " + ", ".join(facts.unsent)
-        hint = self._hint()
+        hint = self._hint(unproven)
         return "; ".join([why, *facts.unused]), "%s%s cwho --check %s finds out more" % (
             hint, " " if hint.endswith("?") else ";", shell_word(facts.key_name))
 
-    def _hint(self):
+    def _hint(self, unproven):
+        if self.unreachable and (unproven or not self.alive):
+            return "a firewall here or on the way keeps out what workers connect to; --listen-ports names ports to open"
+        if unproven:
+            return "whoever has %s can speak for workers that are not there" % shell_word(self.facts.key_name)
         if self.alive:
             return "CEXEC_TIMEOUT_ACCEPT=0 waits for ever"
-        if self.unreachable:
-            return "a firewall here or on the way keeps out what workers connect to; --listen-ports names ports to open"
         if self.trouble:
             return "-v tells what each worker did"
         return ("is cservice running with this key (%s) in this network?  do firewalls pass UDP port %d to it and TCP "
@@ -2460,7 +2465,7 @@ class HeardSearch:
     """One search for workers as one worker remembers it, from its first announcement until it is forgotten."""
     __slots__ = ("nonce submitter since until sequence times_heard origin alternative connections refusals wanted "
                  "credit proven over learnt hold_sequence hold_end deferred base jitter cost delay fire queued "
-                 "wants_busy busy_at busy_told").split()
+                 "wants_busy wants_proof busy_at busy_told").split()
 
     def __init__(self, nonce, now, submitter=None):
         self.nonce, self.submitter, self.since = nonce, submitter, now
@@ -2476,7 +2481,7 @@ class HeardSearch:
         self.hold_sequence, self.hold_end, self.deferred = -1, -math.inf, 0.0   # deferred: ms, by all its holds
         self.fire = math.inf                    # when it is to be answered
         self.queued = False                     # that time has come, but no slot was free
-        self.wants_busy = False                 # its last announcement had TELL_BUSY
+        self.wants_busy = self.wants_proof = False      # its last announcement had TELL_BUSY, PROVE
         self.busy_at, self.busy_told = None, -math.inf      # when to say that this worker is busy, and when it did
 
     def heard_from(self, origin, new):
@@ -2562,6 +2567,7 @@ class Responder:
         search.wanted = search.credit = announcement.wanted
         search.until = now + FORGET * clamp(announcement.interval, *INTERVAL_RANGE)
         search.wants_busy = bool(announcement.flags & TELL_BUSY)
+        search.wants_proof = bool(announcement.flags & PROVE)
         if nonce not in self.pending:
             if self._unserved(search) >= search.most_connections():
                 return self._remember(search)
@@ -2641,6 +2647,13 @@ class Responder:
         lapsed = [slot for slot in self.slots if slot.state in PENCILLED and not slot.reserved]
         return lapsed[:-LAPSED_MOST] + [slot for slot in lapsed[-LAPSED_MOST:] if (
             now - slot.since > OFFER_RESERVES and not slot.search.proven and self._has_moved(slot))]
+
+    def show(self, now, search):
+        """A Slot that is none: for a connection by which this worker, which has none free, shows that it is one."""
+        slot = Slot(search, Answer(search.nonce, search.cost, self.offset, 0.0, True), search.next_origin(), now)
+        slot.reserved = False
+        self.slots.append(slot)
+        return slot
 
     def _offer(self, now, search):
         waited = 0.0 if self.boost is not None else search.delay   # a fixed wait says nothing about the offset
@@ -6626,6 +6639,7 @@ class WorkerConnection:
             if self.connection.barren:
                 return self.close(loss_of(error).words)
             return self.close("busy: it has given its slot to another search meanwhile", failed=False)
+        self.discovery.owner.on_proven()
         self.session = Session(SUBMITTER, self.discovery.settings.timeout_pingpong, time.monotonic())
         self.loop.watch(fd, read=self._read_hello)
         self._read_hello()
@@ -6640,7 +6654,7 @@ class WorkerConnection:
             # All of it before the job is offered: nothing but an abort may follow the hello unasked.
             said = {kind: body for kind, _, body in self.session.receive(buffer[:size or 0], time.monotonic())}
             if ABORT in said:
-                self.close(said[ABORT])
+                self.close(said[ABORT], failed=False)       # it is there, and has no slot
             elif HELLO in said:
                 self._hello(said[HELLO])
         except (OSError, ValueError) as error:
@@ -6717,6 +6731,8 @@ class Discovery:
     wanted()           how many slots can be used now
     avoids(instance, address)
                        whether a worker that says it is this one is not to be used now
+    doubts()           whether workers that say that they are busy are to show that they have the key
+    on_proven()        called for each worker that has shown it
     on_found(w)        called for each WorkerConnection that is taken
     on_heard(name, address, reason, here)
                        called for each sign of life of a worker that has the key: it connected (reason and here None),
@@ -6857,8 +6873,9 @@ class Discovery:
             self.timer = self.loop.call_later(self.LAST_WORDS, self.stop)
 
     def _announce(self, *fields):
-        *timing, wanted = fields
-        self.send(ANNOUNCE, encode_announcement(Announcement(*timing, self.owner.id, wanted)), self.port.number)
+        *timing, flags, wanted = fields
+        flags |= TELL_BUSY | PROVE if self.owner.doubts() else 0
+        self.send(ANNOUNCE, encode_announcement(Announcement(*timing, flags, self.owner.id, wanted)), self.port.number)
         self.trace("announced%s on %s by %s%s; workers connect back to TCP port %d" % (
             " again" if fields[0] else "", self.settings.group, self.ways(),
             "".join("; not sent: " + problem for problem in self.problems), self.port.number))
@@ -7703,6 +7720,7 @@ class Pool:
         self.alerts = None
         self.searching_since = math.inf     # when it began to look for workers, and had none, monotonic seconds
         self.heard_at = time.monotonic()    # when any worker was heard of last
+        self.proven_at = self.heard_at      # when one has shown last that it has the private key
         self.served_at = -math.inf      # when a room with kept connections had one last
         self.heard = Recent(INSTANCES_MAX)  # {instance, else name: HeardWorker}
         self.offered = Recent(INSTANCES_MAX)    # {instance: when it offered itself last}
@@ -7728,7 +7746,7 @@ class Pool:
     def submit(self, submission, first=False):
         """first: in front of the others that wait."""
         if not (self.queue or self.running or self.backing_off or self.connections):
-            self.searching_since = time.monotonic()
+            self.searching_since = self.proven_at = time.monotonic()
         (self.queue.appendleft if first else self.queue.append)(submission)
         if submission.waiting_since is None:
             submission.waiting_since = time.monotonic()
@@ -7837,7 +7855,7 @@ class Pool:
 
     def _wait_for_port(self, failure):
         """A later look finds a number free.  As with a room that is busy, nobody has failed."""
-        self.heard_at = time.monotonic()
+        self.heard_at = self.proven_at = time.monotonic()
         if not (self.no_port or self.connections):
             self.queue[0].on_event("%s; waits for one" % failure, True)
         self.no_port = failure
@@ -7877,10 +7895,11 @@ class Pool:
             if submission.refused_since is not None and self._all_have_refused(submission, now):
                 self.fail(submission, JobRefused("the job was refused by %s" % submission.worker,
                                                  list(submission.avoidance.refused.values())[-1], status=EXIT_USAGE))
-            elif limit is None and now - max(since, self.heard_at) > NOBODY or limit and now - since > limit:
-                seconds = limit or NOBODY
+            elif limit and now - since > limit or limit is None and now - max(since, self._alive_at()) > NOBODY:
+                unproven = self.heard_at > self._alive_at()
+                seconds = limit or (now - max(since, self.proven_at) if unproven else NOBODY)
                 self.fail(submission, NoWorker("no worker", *self._diagnosis(submission, submission.waiting_since)
-                                               .failure(seconds)))
+                                               .failure(seconds, unproven)))
         self._pump()
 
     def _all_have_refused(self, submission, now):
@@ -7892,9 +7911,20 @@ class Pool:
         return not (recent | self.serving() | set(tried)) - set(refused)
 
     # -- what the search says
+    def _alive_at(self):
+        """When the room was alive last.  Whoever can submit can say that workers are busy, so that counts for as long
+        as one of them shows now and then that it has the private key."""
+        return min(self.heard_at, self.proven_at + NOBODY)
+
+    def doubts(self):
+        """Whether it is time for that."""
+        return time.monotonic() - self.proven_at > NOBODY / 2
+
+    def on_proven(self):
+        self.heard_at = self.proven_at = time.monotonic()
+
     def on_found(self, found):
         """A worker has proven itself and waits for a job."""
-        self.heard_at = time.monotonic()
         kept = PooledConnection(self, found)
         self.connections.add(kept)
         self._has_idle(kept)
@@ -9762,6 +9792,9 @@ class Offers:
             self.withdraw(slot)
         for search in self.responder.busy_due(now_ms()):
             self.daemon.roll_calls.send_here(search.nonce, search.origin.source)
+            if search.wants_proof:
+                slot = self.responder.show(now_ms(), search)
+                self.connections[slot] = SubmitterConnection(self, self.daemon.key, slot)
         due = self.responder.next_due()
         if due is not None:
             self.timer = self.loop.call_at(due / 1000, self.consider)
@@ -9771,9 +9804,10 @@ class Offers:
 
     def on_go(self, connection):
         """The submitter has proven itself and wants this worker.  Where the last slot has become another's meanwhile,
-        it learns that from the end of the connection before the first byte of TLS."""
+        it learns that from the end of the connection before the first byte of TLS, or behind the proof that it has
+        asked for."""
         del self.connections[connection.slot]
-        if self.responder.go(now_ms(), connection.slot):
+        if self.responder.go(now_ms(), connection.slot) or connection.slot.search.wants_proof:
             self.daemon.handlers.start(connection)
         else:
             connection.close()
@@ -9934,7 +9968,7 @@ class HandlerProcess:
 class Handlers:
     """The processes that serve submitters, and what they report.  The Daemon makes it."""
     PAUSE = 0.01            # seconds between two looks at what a handler reports; its end is seen at once
-    LINGERING = 64          # handlers without a slot, whose submitters have not taken the last words yet
+    LINGERING = 64          # handlers without a slot: submitters have not taken the last words, or the proof, yet
 
     def __init__(self, daemon):
         self.daemon, self.loop, self.responder, self.log = daemon, daemon.loop, daemon.responder, daemon.log
@@ -9950,7 +9984,9 @@ class Handlers:
         except OSError as error:
             self.log("no process for a job from %s: %s" % (address[0], fork_reason(error)))
             connection.close()
-            return self.responder.move(now_ms(), slot, SlotEvent.LEAVE)
+            if slot.state is not SlotState.FREE:
+                self.responder.move(now_ms(), slot, SlotEvent.LEAVE)
+            return
         if pid == 0:
             self._become_handler(connection.socket, far, slot)
         handler = self.processes[pid] = HandlerProcess(pid, slot, connection.socket.getsockname()[1])
@@ -9958,6 +9994,7 @@ class Handlers:
         far.close()
         connection.close()
         handler.link = Link(self.loop, ours, functools.partial(self._heard, handler), self.PAUSE)
+        self._limit_lingering()
 
     def _become_handler(self, connection, link, slot):
         """In the forked child: serves the connection and ends.  Nothing here may raise or return."""
@@ -10032,12 +10069,15 @@ class Handlers:
     def _moved(self, handler, event):
         self.responder.move(now_ms(), handler.slot, event)
         if handler.slot.state is SlotState.FREE:
-            lingering = [each for each in self.processes.values() if each.slot.state is SlotState.FREE]
-            if len(lingering) > self.LINGERING:
-                signal_process(lingering[0].pid, signal.SIGKILL)
+            self._limit_lingering()
             self.daemon.changed()
         else:
             self.daemon.drain.look()
+
+    def _limit_lingering(self):
+        lingering = [each for each in self.processes.values() if each.slot.state is SlotState.FREE]
+        if len(lingering) > self.LINGERING:
+            signal_process(lingering[0].pid, signal.SIGKILL)
 
     def _ended(self, handler):
         """Its job has ended with it, unless it was killed."""
@@ -11672,7 +11712,7 @@ class Handler:
         self.channel = None
         self.running = None         # the RunningJob in hand
         self.remote = None          # the submitter's address, as it says it
-        self.timer = self.loop.call_later(self.PATIENCE, self._finish)
+        self.timer = self.loop.call_later(self.LINGER if slot.state is SlotState.FREE else self.PATIENCE, self._finish)
 
     def run(self):
         """Returns the process's exit status."""
@@ -11712,7 +11752,7 @@ class Handler:
         session.hello(self.local[0].partition("%")[0], self.daemon.instance, sees_reading(),
                       socket.gethostname())
         self.channel = Channel(self.loop, self.connection, session, self)
-        if self.slot.state is SlotState.FREE:       # told so meanwhile
+        if self.slot.state is SlotState.FREE:       # told so meanwhile, or it only shows that it has the key
             self._say_last("no more jobs here")
 
     def log(self, line):

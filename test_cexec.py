@@ -8541,14 +8541,15 @@ def test_a_lost_worker_and_a_job_that_moves_are_told(room, options):
     assert re.search("cexec: no worker: %s; since then nobody answered within 2 s; announced on " % lost, str(job.log))
 
 
-@slow("the room is full for six seconds")
+@slow("the room is full for ten seconds")
 def test_a_busy_room_is_no_failure_and_a_dead_one_is(room, monkeypatch):
-    """C18: Shortened: what takes sixty seconds takes four here, and the room is full for six."""
+    """C18: Shortened: what takes sixty seconds takes four here, and the room is full for ten: then its workers have
+    shown that they have the key."""
     for name, value in ("NOBODY", 4.0), ("BUSY_AGAIN", 500.0), ("AGAIN_MOST", 500.0):
         monkeypatch.setattr(cexec, name, value)
     for _ in range(2):
         impatient(room, {"BUSY_PAUSE": 500.0}, room.key, *EVAL, CONCURRENCY=1)
-    full = [room.submit("C=echo running; sleep 6", stdout=LINES) for _ in range(2)]
+    full = [room.submit("C=echo running; sleep 10", stdout=LINES) for _ in range(2)]
     for job in full:
         job.out.wait("running")
     statuses = []
@@ -8569,6 +8570,57 @@ def test_a_busy_room_is_no_failure_and_a_dead_one_is(room, monkeypatch):
         made.submit(cexec.Submission(cexec.JobStreams(), [], 3, lambda *result: loop.stop(result)))
         status, failure, _ = loop.run()
     assert status is None and str(failure).startswith("no worker: nobody answered within 1 s; ")
+
+
+def test_workers_that_are_not_there_keep_nobody_waiting_for_ever(room, monkeypatch):
+    """S16: whoever has APP.pub can say that they are busy; after twice the time they are believed no more."""
+    monkeypatch.setattr(cexec, "NOBODY", 1.5)
+    with Impostor(room) as impostor, room_here(room, CEXEC_TIMEOUT_ACCEPT="") as (loop, made):
+        def lie():
+            loop.call_later(0.1, lie)
+            if made.search and not made.search.is_over():
+                busy = here(cexec.BUSY, instance=os.urandom(8).hex())
+                impostor.udp.sendto(cexec.encode_datagram(
+                    impostor.public.udp, cexec.HERE, impostor.public.id, made.search.nonce, 1, cexec.encode_here(busy)),
+                    ("127.0.0.1", made.port.number))
+        lie()
+        began = time.monotonic()
+        made.submit(cexec.Submission(cexec.JobStreams(), [], 3, lambda *result: loop.stop(result)))
+        loop.call_later(60, loop.stop)
+        status, failure, _ = loop.run()
+    assert time.monotonic() - began > 2.5 and type(failure) is cexec.NoWorker
+    assert re.match(r"no worker that says it is there has shown that it has the private key within [\d.]+ s \(busy\)",
+                    failure.why), failure.why
+    assert "can speak for workers that are not there" in failure.hint
+
+
+@LINUX_ONLY
+def test_a_full_worker_shows_who_waits_that_it_has_the_key(room, forker, monkeypatch):
+    """R15, S16: it has no slot for that, and takes none."""
+    for name, value in ("NOBODY", 4.0), ("AGAIN_MOST", 300.0):
+        monkeypatch.setattr(cexec, name, value)
+    worker = forked_worker(forker, room, patch={"BUSY_PAUSE": 300.0}, CONCURRENCY=1)
+    with Impostor(room) as impostor, room_here(room, CEXEC_TIMEOUT_ACCEPT="") as (loop, made):
+        peer = impostor.employ()
+        peer.sendall(a_job({0: cexec.IN}, do="cat >/dev/null", timeout=600.0))
+        wait_until(lambda: assert_contains(worker.errors, b"start from"))
+        proofs = []
+        prove = made.on_proven
+
+        def proven():
+            proofs.append(jobs_running(worker))
+            prove()
+            if len(proofs) == 2:
+                peer.sendall(message("END", 0))
+        made.on_proven = proven
+        made.submit(cexec.Submission(cexec.JobStreams(), [(b"DO", b"exit 3")], 3, lambda *end: loop.stop(end[:2])))
+        loop.call_later(120, loop.stop)
+        assert loop.run() == (3, None) and proofs[:2] == [1, 1]
+    drained(worker)
+
+
+def jobs_running(worker):
+    return sum(bool(children(handler)) for handler in children(worker.pid))
 
 
 @slow("the line comes after two seconds, twice")
@@ -8618,6 +8670,7 @@ class Searching:
         self.port, self.id = cexec.AnswerPort(self.loop, self.settings), bytes(8)
         self.context, self.wanted = lambda: cexec.tls_context(self.key, True), lambda: 1
         self.avoids, self.trace = lambda instance, address: False, lambda text: None
+        self.doubts, self.on_proven = lambda: False, lambda: None
         self.on_found, self.on_heard = self.found.append, lambda *heard: self.heard.append(heard)
         self.discovery = cexec.Discovery(self, self.port)
 
