@@ -7360,8 +7360,9 @@ def open_regular(path):
     mode = os.fstat(fd).st_mode
     if not stat.S_ISREG(mode):
         os.close(fd)
-        raise Failure(printable(os.fsencode(path)), "a folder" if stat.S_ISDIR(mode) else "not a regular file",
-                      "what cannot be read twice would be lost with a worker: copy it to a file", EXIT_USAGE)
+        what, kind = printable(os.fsencode(path)), "a folder" if stat.S_ISDIR(mode) else "not a regular file"
+        raise JobFailure(what, kind, "" if kind == "a folder" else
+                         "what cannot be read twice would be lost with a worker: copy it to a file", EXIT_USAGE)
     return fd
 
 
@@ -8023,9 +8024,10 @@ class Pool:
         self.failing.add(submission)
         pause = submission.avoidance.failed(time.monotonic(), attempt.kept.instance, attempt.kept.address, final)
         if final is None:
-            self.loop.call_later(pause, self._announce_again)
+            self.loop.call_later(pause, self.announce_again)
 
-    def _announce_again(self):
+    def announce_again(self):
+        """A worker may be wanted from now on that was not until now."""
         if self.search and not self.search.is_over():
             self.search.again()
 
@@ -8782,7 +8784,7 @@ class MapInputs:
 
     def jobs(self):
         number = 0
-        for found in self._found():
+        for found in self._found_or_failed():
             if found is None:
                 yield None
                 continue
@@ -8842,6 +8844,14 @@ class MapInputs:
             source.end()
 
     # -- where they come from
+    def _found_or_failed(self):
+        try:
+            yield from self._found()
+        except OSError as error:        # the list, or what is cut into blocks
+            path = self.settings.list
+            raise LocalFailure("--from=" + path if path not in ("", "-") else "standard input",
+                               reason_of(error)) from None
+
     def _found(self):
         """(name, input[, head]) for each, a Failure in place of an input that cannot be read; None for nothing now."""
         settings = self.settings
@@ -8955,7 +8965,7 @@ class MapInputs:
                 break
             else:
                 spool.failure = JobFailure("%d bytes of it" % spool.size, "no room in %s: %s" % (
-                    spool.files.place(), reason_of(spool.trouble)))
+                    spool.files.place(), reason_of(spool.trouble)), "TMPDIR names another folder")
                 spool.clear()
 
     def _lines(self, path, end):
@@ -9010,7 +9020,7 @@ class MapInputs:
                 tail = (tail + part)[-more:] if more else b""
                 yield from self._keep(block, part)
                 if block.failure:
-                    raise block.failure
+                    raise LocalFailure("a block of standard input", block.failure, block.failure.hint)
                 piece = piece[len(part):]
         if block.size > size and cut > 0:
             rest = block.cut(cut)
@@ -9413,6 +9423,11 @@ class Cmap:
         run.result = status, failure
         if not failure and not run.refusal:
             self.count_worker(run, outcome is FAILED)
+        if outcome is not SUCCEEDED:        # a twin that has no worker yet may never get one
+            for twin in [each for each in job.runs if each is not run and not each.has_begun()]:
+                self.batch.forget(job, twin)
+                self.pool.cancel(twin)
+                self._discard(twin)
         decision = self.batch.ended(job, run, outcome, run.instance, now)
         if decision is WAIT:            # for its twin; until then this is what there is
             self._discard(job.spare)
@@ -9423,6 +9438,7 @@ class Cmap:
             self._discard(run)
             job.spare = None
             self._run(job)
+            self.loop.call_later(ELSEWHERE, self.pool.announce_again)       # then the same worker may have it
         else:
             if outcome is LOST and job.spare:
                 run, job.spare = job.spare, run
@@ -9544,7 +9560,7 @@ class Cmap:
         """Jobs that wait for a worker are not begun; those that run end by themselves, or now."""
         self.batch.stop()
         for job in self.batch.unfinished():
-            if job.state is GOING and (now or not any(run.attempt or run.sent is not None for run in job.runs)):
+            if job.state is GOING and (now or not any(run.has_begun() for run in job.runs)):
                 self._cancel(job)
                 self._close(job)
 
@@ -9644,6 +9660,10 @@ class MapRun(Submission):
         super().refused_for_good()
         self.cmap.count_worker(self, True)
 
+    def has_begun(self):
+        """Whether a worker has it, or has just ended it."""
+        return self.attempt is not None or self.sent is not None
+
     def began_at(self):
         """When it started on its worker, monotonic seconds; None while it waits."""
         return self.attempt.offered if self.attempt and self.attempt.is_running() else None
@@ -9662,7 +9682,11 @@ def cmap(arguments, settings):
         say(CMAP, warning)
     raise_descriptor_limit(4096)
     run = Cmap(key, settings, arguments[1:])
-    number = run.run()
+    try:
+        number = run.run()
+    except LocalFailure as failure:
+        failure.hint = failure.hint or run.done and run.interrupted()
+        raise
     if number == signal.SIGPIPE:
         return 128 + number
     if number:
@@ -9691,6 +9715,8 @@ def check_map_inputs(settings, operands):
             (not operands and not kinds, "no input", "", "name FILEs, or use --from, --lines, --block or --value"),
             (settings.value and not is_name(os.fsencode(settings.value)), "--value=" + settings.value, "not a NAME",
              "the job finds the line in its environment as PEER_NAME, so " + NAME_RULE),
+            (not is_open(0) and (settings.list == "-" or blocks or not operands and (settings.lines or settings.value)),
+             "standard input", os.strerror(errno.EBADF), "the inputs come from there: it has to be open"),
             (settings.count and not settings.lines, "-N", "it says how many of --lines go together", ""),
             (settings.header and not (settings.lines or blocks), "--header", "only with --lines or --block", ""),
             (settings.cut_before and settings.cut == "bytes", "--cut-before", "not together with --cut=bytes", ""),

@@ -13589,6 +13589,34 @@ def test_what_all_refuse_for_good_is_not_run_again(room):
     assert time.monotonic() - began < cexec.ELSEWHERE
 
 
+@pytest.mark.parametrize("options, code, most", [
+    (["--hedge"], "exit 1", 5), (["--hedge"], "sleep 0.3; exit 1", 5), (["--hedge", "--timeout=0.3"], "sleep 9", 5),
+    (["--hedge", "--again=1"], "sleep 0.3; exit 1", cexec.ELSEWHERE + 3),
+    (["--again=1"], "exit 1", cexec.ELSEWHERE + 3)])
+def test_one_worker_alone_keeps_no_failure_waiting(farm, tmp_path, options, code, most):
+    """A twin that finds no second worker decides nothing; what may go to the same worker again goes there at once."""
+    began = time.monotonic()
+    done = mapped(farm, *options, "--log", tmp_path / "log", "--lines", "--set=RUN=" + code, "APP", input=b"a\nb\n")
+    assert done.returncode == 1 and b"2 jobs, 2 failed" in done.stderr, done.stderr
+    assert time.monotonic() - began < most
+    assert len((tmp_path / "log").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("options, stdin, words", [
+    (["--from", "."], None, b"cmap: --from=.: Is a directory\n"),
+    (["--lines"], "closed", b"cmap: standard input: Bad file descriptor\n"),
+    (["--value", "N"], "closed", b"cmap: standard input: Bad file descriptor\n"),
+    (["--from", "-"], "closed", b"cmap: standard input: Bad file descriptor\n"),
+    (["--block", "1k"], "closed", b"cmap: standard input: Bad file descriptor\n"),
+    (["--block", "1k"], "write only", b"cmap: standard input: Bad file descriptor\n"),
+    (["--from", "-"], "write only", b"cmap: standard input: Bad file descriptor\n")])
+def test_inputs_that_cannot_be_read_are_no_empty_list(farm, options, stdin, words):
+    open_it = {"closed": "<&-", "write only": "0>/dev/null"}.get(stdin, "")
+    done = run_command("sh", "-c", 'exec "$@" ' + open_it, "sh", *program(), "cmap", *options, farm.pub,
+                       env=farm.settings(None))
+    assert done.returncode in (2, 111) and done.stderr.startswith(words), done.stderr
+
+
 def test_a_timeout_of_0_is_none(farm):
     """As with timeout(1), and with CEXEC_TIMEOUT_ACCEPT."""
     done = mapped(farm, "--timeout", "0", "--lines", "--set=RUN=sleep 0.3; cat", "APP", input=b"x\n")
