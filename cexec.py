@@ -10695,30 +10695,44 @@ NOT_THERE = "missing or not executable"
 
 def missing_for(path):
     """What a program at this path is missing to run, in words; "" where nothing is."""
-    if not (os.path.isfile(path) and os.access(path, os.X_OK)):
+    if not can_execute(path):
         return NOT_THERE
     try:
         with open(path, "rb") as file:
             head = file.read(256)
     except OSError:
         return ""           # it may be run without being read
-    words = head.partition(b"\n")[0][2:].split() if head[:2] == b"#!" else []
-    interpreter = os.fsdecode(words[0]) if words else ""
-    if interpreter and not (os.path.isfile(interpreter) and os.access(interpreter, os.X_OK)):
-        return "its interpreter %s is missing" % interpreter
+    words = os.fsdecode(head.partition(b"\n")[0][2:]).split() if head[:2] == b"#!" else []
+    interpreters = words[:1]
+    if words and os.path.basename(words[0]) == "env":
+        interpreters += [word for word in words[2 if words[1:2] == ["-S"] else 1:][:1]
+                         if word[0] != "-" and "=" not in word]
+    for name in interpreters:
+        if not any(map(can_execute, places_of(name))):
+            return "its interpreter %s is missing" % name
     return ""
 
 
-def find_command(name):
-    """The path of an executable file, as a shell would find it."""
-    candidates = [name] if "/" in name else [
+def can_execute(path):
+    return os.path.isfile(path) and os.access(path, os.X_OK)
+
+
+def places_of(name):
+    """The paths at which a shell looks for a command."""
+    return [name] if "/" in name else [
         os.path.join(folder or ".", name) for folder in os.environ.get("PATH", os.defpath).split(os.pathsep)]
-    found = None
-    for path in candidates:
-        if os.path.isfile(path):
-            found = found or path
-            if os.access(path, os.X_OK):
-                return os.path.abspath(path)
+
+
+def find_command(name):
+    """The path of an executable file, as a shell would find it; Failure where it cannot run."""
+    there = list(filter(os.path.isfile, places_of(name)))
+    path = next(filter(can_execute, there), None)
+    missing = missing_for(path) if path else ""
+    if missing:
+        raise Failure(name, missing, "install it, or mend the first line of " + path, EXIT_USAGE)
+    if path:
+        return os.path.abspath(path)
+    found = there and there[0]
     raise Failure(name or "an empty COMMAND", "not executable: %s" % found if found else "command not found",
                   "in this folder is one: name it ./" + name if "/" not in name and os.path.isfile(name) else
                   "COMMAND is a program of this machine, run without a shell", EXIT_USAGE)
@@ -12453,7 +12467,8 @@ def check_advice(facts):
               "    cproxy ADDRESS"]
     if facts.could_run:
         return [] if not facts.silent or facts.workers else [
-            "jobs run, but what workers answer by UDP is not heard, as that all are busy:", *let_answers_in(facts)]
+            "jobs run, but what workers answer by UDP is not heard, as that all are busy:", *let_answers_in(facts),
+            *let_them_through(facts, facts.silent[0], "udp")]
     advice = next(advice_for_workers(facts, beyond) if facts.workers else advice_without_workers(facts), None)
     return advice or ["nobody has answered.", *ask_worker(facts), "does one here keep its answers out?",
                       *let_answers_in(facts), *beyond]
@@ -12480,7 +12495,7 @@ def advice_for_workers(facts, beyond):
         if worker.here.instance in facts.translated:
             yield between(worker, facts)
     if lost:
-        yield let_answers_in(facts)
+        yield let_answers_in(facts) + let_them_through(facts, lost[0].address, "tcp")
     if all(worker.here.instance in facts.excluded for worker in facts.workers):
         yield ["all workers that are there are left out by --accept-server or --reject-servers:",
                "    unset CEXEC_ACCEPT_SERVER CEXEC_ACCEPT_SERVERS CEXEC_REJECT_SERVER CEXEC_REJECT_SERVERS"]
@@ -12509,11 +12524,11 @@ def advice_without_workers(facts):
     if facts.forbidden:
         yield ["a firewall of this machine forbids to send; let it out:", *firewall_commands(
             facts.outward, [(facts.group.port, facts.group.port)], ["udp"], outward=True)]
-    if facts.unheard or len(facts.problems) >= max(1, len(facts.ways)):
-        yield [facts.unheard or "mend this machine's network: nothing could be sent"]
     if facts.elsewhere:
         yield ["workers of this key hear another group; here, or the other way round there:",
                "    export CEXEC_GROUP=%s" % (facts.elsewhere[0][0],)]
+    if facts.unheard or len(facts.problems) >= max(1, len(facts.ways)):
+        yield [facts.unheard or "mend this machine's network: nothing could be sent"]
     if facts.versions:
         yield ["%s runs another version of this program: copy the same cexec.py to all machines; to compare:" %
                ", ".join(sorted(facts.versions)[:5]), "    cexec.py --version"]
@@ -12528,6 +12543,18 @@ def let_answers_in(facts):
     lines = ["let workers answer this machine, by UDP and TCP:", *firewall_commands(facts.firewall, ports)]
     return lines if facts.ports else lines + ["and keep to these ports:",
                                               "    export CEXEC_LISTEN_PORTS=" + ports_text(ports)]
+
+
+def let_them_through(facts, worker, protocol):
+    """What else may keep a worker's answers away, where nothing is known here that filters what comes in."""
+    if facts.firewall:
+        return []
+    chains = [chain for program, chain in facts.outward if program == "nft" and protocol == "tcp"]
+    if chains:
+        return ["what filters here is what goes out; let it answer what comes in:",
+                *("    nft insert rule %s ct state established,related accept" % chain for chain in chains)]
+    return ["or is it a firewall of worker %s that keeps its answers in?  There, by its kind, one of:" % worker,
+            *firewall_commands([], facts.ports or ADVISED_PORTS, [protocol], outward=True)]
 
 
 # program: the command that lets ports in, and out; what stands between the first and the last port.

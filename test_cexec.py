@@ -9935,11 +9935,11 @@ def test_cexec_exits_with_128_and_the_signal_that_ended_the_job(shell, name):
 
 @pytest.fixture
 def unfit(tmp_path):
-    """The path of a command that can be executed as far as one can see, and cannot: its interpreter is not there."""
-    path = tmp_path / "command"
-    path.write_text("#!/no/such/interpreter\n")
-    path.chmod(0o755)
-    return path
+    """The path of a command that can be executed as far as one can see, and cannot: its interpreter's is not there."""
+    for name, interpreter in ("command", tmp_path / "middle"), ("middle", "/no/such/interpreter"):
+        (tmp_path / name).write_text("#!%s\n" % interpreter)
+        (tmp_path / name).chmod(0o755)
+    return tmp_path / "command"
 
 
 def test_a_command_that_cannot_be_run_is_refused_in_words(room, unfit):
@@ -18851,6 +18851,25 @@ def test_names_of_hosts_are_looked_up(room, monkeypatch):
         cexec.Room(room.pub, accept_server="no-such.invalid", group=room.group)
 
 
+@pytest.mark.parametrize("first, missing", [
+    ("#!/no/such/sh -u", "/no/such/sh"), ("#! /usr/bin/env no-such", "no-such"),
+    ("#!/usr/bin/env -S no-such -u", "no-such"),
+    ("#!/usr/bin/env sh", None), ("#!/usr/bin/env -S sh -u", None), ("#!/usr/bin/env -i sh", None), ("#!", None),
+    ("#!/usr/bin/env", None), ("#!/usr/bin/env A=1 no-such", None), ("cat", None)])
+def test_a_script_without_its_interpreter_serves_nobody(room, tmp_path, first, missing):
+    """It is told at the start, as a COMMAND that is missing is; also the one that env looks for."""
+    path = tmp_path / "app"
+    path.write_text(first + "\ncat\n")
+    path.chmod(0o755)
+    if not missing:
+        assert cexec.missing_for(str(path)) == ""
+        return
+    done = run("cservice", room.key, path, env=room.settings(None))
+    assert (done.returncode, done.stderr.decode()) == (
+        2, "cservice: %s: its interpreter %s is missing\n  install it, or mend the first line of %s\n" % (
+            path, missing, path))
+
+
 def test_a_script_without_its_interpreter_is_told_by_a_check(room, tmp_path):
     """Issue 22, 4: no job could run, and the cause is named."""
     script, sh = tmp_path / "app", tmp_path / "sh"
@@ -19336,6 +19355,12 @@ NO_COMMAND = dict(state=cexec.UNABLE, port=20000, command="sim", error="COMMAND 
     (dict(workers=[row(port=0)], ports=[(4000, 4001)], firewall=[("nft", "inet guard in")]), False,
      "let workers answer", "nft insert rule inet guard in udp dport 4000-4001 accept"),
     (dict(workers=[row(**LOST)]), False, "let workers answer", "ufw allow 20000:20100/tcp"),
+    (dict(workers=[row(**LOST)]), False, "let workers answer", "ufw allow out 20000:20100/tcp"),
+    (dict(silent=["10.0.0.3"]), True, "jobs run, but", "ufw allow out 20000:20100/udp"),
+    (dict(workers=[row(port=0)], outward=[("nft", "inet guard out")]), False, "let workers answer",
+     "nft insert rule inet guard out ct state established,related accept"),
+    (dict(elsewhere=[("239.1.2.3:3010", row())], problems=["Network is unreachable"]), False,
+     "workers of this key hear another group", "export CEXEC_GROUP=239.1.2.3:3010"),
     (dict(workers=[row(**LOST)], translated={"i"}), False, "an address translator", "cproxy ADDRESS"),
     (dict(workers=[row(name="10.0.0.3 by 10.0.0.9", **LOST)], translated={"i"}), False, "the cproxy at 10.0.0.9",
      "cproxy --listen-ports 20000-20100 ..."),
