@@ -2390,7 +2390,7 @@ class Diagnosis:
 # Every worker hears an announcement and sets a timer that grows with its cost, plus a random part. The first ones to
 # fire connect; the submitter tells the rest to hold, takes the first good one and tells all that the job is taken.
 # A shared offset is added to all timers: submitters compute it from what they saw and workers remember it, so it
-# follows the size, load and speed of the cluster, which nobody needs to know. Times are milliseconds.
+# follows the size, load and speed of the cluster, which nobody needs to know. Times are milliseconds, as on the wire.
 
 JITTER = 3.0            # scale of the random part: about the time from the first connection until all have heard of it
 PER_COST = 48.0         # delay per unit of cost (cost is a logarithm: twice as loaded or half as fast waits 33 ms more)
@@ -3695,6 +3695,9 @@ class Timer:
         self.callback = None
 
 
+NO_TIMER = Timer(math.inf, None)        # what there is to cancel before the first one is set
+
+
 class Loop:
     """Descriptors, timers, signals and wake-ups from threads, as calls in one thread.  Times are monotonic seconds.
 
@@ -4376,7 +4379,7 @@ class Acceptor:
     def __init__(self, loop, listener, on_connection, may_accept=None, on_shortage=None):
         self.loop, self.listener, self.on_connection = loop, listener, on_connection
         self.may_accept, self.on_shortage = may_accept, on_shortage
-        self.timer = None
+        self.timer = NO_TIMER
         self.port = listener.getsockname()[1]
         self._resume()
 
@@ -4403,8 +4406,7 @@ class Acceptor:
 
     def close(self):
         """May be called again."""
-        if self.timer:
-            self.timer.cancel()
+        self.timer.cancel()
         self.loop.watch(self.listener.fileno())
         self.listener.close()
 
@@ -4909,7 +4911,8 @@ class SocketCount(InputCount):
         self.fd = self.own = own
         self.sink = None                # a CopySocketSink
         self.left = None
-        self.timer = None
+        self.wait = self.SOON
+        self.timer = NO_TIMER
         self.look_soon()
 
     def look_soon(self):
@@ -4917,13 +4920,9 @@ class SocketCount(InputCount):
 
     def _look_in(self, seconds):
         if self.own is not None:
-            self._cancel()
+            self.timer.cancel()
             self.wait = seconds
             self.timer = self.loop.call_later(seconds, self._look)
-
-    def _cancel(self):
-        if self.timer:
-            self.timer.cancel()
 
     def leader_ended(self):
         self.leader = None
@@ -4949,7 +4948,7 @@ class SocketCount(InputCount):
         """The end of the input follows what was written."""
 
     def close(self):
-        self._cancel()
+        self.timer.cancel()
         super().close()
 
 
@@ -6756,10 +6755,11 @@ class Discovery:
         self.connections = {}                       # {WorkerConnection: None}, in the order of arrival
         self.stopped = False                        # nothing is said or heard any more
         self.looking = False
-        self.timer = None
+        self.timer = NO_TIMER
         self.selection = Selection(now_ms(), uniform, owner.wanted())
         self.actions = {ANNOUNCE: self._announce, HOLD: self._hold, TAKEN: self._taken,
-                        HANDSHAKE: WorkerConnection.start_handshake, EVICT: self._evict, WIN: self._win}
+                        HANDSHAKE: WorkerConnection.start_handshake, WIN: self._win,
+                        EVICT: lambda connection, why: connection.close(why, failed=False)}
         port.search = self
         self.loop.call_later(self.IDLE, owner.context)
         self.look()
@@ -6780,8 +6780,7 @@ class Discovery:
         if not self.selection.over:
             self._taken(None)
         self.stopped = True
-        if self.timer:
-            self.timer.cancel()
+        self.timer.cancel()
         if self.port.search is self:
             self.port.search = None
         for connection in list(self.connections):
@@ -6864,8 +6863,7 @@ class Discovery:
                 if not self.stopped:
                     self.actions[action](*what)
         self.looking = False
-        if self.timer:
-            self.timer.cancel()
+        self.timer.cancel()
         due = None if self.stopped else self.selection.next_due()
         if due is not None:
             self.timer = self.loop.call_at(due / 1000, self.look)
@@ -6889,9 +6887,6 @@ class Discovery:
 
     def _taken(self, offset):
         self.send(TAKEN, encode_taken(offset))
-
-    def _evict(self, connection, why):
-        connection.close(why, failed=False)
 
     def _win(self, connection):
         self.connections.pop(connection, None)
@@ -7461,8 +7456,8 @@ class Attempt:
         self.session = kept.channel.session
         self.offered = time.monotonic()
         self.exited_at = None           # monotonic seconds, when the worker has told of the job's end
-        self.start_timer = None
-        self.limit_timer = None
+        self.start_timer = NO_TIMER
+        self.limit_timer = NO_TIMER
 
     def start(self):
         """Offers the job."""
@@ -7569,8 +7564,7 @@ class Attempt:
         self.submission.move(JobEvent.EXIT)
         self.submission.report = report
         self.exited_at = time.monotonic()
-        if self.limit_timer:
-            self.limit_timer.cancel()
+        self.limit_timer.cancel()
         self._commit()
         self.streams.channel = None
         self.channel.reset_streams()
@@ -7590,9 +7584,8 @@ class Attempt:
         """Lets go of the job, whose state has been moved.  A worker that still has it ends it when the connection goes;
         one that has reported its end may have another."""
         self.submission.attempt = self.streams.attempt = self.streams.channel = None
-        for timer in self.start_timer, self.limit_timer:
-            if timer:
-                timer.cancel()
+        self.start_timer.cancel()
+        self.limit_timer.cancel()
         if self.channel.owner is self:
             self.kept.close()
 
@@ -7609,14 +7602,13 @@ class PooledConnection:
         self.submitter = found.submitter
         self.sees_reading = found.sees_reading
         self.jobs = 0                   # that were offered to it
-        self.timer = None
+        self.timer = NO_TIMER
         self.channel = Channel(pool.loop, found.take(), found.session, self)
         self.channel.on_ended = self.close
 
     def run(self, submission):
         """Offers it the job."""
-        if self.timer:
-            self.timer.cancel()
+        self.timer.cancel()
         self.jobs += 1
         submission.attempt = Attempt(self.pool, self, submission)
         submission.worker, submission.instance = self.name, self.instance
@@ -7634,8 +7626,7 @@ class PooledConnection:
             self.channel.flush()
 
     def close(self):
-        if self.timer:
-            self.timer.cancel()
+        self.timer.cancel()
         self.channel.close()
         self.pool.on_connection_gone(self)
 
@@ -8555,6 +8546,11 @@ def log_text(name):
     return "" if name is None else printable(name.replace(b"\\", b"\\\\"))
 
 
+def input_failure(name, error):
+    """What an input that cannot be had has met with, as a Failure."""
+    return error if isinstance(error, Failure) else JobFailure(log_text(name), reason_of(error))
+
+
 def short_hash(text):
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
@@ -8797,10 +8793,8 @@ class MapInputs:
                     yield from self._compare(job)
             except LocalFailure:
                 raise
-            except Failure as failure:
-                job.failure = failure
-            except OSError as error:
-                job.failure = JobFailure(log_text(job.name), reason_of(error))
+            except (Failure, OSError) as error:
+                job.failure = input_failure(job.name, error)
             yield job
 
     def _prepare(self, job, number):
@@ -8890,10 +8884,8 @@ class MapInputs:
                 else:
                     yield from self._keep(spool, piece)
             yield name, spool.failure or spool
-        except OSError as error:
-            yield name, JobFailure(log_text(name), reason_of(error))
-        except Failure as failure:
-            yield name, failure
+        except (Failure, OSError) as error:
+            yield name, input_failure(name, error)
 
     def _line_jobs(self, count):
         """Each line, or `count` of them together, behind the first one of their file where that is their header."""
@@ -8917,7 +8909,7 @@ class MapInputs:
                             yield NUMBERED, group.failure or group, head
                             group, left = None, count
             except OSError as error:
-                yield os.fsencode(path), JobFailure(log_text(os.fsencode(path)), reason_of(error))
+                yield os.fsencode(path), input_failure(os.fsencode(path), error)
             if group is not None:
                 yield NUMBERED, group.failure or group, head
 
@@ -9084,9 +9076,8 @@ class OrderedWriter:
     """Writes to a descriptor, which may be slow or shared, one thing after another, each whole."""
 
     def __init__(self, loop, fd, on_failed):
-        self.queue = collections.deque()    # (what yields its pieces, whom to call when it is written)
-        self.pieces = None                  # of the one in hand
-        self.done = None
+        self.queue = collections.deque()    # (what yields its pieces, whom to call when it is written); first: in hand
+        self.pieces = self._pieces()
         self.unsent = 0                     # bytes of the last piece that the system has not taken
         self.busy = False
         self.sink = open_sink(loop, fd, self._sent, on_failed, lambda: None)
@@ -9096,7 +9087,7 @@ class OrderedWriter:
         self._go()
 
     def is_idle(self):
-        return self.sink.done or not (self.queue or self.pieces)
+        return self.sink.done or not self.queue
 
     def _sent(self, size):
         self.unsent -= size
@@ -9107,18 +9098,22 @@ class OrderedWriter:
             return
         self.busy = True
         while not self.unsent and not self.sink.done:
-            if self.pieces is None:
-                if not self.queue:
-                    break
-                self.pieces, self.done = self.queue.popleft()
-            piece = next(self.pieces, None)
+            piece = next(self.pieces)
             if piece is None:
-                self.pieces = None
-                self.done()
-            elif len(piece):
-                self.unsent = len(piece)
-                self.sink.feed(piece)
+                break
+            self.unsent = len(piece)
+            self.sink.feed(piece)
         self.busy = False
+
+    def _pieces(self):
+        """Those of all that is queued, in turn; None when there is nothing for now."""
+        while True:
+            while self.queue:
+                pieces, done = self.queue[0]
+                yield from filter(len, pieces)
+                self.queue.popleft()
+                done()
+            yield None
 
 
 def marked_lines(mark, spool):
@@ -9477,8 +9472,7 @@ class Cmap:
         """The output gets its name; one of a failed job another one, where that is wanted."""
         path = job.path if status == 0 else job.path + b".failed" if self.settings.keep_failed else None
         if path:
-            output = run.streams.output
-            output.files.put(output, path, self.claims, job.number)
+            run.output_file.put(run.streams.output, path, self.claims, job.number)
             run.path = path
 
     def _write_log(self, job, status, failure, run):
@@ -9639,9 +9633,9 @@ class MapRun(Submission):
         try:
             self.source = HeldInput(job.data, head=job.head, digest=cmap.log and cmap.log.digest(job))
         except OSError as error:
-            raise JobFailure(log_text(job.name), reason_of(error)) from None
-        streams = HeldStreams(self.source, cmap.budget, job.number,
-                              OutputFile(job.path, cmap.file_budget) if job.path else None)
+            raise input_failure(job.name, error) from None
+        self.output_file = OutputFile(job.path, cmap.file_budget) if job.path else None
+        streams = HeldStreams(self.source, cmap.budget, job.number, self.output_file)
         try:
             super().__init__(streams, job.names, cmap.settings.retries, lambda *ended: cmap.run_over(self, *ended[:2]),
                              timeout=cmap.settings.timeout or None)
@@ -14800,7 +14794,7 @@ class HeldJob:
         self.timeout = timeout
         self.on_end = on_end
         self.began = time.monotonic()
-        self.timer = None
+        self.timer = NO_TIMER
         self.result = None
         self.error = None
         self.over = False
@@ -14850,8 +14844,7 @@ class HeldJob:
     def _end(self):
         self.over = True
         self.thread.submissions.discard(self.submission)
-        if self.timer:
-            self.timer.cancel()
+        self.timer.cancel()
         self.streams.close()
         self.source.end()
         self.thread.budget.pay()
