@@ -6309,7 +6309,7 @@ def test_a_rest_of_messages_does_not_outlive_the_channel(linked):
     near.session.outbox += cexec.frame(cexec.SIGNAL, 0) * 50
     near.flush()
     linked.until(lambda: worker.messages)
-    far.fail(cexec.Loss(cexec.ABORTED, "given up"))
+    far.fail(cexec.Loss(cexec.CLOSED, "given up"))
     heard = len(worker.messages)
     ticks = []
     linked.loop.call_every(0.01, lambda: ticks.append(1))
