@@ -6042,10 +6042,8 @@ def _become(path, command, environment, ends, terminal, limits, report):
         for name, value in limits:
             set_limit(name, value)
         os.execve(path, command, environment)
-    except OSError as error:
-        os.write(report, b"%d" % (error.errno or errno.EINVAL))
-    except BaseException:
-        os.write(report, b"%d" % errno.EINVAL)
+    except BaseException as error:
+        os.write(report, b"%d" % (getattr(error, "errno", None) or errno.EINVAL))
     os._exit(127)
 
 
@@ -6230,18 +6228,11 @@ def group_of(pid):
         return pid
 
 
-def end_group_as(user, group):
-    """In a forked child: ends a process group with the rights of its user, and then itself."""
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
-        if user:
-            become_user(user)
-        kill = JobKill(lambda: [group] if group and signal_group(group, 0) else [])
-        while not kill.look():
-            time.sleep(KILL_LOOK)
-    finally:
-        os._exit(0)
+def end_group(group):
+    """Ends a process group of which this process has none."""
+    kill = JobKill(lambda: [group] if group and signal_group(group, 0) else [])
+    while not kill.look():
+        time.sleep(KILL_LOOK)
 
 
 def process_ids():
@@ -6259,41 +6250,44 @@ def become_user(user):
     os.setuid(user.pw_uid)
 
 
-def errno_as(user, call):
-    """Calls in a child, with the rights of that user, if one is given; returns the error's number, or 0."""
-    child = os.fork()
-    if not child:
-        try:
-            if user:
-                become_user(user)
-            call()
-            os._exit(0)
-        except OSError as error:
-            os._exit(error.errno or errno.EIO)
-        finally:
-            os._exit(errno.EIO)
-    return os.waitpid(child, 0)[1] >> 8
+def close_strays(*kept):
+    """Whatever was inherited beside the standard three is nobody's business here, nor in the jobs."""
+    try:
+        highest = max(int(name) for name in os.listdir("/dev/fd"))
+    except (OSError, ValueError):
+        highest = FD_SETSIZE
+    if not LINUX and not MACOS:         # there the folder may list the first few only
+        highest = max(highest, min(os.sysconf("SC_OPEN_MAX"), 1 << 20))
+    start = 3
+    for fd in sorted(kept) + [highest + 1]:
+        os.closerange(start, fd)
+        start = fd + 1
 
 
-def can_read(path, user):
-    """Whether this user can read a file; None for this process's own."""
-    if not user:
-        return os.access(path, os.R_OK)
-    child = os.fork()
-    if not child:
-        try:
+def call_as(user, call, *kept):
+    """The pid of a forked child that calls, with the rights of that user if one is given, and ends with 0, or with the
+    number of the error that was raised.  Of descriptors it has the standard ones and those that are to be kept."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = errno.EIO
+    try:
+        for number in signal.SIGTERM, signal.SIGINT, signal.SIGHUP:
+            signal.signal(number, signal.SIG_IGN)       # they are for its parent
+        close_strays(*kept)
+        if user:
             become_user(user)
-            os._exit(0 if os.access(path, os.R_OK) else 1)
-        except BaseException:
-            os._exit(1)
-    return os.waitpid(child, 0)[1] == 0
+        call()
+        status = 0
+    except OSError as error:
+        status = error.errno or errno.EIO
+    finally:
+        os._exit(status)
 
 
-def check_user(user):
-    """Failure where become_user would fail for every job, as in a user namespace that has no such user."""
-    number = errno_as(user, lambda: None)
-    if number:
-        raise Failure("--user %s" % user.pw_name, "cannot become this user: %s" % os.strerror(number), "", EXIT_USAGE)
+def errno_as(user, call):
+    """The same, waited for: the number of the error, or 0."""
+    return os.waitpid(call_as(user, call), 0)[1] >> 8
 
 
 # ---------------------------------------------------------------- terminals
@@ -9867,9 +9861,9 @@ class Offers:
 
 
 class Link:
-    """One end of the line between daemon and handler: messages of words, a line each.  heard(words) gets each message,
-    and an empty list once, at the end.  What the other end does not take at once waits here.  pause: seconds between
-    two looks at what comes, so that a thousand jobs a second cost a hundred wake-ups; read() looks at once."""
+    """One end of the line between daemon and handler.  heard(event, text) gets each message, and ("END", "") once, at
+    the end.  What the other end does not take at once waits here.  pause: seconds between two looks at what comes, so
+    that a thousand jobs a second cost a hundred wake-ups; read() looks at once."""
 
     def __init__(self, loop, end, heard, pause=0.0):
         self.loop, self.end, self.heard, self.pause = loop, end, heard, pause
@@ -9895,9 +9889,9 @@ class Link:
         self.pausing = False
         self._watch()
 
-    def send(self, *words):
-        """The last word may have spaces in it, and what a peer has said: no control character of that ends a line."""
-        self.unsent += printable(" ".join(words)).encode("utf-8") + b"\n"
+    def send(self, event, text=""):
+        """The text may be what a peer has said: no control character of that ends a line."""
+        self.unsent += printable("%s %s" % (event, text)).encode("utf-8") + b"\n"
         self._flush()
 
     def _flush(self):
@@ -9922,13 +9916,14 @@ class Link:
             *lines, self.incoming = (self.incoming + data).split(b"\n")
             try:
                 for line in lines:
-                    self.heard(line.decode("utf-8").split(" "))
+                    event, _, text = line.decode("utf-8").partition(" ")
+                    self.heard(event, text)
             except Exception:
                 self.close()        # what was lost of it would be missed
                 raise
             if not data:
                 self.close()
-                self.heard([])
+                self.heard("END", "")
 
     def close(self):
         if self.open:
@@ -9970,10 +9965,9 @@ class Children:
 class HandlerProcess:
     """What the daemon knows of one handler beside its slot."""
 
-    def __init__(self, pid, slot, port):
+    def __init__(self, pid, slot):
         self.pid = pid
         self.slot = slot
-        self.port = port            # this worker's, of the connection
         self.link = None
         self.group = 0              # of the job in hand, or the last one
         self.told_to_leave = False
@@ -10009,7 +10003,7 @@ class Handlers:
             return
         if pid == 0:
             self._become_handler(connection.socket, far, slot)
-        handler = self.processes[pid] = HandlerProcess(pid, slot, connection.socket.getsockname()[1])
+        handler = self.processes[pid] = HandlerProcess(pid, slot)
         self.daemon.children.add(pid, lambda status: self._ended(handler))
         far.close()
         connection.close()
@@ -10026,7 +10020,7 @@ class Handlers:
             close_strays(*[fd for fd in kept if fd is not None])
             status = Handler(self.daemon, connection, link, slot).run()
         except BaseException as error:
-            self.daemon.fault(error)
+            self.log.fault(error)
         finally:
             os._exit(status)
 
@@ -10035,56 +10029,34 @@ class Handlers:
         for handler in list(self.processes.values()):
             handler.link.read()
 
-    def _heard(self, handler, words):
-        if words:
-            self.HEARD[words[0]](self, handler, *words[1:])
-
-    def _job(self, handler, id, submitter, *user):
-        self.responder.start(now_ms(), handler.slot, SlotJob(id, submitter, " ".join(user), time.monotonic()))
-        self.daemon.alerts.served(id)
-
-    def _group(self, handler, pid, *line):
-        handler.group = int(pid)
-        self.log(" ".join(line))
-
-    def _exit(self, handler, *line):
-        self.jobs_done += 1
-        handler.resting = False
-        if line:
-            self.log(" ".join(line))
-        self._moved(handler, SlotEvent.EXIT)
-
-    def _failed(self, handler, *line):
-        """A job could not be started."""
-        self.log(" ".join(line))
-        self.daemon.alerts.forget(handler.slot.job.id)      # that it ends well elsewhere is no credit to this one
-        self.daemon.command_watch.look_after_failure()
-        self._moved(handler, SlotEvent.EXIT)
-
-    def _away(self, handler):
-        self.responder.turned_away(handler.slot)
-
-    def _leave(self, handler):
-        self._moved(handler, SlotEvent.LEAVE)
-
-    def _stay(self, handler):
-        self._moved(handler, SlotEvent.STAY)
-
-    def _line(self, handler, *line):
-        self.log(" ".join(line))
-
-    def _rest(self, handler):
-        handler.resting = True
-
-    def _work(self, handler):
-        handler.resting = False
+    def _heard(self, handler, event, text):
+        """The events are listed at Handler."""
+        if event == "LINE":
+            self.log(text)
+        elif event == "JOB":
+            id, submitter, user = text.split(" ", 2)
+            self.responder.start(now_ms(), handler.slot, SlotJob(id, submitter, user, time.monotonic()))
+            self.daemon.alerts.served(id)
+        elif event == "GROUP":
+            handler.group = int(text)
+        elif event in ("REST", "WORK"):
+            handler.resting = event == "REST"
+        elif event == "EXIT":
+            self.jobs_done += 1
+            handler.resting = False
+            self._moved(handler, SlotEvent.EXIT)
+        elif event == "FAILED":
+            self.daemon.alerts.forget(handler.slot.job.id)      # that it ends well elsewhere is no credit to this one
+            self.daemon.command_watch.look_after_failure()
+            self._moved(handler, SlotEvent.EXIT)
+        elif event == "AWAY":
+            self.responder.turned_away(handler.slot)
+        elif event in ("LEAVE", "STAY"):
+            self._moved(handler, SlotEvent[event])
 
     def resting(self):
         """How many slots have an interpreter without a call, which gives way to whoever else waits."""
         return sum(each.resting and each.slot.state in WITH_JOB for each in self.processes.values())
-
-    HEARD = {"JOB": _job, "GROUP": _group, "EXIT": _exit, "FAILED": _failed, "AWAY": _away,
-             "LEAVE": _leave, "STAY": _stay, "LINE": _line, "REST": _rest, "WORK": _work}
 
     def _moved(self, handler, event):
         self.responder.move(now_ms(), handler.slot, event)
@@ -10172,13 +10144,11 @@ class Orphans:
 
     def _end_in_child(self, handler):
         try:
-            pid = os.fork()
+            pid = call_as(self.daemon.settings.user, lambda: end_group(handler.group))
         except OSError as error:
             self.daemon.log("job %s: no process to end it: %s" % (handler.slot.job.id, fork_reason(error)))
             self.daemon.loop.call_later(1.0, lambda: self._end_in_child(handler))
             return
-        if pid == 0:
-            end_group_as(self.daemon.settings.user, handler.group)
         self.slots.append(handler.slot)
         self.daemon.children.add(pid, lambda status: self._ended_in_child(handler.slot))
 
@@ -10207,7 +10177,7 @@ class Receiver:
         try:
             datagram = parse_datagram(data)
             if datagram.key_id == self.key.id and self._matters(datagram) and datagram.authentic(self.key.udp):
-                self.RECEIVED[datagram.kind](self, datagram, source)
+                self._act(datagram, source)
                 return True
             if datagram.kind == ASK and datagram.key_id != self.key.id:
                 self.daemon.roll_calls.asked_by_stranger(datagram, source)
@@ -10224,25 +10194,20 @@ class Receiver:
             return any(self.daemon.alerts.counts(alert) for alert in parse_alerts(datagram))
         return datagram.kind != HERE and self.responder.concerned(datagram.kind, datagram.nonce)
 
-    def _announce(self, datagram, source):
-        if not self.daemon.drain.began:
-            self.responder.announced(now_ms(), datagram.nonce, source, parse_announcement(datagram),
-                                     datagram.sequence, datagram.port)
-
-    def _hold(self, datagram, source):
-        self.responder.hold(now_ms(), datagram.nonce, parse_hold(datagram), datagram.sequence)
-
-    def _taken(self, datagram, source):
-        self.responder.taken(now_ms(), datagram.nonce, parse_taken(datagram))
-
-    def _alert(self, datagram, source):
-        for alert in parse_alerts(datagram):
-            self.daemon.alerts.heard(alert)
-
-    def _ask(self, datagram, source):
-        self.daemon.roll_calls.asked(datagram, source)
-
-    RECEIVED = {ANNOUNCE: _announce, HOLD: _hold, TAKEN: _taken, ALERT: _alert, ASK: _ask}
+    def _act(self, datagram, source):
+        kind, nonce = datagram.kind, datagram.nonce
+        if kind == ANNOUNCE and not self.daemon.drain.began:
+            self.responder.announced(now_ms(), nonce, source, parse_announcement(datagram), datagram.sequence,
+                                     datagram.port)
+        elif kind == HOLD:
+            self.responder.hold(now_ms(), nonce, parse_hold(datagram), datagram.sequence)
+        elif kind == TAKEN:
+            self.responder.taken(now_ms(), nonce, parse_taken(datagram))
+        elif kind == ALERT:
+            for alert in parse_alerts(datagram):
+                self.daemon.alerts.heard(alert)
+        elif kind == ASK:
+            self.daemon.roll_calls.asked(datagram, source)
 
 
 class AlertJudge:
@@ -10253,12 +10218,10 @@ class AlertJudge:
 
     def __init__(self, responder, log):
         self.responder, self.log = responder, log
-        self.jobs = collections.OrderedDict()       # {id: True} of those without an alert so far
+        self.jobs = Recent(self.REMEMBERED)     # {id: True} of those without an alert so far
 
     def served(self, job):
         self.jobs[job] = True
-        if len(self.jobs) > self.REMEMBERED:
-            self.jobs.popitem(last=False)
 
     def forget(self, job):
         self.jobs.pop(job, None)
@@ -10491,7 +10454,7 @@ class Daemon:
     LOOK = 0.5              # seconds between two looks at load, waiting submitters and turns
 
     def __init__(self, key, settings, command, log, unit="", program=None):
-        self.loop = Loop(on_error=self.fault)
+        self.loop = Loop(on_error=log.fault)
         self.program = program          # under --python: a descriptor of this program, for interpreters to run
         self.key = key
         self.settings = settings
@@ -10551,7 +10514,7 @@ class Daemon:
             self.log("warning: nobody on another machine is heard: %s" % self.group.advice(), always=True)
         if os.geteuid() == 0 and not user:
             self.log("warning: jobs run as root; --user NAME gives them another user's rights", always=True)
-        if self.program is not None and can_read(self.key.name, user):
+        if self.program is not None and not errno_as(user, lambda: os.close(os.open(self.key.name, os.O_RDONLY))):
             self.log("warning: calls can read %s, so who has its .pub can have it as well; --user NAME prevents it" %
                      self.key.name, always=True)
         for words in neighbour_warnings(self.key, self.group, self.control):
@@ -10562,13 +10525,10 @@ class Daemon:
         """Removes the folders of jobs whose handler was killed, now or in an earlier life."""
         if self.scratch:
             try:
-                pid = sweep_scratch_in_child(*self.scratch, self.settings.user, self.log)
+                pid = call_as(self.settings.user, lambda: sweep_scratch(*self.scratch, self.log))
                 self.children.add(pid, lambda status: None)
             except OSError as error:
                 self.log("no process to remove old folders: %s" % fork_reason(error))
-
-    def fault(self, error):
-        self.log.fault(error)
 
     def changed(self):
         """Something has changed that slots, turns or the end may depend on."""
@@ -10653,35 +10613,23 @@ class LoadMeter:
 
     def __init__(self):
         self.cpus = os.cpu_count() or 1
-        self.busy = 0
-        self.total = 0
+        self.ticks = 0, 0           # of busy CPUs and of all, so far
         self.read(0)
 
     def read(self, jobs):
         """jobs: how many of the own ones run."""
         try:
-            return max(0.0, self._busy() - jobs) + max(0, self._queue() - self.cpus - jobs)
-        except (OSError, ValueError, IndexError):
-            return max(0.0, self._average() - jobs)
-
-    def _busy(self):
-        """CPUs that were busy, on average."""
-        with open("/proc/stat") as file:
-            ticks = [int(word) for word in file.readline().split()[1:9]]
-        total, busy = sum(ticks), sum(ticks) - ticks[3] - ticks[4]      # less idle, and idle with a disk to wait for
-        used, passed = busy - self.busy, total - self.total
-        self.busy, self.total = busy, total
-        return self.cpus * used / passed if passed > 0 else 0.0
-
-    def _queue(self):
-        with open("/proc/loadavg") as file:
-            return int(file.read().split()[3].partition("/")[0]) - 1     # less this very process
-
-    def _average(self):
-        try:
-            return os.getloadavg()[0]
-        except OSError:
-            return 0.0
+            ticks = [int(word) for word in read_lines("/proc/stat")[0].split()[1:9]]
+            queue = int(read_lines("/proc/loadavg")[0].split()[3].partition("/")[0]) - 1    # less this very process
+            busy, total = sum(ticks) - ticks[3] - ticks[4], sum(ticks)  # less idle, and idle with a disk to wait for
+        except (ValueError, IndexError):
+            try:
+                return max(0.0, os.getloadavg()[0] - jobs)
+            except OSError:
+                return 0.0
+        used, passed = busy - self.ticks[0], total - self.ticks[1]
+        self.ticks = busy, total
+        return (max(0.0, self.cpus * used / passed - jobs) if passed > 0 else 0.0) + max(0, queue - self.cpus - jobs)
 
 
 NOT_THERE = "missing or not executable"
@@ -11140,14 +11088,12 @@ class Scratch:
         self.going = True
         reading, writing = os.pipe()
         try:
-            pid = os.fork()
+            pid = call_as(None, lambda: self._remove(writing), self.fd, writing)
         except OSError as error:
             os.close(reading)
-            os.close(writing)
             return done("%s is left: %s" % (self.path, fork_reason(error)))
-        if pid == 0:
-            self._remove_in_child(writing)
-        os.close(writing)
+        finally:
+            os.close(writing)
         os.close(self.fd)           # the child has the lock
 
         def over(late=False):
@@ -11160,22 +11106,19 @@ class Scratch:
         timer = loop.call_later(self.WAIT, lambda: over(late=True))
         loop.watch(reading, read=over)
 
-    def _remove_in_child(self, report):
-        """Nothing here may raise or return."""
-        try:
-            for number in signal.SIGTERM, signal.SIGINT, signal.SIGHUP:
-                signal.signal(number, signal.SIG_IGN)
-            close_strays(self.fd, report)
-            problem = remove_folder(self.path, self.fd)
-            if problem:
-                os.write(report, ("%s is left: %s" % (self.path, reason_of(problem))).encode("utf-8", "replace"))
-        finally:
-            os._exit(0)
+    def _remove(self, report):
+        problem = remove_folder(self.path, self.fd)
+        if problem:
+            os.write(report, ("%s is left: %s" % (self.path, reason_of(problem))).encode("utf-8", "replace"))
 
 
-def sweep_scratch(place, prefix):
-    """Removes this user's folders there that nobody holds; yields words for each that stays."""
-    for name in sorted(os.listdir(place)):
+def sweep_scratch(place, prefix, log):
+    """Removes this user's folders there that nobody holds; logs each that stays."""
+    try:
+        names = sorted(os.listdir(place))
+    except OSError as error:
+        return log("cannot look for old folders in %s: %s" % (place, reason_of(error)))
+    for name in names:
         path, fd = os.path.join(place, name), -1
         try:
             if not name.startswith(prefix) or os.lstat(path).st_uid != os.geteuid():
@@ -11190,43 +11133,16 @@ def sweep_scratch(place, prefix):
         if fd >= 0:
             os.close(fd)
         if problem:
-            yield "%s is left: %s" % (path, reason_of(problem))
+            log("%s is left: %s" % (path, reason_of(problem)))
 
 
-def sweep_scratch_in_child(place, prefix, user, log):
-    """Forks a child that does it with the job's rights and logs what is left; returns its pid."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            close_strays()
-            if user:
-                become_user(user)
-            for words in sweep_scratch(place, prefix):
-                log(words)
-        except OSError as error:
-            log("cannot look for old folders in %s: %s" % (place, reason_of(error)))
-        finally:
-            os._exit(0)
-    return pid
+def make_and_remove(place, prefix):
+    """OSError where no job could have a folder there."""
+    scratch = Scratch(place, prefix)
+    problem = remove_folder(scratch.path, scratch.fd)
+    if problem:
+        raise problem
 
-
-def check_scratch(place, prefix, user):
-    """Failure where no job could have a folder there."""
-    def make():
-        scratch = Scratch(place, prefix)
-        problem = remove_folder(scratch.path, scratch.fd)
-        if problem:
-            raise problem
-    number = errno_as(user, make)
-    if number:
-        raise Failure("--scratch", "jobs cannot have a folder in %s: %s" % (place, os.strerror(number)),
-                      "TMPDIR names another place", EXIT_USAGE)
-
-
-def relative_files(arguments):
-    """Those of COMMAND's arguments that name a file of this folder, where jobs of --scratch do not stand."""
-    names = [word.rpartition("=")[2] for word in arguments]
-    return [name for name in names if not os.path.isabs(name) and os.path.isfile(name)]
 
 
 # -- the parameters of --allow
@@ -11724,10 +11640,10 @@ class Handler:
     """One connection on the worker, in a process of its own: the channel, and the jobs that come by it in turn.
 
     The daemon's child makes it and ends with it.  It reports the events of its slot by the link, each before it acts
-    on it: `JOB id submitter user`, `GROUP pid line`, `EXIT line`, `FAILED line`, LEAVE, STAY; AWAY says that its search
-    will never take this worker, REST and WORK whether an interpreter has no call.  Lines are for the log, as is `LINE
-    line`.  The daemon says LEAVE when this connection shall take no more jobs, STAY when it may again, KILL when the
-    job shall end.  The end of the link means that the daemon was killed.
+    on it: `JOB id submitter user`, EXIT, FAILED (it could not be started), LEAVE, STAY; and `GROUP pid` of the job,
+    REST and WORK when its interpreter has no call or one, AWAY when its search will never take this worker, `LINE
+    text` for the log.  The daemon says LEAVE when this connection shall take no more jobs, STAY when it may again, KILL
+    when the job shall end.  The end of the link means that the daemon was killed.
     """
     PATIENCE = 15.0         # seconds for handshake and first job
     IDLE = 1.0              # seconds without a job after which a connection gives its slot back
@@ -11765,7 +11681,7 @@ class Handler:
     def _fault(self, error):
         """A fault of this program's own costs this connection."""
         try:
-            self.daemon.fault(error)
+            self.daemon.log.fault(error)
             self.give_up("an internal error at the worker")
         except BaseException:
             os._exit(1)         # the daemon ends what is left of the job
@@ -11796,17 +11712,17 @@ class Handler:
         else:
             self.daemon.log(line)
 
-    def _report(self, event, *words):
+    def _report(self, event, text=""):
         """Records an event of the slot, here and at the daemon."""
         self.slot.move(event)
-        self.link.send(event.name, *words)
+        self.link.send(event.name, text)
 
-    def _told(self, words):
-        if not words:
+    def _told(self, event, text):
+        if event == "END":
             self.give_up("the worker was killed")
-        elif words[0] == "KILL":
+        elif event == "KILL":
             self.give_up("the worker was told to stop")
-        elif words[0] == "LEAVE":
+        elif event == "LEAVE":
             self._leave()
         elif self.slot.state is SlotState.LEAVING and not self.channel.closed:
             self._report(SlotEvent.STAY)
@@ -11865,7 +11781,7 @@ class Handler:
     def _start(self, job):
         self.timer.cancel()
         self.channel.tick()         # the job has brought its own timeout
-        self._report(SlotEvent.JOB, job.id, self.remote, job.user)
+        self._report(SlotEvent.JOB, "%s %s %s" % (job.id, self.remote, job.user))
         self.slot.jobs += 1
         refusal = refusal_of(job.names, self.settings.allow) if self.settings.allow else ""
         if self.daemon.program is not None and job.descriptors != CALL_DESCRIPTORS:
@@ -11877,8 +11793,8 @@ class Handler:
             self.running = RunningJob(self, job)
         except (OSError, ValueError) as error:
             return self.refuse(job, "%s: %s" % (self.daemon.path, reason_of(error)))
-        self.link.send("GROUP", str(self.running.process.pid), "job %s: start from %s, pid %d" % (
-            job.id, self.remote_text(), self.running.process.pid))
+        self.link.send("GROUP", str(self.running.process.pid))
+        self.log("job %s: start from %s, pid %d" % (job.id, self.remote_text(), self.running.process.pid))
         self.channel.session.accept(time.monotonic())
         self.running.begin()
         self.channel.flush()
@@ -11892,9 +11808,9 @@ class Handler:
         """The job is not started.  final: asking this worker again would be in vain."""
         self.channel.reset_streams()
         self.channel.session.refuse(reason, final)
-        line = "job %s: refused to %s: %s" % (job.id, self.remote_text(), reason)
+        self.log("job %s: refused to %s: %s" % (job.id, self.remote_text(), reason))
         self.slot.move(SlotEvent.EXIT)
-        self.link.send("EXIT" if final else "FAILED", line)
+        self.link.send("EXIT" if final else "FAILED")
         self._take_no_more()
 
     def remote_text(self):
@@ -11905,10 +11821,11 @@ class Handler:
         """All of its output is on its way, and nothing of it is left."""
         job, self.running = self.running.job, None
         last = self.slot.state is SlotState.LEAVING
-        self._report(SlotEvent.EXIT, "job %s: end, %s %d%s, %.3f s, %d bytes in, %d out" % (
+        self.log("job %s: end, %s %d%s, %.3f s, %d bytes in, %d out" % (
             job.id, "signal" if report.signalled else "status", report.number,
             " (%s)" % report.reason if report.reason else "", report.milliseconds / 1000,
             self.channel.received_total, self.channel.sent_total))
+        self._report(SlotEvent.EXIT)
         self.channel.reset_streams()
         self.channel.session.exit(report._replace(last=last))
         if last:
@@ -12005,13 +11922,21 @@ def cservice(arguments, settings):
     log = Log(CSERVICE, file=LogFile(path, starter) if path else None)
     show_as("cservice " + arguments[0])
     import termios, resource            # noqa: what handlers need: after --user they may not be allowed to read them
-    if settings.user:
-        check_user(settings.user)
+    problem = settings.user and errno_as(settings.user, lambda: None)
+    if problem:     # as in a user namespace that has no such user
+        raise Failure("--user %s" % settings.user.pw_name, "cannot become this user: %s" % os.strerror(problem),
+                      status=EXIT_USAGE)
     if settings.scratch:
-        check_scratch(*scratch_place(key), settings.user)
-        for name in relative_files(arguments[2:]):
-            log("warning: %s is in this folder, and jobs with --scratch start in another: name it %s" % (
-                name, os.path.abspath(name)))
+        place, prefix = scratch_place(key)
+        problem = errno_as(settings.user, lambda: make_and_remove(place, prefix))
+        if problem:
+            raise Failure("--scratch", "jobs cannot have a folder in %s: %s" % (place, os.strerror(problem)),
+                          "TMPDIR names another place", EXIT_USAGE)
+        # Of COMMAND's arguments those that name a file of this folder.
+        for name in [word.rpartition("=")[2] for word in arguments[2:]]:
+            if not os.path.isabs(name) and os.path.isfile(name):
+                log("warning: %s is in this folder, and jobs with --scratch start in another: name it %s" % (
+                    name, os.path.abspath(name)))
     if settings.allow:
         import fnmatch          # noqa: for handlers too
     check_tls()
@@ -12028,20 +11953,6 @@ def cservice(arguments, settings):
     if hasattr(gc, "freeze"):       # PyPy has none
         gc.freeze()     # what is here stays, and a handler that does not look at it shares its memory
     return daemon.run()
-
-
-def close_strays(*kept):
-    """Whatever was inherited beside the standard three is nobody's business here, nor in the jobs."""
-    try:
-        highest = max(int(name) for name in os.listdir("/dev/fd"))
-    except (OSError, ValueError):
-        highest = FD_SETSIZE
-    if not LINUX and not MACOS:         # there the folder may list the first few only
-        highest = max(highest, min(os.sysconf("SC_OPEN_MAX"), 1 << 20))
-    start = 3
-    for fd in sorted(kept) + [highest + 1]:
-        os.closerange(start, fd)
-        start = fd + 1
 
 
 # ---------------------------------------------------------------- cwho
@@ -12993,9 +12904,7 @@ ACTIVE_LEAST, ACTIVE_MOST = 4, 64       # that get to the submitter at once: as 
 SETTLED_SECONDS = 1.0       # after which one that was chosen makes room for another
 BEYOND_WANTED = 64          # connections kept for one announcement beyond the slots that it wants
 RELAYS_MAX = 2000           # connections in all, as far as descriptors suffice: two for each
-PREAMBLE_SECONDS = 10.0     # to say the preamble
 CONNECT_SECONDS = 5.0       # to reach the submitter
-GO_SECONDS = 15.0           # for the submitter to choose, as long as a worker waits for it
 HANDSHAKE_MAX = 4096        # bytes that a submitter sends at most to a worker that it then does not take
 DUPLICATE_SECONDS = 60.0    # a datagram heard again within this time is the same one, come back around a loop
 DUPLICATES_MAX = 1 << 17    # datagrams remembered for that, more than SEND_RATE lets through; beyond, none passes
@@ -13006,16 +12915,21 @@ SOURCES_MAX = 1024          # addresses whose rate is remembered
 PIECE = 1 << 18             # bytes read at once, and held for a slow reader; smaller ones cost speed
 RELAYS_FEW = 128            # with more than these only small pieces are read:
 SMALL_PIECE = 1 << 14       # so all relays hold 128 MiB at most
-PUMP_ROUNDS = 8             # moves in a row before others get their turn
+PUMP_ROUNDS = 16            # reads and writes in a row before others get their turn
 SWEEP_SECONDS = 1.0
 TEXT = bytes(range(32, 127)) + b"\t\r\n"    # GO is random; a banner made of these alone is some other server's
 
 
-class DuplicateFilter:
-    """Which datagrams have passed already, for DUPLICATE_SECONDS."""
+class Direction:
+    """What may be carried one way: so much of each source and of all, each datagram once."""
 
     def __init__(self):
-        self.passed = collections.OrderedDict()     # {hash: (times, when first)}
+        self.total, self.sources = TokenBucket(SEND_RATE, SEND_BURST), Recent(SOURCES_MAX)
+        self.passed = collections.OrderedDict()     # {hash of a datagram: (times, when first)}
+
+    def within_rates(self, source, now):
+        self.sources[source] = self.sources.get(source) or TokenBucket(SOURCE_RATE, SOURCE_BURST)
+        return self.sources[source].take(now) and self.total.take(now)
 
     def may_pass(self, datagram, now):
         """Whether this datagram may pass (once more), whatever its port; counts it.  Where as many are remembered as
@@ -13030,59 +12944,35 @@ class DuplicateFilter:
         return True
 
 
-class Direction:
-    """What may be carried one way: so much of each source and of all, each datagram once."""
-
-    def __init__(self):
-        self.total, self.sources = TokenBucket(SEND_RATE, SEND_BURST), Recent(SOURCES_MAX)
-        self.duplicates = DuplicateFilter()
-
-    def within_rates(self, source, now):
-        self.sources[source] = self.sources.get(source) or TokenBucket(SOURCE_RATE, SOURCE_BURST)
-        return self.sources[source].take(now) and self.total.take(now)
-
-
 class Pump:
-    """One direction of a relay: bytes that came from `source` go to `sink`, at most PIECE of them held in between.
+    """One direction of a relay: bytes that came from `source` go to `sink`; most(): how many are held in between.
 
     They are copied: splicing them through a pipe is no faster here, and needs three times the descriptors.
-    memory() gives the view to read into, which all relays share.
     at: the side used last, which is the broken one when pump() raises OSError.
     """
-    __slots__ = ("source", "sink", "memory", "pending", "moved", "ended", "over", "at")
 
-    def __init__(self, source, sink, memory, pending=b"", moved=0):
-        self.source, self.sink, self.memory, self.at = source, sink, memory, source
+    def __init__(self, source, sink, most, pending=b"", moved=0):
+        self.source, self.sink, self.most, self.at = source, sink, most, source
         self.pending, self.moved = memoryview(pending), moved   # read and not yet sent; bytes sent
         self.ended = self.over = False          # the source has ended; the sink has been told so
 
     def pump(self):
         """Moves what can be moved now."""
         for _ in range(0 if self.over else PUMP_ROUNDS):
-            if self.pending:
-                self.pending = self._send(self.pending)
-                if self.pending:
-                    return
-            if self.ended:
-                self.over, self.at = True, self.sink
-                return self.sink.shutdown(socket.SHUT_WR)
-            self.at, memory = self.source, self.memory()
+            self.at = self.sink if self.pending or self.ended else self.source
             try:
-                size = self.source.recv_into(memory)
+                if self.pending:
+                    sent = self.sink.send(self.pending)
+                    self.pending = self.pending[sent:]
+                    self.moved += sent
+                elif self.ended:
+                    self.over = True
+                    return self.sink.shutdown(socket.SHUT_WR)
+                else:
+                    self.pending = memoryview(self.source.recv(self.most()))
+                    self.ended = not self.pending
             except BlockingIOError:
                 return
-            self.ended = not size
-            self.pending = memoryview(bytes(self._send(memory[:size]) if size else b""))
-
-    def _send(self, data):
-        """What is left of it after the sink has taken what it takes at once."""
-        self.at = self.sink
-        try:
-            sent = self.sink.send(data)
-        except BlockingIOError:
-            sent = 0
-        self.moved += sent
-        return data[sent:]
 
 
 class ProxyListener:
@@ -13098,37 +12988,53 @@ class ProxyListener:
         self.submitter, self.asker, self.heard = (source[0], datagram.port, *source[2:]), source, 0.0
         self.acceptor, self.port = None, 0          # where nobody is asked to connect
         self.wanted = 0
-        self.connections, self.waiting = {}, {}     # ProxyRelays as keys, in the order of arrival; who waits for a turn
-        self.active, self.chosen = set(), 0         # who is at the submitter; how many were told to go on
+        self.relays = {}                            # ProxyRelays as keys, in the order of arrival
+        self.chosen = 0                             # how many were told to go on
 
-    def next_one(self):
-        """Of those that wait one whose address has the fewest at the submitter: no address keeps the others waiting."""
-        busy = collections.Counter(relay.address for relay in self.active)
-        return min(self.waiting, key=lambda relay: busy[relay.address])
+    def having(self, *states):
+        """Its relays in these states, the oldest first."""
+        return [relay for relay in self.relays if relay.state in states]
+
+    def serve_waiting(self):
+        """Connects as many to the submitter as may be there at once.  Next is one whose address has the fewest there:
+        no address keeps the others waiting."""
+        waiting, active = self.having(RelayState.WAITING), self.having(*ACTIVE)
+        while waiting and len(active) < max(ACTIVE_LEAST, min(self.wanted, ACTIVE_MOST)):
+            busy = collections.Counter(relay.address for relay in active)
+            relay = min(waiting, key=lambda relay: busy[relay.address])
+            waiting.remove(relay)
+            active.append(relay)
+            relay.connect()
+
+
+# PREAMBLE    the worker has yet to say that it answers this announcement
+# WAITING     enough others are active for this announcement
+# CONNECTING  to the submitter
+# GO          the submitter has the preamble and has yet to choose; nothing else has passed
+# RUNNING     bytes pass
+# SETTLED     the same, and the submitter has its hand free for another worker
+RelayState = enum.Enum("RelayState", "PREAMBLE WAITING CONNECTING GO RUNNING SETTLED OVER")
+ACTIVE = RelayState.CONNECTING, RelayState.GO, RelayState.RUNNING       # one of those that are at the submitter
+PASSING = ACTIVE + (RelayState.SETTLED,)        # one that gets a line, and that a drain waits for
+
+# How many seconds a state may last, and what it means when it lasts longer.  A worker waits for GO as long.
+RELAY_PATIENCE = {RelayState.PREAMBLE: (10.0, "silent"), RelayState.GO: (15.0, "not chosen")}
 
 
 class ProxyRelay:
-    """One worker's connection, from its arrival at a ProxyListener to its end.  Its states:
-
-    preamble    the worker has yet to say that it answers this announcement
-    waiting     enough others are active for this announcement
-    connecting  to the submitter
-    go          the submitter has the preamble and has yet to choose; nothing else has passed
-    running     bytes pass
-    over
-    """
+    """One worker's connection, from its arrival at a ProxyListener to its end."""
 
     def __init__(self, proxy, number, listener, worker, address):
         self.proxy, self.loop, self.number, self.listener, self.worker = proxy, proxy.loop, number, listener, worker
         self.address, self.names = address[0], "%s to %s" % (address_text(address), address_text(listener.submitter))
-        self.submitter, self.connector, self.pumps, self.since = None, None, (), time.monotonic()
+        self.submitter, self.connector, self.pumps, self.began = None, None, (), time.monotonic()
         self.preamble = self.go = b""
-        self.chosen_at = math.inf
-        self._enter("preamble", PREAMBLE_SECONDS)
+        self._enter(RelayState.PREAMBLE)
         self.loop.watch(worker.fileno(), read=self._read_preamble)
 
-    def _enter(self, state, seconds=None):
-        self.state, self.deadline = state, seconds and time.monotonic() + seconds
+    def _enter(self, state):
+        self.state, self.since = state, time.monotonic()
+        self.deadline = self.since + RELAY_PATIENCE.get(state, (math.inf,))[0]
 
     def _read_preamble(self):
         listener = self.listener
@@ -13144,19 +13050,19 @@ class ProxyRelay:
         except (OSError, EOFError, ProtocolError) as error:
             return self.end(reason_of(error))
         # From here on the worker says nothing before the submitter does: only its end can come.
-        self._enter("waiting")
+        self._enter(RelayState.WAITING)
         self.loop.watch(self.worker.fileno(), read=lambda: self.end("the worker closed or spoke too early"))
-        self.proxy.preamble_read(self)
+        listener.serve_waiting()
 
     def connect(self):
         """It is this one's turn."""
-        self._enter("connecting")
+        self._enter(RelayState.CONNECTING)
         self.connector = Connector(self.loop, self.listener.submitter, CONNECT_SECONDS, self._connected,
                                    lambda problem: self.end("the submitter: " + os.strerror(problem)))
 
     def _connected(self, submitter):
         self.submitter = submitter
-        self._enter("go", GO_SECONDS)
+        self._enter(RelayState.GO)
         self.loop.watch(self.submitter.fileno(), read=self._read_go)
         try:
             self.submitter.send(self.preamble)
@@ -13175,12 +13081,17 @@ class ProxyRelay:
         if not (hmac.compare_digest(self.go, encode_go(secret, self.preamble)) if secret
                 else len(self.go) == GO_SIZE and self.go.strip(TEXT)):
             return self.end("another program answers at the submitter's port")
-        self._enter("running")
-        self.chosen_at = time.monotonic()
+        self._enter(RelayState.RUNNING)
         self.listener.chosen += 1
-        self.pumps = (Pump(self.worker, self.submitter, self.proxy.memory, moved=PREAMBLE_SIZE),
-                      Pump(self.submitter, self.worker, self.proxy.memory, self.go))
+        self.pumps = (Pump(self.worker, self.submitter, self.proxy.piece, moved=PREAMBLE_SIZE),
+                      Pump(self.submitter, self.worker, self.proxy.piece, self.go))
         self._pump(self.pumps[1])
+
+    def settle(self):
+        """It keeps nobody waiting any more."""
+        if self.state is RelayState.RUNNING:
+            self.state = RelayState.SETTLED
+            self.listener.serve_waiting()
 
     def _pump(self, pump):
         try:
@@ -13192,8 +13103,7 @@ class ProxyRelay:
         if up.over and down.over:
             return self.end()
         if down.ended:
-            # The submitter has done with this one: a worker that does not notice must not keep others waiting.
-            self.proxy.released(self)
+            self.settle()       # the submitter has done with it, whether or not the worker notices
         for side, reading, writing in (self.worker, up, down), (self.submitter, down, up):
             self.loop.watch(side.fileno(),
                             None if reading.over or reading.pending else lambda pump=reading: self._pump(pump),
@@ -13212,17 +13122,17 @@ class ProxyRelay:
             # The side that refuses has ended its own direction before: it closed, as programs do that are done.
             self.end(None if pump.ended else "closed while bytes were on their way")
         elif (by_submitter and self.listener.chosen > 1 and down.moved <= HANDSHAKE_MAX
-                and time.monotonic() < self.since + GO_SECONDS):
+                and time.monotonic() < self.began + RELAY_PATIENCE[RelayState.GO][0]):
             self.end("not chosen")      # of several that shook hands the submitter takes one and drops the others
         else:
             self.end("%s: %s" % ("the submitter" if by_submitter else "the worker", reason_of(error)))
 
     def end(self, why=None):
         """Ends it: after both ends of data quietly, else with a reset to both sides and the reason in the log."""
-        if self.state == "over":
+        if self.state is RelayState.OVER:
             return
         tell = self.state in PASSING
-        self._enter("over")
+        self._enter(RelayState.OVER)
         if self.connector:
             self.connector.close()
         for side in filter(None, (self.worker, self.submitter)):
@@ -13231,12 +13141,8 @@ class ProxyRelay:
         if tell:
             up, down = [pump.moved for pump in self.pumps] or (0, 0)
             self.proxy.log("relay %d: %s: %s, %d bytes to the submitter, %d to the worker, %.3f s" % (
-                self.number, self.names, why or "ended", up, down, time.monotonic() - self.since), bool(self.pumps))
+                self.number, self.names, why or "ended", up, down, time.monotonic() - self.began), bool(self.pumps))
         self.proxy.over(self)
-
-
-PASSING = ("connecting", "go", "running")       # the states of a relay that gets a line, and that a drain waits for
-TOO_LONG = {"preamble": "silent", "go": "not chosen", "running": "idle"}    # what it means when a state lasts too long
 
 
 def close_socket(connection, reset=False):
@@ -13264,15 +13170,15 @@ class Cproxy:
         self.own = self.outside.socket.getsockname()[:2]
         self.forth, self.back = Direction(), Direction()
         self.listeners = {}         # {name: ProxyListener}, oldest first
-        self.relays, self.silent = {}, {}       # as keys: all connections; those without a preamble, oldest first
+        self.relays = {}            # ProxyRelays as keys, oldest first
         self.count, self.draining = 0, False
         others = LISTENERS_MAX + 64
         self.most = max(8, (raise_descriptor_limit(2 * RELAYS_MAX + others) - others) // 2)
-        self.buffer, self.loop = memoryview(bytearray(PIECE)), Loop(on_error=self.log.fault)
+        self.loop = Loop(on_error=self.log.fault)
 
-    def memory(self):
-        """What a relay reads into."""
-        return self.buffer[:PIECE if len(self.relays) <= RELAYS_FEW else SMALL_PIECE]
+    def piece(self):
+        """How much a relay reads at once."""
+        return PIECE if len(self.relays) <= RELAYS_FEW else SMALL_PIECE
 
     def run(self, words):
         try:
@@ -13286,7 +13192,6 @@ class Cproxy:
             self.log("ready: " + words, always=True)
             self.loop.run()
         finally:
-            self.draining = False       # nothing more to wait for
             self._close_listeners(lambda *_: True)
             for relay in list(self.relays):
                 relay.end("cproxy was stopped")
@@ -13360,7 +13265,7 @@ class Cproxy:
         """Whether the rates allow it, and it has not passed before."""
         now = time.monotonic()
         if direction.within_rates(source, now):
-            return direction.duplicates.may_pass(datagram, now)
+            return direction.may_pass(datagram, now)
         return self.log.note("rate", "too many datagrams from %s: some not carried on" % source)
 
     # -- listeners
@@ -13384,7 +13289,7 @@ class Cproxy:
         listener.asker, listener.heard = source, time.monotonic()
         if datagram.kind == ANNOUNCE:
             listener.wanted = parse_announcement(datagram).wanted
-            self._next(listener)
+            listener.serve_waiting()
         return listener
 
     def _listen(self, listener):
@@ -13410,77 +13315,58 @@ class Cproxy:
         listener = self.listeners.pop(name)
         if listener.acceptor:
             listener.acceptor.close()
-        for relay in list(listener.connections):
-            if relay.state in ("preamble", "waiting"):
-                relay.end("not needed")
+        for relay in listener.having(RelayState.PREAMBLE, RelayState.WAITING):
+            relay.end("not needed")
 
     # -- connections
     def _may_accept(self):
         """A worker says its preamble at once, so where no more can be had the oldest that is silent makes room."""
-        return len(self.relays) < self.most or self._end_first(self.silent)
+        return len(self.relays) < self.most or self._end_silent(self.relays)
 
     def _accepted(self, listener, worker, address):
         """Where an announcement has as many as may be, one that is silent makes room, else one of the crowd that waits
         from one address."""
-        connections = listener.connections
-        if len(connections) >= BEYOND_WANTED + listener.wanted and not self._end_first(
-                relay for relay in connections if relay in self.silent):
-            crowd = collections.Counter(relay.address for relay in listener.waiting)
+        if len(listener.relays) >= BEYOND_WANTED + listener.wanted and not self._end_silent(listener.relays):
+            waiting = listener.having(RelayState.WAITING)
+            crowd = collections.Counter(relay.address for relay in waiting)
             most, count = crowd.most_common(1)[0] if crowd else ("", 0)
             if count <= crowd[address[0]] + 1:
                 return close_socket(worker, reset=True)
-            self._end_first(relay for relay in listener.waiting if relay.address == most)
+            next(relay for relay in waiting if relay.address == most).end("not needed")
         self.count += 1
         relay = ProxyRelay(self, self.count, listener, worker, address)
-        self.relays[relay] = self.silent[relay] = connections[relay] = True
+        self.relays[relay] = listener.relays[relay] = True
 
-    def _end_first(self, relays):
-        """Ends the first of these; whether there was one."""
-        for relay in relays:
-            relay.end("it said nothing, and others connected")
-            return True
-        return False
+    def _end_silent(self, relays):
+        """Ends the oldest of these that has said nothing yet; whether there was one."""
+        silent = next((relay for relay in relays if relay.state is RelayState.PREAMBLE), None)
+        if silent:
+            silent.end("it said nothing, and others connected")
+        return bool(silent)
 
     def _out_of_descriptors(self):
         self.log.note("descriptors", "out of descriptors: workers have to wait")
         if not self.relays:
             self._close_oldest(self.listeners)
         else:
-            self._end_first(self.silent)
-
-    def preamble_read(self, relay):
-        self.silent.pop(relay, None)
-        relay.listener.waiting[relay] = True
-        self._next(relay.listener)
-
-    def _next(self, listener):
-        while listener.waiting and len(listener.active) < max(ACTIVE_LEAST, min(listener.wanted, ACTIVE_MOST)):
-            relay = listener.next_one()
-            del listener.waiting[relay]
-            listener.active.add(relay)
-            relay.connect()
-
-    def released(self, relay):
-        """The submitter has its hand free for another worker."""
-        relay.listener.active.discard(relay)
-        self._next(relay.listener)
+            self._end_silent(self.relays)
 
     def over(self, relay):
         """Called once by every relay at its end."""
-        for relays in self.relays, self.silent, relay.listener.connections, relay.listener.waiting:
-            relays.pop(relay, None)
-        self.released(relay)
+        self.relays.pop(relay, None)
+        relay.listener.relays.pop(relay, None)
+        relay.listener.serve_waiting()
         if self.draining and not self.relays:
             self.loop.stop()
 
     # -- time
     def _sweep(self):
         now = time.monotonic()
-        for relay in [relay for relay in self.relays if relay.deadline and relay.deadline < now]:
-            relay.end(TOO_LONG[relay.state])
-        for relay in [relay for relay in self.relays if relay.chosen_at < now - SETTLED_SECONDS]:
-            relay.chosen_at = math.inf
-            self.released(relay)
+        for relay in list(self.relays):
+            if relay.deadline < now:
+                relay.end(RELAY_PATIENCE.get(relay.state, (0, "idle"))[1])
+            elif relay.since < now - SETTLED_SECONDS:
+                relay.settle()
         self._close_listeners(lambda _, listener: listener.heard < now - LISTENER_SECONDS)
 
 
@@ -16436,9 +16322,9 @@ class Demo:
     def __init__(self, command, many):
         self.command = command
         self.many = many                    # whether to show a cmap too
-        self.running, self.ended = {}, {}   # {pid: name}, {name: status as of a shell}
-        self.outputs = {}                   # {descriptor: [name, bytes of a line that has no end yet]}
-        self.lines = {}                     # {name: the lines that it said}
+        self.running = {}                   # {name: pid}
+        self.outputs = {}                   # {name: descriptor}, of what the tools say
+        self.said = {}                      # {name: bytes of it so far}
         self.folder, self.key = make_temporary_key()
         self.environment = {name: value for name, value in os.environ.items()
                             if not any(name in setting.names for setting in SETTINGS)}
@@ -16486,21 +16372,22 @@ class Demo:
         self.type("cexec app.pub < input")
         source, began = self.input(), time.monotonic()
         self.fork("cexec", lambda: self.become([CEXEC, "app.pub"], source, 1, 2, self.folder))
-        self.wait(lambda: "cexec" in self.ended, math.inf)
+        status = self.status_of("cexec")
         took = time.monotonic() - began
-        self.wait(lambda: any("for app.pub" in line for line in self.lines["crat"]), 2)
-        status = self.ended["cexec"]
+        self.hear("crat", "for app.pub", 2)
         if status == EXIT_TEMPORARY:
-            self.show("worker 1", "worker 2")
+            self.show("worker 1")
+            self.show("worker 2")
         self.tell("==> status %d after %.2f s" % (status, took))
-        self.tell("    the log: " + "".join(self.lines["crat"][1:]).partition(" job ")[0])
+        self.tell("    the log: " + "".join(self.lines("crat")[1:]).partition(" job ")[0])
         return status
 
     def stop_workers(self):
-        workers = [pid for pid, name in self.running.items() if name.startswith("worker")]
-        for pid in workers:
-            os.kill(pid, signal.SIGTERM)
-        self.wait(lambda: not set(workers) & set(self.running), 5)
+        workers = [name for name in self.running if name.startswith("worker")]
+        for name in workers:
+            os.kill(self.running[name], signal.SIGTERM)
+        for name in workers:
+            self.status_of(name)
 
     def run_many(self):
         """Many inputs at once, on workers whose jobs take a while."""
@@ -16509,13 +16396,10 @@ class Demo:
         for number in (3, 4):
             self.serve("worker %d" % number, ["sh", "-c", self.SLOW], "--concurrency", "2")
         self.type("printf '%%s\\n' %s | cmap --lines app.pub" % b" ".join(self.INPUTS).decode())
-        reading, writing = os.pipe()
-        os.write(writing, b"\n".join(self.INPUTS) + b"\n")
-        os.close(writing)
         began = time.monotonic()
-        self.start("cmap", [CMAP, "--lines", "app.pub"], self.folder, reading, "failed, on")
+        self.start("cmap", [CMAP, "--lines", "app.pub"], self.folder, b"\n".join(self.INPUTS) + b"\n", "failed, on")
         took, one_by_one = time.monotonic() - began, 0.5 * len(self.INPUTS)
-        self.tell(" ".join(line for line in self.lines["cmap"] if line.isupper()))
+        self.tell(" ".join(line for line in self.lines("cmap") if line.isupper()))
         self.tell("==> %d jobs of half a second each took %.1f s: %.1f times as fast as one after another" % (
             len(self.INPUTS), took, one_by_one / took))
 
@@ -16541,35 +16425,43 @@ class Demo:
         with executor_class()("app.pub") as pool, open(writing, "w") as answers:
             print(*pool.map(math.sqrt, [1, 4, 9, 16]), file=answers)
 
-    def start(self, name, arguments, folder=None, source=None, word="ready"):
+    # -- the tools
+    def start(self, name, arguments, folder=None, input=b"", word="ready"):
         """Starts a tool and waits until it has said the word."""
-        reading, writing = os.pipe()
-        self.outputs[reading], self.lines[name] = [name, b""], []
-        source = os.open(os.devnull, os.O_RDONLY) if source is None else source
+        source, began = pipe_of(input), time.monotonic()
+        self.outputs[name], writing = os.pipe()
+        self.said[name] = b""
         self.fork(name, lambda: self.become(arguments, source, writing, writing, folder))
         os.close(writing)
         os.close(source)
-
-        def ready():
-            return any(word in line for line in self.lines[name])
-        self.wait(lambda: ready() or name in self.ended, self.PATIENCE)
-        if name in self.ended:
-            self.wait(lambda: reading not in self.outputs, 1)       # its last words
-        if not ready():
+        if not self.hear(name, word, self.PATIENCE):
             self.show(name)
-            raise Failure("%s did not get ready" % name, "it ended with status %d" % self.ended[name]
-                          if name in self.ended else "", "what it said is above")
+            late = time.monotonic() - began >= self.PATIENCE
+            raise Failure("%s did not get ready" % name, "" if late else "it ended with status %d" %
+                          self.status_of(name), "what it said is above")
 
-    def show(self, *names):
-        """What these tools have said."""
-        for name in names:
-            for line in self.lines[name]:
-                self.tell("%s: %s" % (name, line))
+    def hear(self, name, word, seconds):
+        """Hears what a tool says until the word is in it, it has ended, or so many seconds; whether the word came."""
+        fd, end = self.outputs[name], time.monotonic() + seconds
+        while word.encode() not in self.said[name]:
+            data = os.read(fd, 1 << 16) if select.select([fd], [], [], max(0, end - time.monotonic()))[0] else b""
+            if not data:
+                return False
+            self.said[name] += data
+        return True
+
+    def lines(self, name):
+        """Those that the tool has said."""
+        return self.said[name].decode("utf-8", "replace").splitlines()
+
+    def show(self, name):
+        for line in self.lines(name):
+            self.tell("%s: %s" % (name, line))
 
     def fork(self, name, call):
         child = os.fork()
         if child:
-            self.running[child] = name
+            self.running[name] = child
             return
         status = EXIT_TEMPORARY
         try:
@@ -16578,8 +16470,6 @@ class Demo:
             status = call() or 0
         except SystemExit as end:
             status = end.code
-        except BrokenPipeError:
-            pass        # the job reads no more
         except Exception as error:
             self.tell("%s: %s: %s" % (name, type(error).__name__, error))
         finally:
@@ -16596,54 +16486,42 @@ class Demo:
         os.environ.update(self.environment)
         return main(["cexec.py", *arguments])
 
-    def wait(self, over, seconds):
-        """Hears what the tools say until over() holds, or for so long; remembers those that end."""
-        end = time.monotonic() + seconds
-        while not over() and time.monotonic() < end:
-            for fd in select.select(list(self.outputs), [], [], 0.02)[0]:
-                name, rest = self.outputs[fd]
-                data = os.read(fd, 1 << 16)
-                *lines, self.outputs[fd][1] = (rest + data).split(b"\n")
-                if not data:
-                    os.close(fd)
-                    del self.outputs[fd]
-                self.lines[name] += [line.decode("utf-8", "replace") for line in lines]
-            for pid in list(self.running):
-                done, status = os.waitpid(pid, os.WNOHANG)
-                if done:
-                    self.ended[self.running.pop(pid)] = status >> 8 if not status & 127 else 128 + (status & 127)
+    def status_of(self, name):
+        """Waits for the end of this tool; its status as a shell has it."""
+        status = os.waitpid(self.running[name], 0)[1]
+        del self.running[name]
+        return status >> 8 if not status & 127 else 128 + (status & 127)
 
     def input(self):
         """A descriptor for the job: standard input if that brings anything, else one of the text."""
-        first = b""
         try:
+            os.read(0, 0)       # or it is only open for writing
             if stat.S_ISREG(os.fstat(0).st_mode):
-                if os.lseek(0, 0, os.SEEK_CUR) < os.fstat(0).st_size:
-                    return 0
-            elif not os.isatty(0):
-                first = os.read(0, 1 << 16)
+                brings = os.lseek(0, 0, os.SEEK_CUR) < os.fstat(0).st_size
+            else:
+                brings = not os.isatty(0) and select.select([0], [], []) and unread_bytes(0)
         except OSError:
-            pass        # closed, or only open for writing
-        reading, writing = os.pipe()
-        self.fork("input", lambda: self.feed(writing, reading, first))
-        os.close(writing)
-        return reading
-
-    def feed(self, writing, reading, first):
-        os.close(reading)
-        with open(writing, "wb") as pipe:
-            pipe.write(first or DEMO_TEXT)
-            while first:
-                first = os.read(0, 1 << 16)
-                pipe.write(first)
+            brings = False
+        return 0 if brings else pipe_of(DEMO_TEXT)
 
     def close(self):
         """Ends what runs, waits for it, and takes the folder away."""
-        for number in signal.SIGTERM, signal.SIGKILL:
-            for pid in reversed(list(self.running)):
-                os.kill(pid, number)
-            self.wait(lambda: not self.running and not self.outputs, 10)
+        for pid in reversed(list(self.running.values())):
+            os.kill(pid, signal.SIGTERM)
+            end = time.monotonic() + 10
+            while not os.waitpid(pid, os.WNOHANG)[0]:
+                if time.monotonic() > end:
+                    os.kill(pid, signal.SIGKILL)
+                time.sleep(0.01)
         remove_temporary_key(self.folder)
+
+
+def pipe_of(data):
+    """A descriptor from which these few bytes can be read."""
+    reading, writing = os.pipe()
+    os.write(writing, data)
+    os.close(writing)
+    return reading
 
 
 DEMO_SIGNALS = signal.SIGTERM, signal.SIGHUP, signal.SIGINT
