@@ -808,8 +808,8 @@ class Datagram(collections.namedtuple("Datagram", "kind port key_id nonce sequen
         return hmac.compare_digest(tag(secret, signed[:6], signed[8:]), mark)
 
 
-def encode_datagram(secret, kind, key_id, nonce, sequence, body=b"", port=0, version=WIRE_VERSION):
-    data = DATAGRAM_HEAD.pack(MAGIC, version, kind, port, key_id, nonce, sequence) + body
+def encode_datagram(secret, kind, key_id, nonce, sequence, body=b"", port=0):
+    data = DATAGRAM_HEAD.pack(MAGIC, WIRE_VERSION, kind, port, key_id, nonce, sequence) + body
     return data + tag(secret, data[:6], data[8:])
 
 
@@ -9748,7 +9748,7 @@ class SubmitterConnection:
     def _connected(self, connection):
         self.socket = connection
         self.timer = self.loop.call_later(self.GO, self._end)
-        self.offers.on_connected(self)
+        self.offers.responder.connected(now_ms(), self.slot)
         try:
             connection.send(self.preamble)
         except OSError as error:
@@ -9812,9 +9812,6 @@ class Offers:
         due = self.responder.next_due()
         if due is not None:
             self.timer = self.loop.call_at(due / 1000, self.consider)
-
-    def on_connected(self, connection):
-        self.responder.connected(now_ms(), connection.slot)
 
     def on_go(self, connection):
         """The submitter has proven itself and wants this worker.  Where the last slot has become another's meanwhile,
@@ -10369,11 +10366,7 @@ class Veto:
         if not self.command or time.monotonic() - self.began < self.EVERY:
             return
         if self.pid:        # it hangs: that is no yes
-            signal_process(-self.pid, signal.SIGKILL)
-        else:
-            self._run()
-
-    def _run(self):
+            return signal_process(-self.pid, signal.SIGKILL)
         self.began = time.monotonic()
         try:
             null = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
@@ -11197,7 +11190,6 @@ class JobEnds:
         self.theirs = {}
         self.to_close = []          # of `theirs`, until it has been started
         self.ends = {}              # {descriptor in the job: our end of it}
-        self.sockets = {}           # the same of those open both ways
         self.sources = {}
         self.sinks = {}
         self.counts = {}            # {input: InputCount}, of those that are pipes
@@ -11236,13 +11228,12 @@ class JobEnds:
         set_terminal(self.slave, rows, columns, modes)
 
     def _make_sockets(self, fd, kind):
-        ours, other = socket.socketpair()
-        self.to_close.append(other.detach())
-        self.sockets[fd], self.ends[fd], self.theirs[fd] = ours, ours.fileno(), self.to_close[-1]
+        pair = socket.socketpair()
         if self.share < SOCKET_FULL:
-            with socket.socket(fileno=os.dup(self.theirs[fd])) as other:
-                for each in ours, other:
-                    each.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.share // 2)
+            for each in pair:
+                each.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.share // 2)
+        self.ends[fd], self.theirs[fd] = pair[0].detach(), pair[1].detach()
+        self.to_close.append(self.theirs[fd])
 
     def _make_pipe(self, fd, kind):
         reading, writing = os.pipe()
@@ -11347,14 +11338,16 @@ class JobEnds:
         if fd not in self.ends or kind == TTY:
             return          # a terminal stays until the job ends: closing it hangs up
         if kind == BOTH:
+            end = socket.socket(fileno=self.ends[fd])
             try:
-                self.sockets[fd].shutdown(how)
+                end.shutdown(how)
             except OSError:
                 pass        # the job has closed its end already
+            end.detach()
         else:
-            self._close_pipe(self.ends.pop(fd))
+            self._close(self.ends.pop(fd))
 
-    def _close_pipe(self, end):
+    def _close(self, end):
         self.loop.watch(end)
         os.close(end)
 
@@ -11380,11 +11373,8 @@ class JobEnds:
         self.give()
         for each in (*self.sinks.values(), *self.sources.values(), *self.counts.values()):
             each.close()
-        for fd, end in self.ends.items():
-            if fd in self.sockets:
-                self.sockets[fd].close()
-            else:
-                self._close_pipe(end)
+        for end in self.ends.values():
+            self._close(end)
         self.ends.clear()
         if self.slave is not None:
             os.close(self.slave)
@@ -11397,14 +11387,9 @@ class JobProcess:
 
     def __init__(self, loop, own, pid):
         self.loop, self.own, self.pid = loop, own, pid
-        self.ended = False          # the first process has, whether or not it was waited for
+        self.ended = False          # the first process has, as left() has seen
         self.wait_status = None     # once it was waited for
         self.killing = None         # a JobKill
-
-    def look(self):
-        """After a SIGCHLD, and now and then: waits for what has ended.  Returns whether the first process has."""
-        self.left()
-        return self.ended
 
     def left(self):
         """The pids of what is left of it.  Those that have ended are waited for, but for the first one: its number is
@@ -11464,6 +11449,7 @@ class RunningJob:
         self.session = handler.channel.session
         self.job = job
         self.began = time.monotonic()
+        self.wall = dict(handler.settings.limits).get(WALL, math.inf)       # seconds
         self.limit_met = None
         self.wall_timer = None
         self.cleared = False        # nothing of the process and what came of it is left
@@ -11475,56 +11461,43 @@ class RunningJob:
         self.ends = None
         self.process = None
         try:
-            self._prepare()
-            self.process = JobProcess(self.loop, handler.own, self._spawn())
+            self._start(handler.daemon)
         except (OSError, ValueError):
-            self._undo()
+            if self.ends:
+                self.ends.close()
+            self._remove_scratch(lambda: None)
             raise
         finally:
             if self.scratch:
                 os.chdir("/")       # a module that is loaded later comes from nowhere that a job can write
 
-    def _prepare(self):
-        """All that can fail, before there is a process."""
-        if self.handler.daemon.scratch:
-            self.scratch = Scratch(*self.handler.daemon.scratch)
+    def _start(self, daemon):
+        """All that can fail comes before there is a process."""
+        if daemon.scratch:
+            self.scratch = Scratch(*daemon.scratch)
             os.chdir(self.scratch.path)
         self.ends = JobEnds(self.loop, self.channel, self.job)
-        if self.handler.daemon.program is not None:
-            self._open_calls()
-
-    def _open_calls(self):
-        """What an interpreter needs beside the ends that its submitter asks for: the program, and where it shows when
-        its call has begun."""
-        status = shared_file(CallStatus.FORM.size)
-        self.ends.to_close.append(status)
-        self.call_status = CallStatus(status)
-        self.ends.theirs.update({PROGRAM: self.handler.daemon.program, STATUS: status})
-
-    def _undo(self):
-        if self.ends:
-            self.ends.close()
-        self._remove_scratch(lambda: None)
-
-    def _spawn(self):
-        settings = self.handler.settings
-        limits = [(name, value) for name, value in settings.limits if name != WALL]
-        return spawn(self.handler.daemon.path, self.handler.daemon.command, self._environment(), self.ends.theirs,
-                     self.ends.slave, limits)
+        if daemon.program is not None:      # an interpreter needs that, and where to show when its call has begun
+            status = shared_file(CallStatus.FORM.size)
+            self.ends.to_close.append(status)
+            self.call_status = CallStatus(status)
+            self.ends.theirs.update({PROGRAM: daemon.program, STATUS: status})
+        limits = [(name, value) for name, value in daemon.settings.limits if name != WALL]
+        self.process = JobProcess(self.loop, self.handler.own, spawn(
+            daemon.path, daemon.command, self._environment(), self.ends.theirs, self.ends.slave, limits))
 
     def begin(self):
         """The submitter is to hear that it was accepted."""
-        wall = dict(self.handler.settings.limits).get(WALL)
         if self.call_status:
             self._look_at_call()
-        elif wall:
-            self.wall_timer = self.loop.call_later(wall, self._out_of_time)
+        elif self.wall < math.inf:
+            self.wall_timer = self.loop.call_later(self.wall, self._out_of_time)
         self.ends.begin(self.process.pid)
 
     def _look_at_call(self):
         """Under --python the limit of wall counts from a call's start."""
-        began, wall = self.call_status.read(), dict(self.handler.settings.limits).get(WALL, math.inf)
-        if began and time.monotonic() - began > wall:
+        began = self.call_status.read()
+        if began and time.monotonic() - began > self.wall:
             return self._out_of_time()
         if self.resting != (not began):
             self.resting = not began
@@ -11552,15 +11525,13 @@ class RunningJob:
                 environment.pop(name, None)
         return environment
 
-    def signal(self, name):
-        self.process.signal(name, self.job.terminal)
-
     # -- its end
     def child_changed(self):
         if self.cleared:
             return          # what has ended is no part of the job
         before = self.process.ended
-        if self.process.look():
+        self.process.left()
+        if self.process.ended:
             if not before:
                 self.ends.leader_ended()
             self.maybe_over()
@@ -11703,7 +11674,7 @@ class Handler:
                       socket.gethostname())
         self.channel = Channel(self.loop, self.connection, session, self)
         if self.slot.state is SlotState.FREE:       # told so meanwhile, or it only shows that it has the key
-            self._say_last("no more jobs here")
+            self._take_no_more()
 
     def log(self, line):
         """By the daemon, as long as there is one: its lines are limited together."""
@@ -11752,7 +11723,7 @@ class Handler:
         elif kind == STOP:
             self.running.stopped(number)
         elif kind == SIGNAL:
-            self.running.signal(body)
+            self.running.process.signal(body, self.running.job.terminal)
         elif kind == WINDOW:
             self.running.ends.resize(body)
         elif kind == BYE:
@@ -11838,12 +11809,10 @@ class Handler:
         learns that from the same words."""
         if self.slot.state is not SlotState.FREE:
             self._report(SlotEvent.LEAVE)
-        if self.channel:
-            self._say_last("no more jobs here")
-
-    def _say_last(self, words):
+        if not self.channel:
+            return
         if self.channel.session.phase is not OVER:
-            self.channel.session.abort(words)
+            self.channel.session.abort("no more jobs here")
         self._linger()
 
     def _linger(self):
@@ -11894,6 +11863,26 @@ def is_hung_up(fd):
     return True
 
 
+def check_rights(settings, key, words, log):
+    """Failure where no job could become the user of --user or have a folder of --scratch; a warning for those of
+    COMMAND's words that name a file where such a job does not stand."""
+    problem = settings.user and errno_as(settings.user, lambda: None)
+    if problem:     # as in a user namespace that has no such user
+        raise Failure("--user %s" % settings.user.pw_name, "cannot become this user: %s" % os.strerror(problem),
+                      status=EXIT_USAGE)
+    if not settings.scratch:
+        return
+    place, prefix = scratch_place(key)
+    problem = errno_as(settings.user, lambda: make_and_remove(place, prefix))
+    if problem:
+        raise Failure("--scratch", "jobs cannot have a folder in %s: %s" % (place, os.strerror(problem)),
+                      "TMPDIR names another place", EXIT_USAGE)
+    for name in [word.rpartition("=")[2] for word in words]:
+        if not os.path.isabs(name) and os.path.isfile(name):
+            log("warning: %s is in this folder, and jobs with --scratch start in another: name it %s" % (
+                name, os.path.abspath(name)))
+
+
 def cservice(arguments, settings):
     """cservice APP COMMAND [ARG...], cservice --stop APP"""
     if settings.stop and len(arguments) == 1:
@@ -11922,21 +11911,7 @@ def cservice(arguments, settings):
     log = Log(CSERVICE, file=LogFile(path, starter) if path else None)
     show_as("cservice " + arguments[0])
     import termios, resource            # noqa: what handlers need: after --user they may not be allowed to read them
-    problem = settings.user and errno_as(settings.user, lambda: None)
-    if problem:     # as in a user namespace that has no such user
-        raise Failure("--user %s" % settings.user.pw_name, "cannot become this user: %s" % os.strerror(problem),
-                      status=EXIT_USAGE)
-    if settings.scratch:
-        place, prefix = scratch_place(key)
-        problem = errno_as(settings.user, lambda: make_and_remove(place, prefix))
-        if problem:
-            raise Failure("--scratch", "jobs cannot have a folder in %s: %s" % (place, os.strerror(problem)),
-                          "TMPDIR names another place", EXIT_USAGE)
-        # Of COMMAND's arguments those that name a file of this folder.
-        for name in [word.rpartition("=")[2] for word in arguments[2:]]:
-            if not os.path.isabs(name) and os.path.isfile(name):
-                log("warning: %s is in this folder, and jobs with --scratch start in another: name it %s" % (
-                    name, os.path.abspath(name)))
+    check_rights(settings, key, arguments[2:], log)
     if settings.allow:
         import fnmatch          # noqa: for handlers too
     check_tls()
@@ -12532,7 +12507,6 @@ class Check:
         self.arrived = collections.Counter()        # those of workers, by address
         self.overheard = Recent(STRANGERS_MAX)      # {address: what it sends for another key}
         self.versions = Recent(STRANGERS_MAX)       # {address: what it sends in another version}
-        self.older = os.urandom(8)                  # nonce of the question in the older version
         self.known = RollCall(self.loop, key, self.mouth, CHECK)
         self.connect = RollCall(self.loop, key, self.mouth, CHECK | CONNECT, self.acceptor.port)
         self.calls = [self.known, self.connect] + self._other_groups()
@@ -12565,7 +12539,6 @@ class Check:
             self.loop.watch(self.ear.fileno(), read=self._overhear)
         for call in self.calls:
             call.begin()
-        self._ask_older()
         self.loop.call_later(CHECK_PATIENCE, self.loop.stop)
         self._look()
         self.loop.run()
@@ -12573,11 +12546,6 @@ class Check:
         advice = check_advice(facts)
         print_all("\n".join([*check_findings(facts), *(["", "What to do:"] if advice else []), *advice, ""]))
         return 0 if facts.could_run else EXIT_TEMPORARY
-
-    def _ask_older(self):
-        """Workers of an older version do not understand this one's questions."""
-        self.mouth.send(encode_datagram(self.key.udp, ASK, self.key.id, self.older, 1, encode_ask(ASK_SPREAD, CHECK),
-                                        version=WIRE_VERSION - 1))
 
     def _accept(self, connection, source):
         self.silent.append(connection)
@@ -12609,7 +12577,7 @@ class Check:
                     self.overheard[address] = "%s sends %s for another key (id 0x%s)" % (
                         address, DATAGRAM_NAMES[datagram.kind], datagram.key_id.hex())
             except ProtocolError as error:
-                if speaks_another_version(data) and data[12:20] != self.older:
+                if speaks_another_version(data):
                     self.versions[address] = str(error)
 
     def _look(self):
@@ -12631,7 +12599,7 @@ class Check:
         heard_from = {worker.address for worker in workers}
         facts = CheckFacts(
             key_name=self.key.name, key_id=self.key.id.hex(), fingerprint=self.key.fingerprint, group=group,
-            one_machine=group.kind == "unicast" and not self._is_broadcast(),
+            one_machine=is_one_machine(group),
             ways=["%s from %s" % (each.name, (each.addresses or [towards])[0]) if each else
                   "the system's choice from %s" % towards for each in self.mouth.targets],
             problems=self.known.problems, forbidden=self.mouth.forbidden, unheard=self.mouth.advice(),
@@ -12645,10 +12613,6 @@ class Check:
         if facts.could_run and workers:
             return facts
         return facts._replace(firewall=find_firewall("input"), outward=find_firewall("output"))
-
-    def _is_broadcast(self):
-        return is_broadcast(self.group) or self.group.address in {
-            interface.broadcast for interface in local_interfaces(self.group.family)}
 
 
 def cwho(arguments, settings):
@@ -13181,6 +13145,7 @@ class Cproxy:
         return PIECE if len(self.relays) <= RELAYS_FEW else SMALL_PIECE
 
     def run(self, words):
+        """Returns 0 when told to stop."""
         try:
             for number in (signal.SIGTERM, signal.SIGINT):
                 self.loop.on_signal_unless_ignored(number, self._drain)
