@@ -10176,12 +10176,13 @@ class Receiver:
             if datagram.key_id == self.key.id and self._matters(datagram) and datagram.authentic(self.key.udp):
                 self._act(datagram, source)
                 return True
-            if datagram.kind == ASK and datagram.key_id != self.key.id:
-                self.daemon.roll_calls.asked_by_stranger(datagram, source)
+            if datagram.kind == ASK and datagram.key_id != self.key.id and parse_ask(datagram)[1] & CHECK:
+                self.daemon.roll_calls.show_up(datagram.nonce, source)
         except ProtocolError as error:
             if speaks_another_version(data):
                 self.log.note("version", "from %s: %s" % (source[0], error))
-                self.daemon.roll_calls.asked_by_another_version(data, source)
+                if data[5] == ASK:
+                    self.daemon.roll_calls.show_up(bytes(8), source)
         return False
 
     def _matters(self, datagram):
@@ -10250,17 +10251,8 @@ class RollCalls:
         self.answers = collections.OrderedDict()    # {nonce of a roll call: (its last sequence number, Timer)}
         self.sequence = 0
 
-    def asked_by_stranger(self, datagram, source):
-        """A check of another key learns that somebody is there."""
-        if parse_ask(datagram)[1] & CHECK:
-            self._show_up(datagram.nonce, source)
-
-    def asked_by_another_version(self, data, source):
-        """cwho --check there shows it."""
-        if data[5] == ASK:
-            self._show_up(bytes(8), source)
-
-    def _show_up(self, nonce, source):
+    def show_up(self, nonce, source):
+        """A check of another key or version learns that somebody is there."""
         if self.stranger_bucket.take(time.monotonic()):
             self.group.send_to(encode_datagram(self.key.udp, HERE, self.key.id, nonce, 0), source)
 
@@ -10444,7 +10436,8 @@ class Daemon:
 
     A fault in one of its callbacks costs the job or datagram in hand: it is logged, and the daemon serves on.
     """
-    LOOK = 0.5              # seconds between two looks at load, waiting submitters and turns
+    LOOK = 0.5              # seconds between two looks at waiting submitters and turns
+    SAMPLE = 1.0            # and at the load
 
     def __init__(self, key, settings, command, log, unit="", program=None):
         self.loop = Loop(on_error=log.fault)
@@ -10466,8 +10459,6 @@ class Daemon:
         self.instance = os.urandom(8).hex()
         self.began = time.monotonic()
         self.meter = LoadMeter()
-        self.sampled_at = 0.0
-        self.refreshed_at = time.monotonic()
         self.responder = Responder(settings.concurrency, usable_cpus(), measured_speed(), uniform, settings.boost)
         self.children = Children()
         self.offers = Offers(self)
@@ -10490,6 +10481,8 @@ class Daemon:
         loop.on_signal(signal.SIGHUP, lambda number: None)
         loop.watch(self.group.fileno(), read=self.receiver.read)
         loop.call_every(self.LOOK, self.look)
+        loop.call_every(self.SAMPLE, self.sample)
+        loop.call_every(REFRESH_EVERY, self.group.refresh)
         self.sweep_scratch()
         self.changed()
         self.veto.look()
@@ -10532,19 +10525,15 @@ class Daemon:
 
     def look(self):
         """What is looked at from time to time, whatever the calls have missed."""
-        now = time.monotonic()
         self.reap()
         self.offers.look()
         self.handlers.look()
-        if now - self.sampled_at >= 1.0:
-            self.sampled_at = now
-            self.responder.load(now_ms(), self.meter.read(self.responder.taken_slots()))
-        if now - self.refreshed_at >= 10.0:
-            self.refreshed_at = now
-            self.group.refresh()
         self.command_watch.look()
         self.veto.look()
         self.changed()
+
+    def sample(self):
+        self.responder.load(now_ms(), self.meter.read(self.responder.taken_slots()))
 
     def reap(self):
         self.children.reap()
@@ -10755,22 +10744,21 @@ def default_log(key):
     return os.path.join(folder, "%s-%s.log" % (socket.gethostname().replace("/", "-"), os.path.basename(key)))
 
 
-def fork_to_background():
-    """(pid of the child, or 0 in it; the end of the pipe on which the child says that it is ready)."""
+def fork_to_background(log, key):
+    """In a child (None, the pipe on which to say that it is ready); in the process that was started (status, None),
+    once the child serves or has said why it does not."""
     reading, writing = os.pipe()
     pid = os.fork()
-    os.close(reading if pid == 0 else writing)
-    return pid, writing if pid == 0 else reading
-
-
-def wait_for_background(pid, pipe, log, key):
-    """In the process that was started: the status, once the child serves or has said why it does not."""
-    if os.read(pipe, 5):
+    if pid == 0:
+        os.close(reading)
+        return None, writing
+    os.close(writing)
+    if os.read(reading, 5):
         say(CSERVICE, "serves in the background; log: %s; to stop it: cservice --stop %s" % (
             os.path.abspath(log), shell_word(key)))
-        return 0
+        return 0, None
     status = os.waitpid(pid, 0)[1]
-    return 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status) or EXIT_TEMPORARY
+    return 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status) or EXIT_TEMPORARY, None
 
 
 # -- how it is told to stop
@@ -10872,14 +10860,19 @@ class ControlSocket:
         self.loop.watch(connection.fileno(), read=lambda: self._asked(connection))
 
     def _asked(self, connection):
-        words = link_words(connection)
+        try:
+            words = connection.recv(4096).split()
+        except BlockingIOError:
+            return
+        except OSError:
+            words = []
         if words in ([b"stop"], [b"now"]):
             answer = "unit %s" % self.unit if self.unit else "running %d" % self.on_stop(words == [b"now"])
             try:
                 connection.send(answer.encode() + b"\n")
             except OSError:
                 pass        # who has asked does not wait
-        elif words is not None:
+        else:
             self.loop.watch(connection.fileno())
             self.connections.remove(connection)
             connection.close()
@@ -10894,15 +10887,6 @@ class ControlSocket:
         if self.address and not LINUX:
             discard(self.address)
 
-
-def link_words(link):
-    """The words that have come: none at the connection's end, None when nothing is there now."""
-    try:
-        return link.recv(4096).split()
-    except BlockingIOError:
-        return None
-    except OSError:
-        return []
 
 
 def service_unit():
@@ -11760,7 +11744,9 @@ class Handler:
         if refusal:
             return self.refuse(job, refusal, final=True)
         try:
-            self._become_user()
+            if self.settings.user and os.geteuid() == 0:
+                become_user(self.settings.user)
+                hide_memory()       # which the change has undone
             self.running = RunningJob(self, job)
         except (OSError, ValueError) as error:
             return self.refuse(job, "%s: %s" % (self.daemon.path, reason_of(error)))
@@ -11769,11 +11755,6 @@ class Handler:
         self.channel.session.accept(time.monotonic())
         self.running.begin()
         self.channel.flush()
-
-    def _become_user(self):
-        if self.settings.user and os.geteuid() == 0:
-            become_user(self.settings.user)
-            hide_memory()       # which the change has undone
 
     def refuse(self, job, reason, final=False):
         """The job is not started.  final: asking this worker again would be in vain."""
@@ -11905,9 +11886,9 @@ def cservice(arguments, settings):
     close_strays()
     path, starter = settings.log or settings.background and default_log(arguments[0]), None
     if settings.background:
-        pid, starter = fork_to_background()
-        if pid:
-            return wait_for_background(pid, starter, path, arguments[0])
+        status, starter = fork_to_background(path, arguments[0])
+        if status is not None:
+            return status
     log = Log(CSERVICE, file=LogFile(path, starter) if path else None)
     show_as("cservice " + arguments[0])
     import termios, resource            # noqa: what handlers need: after --user they may not be allowed to read them
@@ -12275,11 +12256,11 @@ class Screen:
 # cwho --check: a Check collects, CheckFacts is what it has found, and the functions below tell what follows from that.
 
 class CheckFacts(collections.namedtuple(
-        "CheckFacts", "key_name key_id fingerprint group one_machine ways problems forbidden unheard port ports "
+        "CheckFacts", "key_id fingerprint group one_machine ways problems forbidden unheard port ports "
                       "workers excluded translated silent elsewhere other_keys versions own firewall outward")):
     """What cwho --check has found out.
 
-    key_name, key_id, fingerprint      of the key, as text
+    key_id, fingerprint    of the key, as text
     group        the Group that was asked on       one_machine  whether that is one machine's address
     ways         texts, by which interface and from which address      problems  what was not sent, one for each
     forbidden    whether a firewall here forbids to send
@@ -12598,7 +12579,7 @@ class Check:
             for call in self.calls for address, key_id in call.other_keys.items()})
         heard_from = {worker.address for worker in workers}
         facts = CheckFacts(
-            key_name=self.key.name, key_id=self.key.id.hex(), fingerprint=self.key.fingerprint, group=group,
+            key_id=self.key.id.hex(), fingerprint=self.key.fingerprint, group=group,
             one_machine=is_one_machine(group),
             ways=["%s from %s" % (each.name, (each.addresses or [towards])[0]) if each else
                   "the system's choice from %s" % towards for each in self.mouth.targets],

@@ -19336,7 +19336,7 @@ def test_a_unicast_group_reaches_one_of_several_services(street, key, tmp_path):
 
 def check_facts(**changes):
     facts = cexec.CheckFacts(
-        key_name="app.pub", key_id="00112233", fingerprint="SHA256:aa", group=cexec.parse_group("255.255.255.255"),
+        key_id="00112233", fingerprint="SHA256:aa", group=cexec.parse_group("255.255.255.255"),
         one_machine=False, ways=["eth0 from 10.0.0.4"], problems=[], forbidden=False, unheard="", port=20000,
         ports=None, workers=[], excluded=set(), translated=set(), silent=[], elsewhere=[], other_keys={}, versions={},
         own="10.0.0.4", firewall=[], outward=[])
