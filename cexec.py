@@ -6228,13 +6228,6 @@ def group_of(pid):
         return pid
 
 
-def end_group(group):
-    """Ends a process group of which this process has none."""
-    kill = JobKill(lambda: [group] if group and signal_group(group, 0) else [])
-    while not kill.look():
-        time.sleep(KILL_LOOK)
-
-
 def process_ids():
     """The pids, as text, of all processes that can be seen; none where there is no /proc as Linux has it."""
     try:
@@ -10087,7 +10080,7 @@ class Handlers:
             if handler.pid not in self.daemon.children.ended:
                 self._ended(handler)
         owned = {handler.slot for handler in self.processes.values()}
-        owned.update(self.daemon.orphans.slots, self.daemon.offers.connections)
+        owned.update((handler.slot for handler in self.daemon.orphans.handlers), self.daemon.offers.connections)
         for slot in [each for each in self.responder.slots if each not in owned]:
             self.responder.move(now_ms(), slot, SlotEvent.LEAVE)
             if slot.state is SlotState.LEAVING:
@@ -10105,54 +10098,39 @@ class Handlers:
 class Orphans:
     """What handlers that were killed have left behind: it is ended, and only then their slots are free.
 
-    On Linux the daemon inherits it, and signals nobody but its own children.  Elsewhere a child with the job's rights
-    ends the job's group, whose number could be another's by then."""
+    On Linux the daemon inherits it, and signals nobody but its own children; elsewhere it signals the jobs' groups, as
+    long as there is one of that number."""
 
     def __init__(self, daemon):
         self.daemon = daemon
-        self.slots = []             # of killed handlers
+        self.handlers = []          # HandlerProcesses
         self.killing = None         # a JobKill
 
     def add(self, handler):
-        if LINUX:
-            self.slots.append(handler.slot)
-            self.look()
-        else:
-            self._end_in_child(handler)
+        self.handlers.append(handler)
+        self.look()
 
     def look(self):
         """To be called often: whatever is there is ended."""
-        if not LINUX:
-            return
         if self.killing is None:
-            if not self.slots and not self.daemon.children.orphans():
+            if not self.handlers and not self._left():
                 return
-            self.killing = JobKill(self.daemon.children.orphans)
+            self.killing = JobKill(self._left)
         if not self.killing.look():
             self.daemon.loop.call_later(KILL_LOOK, self.look)
             return
         self.killing = None
-        slots, self.slots = self.slots, []
-        for slot in slots:
-            self.daemon.responder.move(now_ms(), slot, SlotEvent.EXIT)
-        if slots:
+        handlers, self.handlers = self.handlers, []
+        for handler in handlers:
+            self.daemon.responder.move(now_ms(), handler.slot, SlotEvent.EXIT)
+        if handlers:
             self.daemon.sweep_scratch()
         self.daemon.changed()
 
-    def _end_in_child(self, handler):
-        try:
-            pid = call_as(self.daemon.settings.user, lambda: end_group(handler.group))
-        except OSError as error:
-            self.daemon.log("job %s: no process to end it: %s" % (handler.slot.job.id, fork_reason(error)))
-            self.daemon.loop.call_later(1.0, lambda: self._end_in_child(handler))
-            return
-        self.slots.append(handler.slot)
-        self.daemon.children.add(pid, lambda status: self._ended_in_child(handler.slot))
-
-    def _ended_in_child(self, slot):
-        self.slots.remove(slot)
-        self.daemon.responder.move(now_ms(), slot, SlotEvent.EXIT)
-        self.daemon.changed()
+    def _left(self):
+        if LINUX:
+            return self.daemon.children.orphans()
+        return [each.group for each in self.handlers if each.group and signal_group(each.group, 0)]
 
 
 class Receiver:
@@ -16317,7 +16295,7 @@ class Demo:
         self.act("1. One job, on the best worker:")
         self.type("cexec app.pub < input")
         source, began = self.input(), time.monotonic()
-        self.fork("cexec", lambda: self.become([CEXEC, "app.pub"], source, 1, 2, self.folder))
+        self.fork("cexec", lambda: self.become([CEXEC, "app.pub"], source, 1, 2), self.folder)
         status = self.status_of("cexec")
         took = time.monotonic() - began
         self.hear("crat", "for app.pub", 2)
@@ -16356,7 +16334,7 @@ class Demo:
         self.serve("worker 5", [], "--python")
         self.tell(">>> with cexec.Executor(\"app.pub\") as pool: print(*pool.map(math.sqrt, [1, 4, 9, 16]))")
         reading, writing = os.pipe()
-        self.fork("python", lambda: self.call_functions(writing))
+        self.fork("python", lambda: self.call_functions(writing), self.folder)
         os.close(writing)
         began = time.monotonic()
         with open(reading) as answers:
@@ -16365,9 +16343,6 @@ class Demo:
 
     def call_functions(self, writing):
         """In the fork: the program that makes the calls."""
-        os.chdir(self.folder)
-        os.environ.clear()
-        os.environ.update(self.environment)
         with executor_class()("app.pub") as pool, open(writing, "w") as answers:
             print(*pool.map(math.sqrt, [1, 4, 9, 16]), file=answers)
 
@@ -16377,7 +16352,7 @@ class Demo:
         source, began = pipe_of(input), time.monotonic()
         self.outputs[name], writing = os.pipe()
         self.said[name] = b""
-        self.fork(name, lambda: self.become(arguments, source, writing, writing, folder))
+        self.fork(name, lambda: self.become(arguments, source, writing, writing), folder)
         os.close(writing)
         os.close(source)
         if not self.hear(name, word, self.PATIENCE):
@@ -16404,7 +16379,8 @@ class Demo:
         for line in self.lines(name):
             self.tell("%s: %s" % (name, line))
 
-    def fork(self, name, call):
+    def fork(self, name, call, folder):
+        """A process that calls, in this folder or where the user stands."""
         child = os.fork()
         if child:
             self.running[name] = child
@@ -16413,6 +16389,10 @@ class Demo:
         try:
             for number in DEMO_SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
+            if folder:
+                os.chdir(folder)
+            os.environ.clear()
+            os.environ.update(self.environment)
             status = call() or 0
         except SystemExit as end:
             status = end.code
@@ -16421,15 +16401,11 @@ class Demo:
         finally:
             os._exit(status)
 
-    def become(self, arguments, *place):
-        """In the fork: be this tool, with these descriptors as 0, 1 and 2, and in this folder."""
-        for number, fd in enumerate([fcntl.fcntl(fd, fcntl.F_DUPFD, 3) for fd in place[:3]]):
+    def become(self, arguments, *standard):
+        """In the fork: be this tool, with these descriptors as 0, 1 and 2."""
+        for number, fd in enumerate([fcntl.fcntl(fd, fcntl.F_DUPFD, 3) for fd in standard]):
             os.dup2(fd, number)
         close_strays()
-        if place[3]:
-            os.chdir(place[3])
-        os.environ.clear()
-        os.environ.update(self.environment)
         return main(["cexec.py", *arguments])
 
     def status_of(self, name):
