@@ -3546,15 +3546,14 @@ def check_tls():
     made for it.  A policy that forbids it would else show at the first job only, and as a fault of the other side."""
     global ssl
     import ssl
+    halves = []
+    for text in make_keypair(os.urandom(32)):
+        halves.append(parse_key(text, "a key for this"))
+        halves[-1].text = text
     try:
-        folder, path = make_temporary_key()
-    except OSError:
-        return          # there is no place for it; the first job will show
-    try:
-        one, other = [load_key(name)[0] for name in (path, path + ".pub")]
-        client, server = tls_context(one, server_side=False), tls_context(other, server_side=True)
+        client, server = tls_context(halves[0], server_side=False), tls_context(halves[1], server_side=True)
         up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
-        waiting = [(client.wrap_bio(down, up), one), (server.wrap_bio(up, down, server_side=True), other)]
+        waiting = list(zip((client.wrap_bio(down, up), server.wrap_bio(up, down, server_side=True)), halves))
         for connection, key in waiting * 4:     # each turn of the two is a round trip
             try:
                 connection.do_handshake()
@@ -3569,8 +3568,8 @@ def check_tls():
                       "it needs TLS 1.3 with signatures of P-256, which OpenSSL's configuration forbids here "
                       "(MaxProtocol, SignatureAlgorithms, Ciphersuites; %s)" % ssl.OPENSSL_VERSION,
                       EXIT_USAGE) from None
-    finally:
-        remove_temporary_key(folder)
+    except OSError:
+        pass        # there is no place for the halves, which OpenSSL reads from files; the first job will show
 
 
 def tune(connection):
@@ -10326,11 +10325,17 @@ class Veto:
     def __init__(self, daemon):
         self.daemon = daemon
         self.command = daemon.settings.veto
-        self.vetoed = bool(self.command)        # until it has said otherwise
-        self.answered = not self.command
-        self.words = ""                         # how the last one ended
-        self.pid = None                         # of the running command
+        self.status = None if self.command else 0       # as the last one ended; None until the first one has
+        self.pid = None                                 # of the running command
         self.began = -math.inf
+
+    @property
+    def words(self):
+        """Why no job is taken; "" where one is, or nothing is known yet."""
+        if not self.status:
+            return ""
+        return "--if ended " + ("by %s" % signal.Signals(os.WTERMSIG(self.status)).name
+                                if os.WIFSIGNALED(self.status) else "with %d" % os.WEXITSTATUS(self.status))
 
     def look(self):
         if not self.command or time.monotonic() - self.began < self.EVERY:
@@ -10347,15 +10352,13 @@ class Veto:
         self.daemon.children.add(self.pid, self._ended)
 
     def _ended(self, status):
-        first, before = not self.answered, self.vetoed
-        self.pid, self.vetoed, self.answered = None, status != 0, True
-        self.words = "--if ended " + ("by %s" % signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else
-                                      "with %d" % os.WEXITSTATUS(status))
-        if first:
+        before, self.status, self.pid = self.status, status, None
+        if before is None:
             self.daemon.say_ready()
-        if self.vetoed if first else self.vetoed != before:
-            self.daemon.log("--if: %s" % ("no new jobs for the time being (%s)" % self.words if self.vetoed else
-                                          "takes jobs again"))
+        if status and not before:
+            self.daemon.log("--if: no new jobs for the time being (%s)" % self.words)
+        elif before and not status:
+            self.daemon.log("--if: takes jobs again")
         self.daemon.changed()
 
     def end(self):
@@ -10464,7 +10467,7 @@ class Daemon:
         self.sweep_scratch()
         self.changed()
         self.veto.look()
-        if self.veto.answered:
+        if self.veto.status is not None:
             self.say_ready()
         return loop.run()
 
@@ -10496,7 +10499,8 @@ class Daemon:
 
     def changed(self):
         """Something has changed that slots, turns or the end may depend on."""
-        self.responder.stopped = self.drain.began is not None or self.veto.vetoed or bool(self.command_watch.missing)
+        self.responder.stopped = self.drain.began is not None or self.veto.status != 0 or bool(
+            self.command_watch.missing)
         self.offers.consider()
         self.handlers.take_turns()
         self.drain.look()
@@ -10522,7 +10526,7 @@ class Daemon:
         responder, now = self.responder, time.monotonic()
         running = responder.taken_slots() - resting
         state = (UNREACHABLE if error else DRAINING if self.drain.began is not None else
-                 UNABLE if self.command_watch.missing else VETOED if self.veto.vetoed else
+                 UNABLE if self.command_watch.missing else VETOED if self.veto.status != 0 else
                  BUSY if running >= responder.most else FREE)
         now_running = tuple(RunningNow(now - slot.job.began, slot.job.id, slot.job.submitter, slot.job.user)
                             for slot in responder.slots if slot.state in WITH_JOB) if jobs else ()
@@ -10530,8 +10534,7 @@ class Daemon:
                     responder.cost(now_ms()), responder.speed, int(now - self.began), self.handlers.jobs_done, back[1],
                     address_towards(address), self.instance, socket.gethostname(), VERSION,
                     "%d.%d.%d" % sys.version_info[:3], self.command_digest(), os.path.basename(self.path),
-                    error or self.command_watch.words or (self.veto.words if self.veto.vetoed else ""), back[0],
-                    now_running, 0)
+                    error or self.command_watch.words or self.veto.words, back[0], now_running, 0)
 
     def command_digest(self):
         """The same for workers with the same command and arguments, wherever it is installed."""
@@ -10966,32 +10969,26 @@ def remove_folder(path, top):
     The folders in it are moved to its top before they are looked into: so no depth of them costs anything, and what
     is mounted there, which cannot be moved, is not entered.
     """
-    problems, moved = [], set()
-
-    def empty(folder):
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                try:
-                    if not entry.is_dir(follow_symlinks=False):
-                        os.unlink(entry.name, dir_fd=folder)
-                    elif folder != top or entry.name not in moved:
-                        os.close(open_folder(entry.name, folder))
-                        name = "." + os.urandom(8).hex()
-                        os.rename(entry.name, name, src_dir_fd=folder, dst_dir_fd=top)
-                        moved.add(name)
-                except OSError as error:
-                    problems.append(error)
+    problems, names = [], [""]      # the folder itself, and those that were moved into it
     try:
         os.fchmod(top, 0o700)
-        empty(top)
-        while moved:
-            name = moved.pop()
-            folder = open_folder(name, top)
-            try:
-                empty(folder)
-            finally:
+        while names:
+            name = names.pop()
+            folder = open_folder(name, top) if name else top
+            for entry in list(os.scandir(folder)):
+                try:
+                    if entry.is_dir(follow_symlinks=False):
+                        os.close(open_folder(entry.name, folder))
+                        moved = "." + os.urandom(8).hex()
+                        os.rename(entry.name, moved, src_dir_fd=folder, dst_dir_fd=top)
+                        names.append(moved)
+                    else:
+                        os.unlink(entry.name, dir_fd=folder)
+                except OSError as error:
+                    problems.append(error)
+            if name:
                 os.close(folder)
-            os.rmdir(name, dir_fd=top)
+                os.rmdir(name, dir_fd=top)
         os.rmdir(path)
     except OSError as error:
         problems.append(error)
@@ -12110,15 +12107,14 @@ class RollCallView:
         self.loop.watch(self.ear.fileno(), read=self._alerts)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             self.loop.on_signal_unless_ignored(number, lambda number: self.loop.stop(0))
-        if not self.screen:
-            self._begin()
-            return self.loop.run()
         try:
-            self.screen.open()
+            if self.screen:
+                self.screen.open()
             self._begin()
             return self.loop.run()
         finally:
-            self.screen.close()
+            if self.screen:
+                self.screen.close()
 
     def _begin(self):
         self.began = time.monotonic()
@@ -16207,31 +16203,6 @@ NO_GUARD = """this script makes an Executor while a worker runs it to find its f
 DEMO_TEXT = b"one job, the best machine in the room, and every byte of it comes back\n"
 
 
-def make_temporary_key():
-    """(folder, path of a private key in it): beside it app.pub; nobody else can read them."""
-    folder = os.path.join(os.environ.get("TMPDIR") or "/tmp", "cexec-" + os.urandom(8).hex())
-    mask = os.umask(0o77)       # the user's own may take even this user's rights
-    try:
-        os.mkdir(folder)
-        for name, half in zip(("app", "app.pub"), make_keypair(os.urandom(32))):
-            with open(os.path.join(folder, name), "wb") as file:
-                file.write(half)
-    except OSError:
-        remove_temporary_key(folder)
-        raise
-    finally:
-        os.umask(mask)
-    return folder, os.path.join(folder, "app")
-
-
-def remove_temporary_key(folder):
-    for call, path in (os.unlink, folder + "/app"), (os.unlink, folder + "/app.pub"), (os.rmdir, folder):
-        try:
-            call(path)
-        except OSError:
-            pass
-
-
 class Demo:
     """Two workers, a crat and one job on the loopback network, and a key in a temporary folder that goes with the demo;
     with its own command also a cmap over a few inputs, and some calls of Python functions.
@@ -16244,12 +16215,17 @@ class Demo:
     INPUTS = b"one two three four five six seven eight".split()
 
     def __init__(self, command, many):
+        import tempfile
         self.command = command
         self.many = many                    # whether to show a cmap too
         self.running = {}                   # {name: pid}
         self.outputs = {}                   # {name: descriptor}, of what the tools say
         self.said = {}                      # {name: bytes of it so far}
-        self.folder, self.key = make_temporary_key()
+        self.place = tempfile.TemporaryDirectory(prefix="cexec-")
+        self.folder = self.place.name
+        os.chmod(self.folder, 0o700)        # the umask may take even this user's rights
+        self.key = os.path.join(self.folder, "app")
+        write_halves(self.key, self.key + ".pub", make_keypair(os.urandom(32))[0], True)
         self.environment = {name: value for name, value in os.environ.items()
                             if not any(name in setting.names for setting in SETTINGS)}
         # A loopback address that several processes hear, on a port that nobody else has.
@@ -16435,7 +16411,7 @@ class Demo:
                 if time.monotonic() > end:
                     os.kill(pid, signal.SIGKILL)
                 time.sleep(0.01)
-        remove_temporary_key(self.folder)
+        self.place.cleanup()
 
 
 def pipe_of(data):
