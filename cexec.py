@@ -9724,23 +9724,24 @@ OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)    
 
 
 class SubmitterConnection:
-    """The connection by which a slot is offered: it connects, says the preamble and waits for GO.  Offers makes it; it
-    ends with on_go(self) or on_no_go(self, errno or 0) there, or by close()."""
+    """A connection to a submitter, to which it says a worker's preamble, and then waits for GO: a worker's own, or of a
+    cproxy.  It ends with on_go(socket, bytes) when as many have come as GO has, of `most` that are read; the socket is
+    theirs then; with on_no_go(errno or 0); or by close()."""
     CONNECT = 5.0           # seconds to connect
     GO = 15.0               # seconds to be told to go ahead or away
 
-    def __init__(self, offers, key, slot):
-        self.offers, self.loop, self.key, self.slot = offers, offers.loop, key, slot
-        self.preamble = encode_preamble(key.udp, slot.answer, os.urandom(8))
+    def __init__(self, loop, address, preamble, on_connected, on_go, on_no_go, most=GO_SIZE):
+        self.loop, self.preamble, self.most = loop, preamble, most
+        self.on_connected, self.on_go, self.on_no_go = on_connected, on_go, on_no_go
         self.go = b""
         self.ended = False
         self.socket = self.timer = None
-        self.connector = Connector(self.loop, slot.origin.address, self.CONNECT, self._connected, self._end)
+        self.connector = Connector(loop, address, self.CONNECT, self._connected, self._end)
 
     def _connected(self, connection):
         self.socket = connection
         self.timer = self.loop.call_later(self.GO, self._end)
-        self.offers.responder.connected(now_ms(), self.slot)
+        self.on_connected()
         try:
             connection.send(self.preamble)
         except OSError as error:
@@ -9749,21 +9750,17 @@ class SubmitterConnection:
 
     def _read_go(self):
         try:
-            self.go = receive_up_to(self.socket, self.go, GO_SIZE)
+            self.go = receive_up_to(self.socket, self.go, self.most)
         except (OSError, EOFError):
             return self._end()
-        if len(self.go) < GO_SIZE:
-            return
-        if hmac.compare_digest(self.go, encode_go(self.key.udp, self.preamble, wanted=False)):
-            self.offers.responder.turned_away(self.slot)
-        if not hmac.compare_digest(self.go, encode_go(self.key.udp, self.preamble)):
-            return self._end()
-        self._release()
-        self.offers.on_go(self)
+        if len(self.go) >= GO_SIZE:
+            self._release()
+            connection, self.socket = self.socket, None
+            self.on_go(connection, self.go)
 
     def _end(self, problem=0):
         self.close()
-        self.offers.on_no_go(self, problem)
+        self.on_no_go(problem)
 
     def _release(self):
         self.ended = True
@@ -9793,32 +9790,42 @@ class Offers:
             self.timer.cancel()
             self.timer = None
         for slot in self.responder.due(now_ms()):
-            self.connections[slot] = SubmitterConnection(self, self.daemon.key, slot)
+            self._offer(slot)
         for slot in self.responder.surplus(now_ms()):
             self.withdraw(slot)
         for search in self.responder.busy_due(now_ms()):
             self.daemon.roll_calls.send_here(search.nonce, search.origin.source)
             if search.wants_proof:
-                slot = self.responder.show(now_ms(), search)
-                self.connections[slot] = SubmitterConnection(self, self.daemon.key, slot)
+                self._offer(self.responder.show(now_ms(), search))
         due = self.responder.next_due()
         if due is not None:
             self.timer = self.loop.call_at(due / 1000, self.consider)
 
-    def on_go(self, connection):
-        """The submitter has proven itself and wants this worker.  Where the last slot has become another's meanwhile,
-        it learns that from the end of the connection before the first byte of TLS, or behind the proof that it has
-        asked for."""
-        del self.connections[connection.slot]
-        if self.responder.go(now_ms(), connection.slot) or connection.slot.search.wants_proof:
-            self.daemon.handlers.start(connection)
+    def _offer(self, slot):
+        preamble = encode_preamble(self.daemon.key.udp, slot.answer, os.urandom(8))
+        self.connections[slot] = SubmitterConnection(
+            self.loop, slot.origin.address, preamble, lambda: self.responder.connected(now_ms(), slot),
+            functools.partial(self._on_go, slot, preamble), functools.partial(self._on_no_go, slot))
+
+    def _on_go(self, slot, preamble, connection, go):
+        """The submitter wants this worker, if it proves itself.  Where the last slot has become another's meanwhile, it
+        learns that from the end of the connection before the first byte of TLS, or behind the proof that it has asked
+        for."""
+        secret = self.daemon.key.udp
+        if hmac.compare_digest(go, encode_go(secret, preamble, wanted=False)):
+            self.responder.turned_away(slot)
+        if not hmac.compare_digest(go, encode_go(secret, preamble)):
+            connection.close()
+            return self._on_no_go(slot, 0)
+        del self.connections[slot]
+        if self.responder.go(now_ms(), slot) or slot.search.wants_proof:
+            self.daemon.handlers.start(slot, connection)
         else:
             connection.close()
         self.consider()
 
-    def on_no_go(self, connection, problem):
+    def _on_no_go(self, slot, problem):
         """The submitter has taken another worker, or cannot be reached."""
-        slot = connection.slot
         del self.connections[slot]
         # One whose job has been taken refuses too; one that refuses again is still looking.
         again = problem == errno.ECONNREFUSED and self.responder.refused(slot)
@@ -9978,20 +9985,19 @@ class Handlers:
         self.processes = {}         # {pid: HandlerProcess}, the oldest first
         self.jobs_done = 0
 
-    def start(self, connection):
+    def start(self, slot, connection):
         """A process of its own goes on with a connection whose submitter has said GO."""
-        slot, address = connection.slot, connection.slot.origin.address
         try:
             ours, far = socket.socketpair()
             pid = os.fork()
         except OSError as error:
-            self.log("no process for a job from %s: %s" % (address[0], fork_reason(error)))
+            self.log("no process for a job from %s: %s" % (slot.origin.address[0], fork_reason(error)))
             connection.close()
             if slot.state is not SlotState.FREE:
                 self.responder.move(now_ms(), slot, SlotEvent.LEAVE)
             return
         if pid == 0:
-            self._become_handler(connection.socket, far, slot)
+            self._become_handler(connection, far, slot)
         handler = self.processes[pid] = HandlerProcess(pid, slot)
         self.daemon.children.add(pid, lambda status: self._ended(handler))
         far.close()
@@ -12823,7 +12829,7 @@ ACTIVE_LEAST, ACTIVE_MOST = 4, 64       # that get to the submitter at once: as 
 SETTLED_SECONDS = 1.0       # after which one that was chosen makes room for another
 BEYOND_WANTED = 64          # connections kept for one announcement beyond the slots that it wants
 RELAYS_MAX = 2000           # connections in all, as far as descriptors suffice: two for each
-CONNECT_SECONDS = 5.0       # to reach the submitter
+PREAMBLE_SECONDS = 10.0     # to say the preamble
 HANDSHAKE_MAX = 4096        # bytes that a submitter sends at most to a worker that it then does not take
 DUPLICATE_SECONDS = 60.0    # a datagram heard again within this time is the same one, come back around a loop
 DUPLICATES_MAX = 1 << 17    # datagrams remembered for that, more than SEND_RATE lets through; beyond, none passes
@@ -12923,21 +12929,17 @@ class ProxyListener:
             relay = min(waiting, key=lambda relay: busy[relay.address])
             waiting.remove(relay)
             active.append(relay)
-            relay.connect()
+            relay.ask()
 
 
 # PREAMBLE    the worker has yet to say that it answers this announcement
 # WAITING     enough others are active for this announcement
-# CONNECTING  to the submitter
-# GO          the submitter has the preamble and has yet to choose; nothing else has passed
+# ASKED       the submitter gets the preamble and has yet to choose; nothing else has passed
 # RUNNING     bytes pass
 # SETTLED     the same, and the submitter has its hand free for another worker
-RelayState = enum.Enum("RelayState", "PREAMBLE WAITING CONNECTING GO RUNNING SETTLED OVER")
-ACTIVE = RelayState.CONNECTING, RelayState.GO, RelayState.RUNNING       # one of those that are at the submitter
+RelayState = enum.Enum("RelayState", "PREAMBLE WAITING ASKED RUNNING SETTLED OVER")
+ACTIVE = RelayState.ASKED, RelayState.RUNNING   # one of those that are at the submitter
 PASSING = ACTIVE + (RelayState.SETTLED,)        # one that gets a line, and that a drain waits for
-
-# How many seconds a state may last, and what it means when it lasts longer.  A worker waits for GO as long.
-RELAY_PATIENCE = {RelayState.PREAMBLE: (10.0, "silent"), RelayState.GO: (15.0, "not chosen")}
 
 
 class ProxyRelay:
@@ -12946,14 +12948,12 @@ class ProxyRelay:
     def __init__(self, proxy, number, listener, worker, address):
         self.proxy, self.loop, self.number, self.listener, self.worker = proxy, proxy.loop, number, listener, worker
         self.address, self.names = address[0], "%s to %s" % (address_text(address), address_text(listener.submitter))
-        self.submitter, self.connector, self.pumps, self.began = None, None, (), time.monotonic()
-        self.preamble = self.go = b""
-        self._enter(RelayState.PREAMBLE)
+        self.submitter, self.asking, self.pumps, self.began = None, None, (), time.monotonic()
+        self.preamble = b""
+        self.state = RelayState.PREAMBLE
+        self.deadline = self.began + PREAMBLE_SECONDS
+        self.chosen_at = math.inf
         self.loop.watch(worker.fileno(), read=self._read_preamble)
-
-    def _enter(self, state):
-        self.state, self.since = state, time.monotonic()
-        self.deadline = self.since + RELAY_PATIENCE.get(state, (math.inf,))[0]
 
     def _read_preamble(self):
         listener = self.listener
@@ -12969,41 +12969,29 @@ class ProxyRelay:
         except (OSError, EOFError, ProtocolError) as error:
             return self.end(reason_of(error))
         # From here on the worker says nothing before the submitter does: only its end can come.
-        self._enter(RelayState.WAITING)
+        self.state, self.deadline = RelayState.WAITING, math.inf
         self.loop.watch(self.worker.fileno(), read=lambda: self.end("the worker closed or spoke too early"))
         listener.serve_waiting()
 
-    def connect(self):
-        """It is this one's turn."""
-        self._enter(RelayState.CONNECTING)
-        self.connector = Connector(self.loop, self.listener.submitter, CONNECT_SECONDS, self._connected,
-                                   lambda problem: self.end("the submitter: " + os.strerror(problem)))
+    def ask(self):
+        """It is this one's turn.  One byte more than GO has is read: another server that says more than that at once
+        is found out."""
+        self.state = RelayState.ASKED
+        self.asking = SubmitterConnection(self.loop, self.listener.submitter, self.preamble, lambda: None,
+                                          self._answered, self._not_answered, GO_SIZE + 1)
 
-    def _connected(self, submitter):
-        self.submitter = submitter
-        self._enter(RelayState.GO)
-        self.loop.watch(self.submitter.fileno(), read=self._read_go)
-        try:
-            self.submitter.send(self.preamble)
-        except OSError:
-            self.end("not chosen")
+    def _not_answered(self, problem):
+        self.end("the submitter: " + os.strerror(problem) if problem else "not chosen")
 
-    def _read_go(self):
-        """Reads one byte more than GO has: another server that says more than that at once is found out."""
-        try:
-            self.go = receive_up_to(self.submitter, self.go, GO_SIZE + 1)
-        except (OSError, EOFError):
-            return self.end("not chosen")
-        if len(self.go) < GO_SIZE:
-            return
-        secret = self.listener.secret
-        if not (hmac.compare_digest(self.go, encode_go(secret, self.preamble)) if secret
-                else len(self.go) == GO_SIZE and self.go.strip(TEXT)):
+    def _answered(self, submitter, go):
+        self.submitter, secret = submitter, self.listener.secret
+        if not (any(hmac.compare_digest(go, encode_go(secret, self.preamble, wanted)) for wanted in (True, False))
+                if secret else len(go) == GO_SIZE and go.strip(TEXT)):
             return self.end("another program answers at the submitter's port")
-        self._enter(RelayState.RUNNING)
+        self.state, self.chosen_at = RelayState.RUNNING, time.monotonic()
         self.listener.chosen += 1
-        self.pumps = (Pump(self.worker, self.submitter, self.proxy.piece, moved=PREAMBLE_SIZE),
-                      Pump(self.submitter, self.worker, self.proxy.piece, self.go))
+        self.pumps = (Pump(self.worker, submitter, self.proxy.piece, moved=PREAMBLE_SIZE),
+                      Pump(submitter, self.worker, self.proxy.piece, go))
         self._pump(self.pumps[1])
 
     def settle(self):
@@ -13041,7 +13029,7 @@ class ProxyRelay:
             # The side that refuses has ended its own direction before: it closed, as programs do that are done.
             self.end(None if pump.ended else "closed while bytes were on their way")
         elif (by_submitter and self.listener.chosen > 1 and down.moved <= HANDSHAKE_MAX
-                and time.monotonic() < self.began + RELAY_PATIENCE[RelayState.GO][0]):
+                and time.monotonic() < self.began + SubmitterConnection.GO):
             self.end("not chosen")      # of several that shook hands the submitter takes one and drops the others
         else:
             self.end("%s: %s" % ("the submitter" if by_submitter else "the worker", reason_of(error)))
@@ -13051,9 +13039,9 @@ class ProxyRelay:
         if self.state is RelayState.OVER:
             return
         tell = self.state in PASSING
-        self._enter(RelayState.OVER)
-        if self.connector:
-            self.connector.close()
+        self.state = RelayState.OVER
+        if self.asking:
+            self.asking.close()
         for side in filter(None, (self.worker, self.submitter)):
             self.loop.watch(side.fileno())
             close_socket(side, reset=why is not None)
@@ -13284,8 +13272,8 @@ class Cproxy:
         now = time.monotonic()
         for relay in list(self.relays):
             if relay.deadline < now:
-                relay.end(RELAY_PATIENCE.get(relay.state, (0, "idle"))[1])
-            elif relay.since < now - SETTLED_SECONDS:
+                relay.end("silent" if relay.state is RelayState.PREAMBLE else "idle")
+            elif relay.chosen_at < now - SETTLED_SECONDS:
                 relay.settle()
         self._close_listeners(lambda _, listener: listener.heard < now - LISTENER_SECONDS)
 

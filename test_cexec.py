@@ -20374,6 +20374,16 @@ def test_a_part_of_go_is_not_enough(far):
 
 
 @pytest.mark.parametrize("keyed", [False, True])
+def test_a_worker_that_is_turned_away_hears_it_through_a_proxy(room, foo, keyed):
+    """So it does not answer that search again."""
+    with contextlib.closing(Far(room, foo, *(["--key", room.key] if keyed else []))) as far:
+        worker = far.worker(far.announce()[0].port)
+        turned = cexec.encode_go(foo.udp, opening_of(foo), wanted=False)
+        far.accept().sendall(turned)
+        assert receive_exactly(worker, len(turned)) == turned
+
+
+@pytest.mark.parametrize("keyed", [False, True])
 def test_nothing_of_the_worker_passes_before_go(room, foo, keyed):
     """S15"""
     with contextlib.closing(Far(room, foo, *(["--key", room.key] if keyed else []))) as far:
@@ -20428,7 +20438,7 @@ def test_silent_connections_make_room(far, idle):
     worker, began = far.worker(port), time.monotonic()
     far.submitter()
     assert receive_exactly(worker, cexec.GO_SIZE)
-    assert time.monotonic() - began < cexec.RELAY_PATIENCE[cexec.RelayState.PREAMBLE][0]
+    assert time.monotonic() - began < cexec.PREAMBLE_SECONDS
 
 
 def test_a_crowd_from_one_address_keeps_no_other_waiting(far):
