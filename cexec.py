@@ -6282,6 +6282,11 @@ def errno_as(user, call):
     return os.waitpid(call_as(user, call), 0)[1] >> 8
 
 
+def can_read(path, user):
+    """Whether this user can read a file; None for this process's own."""
+    return not errno_as(user, lambda: open(path, "rb").close())
+
+
 # ---------------------------------------------------------------- terminals
 
 CONTROL_CHARACTERS = ("VINTR VQUIT VERASE VKILL VEOF VEOL VEOL2 VSTART VSTOP VSUSP VREPRINT VWERASE VLNEXT "
@@ -9887,7 +9892,7 @@ class Link:
 
     def send(self, event, text=""):
         """The text may be what a peer has said: no control character of that ends a line."""
-        self.unsent += printable("%s %s" % (event, text)).encode("utf-8") + b"\n"
+        self.unsent += printable("%s %s" % (event, text) if text else event).encode("utf-8") + b"\n"
         self._flush()
 
     def _flush(self):
@@ -10487,7 +10492,7 @@ class Daemon:
             self.log("warning: nobody on another machine is heard: %s" % self.group.advice(), always=True)
         if os.geteuid() == 0 and not user:
             self.log("warning: jobs run as root; --user NAME gives them another user's rights", always=True)
-        if self.program is not None and not errno_as(user, lambda: os.close(os.open(self.key.name, os.O_RDONLY))):
+        if self.program is not None and can_read(self.key.name, user):
             self.log("warning: calls can read %s, so who has its .pub can have it as well; --user NAME prevents it" %
                      self.key.name, always=True)
         for words in neighbour_warnings(self.key, self.group, self.control):
