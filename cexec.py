@@ -6165,19 +6165,27 @@ def is_reaped(pid):
 
 
 def signal_all(pids, number):
-    """Sends a signal to these processes, and to everybody in their process groups but this one's own.  Where only a
-    group is left, its number may stand for its leader's."""
-    groups = set()
+    """Sends a signal to these processes, and to everybody in their process groups but this one's own."""
+    groups = set(map(group_of, pids)) - {os.getpgrp()}
     for pid in pids:
-        try:
-            groups.add(os.getpgid(pid))
-            os.kill(pid, number)        # it may change its group just now
-        except ProcessLookupError:
-            groups.add(pid)
-        except PermissionError:
-            pass        # it has changed its user
-    for group in groups - {os.getpgrp()}:
+        signal_process(pid, number)     # it may change its group just now
+    for group in groups:
         signal_group(group, number)
+
+
+def signal_process(pid, number):
+    try:
+        os.kill(pid, number)
+    except (ProcessLookupError, PermissionError):
+        pass        # it has ended, or changed its user
+
+
+def group_of(pid):
+    """Where only a group is left, its number stands for its leader's."""
+    try:
+        return os.getpgid(pid)
+    except OSError:
+        return pid
 
 
 class JobKill:
@@ -6218,13 +6226,6 @@ class JobKill:
         """At once."""
         self.deadline = 0.0
         self.look()
-
-
-def group_of(pid):
-    try:
-        return os.getpgid(pid)
-    except ProcessLookupError:
-        return pid
 
 
 def process_ids():
@@ -10571,13 +10572,6 @@ def job_environment(user):
     return environment
 
 
-def signal_process(pid, number):
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        pass
-
-
 class LoadMeter:
     """How many processes have wanted a CPU since the last look, the own jobs left out.
 
@@ -12475,7 +12469,8 @@ class Check:
         self.versions = Recent(STRANGERS_MAX)       # {address: what it sends in another version}
         self.known = RollCall(self.loop, key, self.mouth, CHECK)
         self.connect = RollCall(self.loop, key, self.mouth, CHECK | CONNECT, self.acceptor.port)
-        self.calls = [self.known, self.connect] + self._other_groups()
+        self.elsewhere = self._other_groups()
+        self.calls = [self.known, self.connect, *self.elsewhere]
         try:
             self.ear = GroupSocket(self.group, listen=True)
         except Failure as failure:
@@ -12557,7 +12552,7 @@ class Check:
         present, group = dict(self.known.present, **self.connect.present), self.group
         workers = sorted(present.values(), key=lambda worker: worker.order)
         towards = address_towards((group.address, group.port))
-        others = {instance: (call.mouth.group, worker) for call in self.calls[2:]
+        others = {instance: (call.mouth.group, worker) for call in self.elsewhere
                   for instance, worker in call.present.items() if instance not in present}
         keys = dict(self.overheard, **{
             address: "a worker of another key (id %s) is at %s" % (key_id, address)
