@@ -5379,25 +5379,25 @@ class ReplayableInput(Input):
     """One that can start again by remembering what was read, up to a cap, in memory.
 
     Until a worker has accepted the job all is remembered, which the first window bounds: a refusal loses nothing.
-    While it is `copying` what is remembered is still there to be read by others as well.
+    While it is COPIED what is remembered is still there to be read by others as well; once it is EAGER it is not.
     """
+    UNREAD, COPIED, EAGER = "unread", "copied", "eager"
 
     def __init__(self, live):
         self.live = live
         self.cap = WINDOW_START
         self.recording = True
         self.ended = False
-        self.copying = False
-        self.taken = False              # something was read that is not there any more
+        self.state = self.UNREAD
         self.kept = bytearray()
         self.position = 0
 
     def read_into(self, view):
         if self.position < len(self.kept):
             return self._replay(view)
-        if self.ended or self.copying:
+        if self.ended or self.state is self.COPIED:
             return 0 if self.ended else self._copy(view)
-        self.taken = True
+        self.state = self.EAGER
         size = self.live.read_into(view)
         self.ended = size == 0
         if size and self.recording:
@@ -5428,8 +5428,9 @@ class ReplayableInput(Input):
         return size
 
     def copies(self):
-        self.copying = not self.taken and self.live.can_copy()
-        return self.copying
+        if self.state is self.UNREAD and self.live.can_copy():
+            self.state = self.COPIED
+        return self.state is self.COPIED
 
     def emptied(self):
         whole = self.commit(UNKNOWN)
@@ -5437,9 +5438,9 @@ class ReplayableInput(Input):
         return whole
 
     def commit(self, consumed):
-        if not self.copying:
+        if self.state is not self.COPIED:
             return True
-        self.copying, self.taken = False, True
+        self.state = self.EAGER
         whole = self.live.take(self.kept[:consumed])
         if not self.recording:
             self._forget()
@@ -5452,16 +5453,16 @@ class ReplayableInput(Input):
             self._forget()
 
     def can_rewind(self):
-        return self.recording or self.copying
+        return self.recording or self.state is self.COPIED
 
     def rewind(self):
         self.position = 0
-        if self.copying:
-            self.copying = self.ended = False
+        if self.state is self.COPIED:
+            self.state, self.ended = self.UNREAD, False
             self.kept.clear()
 
     def _forget(self):
-        if self.position >= len(self.kept) and not self.copying:
+        if self.position >= len(self.kept) and self.state is not self.COPIED:
             self.kept = bytearray()
             self.position = 0
 
@@ -9240,6 +9241,87 @@ class MapLog:
             raise LocalFailure(self.path, reason_of(error)) from None
 
 
+class MapTally:
+    """What has become of the jobs of a run of cmap so far, and what its user sees of that on standard error.
+
+    total: how many inputs there are; None while that is not known.
+    """
+
+    def __init__(self, settings, total):
+        self.settings = settings
+        self.total = total
+        self.done = 0
+        self.failed = 0
+        self.left_out = 0               # an earlier run had done them
+        self.lost = 0                   # workers lost
+        self.trouble = None             # the first job that the cluster failed, and the Failure
+        self.status = StatusLine(-1 if settings.quiet else 2)
+        self.began = self.told_at = time.monotonic()
+
+    def say(self, line):
+        if line and has_room():
+            self.status.clear()
+            say(CMAP, line)
+
+    def show(self, running, workers):
+        """Tells how far it is: how many jobs run on how many workers."""
+        if self.status.usable:
+            self.status.show(self._progress(running, workers))
+        elif not self.settings.quiet and time.monotonic() - self.told_at >= PROGRESS_PLAIN:
+            self.told_at = time.monotonic()
+            self.say(self._progress(running, workers))
+
+    def count(self, job, status, failure, run):
+        """A job is over."""
+        self.done += 1
+        if failure and run and not isinstance(failure, JobFailure) and not self.trouble:
+            self.trouble = job, failure
+        if status or failure:
+            self.failed += 1
+            if failure or self.failed <= FAILURES_SHOWN and not self.settings.quiet:
+                self.say("input %d (%s): %s" % (job.number, log_text(job.name)[:200],
+                                                self._failure(job, status, failure, run)))
+
+    def _failure(self, job, status, failure, run):
+        if failure:
+            words = failure.why if failure.what == log_text(job.name) else str(failure)
+            return words + ("; " + failure.hint if isinstance(failure, JobFailure) and failure.hint else "")
+        reason = run.refusal or (run.report.reason if run.report else
+                                 "it ran for %g s, --timeout" % self.settings.timeout)
+        return "status %d on %s%s" % (status, run.worker, ": " + reason if reason else "")
+
+    def _count_done(self):
+        return "%d%s done" % (self.done, " of %d" % (self.total - self.left_out) if self.total else "")
+
+    def _progress(self, running, workers):
+        took, rest = time.monotonic() - self.began, None
+        if self.total and self.done:
+            rest = (self.total - self.done - self.left_out) * took / self.done
+        return "%s, %d failed, %d running on %s%s%s" % (
+            self._count_done(), self.failed, running, count_text(workers, "worker"),
+            ", %.1f a second" % (self.done / took) if self.done else "",
+            ", %.0f s left" % rest if rest is not None else "")
+
+    def summary(self, workers):
+        """workers: the WorkerRecords."""
+        took, spread = time.monotonic() - self.began, workers.spread_text()
+        return "%s, %d failed%s%s%s%s, %.1f s%s" % (
+            count_text(self.done, "job"), self.failed,
+            "" if not spread else " (%s)" % spread if self.failed else " in the end (%s at first)" % spread,
+            ", %d left out as done before" % self.left_out if self.settings.resume else "",
+            ", %d started again" % self.lost if self.lost else "",
+            ", on %s" % count_text(len({record.name for record in workers.records.values()}), "worker"), took,
+            ", %.1f a second" % (self.done / took) if workers.ended else "")
+
+    def interrupted(self):
+        """What was done, and how to go on."""
+        return "interrupted: %s%s; %s" % (
+            self._count_done(), ", %d failed" % self.failed if self.failed else "",
+            "the same command goes on from there" if self.settings.resume else
+            "the same command with --resume goes on from there" if self.settings.log and self.settings.out else
+            "with --log FILE and --out PATTERN a run can be gone on with by --resume")
+
+
 class Cmap:
     """One run: takes inputs, gives them to the Pool, and makes one result of what comes back.  The Batch knows what is
     to be done next."""
@@ -9257,7 +9339,7 @@ class Cmap:
             settings.log, settings.resume, hashlib.sha256(key.fingerprint.encode()), self.loop, settings.dry_run
         ) if settings.log else None
         reads_parts = settings.list or settings.lines or settings.value or settings.block or settings.cut_before
-        self.total = None if reads_parts else len(operands)
+        self.tally = MapTally(settings, None if reads_parts else len(operands))
         if self.claims and not reads_parts:
             self.claims.read_all(operands)
         if self.log and self.claims:
@@ -9268,10 +9350,6 @@ class Cmap:
         self.writer = None if settings.out and not settings.dry_run else OrderedWriter(
             self.loop, 1, self._output_failed)
         self.errors = OrderedWriter(self.loop, 2, lambda error: None)
-        self.status = StatusLine(-1 if settings.quiet else 2)
-        self.began = self.told_at = time.monotonic()
-        self.done = self.failed = self.left_out = self.lost = 0
-        self.trouble = None             # the first job that the cluster failed, and the Failure
         self.full = ""                  # what was said about the temporary folder
         self.terminated = None          # SIGTERM, once it has come
         self.pumping = False
@@ -9285,12 +9363,12 @@ class Cmap:
         self.loop.call_soon_threadsafe(self._pump)
         self.loop.call_later(PROGRESS_EVERY, self._tick)
         if self.log and self.log.old and self.settings.resume:
-            self._say("%s: an older cmap wrote it and did not say which output a line is of: no job counts as done"
+            self.tally.say("%s: an older cmap wrote it and did not say which output a line is of: no job counts as done"
                       % self.settings.log)
         try:
             return self.loop.run()
         finally:
-            self.status.clear()
+            self.tally.status.clear()
             self.batch.stop()
             self.pool.close()
             for job in self.batch.unfinished():
@@ -9313,12 +9391,12 @@ class Cmap:
                     break
                 if job is NO_MORE:
                     self.batch.complete()
-                    self.total = self.batch.taken
+                    self.tally.total = self.batch.taken
                 else:
                     self._begin(job)
         finally:
             self.pumping = False
-        more = self.settings.jobs if self.total is None else self.total - self.batch.taken
+        more = self.settings.jobs if self.tally.total is None else self.tally.total - self.batch.taken
         wanted = self.batch.state is TAKING and not self.starved and self.budget.has_room()
         self.pool.more = min(self.settings.jobs, more) if wanted else 0
         if self.settings.hedge:
@@ -9335,7 +9413,7 @@ class Cmap:
         if job.failure:
             self._over(job, None, job.failure)
         elif job.left_out:
-            self.left_out += 1
+            self.tally.left_out += 1
             self._close(job)
         elif self.settings.dry_run:
             self._print_plan(job)
@@ -9345,7 +9423,7 @@ class Cmap:
     def _print_plan(self, job):
         """--dry-run: the input's name and the output's."""
         line = "%s\t%s\n" % (log_text(job.name), log_text(job.path) if job.path else "-")
-        self.done += 1
+        self.tally.done += 1
         self.writer.add(iter([memoryview(line.encode())]), lambda: None)
         self._close(job)
 
@@ -9386,7 +9464,7 @@ class Cmap:
         job = run.job
         if run not in job.runs:         # meanwhile the other one has ended
             return self._discard(run)
-        self.lost += run.lost
+        self.tally.lost += run.lost
         if isinstance(failure, LocalFailure):
             raise failure
         if isinstance(failure, NoWorker) and len(job.runs) == 1:
@@ -9402,7 +9480,7 @@ class Cmap:
 
     def count_worker(self, run, failed):
         """A run has ended on its worker, or was refused there for good."""
-        self._say(self.batch.workers.add(run.instance, run.worker, failed, time.monotonic()))
+        self.tally.say(self.batch.workers.add(run.instance, run.worker, failed, time.monotonic()))
 
     def _count(self, run, status, failure):
         job, now = run.job, time.monotonic()
@@ -9444,12 +9522,7 @@ class Cmap:
             except Failure as error:
                 failure = error
         self._write_log(job, status, failure, run)
-        self.done += 1
-        if failure and run and not isinstance(failure, JobFailure) and not self.trouble:
-            self.trouble = job, failure
-        if status or failure:
-            self.failed += 1
-            self._tell_failure(job, status, failure, run)
+        self.tally.count(job, status, failure, run)
         if run:
             self._pass_on_errors(run)
             if self.writer and run.report and not failure:      # it is whole
@@ -9484,25 +9557,13 @@ class Cmap:
                      run.sent if run.sent is not None else source.position, output.size, run.path,
                      output.fd if run.path else None, folders)
 
-    def _tell_failure(self, job, status, failure, run):
-        if not (self.failed <= FAILURES_SHOWN and not self.settings.quiet or failure):
-            return
-        if not failure:
-            reason = run.refusal or (run.report.reason if run.report else
-                                     "it ran for %g s, --timeout" % self.settings.timeout)
-            words = "status %d on %s%s" % (status, run.worker, ": " + reason if reason else "")
-        else:
-            words = failure.why if failure.what == log_text(job.name) else str(failure)
-            words += "; " + failure.hint if isinstance(failure, JobFailure) and failure.hint else ""
-        self._say("input %d (%s): %s" % (job.number, log_text(job.name)[:200], words))
-
     def _close(self, job, failed=False):
         """It is over; its output waits for its turn."""
         job.end()
         self.batch.settle(job, failed)
         for ready in self.batch.deliverable(job):
             if ready.output and ready.output.size:
-                self.status.clear()
+                self.tally.status.clear()
                 output = ready.output
                 pieces = marked_lines(log_text(ready.name).encode() + b"\t", output) if self.settings.tag else \
                     output.pieces()
@@ -9533,7 +9594,7 @@ class Cmap:
     def _pass_on_errors(self, run):
         errors, run.streams.errors = run.streams.errors, Spool(self.budget)
         if errors.size:
-            self.status.clear()
+            self.tally.status.clear()
             self.errors.add(marked_lines(b"%d: " % run.job.number, errors), functools.partial(self._written, errors))
 
     def _all_is_written(self):
@@ -9566,55 +9627,14 @@ class Cmap:
         if self.batch.is_over() and self._all_is_written() and not (self.log and self.log.unsynced):
             self.loop.stop(self.terminated)
 
-    # -- what is seen
-    def _say(self, line):
-        if line and has_room():
-            self.status.clear()
-            say(CMAP, line)
-
     def _tick(self):
         self.loop.call_later(PROGRESS_EVERY, self._tick)
         self.budget.pay()
         self._pump()
         if self.budget.full and not self.full:
             self.full = self.budget.full
-            self._say(self.full + "; jobs that write much wait for others to end")
-        if self.status.usable:
-            self.status.show(self._progress())
-        elif not self.settings.quiet and time.monotonic() - self.told_at >= PROGRESS_PLAIN:
-            self.told_at = time.monotonic()
-            self._say(self._progress())
-
-    def _count_done(self):
-        return "%d%s done" % (self.done, " of %d" % (self.total - self.left_out) if self.total else "")
-
-    def _progress(self):
-        took, rest = time.monotonic() - self.began, None
-        if self.total and self.done:
-            rest = (self.total - self.done - self.left_out) * took / self.done
-        return "%s, %d failed, %d running on %s%s%s" % (
-            self._count_done(), self.failed, len(self.pool.running), count_text(len(self.pool.serving()), "worker"),
-            ", %.1f a second" % (self.done / took) if self.done else "",
-            ", %.0f s left" % rest if rest is not None else "")
-
-    def summary(self):
-        took, workers = time.monotonic() - self.began, self.batch.workers
-        spread = workers.spread_text()
-        return "%s, %d failed%s%s%s%s, %.1f s%s" % (
-            count_text(self.done, "job"), self.failed,
-            "" if not spread else " (%s)" % spread if self.failed else " in the end (%s at first)" % spread,
-            ", %d left out as done before" % self.left_out if self.settings.resume else "",
-            ", %d started again" % self.lost if self.lost else "",
-            ", on %s" % count_text(len({record.name for record in workers.records.values()}), "worker"), took,
-            ", %.1f a second" % (self.done / took) if workers.ended else "")
-
-    def interrupted(self):
-        """What was done, and how to go on."""
-        return "interrupted: %s%s; %s" % (
-            self._count_done(), ", %d failed" % self.failed if self.failed else "",
-            "the same command goes on from there" if self.settings.resume else
-            "the same command with --resume goes on from there" if self.log and self.settings.out else
-            "with --log FILE and --out PATTERN a run can be gone on with by --resume")
+            self.tally.say(self.full + "; jobs that write much wait for others to end")
+        self.tally.show(len(self.pool.running), len(self.pool.serving()))
 
 
 class MapRun(Submission):
@@ -9671,20 +9691,20 @@ def cmap(arguments, settings):
     try:
         number = run.run()
     except LocalFailure as failure:
-        failure.hint = failure.hint or run.done and run.interrupted()
+        failure.hint = failure.hint or run.tally.done and run.tally.interrupted()
         raise
     if number == signal.SIGPIPE:
         return 128 + number
     if number:
-        say(CMAP, run.interrupted())
+        say(CMAP, run.tally.interrupted())
         die_of(number)
     if not settings.quiet and not settings.dry_run and has_room():
-        say(CMAP, run.summary())
-    if run.trouble:
-        job, failure = run.trouble
+        say(CMAP, run.tally.summary(run.batch.workers))
+    if run.tally.trouble:
+        job, failure = run.tally.trouble
         raise Failure("input %d (%s) was the first that the cluster failed" % (job.number, log_text(job.name)[:200]),
                       failure, failure.hint)
-    return EXIT_SOME_FAILED if run.failed else 0
+    return EXIT_SOME_FAILED if run.tally.failed else 0
 
 
 def check_map_inputs(settings, operands):
