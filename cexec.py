@@ -8756,24 +8756,23 @@ class FifoSource(Source):
 
 
 class MapInputs:
-    """Reads the inputs, each when it is asked for.  jobs() yields MapJobs; None means that there is nothing now, and
-    that ready() will be called once there is.  busy(): whether jobs are under way, which free what they hold."""
+    """Makes MapJobs of what an InputReader finds, each when it is asked for: their parameters, their outputs' places,
+    whether an earlier run has done them.  jobs() yields them; None means that there is nothing now, and that ready()
+    will be called once there is."""
 
-    def __init__(self, loop, settings, operands, claims, log, ready, busy):
+    def __init__(self, loop, settings, reader, claims, log, ready):
         self.loop = loop
         self.settings = settings
-        self.operands = operands
+        self.reader = reader
         self.claims = claims
         self.log = log
         self.ready = ready
-        self.busy = busy
-        self.budget = Budget()
         self.buffer = memoryview(bytearray(BUFFER))
         self.names = [parse_name(word) for word in settings.names.split("\0") if word]
 
     def jobs(self):
         number = 0
-        for found in self._found_or_failed():
+        for found in self.reader.found():
             if found is None:
                 yield None
                 continue
@@ -8830,8 +8829,24 @@ class MapInputs:
         finally:
             source.end()
 
-    # -- where they come from
-    def _found_or_failed(self):
+
+class InputReader:
+    """Reads what inputs are made of: files, lines, blocks.  busy(): whether jobs are under way, which free what they
+    hold.  ready() is called when there is more to be found."""
+
+    def __init__(self, loop, settings, operands, claims, ready, busy):
+        self.loop = loop
+        self.settings = settings
+        self.operands = operands
+        self.claims = claims
+        self.ready = ready
+        self.busy = busy
+        self.budget = Budget()
+        self.buffer = memoryview(bytearray(BUFFER))
+
+    def found(self):
+        """Yields (name, input[, head]) for each, with a Failure in place of an input that cannot be read; None where
+        there is nothing now."""
         try:
             yield from self._found()
         except OSError as error:        # the list, or what is cut into blocks
@@ -8840,7 +8855,6 @@ class MapInputs:
                                reason_of(error)) from None
 
     def _found(self):
-        """(name, input[, head]) for each, a Failure in place of an input that cannot be read; None for nothing now."""
         settings = self.settings
         if settings.block or settings.cut_before:
             mark = b"" if settings.cut == "bytes" else b"\n" + os.fsencode(settings.cut_before)
@@ -9344,8 +9358,8 @@ class Cmap:
             self.claims.read_all(operands)
         if self.log and self.claims:
             self.claims.read(os.fstat(self.log.fd), RESERVED)
-        self.inputs = MapInputs(self.loop, settings, operands, self.claims, self.log, self._pump,
-                                lambda: self.batch.going).jobs()
+        reader = InputReader(self.loop, settings, operands, self.claims, self._pump, lambda: self.batch.going)
+        self.inputs = MapInputs(self.loop, settings, reader, self.claims, self.log, self._pump).jobs()
         self.buffer = memoryview(bytearray(BUFFER))
         self.writer = None if settings.out and not settings.dry_run else OrderedWriter(
             self.loop, 1, self._output_failed)

@@ -13482,11 +13482,11 @@ def test_a_mark_is_found_wherever_the_pieces_of_a_pipe_are_cut(farm):
         assert all(len(one + two.partition(b"\n>")[0]) >= size for one, two in zip(blocks, blocks[1:]))
 
 
-class PiecesOf(cexec.MapInputs):
+class PiecesOf(cexec.InputReader):
     """Inputs that come as these pieces."""
 
     def __init__(self, pieces, header=False):
-        super().__init__(None, cexec.read_settings("cmap", ["--header"] * header, {})[0], [], None, None, None, bool)
+        super().__init__(None, cexec.read_settings("cmap", ["--header"] * header, {})[0], [], None, None, bool)
         self.pieces = pieces
 
     def _pieces(self, path):
