@@ -14622,6 +14622,9 @@ class HeldJob:
         self.timeout = timeout
         self.on_end = on_end
         self.began = time.monotonic()
+        self.expires = math.inf if timeout is None else self.began + timeout    # monotonic seconds
+        if math.isnan(self.expires):
+            raise ValueError("timeout is not a number of seconds: %r" % timeout)
         self.timer = NO_TIMER
         self.result = None
         self.error = None
@@ -14641,8 +14644,8 @@ class HeldJob:
         return Submission(self.streams, self.names, self.thread.settings.retries, self._done)
 
     def _start(self):
-        if self.timeout is not None:
-            self.timer = self.thread.loop.call_at(self.began + self.timeout, self._expired)
+        if self.expires < math.inf:
+            self.timer = self.thread.loop.call_at(self.expires, self._expired)
         self.thread.pool.submit(self.submission)
 
     def _done(self, status, failure, submission):

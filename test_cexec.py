@@ -9405,6 +9405,20 @@ def test_a_room_raises_what_is_refused_for_good(room):
     assert caught.value.status == cexec.EXIT_USAGE
 
 
+@pytest.mark.parametrize("timeout, error", [("1", TypeError), ([], TypeError), (math.nan, ValueError),
+                                            (10 ** 400, OverflowError), (math.inf, None), (1e20, None)])
+def test_a_timeout_of_no_use_costs_no_other_job(shell, timeout, error):
+    """It is told to who gave it, where it was given."""
+    with cexec.Room(shell.pub, group=shell.group) as made:
+        other = made.submit(b"x", {"RUN": "sleep 0.5; cat"})
+        if error:
+            with pytest.raises(error):
+                made.submit(b"y", {"RUN": "cat"}, timeout=timeout)
+        else:
+            assert made.run(b"y", {"RUN": "cat"}, timeout=timeout).stdout == b"y"
+        assert other.result().stdout == b"x"
+
+
 @pytest.mark.parametrize("stops", [True, False])
 @pytest.mark.parametrize("given", ["path", "file"])
 def test_a_room_reads_no_input_that_changes(shell, tmp_path, stops, given):
