@@ -30,6 +30,11 @@ try:
     os.umask(mask)
 except OSError as error:
     sys.exit("%s: %s" % (sys.argv[0], error))
+except SyntaxError as error:
+    if error.lineno == 3:       # a much older Python: the line that it shows says so
+        raise
+    sys.stderr.write("%s: this copy is not whole: copy it again\n" % path)
+    sys.exit(111)
 sys.modules["__main__"].__file__ = path
 exec(code, sys.modules["__main__"].__dict__)
 ###
@@ -125,6 +130,12 @@ except ImportError as missing:
     sys.stderr.write("cexec: this Python is not complete: %s\n  install the whole of it, as with: apt install python3\n"
                      % missing)
     raise SystemExit(2)
+
+if __name__ == "__main__":
+    # Nothing but a cut copy lets the interpreter come to its end: main() ends by os._exit().
+    import atexit
+    atexit.register(lambda: (sys.stderr.write("%s: this copy is not whole: copy it again\n" % sys.argv[0]),
+                             sys.stderr.flush(), os._exit(111)))
 
 VERSION = "1.0"
 ssl = None      # tls_context() imports it: it takes as long as all the others, and cexec has announced its job by then

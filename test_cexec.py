@@ -1487,6 +1487,23 @@ def test_a_copy_with_the_line_ends_of_dos_says_so(tmp_path):
     assert done.stdout == (VERSION_LINE % "cexec").encode(), "Python itself can read it"
 
 
+def test_a_copy_that_is_not_whole_ends_with_no_success(tmp_path):
+    """While it is being replaced, or its disk was full: jobs did not run, and the status says so."""
+    with open(CEXEC, "rb") as file:
+        text = file.read()
+    place, random = tmp_path / "cexec.py", seeded("cuts")
+    ends = [found.start() for found in re.finditer(rb"\n\n\n(?=def|class)", text)]
+    places = [*random.sample(ends, 4), *(random.randrange(9000, len(text) - 500) for _ in range(4))]
+    for size in places:
+        place.write_bytes(text[:size])
+        for command in ["/bin/sh"], [sys.executable]:
+            done = run_command(*command, place, "cwho", "--version")
+            assert done.returncode in (1, 111) and not done.stdout, (size, done)
+            words = "%s: this copy is not whole: copy it again\n" % place
+            assert done.returncode == 1 or done.stderr.decode() == words, (size, done.stderr)
+            assert done.returncode == 111 or command != ["/bin/sh"], (size, done.stderr)
+
+
 def test_bytecode_counts_only_where_nobody_else_could_write(tmp_path):
     place = tmp_path / "cexec.py"
     shutil.copy(CEXEC, str(place))
