@@ -720,6 +720,11 @@ def run_command(*argv, input=b"", env=None, timeout=2 * PATIENCE, **popen):
     return subprocess.run([str(word) for word in argv], env=clean_environment(env), timeout=timeout, **popen)
 
 
+def quoted(path):
+    """A path as a word of the shell: the folder for temporary files may have a space in its name."""
+    return shlex.quote(str(path))
+
+
 def before_processes():
     """Makes what all processes of a run share (TestProcesses forks them)."""
     sweep()
@@ -9129,7 +9134,7 @@ def test_a_held_job_loses_its_worker_and_nothing_shows(held, shell, tmp_path, mo
     mark = tmp_path / "mark"
     said = {"started": ":", "after output": "echo once", "after much output": "head -c 3000000 /dev/zero",
             "after end of output": "echo once; exec >&- 2>&-"}[moment]
-    one = held.submit("test -e %s || { %s; touch %s; sleep 100; }; cat" % (mark, said, mark), b"right\n")
+    one = held.submit("test -e %s || { %s; touch %s; sleep 100; }; cat" % (quoted(mark), said, quoted(mark)), b"right\n")
     held.until(mark.exists)
     if "output" in moment:
         held.until(lambda: len(one.streams.output) >= (3000000 if "much" in moment else 5))
@@ -9443,7 +9448,7 @@ def test_a_room_reads_no_input_that_changes(shell, tmp_path, stops, given):
     path = tmp_path / "in"
     path.write_bytes(b"first " * 1000)
     code = "cd %s; head -c 5 >/dev/null; echo >>runs; %s echo more >>in; cat >/dev/null; cat in" % (
-        tmp_path, "test $(wc -l <runs) -gt 1 ||" if stops else "")
+        quoted(tmp_path), "test $(wc -l <runs) -gt 1 ||" if stops else "")
     with cexec.Room(shell.pub, group=shell.group) as made, open(str(path), "rb") as file:
         job = made.submit(file if given == "file" else path, {"RUN": code})
         if stops:
@@ -10119,7 +10124,7 @@ def test_a_job_sees_its_submitters_descriptors_only(shell, fds, env, seen):
 
 
 def test_without_standard_output_a_job_runs_all_the_same(shell, tmp_path):
-    job = start_placed(shell, {0: None, 1: None, 2: None}, "RUN=pwd >%s; exit 5" % (tmp_path / "trace"))
+    job = start_placed(shell, {0: None, 1: None, 2: None}, "RUN=pwd >%s; exit 5" % quoted(tmp_path / "trace"))
     assert job.complete() == 5 and (tmp_path / "trace").read_bytes() != b""
 
 
@@ -10355,8 +10360,8 @@ def test_files_are_read_and_written_where_they_stand(shell, tmp_path):
 def test_fifos(shell, tmp_path):
     for name in "in", "out":
         os.mkfifo(str(tmp_path / name))
-    job = shell.start("sh", "-c", 'exec "$@" <%s >%s' % (tmp_path / "in", tmp_path / "out"), "sh", *program(), "cexec",
-                      shell.pub, "RUN=cat", env=shell.settings({}))
+    job = shell.start("sh", "-c", 'exec "$@" <in >out', "sh", *program(), "cexec", shell.pub, "RUN=cat",
+                      env=shell.settings({}), cwd=str(tmp_path))
     data = random_octets(3 * MB)
     Writer(os.open(str(tmp_path / "in"), os.O_WRONLY), data)
     assert Reader(os.open(str(tmp_path / "out"), os.O_RDONLY)).done() == data
@@ -10788,7 +10793,7 @@ def test_sighup_changes_nothing(shell):
 def test_the_owners_veto_is_asked_first_and_again(room, tmp_path):
     """C7: A command that hangs is no yes."""
     allowed = tmp_path / "allowed"
-    worker = impatient(room, {"Veto.EVERY": 0.3}, "--if", "test -e %s" % allowed, room.key, "cat")
+    worker = impatient(room, {"Veto.EVERY": 0.3}, "--if", "test -e %s" % quoted(allowed), room.key, "cat")
     assert who(room).stdout.decode().splitlines()[1].split()[2] == "vetoed"
     done = room.cexec(env={"CEXEC_TIMEOUT_ACCEPT": 2})
     assert done.returncode == 111, done.stderr
@@ -11263,7 +11268,7 @@ def test_the_folder_goes_however_the_job_ends(room, tmp_path, way):
     worker = scratch_worker(room, place, *user, *limits, command=command, CONCURRENCY=1)
     text = HARD_TO_REMOVE.replace("%s", str(tmp_path))
     if os.geteuid() == 0:
-        text = text.replace("ln %s/precious/file hard" % tmp_path, "")      # protected_hardlinks
+        text = text.replace("ln %s/file hard" % quoted(precious), "")      # protected_hardlinks
     if way == "refused":
         assert room.cexec(env={"CEXEC_TIMEOUT_ACCEPT": 1}).returncode == 111
         (place / "command").unlink()
@@ -11691,8 +11696,7 @@ def test_results_have_the_names_of_subprocess(api):
 
 def test_map_takes_inputs_while_its_first_job_runs(api, tmp_path):
     """All the others wait for the last one."""
-    text = 'read x; cd %s; [ "$x" = wait ] || touch go; until [ -e go ]; do sleep 0.05; done' % (
-        shlex.quote(str(tmp_path)))
+    text = 'read x; cd %s; [ "$x" = wait ] || touch go; until [ -e go ]; do sleep 0.05; done' % quoted(tmp_path)
     assert [result.status for result in api.map([b"wait\n"] * 19 + [b"go\n"], {"RUN": text})] == [0] * 20
 
 
@@ -13260,7 +13264,7 @@ def test_the_status_says_that_some_failed(farm, failing):
 
 
 def test_again_timeout_and_halt(farm, tmp_path):
-    once = "--set=RUN=cd %s; read n; test -e $n && echo ok $n && exit; touch $n; echo not $n; exit 1" % tmp_path
+    once = "--set=RUN=cd %s; read n; test -e $n && echo ok $n && exit; touch $n; echo not $n; exit 1" % quoted(tmp_path)
     farm.serve("sh", "-c", 'eval "$PEER_RUN"', CONCURRENCY=2)
     done = mapped(farm, "--again", "1", "--lines", once, "APP", input=b"1\n2\n")
     assert (done.returncode, done.stdout) == (0, b"ok 1\nok 2\n")
@@ -13297,7 +13301,7 @@ def test_resume_runs_what_is_missing_or_has_changed(farm, tmp_path):
     argv = ["--log", "log", "--resume", "--out", "{}.out", "--set",
             "RUN=echo $PEER_EXTRA >>ran; read x; test $x != in5 && echo $x", "--set", "EXTRA={}", "APP", *names]
     farm.worker.end()
-    farm.worker = farm.serve("sh", "-c", 'cd %s; eval "$PEER_RUN"' % tmp_path)
+    farm.worker = farm.serve("sh", "-c", 'cd %s; eval "$PEER_RUN"' % quoted(tmp_path))
 
     def ran():
         mapped(farm, *argv, cwd=str(tmp_path), input=None)
@@ -13348,7 +13352,7 @@ def test_a_closed_reader_ends_it(farm):
     (["INT"], -2, 2), (["TERM"], -15, 4), (["TERM", "TERM"], -15, 2), (["HUP"], -1, 2)])
 def test_signals(farm, tmp_path, names, status, ended):
     code = "--set=RUN=read n; test $n -lt 2 && exit; touch %s/$n; while test ! -e %s/go; do sleep 0.05; done" % (
-        tmp_path, tmp_path)
+        quoted(tmp_path), quoted(tmp_path))
     (tmp_path / "out").mkdir()
     job = start_map(farm, "-j2", "--lines", "--log", tmp_path / "log", "--out", str(tmp_path / "out" / "{#}"), code,
                     "APP", stdin=pipe_in(b"".join(b"%d\n" % n for n in range(50))), stdout=LINES)
@@ -13372,7 +13376,7 @@ def check(holds):
 
 def test_a_hedged_job_ends_where_it_is_faster(room, tmp_path):
     """The slow one never ends; the other one counts, once."""
-    code = 'read n; if mkdir %s/$n; then touch %s/slow; sleep 100; fi; echo $n' % (tmp_path, tmp_path)
+    code = 'cd %s; read n; if mkdir $n; then touch slow; sleep 100; fi; echo $n' % quoted(tmp_path)
     for _ in range(2):
         room.serve("sh", "-c", code, CONCURRENCY=1)
     done = mapped(room, "--hedge", "--log", tmp_path / "log", "--lines", "APP", input=b"1\n")
@@ -14089,11 +14093,11 @@ def test_an_output_of_this_run_is_not_replaced_and_not_read(farm, tmp_path):
     (tmp_path / "list").write_text("in\no/in1\n")
     done = mapped(farm, "-j1", "--from", "list", "--out", "o/{/}{#}", "APP", cwd=str(tmp_path))
     assert done.returncode == 1 and b"input 2 (o/in1): it is an output of this run" in done.stderr
-    code = "--set=RUN=cd %s; read n; test $n = 2 && mv o/1 o/2; echo $n" % tmp_path
+    code = "--set=RUN=cd %s; read n; test $n = 2 && mv o/1 o/2; echo $n" % quoted(tmp_path)
     done = mapped(farm, "-j1", "--lines", code, "--out", "o/{}", "APP", input=b"1\n2\n", cwd=str(tmp_path))
     assert done.returncode == 1 and b"input 2 (2): o/2: another output of this run stands there" in done.stderr
     assert (tmp_path / "o" / "2").read_text() == "1\n"
-    code = "--set=RUN=cd %s; rm o/.cmap-*; echo >o/.cmap-mine; echo" % tmp_path
+    code = "--set=RUN=cd %s; rm o/.cmap-*; echo >o/.cmap-mine; echo" % quoted(tmp_path)
     done = mapped(farm, code, "--lines", "--out", "o/{}", "APP", input=b"3\n", cwd=str(tmp_path))
     assert done.returncode == 0, "it had no file yet"
 
@@ -14119,7 +14123,7 @@ def test_an_input_that_changes_while_it_is_read(farm, tmp_path, change, stops):
     change = {"shorter": "head -c 9 in >new; cat new >in", "longer": "echo more >>in",
               "other": "tr f g <in >new; cat new >in"}[change]
     code = "cd %s; head -c 5 >/dev/null; echo >>runs; %s %s; cat >/dev/null; cat in" % (
-        tmp_path, "test $(wc -l <runs) -gt 1 ||" if stops else "", "{ %s; }" % change)
+        quoted(tmp_path), "test $(wc -l <runs) -gt 1 ||" if stops else "", "{ %s; }" % change)
     done = mapped(farm, "--set=RUN=" + code, "--log", "log", "--out", "{}.out", "APP", "in", cwd=str(tmp_path))
     row = (tmp_path / "log").read_text().splitlines()[1].split("\t")
     if stops:
@@ -14203,7 +14207,7 @@ def test_long_lines_leave_no_descriptor(farm, tmp_path):
 def test_a_full_temporary_folder_costs_time_and_not_the_run(farm, tmp_path):
     """C31: It is a bound like --spill; what does not fit alone fails, with folder and size."""
     need("unshare", "mount")
-    script = "mount -t tmpfs -o size=4m none %s && exec \"$@\"" % tmp_path
+    script = "mount -t tmpfs -o size=4m none %s && exec \"$@\"" % quoted(tmp_path)
     if run_command("unshare", *user_namespace(), "-m", "sh", "-c", script, "sh", "true").returncode:
         pytest.skip("no file system may be mounted here")
     code = "--set=RUN=read n; test $n = 1 && sleep 1; head -c 1500000 /dev/zero | tr '\\0' $n"
@@ -14244,7 +14248,7 @@ def test_who_interrupts_is_told_what_was_done_and_how_to_go_on(farm, tmp_path, n
     for name in "123":
         (tmp_path / name).write_text("sleep 0.1" if name == "1" else "touch ready; sleep %d" % (
             100 if number == signal.SIGINT else 1))
-    code = "--set=RUN=cd %s; eval \"$(cat)\"" % tmp_path
+    code = "--set=RUN=cd %s; eval \"$(cat)\"" % quoted(tmp_path)
     job = start_map(farm, "-j2", "--out", "{}.out", "--log", "log", code, "APP", "1", "2", "3",
                     cwd=str(tmp_path), stdin=subprocess.DEVNULL)
     wait_until(lambda: check((tmp_path / "ready").exists() and (tmp_path / "1.out").exists()))
@@ -15097,8 +15101,8 @@ def test_a_job_may_close_its_terminal_and_open_it_again(room, terminal):
 
 def test_who_left_the_session_does_not_keep_the_terminal(room, terminal, tmp_path):
     need("setsid")
-    serve_sh(room, "setsid sh -c 'echo $$ >%s/pid; exec sleep 60' & while ! test -s %s/pid; do sleep 0.05; done;"
-             "echo last; exit 8" % (tmp_path, tmp_path))
+    serve_sh(room, "cd %s; setsid sh -c 'echo $$ >pid; exec sleep 60' & cd %s; while ! test -s pid; do sleep 0.05; done;"
+             "echo last; exit 8" % (quoted(tmp_path), quoted(tmp_path)))
     cexec = terminal.cexec()
     try:
         assert cexec.wait(PATIENCE) == 8
@@ -15216,7 +15220,7 @@ def test_the_last_words_arrive_however_late_the_user_reads(room, terminal, tmp_p
     """They wait in the job's terminal, beyond all credit, when the job has long ended."""
     size = cexec.WINDOW_START + 2000
     serve_sh(room, "stty -onlcr; echo $$; while ! test -e %s/go; do sleep 0.05; done;"
-             "head -c %d /dev/zero | tr '\\0' x; exit 3" % (tmp_path, size))
+             "head -c %d /dev/zero | tr '\\0' x; exit 3" % (quoted(tmp_path), size))
     slow = terminal.cexec()
     pid = int(terminal.wait("\n"))
     slow.signal(signal.SIGSTOP)
@@ -15358,7 +15362,7 @@ def test_another_workers_job_finds_the_same_terminal(room, terminal):
 
 def test_what_was_typed_cannot_be_given_to_another_worker(room, terminal, tmp_path):
     """R3: a job of -t that has been typed to is not started again, even if nothing of it was seen yet."""
-    first = serve_sh(room, "stty -echo; >%s; read x; >%s; exec sleep 60" % (tmp_path / "ready", tmp_path / "heard"))
+    first = serve_sh(room, "cd %s; stty -echo; >ready; read x; >heard; exec sleep 60" % quoted(tmp_path))
     cexec = terminal.cexec()
     terminal.wait_raw()
     wait_until(lambda: must((tmp_path / "ready").exists()), PATIENCE)
@@ -15505,7 +15509,7 @@ def test_cexec_is_suspended_and_goes_on(room, terminal, tmp_path):
     terminal.type(terminal.line() + "\r")
     terminal.wait("there> ")
     counter = tmp_path / "count"
-    terminal.ask("while echo >>%s; do sleep 0.1; done &" % counter)
+    terminal.ask("while echo >>%s; do sleep 0.1; done &" % quoted(counter))
     assert terminal.is_raw()
     terminal.type("~\x1a")
     terminal.wait("Stopped")
@@ -16477,8 +16481,8 @@ def test_a_job_that_may_not_start_again_is_lost(cluster, tmp_path, before, env, 
 def test_a_job_that_loses_every_worker_ends(cluster, tmp_path):
     """R2: CEXEC_RETRIES of them."""
     cluster.serve("two")
-    job = cluster.submit("DO=echo $$ >>$PEER_PIDS; read line; kill -9 $PPID; sleep 60", "PIDS=%s" % (tmp_path / "pids"),
-                         env={"CEXEC_RETRIES": 1})
+    job = cluster.submit('DO=echo $$ >>"$PEER_PIDS"; read line; kill -9 $PPID; sleep 60',
+                         "PIDS=%s" % (tmp_path / "pids"), env={"CEXEC_RETRIES": 1})
     status, output, errors = job.result()
     lost = r"10\.99\.0\.\d", CLOSED
     assert (status, output) == (111, b"") and re.match(MOVED % lost + TROUBLE % lost, errors), errors
@@ -18353,7 +18357,7 @@ def test_the_vetos_first_word_is_told_where_it_counts(room, forker, status):
 @pytest.mark.parametrize("how", ["drain", "veto"])
 def test_a_drain_and_a_veto_end_a_connection_behind_its_job(room, forker, how, tmp_path):
     veto, go, turn = tmp_path / "veto", tmp_path / "go", InTurn(room)
-    options = ("--if", "test ! -e %s" % veto) if how == "veto" else ()
+    options = ("--if", "test ! -e %s" % quoted(veto)) if how == "veto" else ()
     worker = forked_worker(forker, room, *options, CONCURRENCY=1, patch={"Veto.EVERY": 0.0, "Daemon.LOOK": 0.05})
     others = []
 
@@ -18370,7 +18374,7 @@ def test_a_drain_and_a_veto_end_a_connection_behind_its_job(room, forker, how, t
     else:
         turn.at[2] = hold_up(worker, go, b"no new jobs, 1 running", lambda: worker.signal(signal.SIGTERM))
     cat = [("cat", None, None)] * 2
-    turn.run(cat + [(HELD_UP % go + "; cat", None, None)] + cat, next_worker)
+    turn.run(cat + [(HELD_UP % quoted(go) + "; cat", None, None)] + cat, next_worker)
     assert [(status, outputs[1]) for status, outputs, _ in turn.ended] == [(0, b"data")] * 5
     assert turn.connections() == 2
     drained((others or [worker])[0])
@@ -18416,7 +18420,7 @@ def test_who_waits_gets_the_slot_behind_the_job_in_hand(room, forker):
 def test_a_connection_that_breaks_loses_one_job_only(room, forker, tmp_path, retries):
     worker, turn = forked_worker(forker, room, CONCURRENCY=1), InTurn(room, retries)
     breaks = '[ -e %s ] || { >%s; printf half; head -c 1 >/dev/null; kill -9 $PPID; sleep 60; }; cat' % (
-        tmp_path / "once", tmp_path / "once")
+        quoted(tmp_path / "once"), quoted(tmp_path / "once"))
     turn.run([(breaks if number == 9 else "cat", None, None) for number in range(15)])
     results = [(status, outputs[1]) for status, outputs, _ in turn.ended]
     broken = results[9]
@@ -18567,7 +18571,7 @@ def test_two_that_read_one_pipe_are_told(shell, tmp_path):
     """The manual says that they need -n, or a pipe each."""
     done = in_bash(shell, tmp_path, "cat list - | { %s & job=$!; sleep 0.5; head -c 6 >/dev/null; >go; wait $job; "
                    "echo $?; }", env={"WORDS": shlex.quote("RUN=while [ ! -e %s/go ]; do sleep 0.02; done; read x" %
-                                                            tmp_path)}, stdin=subprocess.PIPE, input=None)
+                                                            quoted(tmp_path))}, stdin=subprocess.PIPE, input=None)
     assert done.stdout == b"111\n" and b"another program reads it too" in done.stderr
 
 
@@ -18730,7 +18734,7 @@ def test_any_job_uses_any_descriptor_as_a_local_command(shell, tmp_path):
         case = made_up(random.Random(seed))
         lost, retries = case[5:]
         local = carried_out(case, tmp_path, lambda job: [shutil.which("sh"), "-c", job])
-        trouble = "[ -e %s ] || { >%s; kill -9 $PPID; sleep 9; }; " % ((tmp_path / "lost",) * 2) if lost else ""
+        trouble = "[ -e %s ] || { >%s; kill -9 $PPID; sleep 9; }; " % ((quoted(tmp_path / "lost"),) * 2) if lost else ""
         (tmp_path / "lost").exists() and (tmp_path / "lost").unlink()
         found = carried_out(case, tmp_path, lambda job: [
             *program(), "cexec", shell.pub, "RUN=" + trouble + job], shell.settings({"CEXEC_RETRIES": retries}))
