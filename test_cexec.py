@@ -9680,7 +9680,7 @@ def test_bash_knows_what_a_value_is(tools, typed, found):
 @pytest.mark.parametrize("typed, found", COMPLETED[:-1])
 def test_fish_completes(tools, tmp_path, typed, found):
     need("fish")
-    script = "%s completion fish | source; complete -C %r" % (tools / "cexec.py", typed)
+    script = "%s completion fish | source; complete -C %r" % (quoted(tools / "cexec.py"), typed)
     done = run_command("fish", "--no-config", "-c", script, env={"HOME": tmp_path})
     assert [line.split("\t")[0] for line in done.stdout.decode().splitlines()] == [found], done.stderr
 
@@ -9694,7 +9694,7 @@ def test_zsh_completes(tools, tmp_path, typed, found):
     os.close(follower)
     told = b""
     os.write(leader, b"autoload -Uz compinit; compinit -D -u; bindkey '^I' complete-word; PS1=; "
-             b"eval \"$(%s completion zsh)\"; echo RE''ADY\n" % os.fsencode(str(tools / "cexec.py")))
+             b"eval \"$(%s completion zsh)\"; echo RE''ADY\n" % quoted(tools / "cexec.py").encode())
     try:
         while b"READY\r\n" not in told:
             told += os.read(leader, 4096)
@@ -11235,7 +11235,7 @@ def test_each_job_has_an_empty_folder_that_goes_with_it(room, tmp_path):
     """C8: As working directory, TMPDIR and PWD; CEXEC_DIR is where cservice stands."""
     scratch_worker(room, tmp_path, CONCURRENCY=1)
     found = [room.cexec("RUN=pwd; echo $TMPDIR; echo $PWD; echo $CEXEC_DIR; stat -c '%a %u' .; ls -A; touch x .y"
-                        ).stdout.decode().split() for _ in range(2)]
+                        ).stdout.decode().splitlines() for _ in range(2)]
     for folder, temporary, pwd, start, mode, owner in found:
         assert folder == temporary == pwd and folder.startswith(str(tmp_path)) and start == os.getcwd()
         assert (mode, owner) == ("700", str(os.geteuid()))
@@ -11266,9 +11266,9 @@ def test_the_folder_goes_however_the_job_ends(room, tmp_path, way):
         (place / "command").write_text("#!/no/interpreter\n")
         (place / "command").chmod(0o755)
     worker = scratch_worker(room, place, *user, *limits, command=command, CONCURRENCY=1)
-    text = HARD_TO_REMOVE.replace("%s", str(tmp_path))
+    text = HARD_TO_REMOVE.replace("%s", quoted(tmp_path))
     if os.geteuid() == 0:
-        text = text.replace("ln %s/file hard" % quoted(precious), "")      # protected_hardlinks
+        text = text.replace("ln %s/precious/file hard" % quoted(tmp_path), "")      # protected_hardlinks
     if way == "refused":
         assert room.cexec(env={"CEXEC_TIMEOUT_ACCEPT": 1}).returncode == 111
         (place / "command").unlink()
@@ -15540,7 +15540,7 @@ def test_a_suspended_script_is_suspended_as_a_whole(room, terminal):
     serve_bash(room)
     shell = terminal.bash()
     modes = terminal.ask("stty -g", "here> ")
-    terminal.type("sh -c '%s; echo after $?'\r" % terminal.line())
+    terminal.type("sh -c %s\r" % quoted(terminal.line() + "; echo after $?"))
     terminal.wait("there> ")
     script, = children(shell.pid)
     pid, = children(script)
@@ -18789,7 +18789,7 @@ def test_nobody_there_is_a_failure_that_names_the_way_on(room):
     first, hint = done.stderr.decode().splitlines()
     assert done.returncode == 111 and done.stdout == b""
     assert first.startswith("cwho: nobody answered: asked on %s for key SHA256:" % room.group)
-    assert hint == "  cwho --check %s finds out why" % room.pub
+    assert hint == "  cwho --check %s finds out why" % quoted(room.pub)
     done = who(room, "--slots")
     assert (done.stdout, done.returncode) == (b"", 111)
 
