@@ -840,7 +840,7 @@ def parse_datagram(data):
 
 def speaks_another_version(data):
     """Whether these bytes are a datagram of this program in another version of the protocol."""
-    return data[:4] == MAGIC and data[4:5] != bytes([WIRE_VERSION])
+    return data[:4] == MAGIC and data[4:5] not in (b"", bytes([WIRE_VERSION]))
 
 
 def with_port(data, port):
@@ -10215,7 +10215,7 @@ class Receiver:
         except ProtocolError as error:
             if speaks_another_version(data):
                 self.log.note("version", "from %s: %s" % (source[0], error))
-                if data[5] == ASK:
+                if data[5:6] == bytes([ASK]):
                     self.daemon.roll_calls.show_up(bytes(8), source)
         return False
 
