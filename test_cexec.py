@@ -9134,7 +9134,7 @@ def test_a_held_job_loses_its_worker_and_nothing_shows(held, shell, tmp_path, mo
     mark = tmp_path / "mark"
     said = {"started": ":", "after output": "echo once", "after much output": "head -c 3000000 /dev/zero",
             "after end of output": "echo once; exec >&- 2>&-"}[moment]
-    one = held.submit("test -e %s || { %s; touch %s; sleep 100; }; cat" % (quoted(mark), said, quoted(mark)), b"right\n")
+    one = held.submit("test -e {0} || {{ {1}; touch {0}; sleep 100; }}; cat".format(quoted(mark), said), b"right\n")
     held.until(mark.exists)
     if "output" in moment:
         held.until(lambda: len(one.streams.output) >= (3000000 if "much" in moment else 5))
@@ -15101,8 +15101,8 @@ def test_a_job_may_close_its_terminal_and_open_it_again(room, terminal):
 
 def test_who_left_the_session_does_not_keep_the_terminal(room, terminal, tmp_path):
     need("setsid")
-    serve_sh(room, "cd %s; setsid sh -c 'echo $$ >pid; exec sleep 60' & cd %s; while ! test -s pid; do sleep 0.05; done;"
-             "echo last; exit 8" % (quoted(tmp_path), quoted(tmp_path)))
+    serve_sh(room, "cd %s; { setsid sh -c 'echo $$ >pid; exec sleep 60' & }; "
+             "while ! test -s pid; do sleep 0.05; done; echo last; exit 8" % quoted(tmp_path))
     cexec = terminal.cexec()
     try:
         assert cexec.wait(PATIENCE) == 8
