@@ -2125,7 +2125,7 @@ class CallReader:
             if behind > end:
                 break
             if buffers:
-                yield self._parts(bytes(view[at:behind]))
+                yield self._parts(bytearray(view[at:behind]))       # arrays are to be writable
             else:
                 yield kind, number, microseconds, bytes(view[start:behind]), []
             at = behind
@@ -11486,14 +11486,23 @@ class RunningJob:
             self.scratch = Scratch(*daemon.scratch)
             os.chdir(self.scratch.path)
         self.ends = JobEnds(self.loop, self.channel, self.job)
-        if daemon.program is not None:      # an interpreter needs that, and where to show when its call has begun
-            status = shared_file(CallStatus.FORM.size)
-            self.ends.to_close.append(status)
-            self.call_status = CallStatus(status)
-            self.ends.theirs.update({PROGRAM: daemon.program, STATUS: status})
+        if daemon.program is not None:
+            self._open_calls(daemon.program)
         limits = [(name, value) for name, value in daemon.settings.limits if name != WALL]
         self.process = JobProcess(self.loop, self.handler.own, spawn(
             daemon.path, daemon.command, self._environment(), self.ends.theirs, self.ends.slave, limits))
+
+    def _open_calls(self, program):
+        """What an interpreter needs beside the ends that its submitter asks for: the program, and where to show when
+        its call has begun."""
+        status = shared_file(CallStatus.FORM.size)
+        self.ends.to_close.append(status)
+        self.call_status = CallStatus(status)
+        self.ends.theirs.update({PROGRAM: program, STATUS: status})
+        sources = self.ends.sources
+        for fd in 1, 2:
+            sources[fd] = PrintSource(self.loop, sources[fd].fd, sources[fd].ready)
+        sources[ANSWERS] = CallAnswers(self.loop, sources[ANSWERS].fd, sources[ANSWERS].ready, [sources[1], sources[2]])
 
     def begin(self):
         """The submitter is to hear that it was accepted."""
@@ -13559,7 +13568,10 @@ READ_EVERY = 0.001          # seconds between two looks for messages while there
 CALL_STATUS_LOOK = 0.25     # seconds between two looks at an interpreter's CallStatus
 PRINTED_LOOK = 0.0002       # seconds until the first look whether what a call has printed has been taken
 PRINTED_PATIENCE = 5.0      # seconds after which the result does not wait for it: a child may print on and on
+ANSWERS_TOGETHER = 0.0005   # seconds between two looks for answers: those of quick calls travel together
 DESCRIPTORS_HIGH = 4096     # where descriptors stand that calls are not to find
+UNDER_GUARD = """, as a worker runs this script to find its functions
+  what calls use must not be defined behind: if __name__ == "__main__":"""
 NO_EXECUTOR = """this worker runs calls of Python functions, no commands
   use it with: with cexec.Executor("app.pub") as pool: ..."""
 
@@ -13648,6 +13660,31 @@ def shared_file(size):
 F_ADD_SEALS, F_SEAL_ALL = 1033, 15      # Linux: no more seals, not shorter, not longer, no writing
 
 
+class CallAnswers(Source):
+    """The answers of an interpreter, at its handler.  What its calls have printed goes out before them."""
+
+    def __init__(self, loop, fd, ready, prints):
+        super().__init__(loop, fd, ready)
+        self.prints = prints            # the Sources of what they print
+        self.looked = -math.inf         # when answers were looked for last, monotonic seconds
+        self.held = None                # since when what is there waits for what was printed
+
+    def _read(self, view):
+        now = time.monotonic()
+        if now - self.looked < ANSWERS_TOGETHER:
+            return self._look_later(ANSWERS_TOGETHER)
+        size = unread_bytes(self.fd) or 1       # not what comes after the look at the others
+        if any(unread_bytes(each.fd) for each in self.prints if not each.closed):
+            self.held = self.held or now
+            if now - self.held < PRINTED_PATIENCE:
+                return self._look_later(max(PRINTED_LOOK, (now - self.held) / 4))
+        self.looked, self.held = now, None
+        return super()._read(view[:size])
+
+    def _look_later(self, seconds):
+        self.loop.call_later(seconds, lambda: self.closed or self.ready())
+
+
 class CallStatus:
     """One number that an interpreter shows its handler, in memory that both have: when the call in hand has begun,
     monotonic seconds, or 0."""
@@ -13706,13 +13743,10 @@ class CallLoop:
         self.asked = 0
         self.setup = None                           # what the submitter said first
         self.input_over = False
-        self.main = None                            # the submitter's script, once it has been run
-        self.main_failed = None                     # words, once that has failed
-        self.main_runs = False
+        self.script = None                          # what there is of a SentScript
         self.enough = False                         # this interpreter wants no more calls
         self.cpu_limit = math.inf
         self.modules = ModuleFinder(self)
-        self.unpickler = unpickler_class(self._find)
         self._open_standard(high)
 
     def _open_standard(self, high):
@@ -13724,7 +13758,9 @@ class CallLoop:
         if null > 2:
             os.close(null)
         self.kept = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, high) for fd in range(3)]
-        self.printed = [fd for fd in self.kept[1:] if unread_bytes(fd) is not None]
+        self.standard = select.poll()       # finds those that are closed
+        for fd in range(3):
+            self.standard.register(fd, 0)
         self._open_files()
 
     def _open_files(self):
@@ -13792,8 +13828,9 @@ class CallLoop:
     def _take_setup(self, number, message, buffers):
         self.setup = self.pickle.loads(message)
         self.modules.shadowed = frozenset(self.setup["shadowed"])
-        if self.setup["argv"] is not None:
+        if self.setup["main"]:
             sys.argv[:] = self.setup["argv"]
+            self.script = ScriptRun(self.modules, self.setup["main"], self.place)
         failed = self._run_initializer()
         self._flush()
         self._send(READY, 0, pack_texts([text.encode("utf-8", "replace") for text in (
@@ -13815,7 +13852,7 @@ class CallLoop:
         """The traceback and the words of what it raises, or nothing."""
         if self.setup["initializer"] is not None:
             try:
-                initializer, arguments = self._load(self.setup["initializer"], self.setup["buffers"])
+                initializer, arguments = self.pickle.loads(self.setup["initializer"], buffers=self.setup["buffers"])
                 initializer(*arguments)
             except BaseException as error:
                 return self._describe(error)[:2]
@@ -13852,7 +13889,7 @@ class CallLoop:
             self.status.show(began)
         kind, data, out = RETURNED, b"", []
         try:
-            function, arguments, named = self._load(message, buffers)
+            function, arguments, named = self.pickle.loads(message, buffers=buffers)
             del message, buffers
             value = function(*arguments, **named)
             data, out = self._pickled(dump, value)
@@ -13871,38 +13908,6 @@ class CallLoop:
             self.enough = True
             self._send(ENOUGH)
 
-    def _load(self, message, buffers):
-        if self.main:
-            return self.pickle.loads(message, buffers=buffers)
-        return self.unpickler(pickle_file(message), buffers=buffers).load()
-
-    def _find(self, module, name, find):
-        if module in ("__main__", "__mp_main__"):
-            self._run_main()
-        return find(module, name)
-
-    def _run_main(self):
-        """The submitter's script, once, as multiprocessing's spawn runs it."""
-        if self.main_failed:
-            raise CallError(self.main_failed)
-        if self.main:
-            return
-        module, loader = self.modules.main(self.setup["main"])
-        before = sys.modules["__main__"]
-        sys.modules["__main__"] = sys.modules["__mp_main__"] = module
-        self.main_runs = True
-        try:
-            loader.exec_module(module)
-        except BaseException as error:
-            self.main_failed = "%s could not be run on %s, as it has to be for its functions: %s" % (
-                module.__file__, self.place, words_of(error))
-            sys.modules["__main__"] = before
-            del sys.modules["__mp_main__"]
-            raise CallError(self.main_failed) from error
-        finally:
-            self.main_runs = False
-        self.main = module
-
     def _pickled(self, way, value):
         """way(dumps, value), by cloudpickle where pickle refuses it and code has come so from the same Python: what
         the prompt or a notebook has defined goes back as it came."""
@@ -13912,7 +13917,7 @@ class CallLoop:
             by_value = sys.modules.get("cloudpickle")
             if by_value is None or self.setup["python"] != sys.version_info[:2]:
                 raise
-        return way(by_value.dumps, value)
+        return way(script_dumps(by_value, self.script.loader.source) if self.script else by_value.dumps, value)
 
     def _describe(self, error):
         """(traceback, words, pickle or None) of what a call raised, whatever has become of this interpreter."""
@@ -13932,25 +13937,16 @@ class CallLoop:
         return "(on %s)\n%s" % (self.place, text), words_of(error), data
 
     def _flush(self):
-        """What calls have printed is to be at the submitter before their results; what they have done to the standard
-        descriptors is undone."""
+        """What calls have printed is to go out before their results; what they have done to the standard descriptors
+        is undone."""
+        damaged = is_closed(sys.stdin)
         for file in sys.stdout, sys.stderr:
             try:
                 file.flush()
             except Exception:
-                pass        # it is closed, or the call's own
-        if any(map(is_closed, (sys.stdin, sys.stdout, sys.stderr))):
+                damaged = True      # it is closed, or the call's own
+        if damaged or self.standard.poll(0):
             self._restore()
-        for fd in range(3):
-            if not is_open(fd):
-                self._restore()
-        wait, until = PRINTED_LOOK, 0.0
-        while any(map(unread_bytes, self.printed)):
-            until = until or time.monotonic() + PRINTED_PATIENCE
-            if time.monotonic() > until:
-                break
-            time.sleep(wait)
-            wait = min(2 * wait, 0.02)
 
     def _restore(self):
         for fd, kept in enumerate(self.kept):
@@ -13982,17 +13978,6 @@ def move_descriptor(fd, least):
     return moved
 
 
-def unpickler_class(find):
-    """A pickle.Unpickler that finds classes and functions by find(module, name, the way of
-    pickle)."""
-    import pickle
-
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module, name):
-            return find(module, name, super().find_class)
-    return Unpickler
-
-
 def dump(dumps, value):
     """(pickle, [buffer]) of the value, by the dumps of pickle or cloudpickle."""
     buffers = []
@@ -14005,6 +13990,96 @@ def dump(dumps, value):
         buffers.append(view)
         return False
     return dumps(value, protocol=5, buffer_callback=take), buffers
+
+
+@functools.lru_cache(maxsize=None)
+def script_dumps(cloudpickle, source):
+    """The dumps of cloudpickle for who has a script: what that defines where it is run as a module goes by its name, as
+    with pickle, and its other functions use the variables of the script there, so that all share one state.  Variables
+    that it has only here go along."""
+    import types
+    defined = names_in_script(source)
+
+    class ScriptPickler(cloudpickle.CloudPickler):
+        def reducer_override(self, value):
+            script = sys.modules["__main__"]
+            if isinstance(value, (type, types.FunctionType)) and value.__module__ == script.__name__:
+                path = value.__qualname__
+                if path.partition(".")[0] in defined and attribute_of(script, path) is value:
+                    return NotImplemented
+                if isinstance(value, types.FunctionType) and value.__globals__ is vars(script):
+                    return reduce_function(value, defined)
+            return super().reducer_override(value)
+
+    def dumps(value, protocol, buffer_callback=None):
+        file = io.BytesIO()
+        ScriptPickler(file, protocol, buffer_callback=buffer_callback).dump(value)
+        return file.getvalue()
+    return dumps
+
+
+def names_in_script(source):
+    """The names that the script defines where it is run as a module: not what is behind its guard."""
+    import ast, dis
+    tree = ast.parse(source)
+    tree.body = [each for each in tree.body if not isinstance(each, ast.If) or "__name__" not in ast.dump(each.test)]
+    code = compile(tree, "script", "exec")
+    return {*MODULE_NAMES, *(each.argval for each in dis.get_instructions(code) if each.opname == "STORE_NAME")}
+
+
+def attribute_of(value, path):
+    try:
+        return operator.attrgetter(path)(value)
+    except AttributeError:
+        return None
+
+
+MODULE_NAMES = ("__name__", "__doc__", "__package__", "__loader__", "__spec__", "__file__", "__builtins__")
+FUNCTION_PARTS = ("__name__", "__qualname__", "__module__", "__doc__", "__dict__", "__defaults__", "__kwdefaults__",
+                  "__annotations__")
+
+
+def reduce_function(function, defined):
+    """How a function of the script is pickled: its state comes after it, since it may refer to the function."""
+    cells, variables = function.__closure__ or (), function.__globals__
+    lent = global_names(function.__code__).intersection(variables).difference(defined)
+    return (script_function, (function.__code__, len(cells)),
+            ([cell_values(cell) for cell in cells], {part: getattr(function, part) for part in FUNCTION_PARTS},
+             {name: variables[name] for name in lent}), None, None, complete_function)
+
+
+def global_names(code):
+    """The names of variables of its module that the code uses."""
+    import dis
+    names = {each.argval for each in dis.get_instructions(code) if each.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return names.union(*(global_names(const) for const in code.co_consts if isinstance(const, type(code))))
+
+
+def cell_values(cell):
+    """What it holds: one value, or none yet."""
+    try:
+        return [cell.cell_contents]
+    except ValueError:
+        return []
+
+
+def script_function(code, cells):
+    import types
+    if CallLoop.current:
+        CallLoop.current.script.run()
+    return types.FunctionType(code, vars(sys.modules["__main__"]), None, None,
+                              tuple(types.CellType() for _ in range(cells)) or None)
+
+
+def complete_function(function, state):
+    cells, parts, lent = state
+    if CallLoop.current:
+        function.__globals__.update(lent)
+    for cell, values in zip(function.__closure__ or (), cells):
+        for value in values:
+            cell.cell_contents = value
+    for part, value in parts.items():
+        setattr(function, part, value)
 
 
 class LongPickle:
@@ -14029,10 +14104,6 @@ class LongPickle:
         raise EOFError("a pickle of an old protocol")
 
 
-def pickle_file(data):
-    return LongPickle(data) if len(data) > BUFFER_LEAST else io.BytesIO(data)
-
-
 def words_of(error):
     """What an exception is and says, whatever its own methods do."""
     try:
@@ -14040,6 +14111,9 @@ def words_of(error):
     except BaseException:
         text = ""
     return type(error).__name__ + (": " + text if text else "")
+
+
+ScriptState = enum.Enum("ScriptState", "WAITING RUNS OVER")
 
 
 class ModuleFinder:
@@ -14096,17 +14170,6 @@ class ModuleFinder:
         from _frozen_importlib_external import PathFinder
         return PathFinder.find_spec(name, path)
 
-    def main(self, told):
-        """(module, loader) of the submitter's script, which is not run yet."""
-        from _frozen_importlib import ModuleSpec
-        if told is None:
-            raise CallError("the submitter's __main__ has no source that could be run here")
-        loader = self.loaders[told["file"]] = SentLoader(self, told["name"], told["file"], False, told["source"])
-        module = type(sys)("__mp_main__")
-        module.__file__, module.__package__, module.__loader__ = told["file"], told["package"], loader
-        module.__spec__ = told["name"] and ModuleSpec(told["name"], loader, origin=told["file"])
-        return module, loader
-
     def folder(self, path):
         """A hook of sys.path_hooks."""
         kind, _, folder = path.partition(":")
@@ -14116,12 +14179,19 @@ class ModuleFinder:
         return SentFolder(loader)
 
     def explain(self, error):
-        """An import that failed since the module cannot come from the submitter says why."""
-        name = error.name if isinstance(error, ModuleNotFoundError) else None
-        why = self.absent.get(name)
-        if why and str(error) == "No module named %r" % name:
-            error.msg = "No module named %r on worker %s%s" % (name, self.loop.place, why)
-            error.args = error.msg,
+        """An error, and what it came from, says why a module cannot come from the submitter, or why the script has no
+        such name."""
+        told = set()
+        while error is not None and id(error) not in told:
+            told.add(id(error))
+            name = error.name if isinstance(error, ModuleNotFoundError) else None
+            why = self.absent.get(name)
+            if why and str(error) == "No module named %r" % name:
+                error.msg = "No module named %r on worker %s%s" % (name, self.loop.place, why)
+                error.args = error.msg,
+            elif type(error) is AttributeError and self.loop.script and repr(self.loop.script.module) in str(error):
+                error.args = str(error) + UNDER_GUARD,
+            error = error.__cause__ or error.__context__
 
     def show_lines(self, linecache):
         """Makes tracebacks show the lines of sources that are not on this machine."""
@@ -14129,6 +14199,56 @@ class ModuleFinder:
             if origin not in linecache.cache:
                 source = loader.get_source(loader.name)
                 linecache.cache[origin] = len(source), None, source.splitlines(True), origin
+
+
+class ScriptRun:
+    """The submitter's script in an interpreter: its __main__, and __mp_main__, is a module that is run, once, when
+    something of it is first wanted, as multiprocessing's spawn would run it."""
+
+    def __init__(self, finder, told, place):
+        from _frozen_importlib import ModuleSpec
+        run = self
+
+        class Script(type(sys)):
+            def __getattr__(self, name):
+                """Of what is not there, or not yet."""
+                if not name.startswith("__"):
+                    run.run()
+                if name not in vars(self):
+                    raise AttributeError("module %r has no attribute %r" % (self.__name__, name))
+                return vars(self)[name]
+
+        self.finder = finder
+        self.place = place
+        self.state = ScriptState.WAITING
+        self.failed = None              # words
+        self.loader = finder.loaders[told["file"]] = SentLoader(finder, told["name"], told["file"], False,
+                                                                told["source"])
+        self.module = module = Script("__mp_main__")
+        module.__file__, module.__package__, module.__loader__ = told["file"], told["package"], self.loader
+        # A main module of this name is none that multiprocessing's children would look for, in a file of this machine.
+        module.__spec__ = ModuleSpec(".".join(filter(None, [told["package"], "__main__"])), self.loader,
+                                     origin=told["file"])
+        sys.modules["__main__"] = sys.modules["__mp_main__"] = module
+
+    def run(self):
+        """CallError when it fails, and for all times that follow."""
+        if self.failed:
+            raise CallError(self.failed)
+        if self.state is not ScriptState.WAITING:
+            return
+        self.state, before = ScriptState.RUNS, dict(vars(self.module))
+        try:
+            self.loader.exec_module(self.module)
+        except BaseException as error:
+            self.finder.explain(error)
+            self.failed = "%s could not be run on %s, as it has to be for its functions: %s" % (
+                self.module.__file__, self.place, words_of(error))
+            vars(self.module).clear()
+            vars(self.module).update(before)
+            raise CallError(self.failed) from error
+        finally:
+            self.state = ScriptState.OVER
 
 
 def standard_names():
@@ -14929,7 +15049,7 @@ class Call:
         self.pool = pool
         self.data = data
         self.buffers = buffers
-        self.size = len(data) + sum(map(len, buffers))
+        self.size = len(data) + (sum(map(len, buffers)) if buffers else 0)
         self.by_value = by_value        # the only version of Python that can read it, as code is in it; or None
         self.taker = taker
         self.state = CallState.QUEUED
@@ -14959,7 +15079,13 @@ class CallSource:
         self.over = False               # nothing comes behind them
 
     def put(self, parts):
-        self.parts.extend(parts)
+        """Small messages travel in one piece."""
+        for part in parts:
+            last = self.parts[-1] if self.parts else None
+            if len(part) < BUFFER_LEAST and isinstance(last, bytearray) and len(last) < BUFFER:
+                last += part
+            else:
+                self.parts.append(bytearray(part) if len(part) < BUFFER_LEAST else part)
 
     def read_into(self, view):
         at = 0
@@ -14968,10 +15094,9 @@ class CallSource:
             size = min(len(part), len(view) - at)
             view[at:at + size] = part[:size] if size < len(part) else part
             at += size
+            self.parts.popleft()
             if size < len(part):
-                self.parts[0] = memoryview(part)[size:]
-            else:
-                self.parts.popleft()
+                self.parts.appendleft(memoryview(part)[size:])
         return at if at or self.over else None
 
     def can_rewind(self):
@@ -14993,9 +15118,7 @@ class AnswerSink:
 
     def feed(self, view):
         try:
-            for message in self.reader.read(view):
-                if self.interpreter.attempt:
-                    self.interpreter.on_message(*message)
+            self.interpreter.on_messages(self.reader.read(view))
         except ProtocolError as error:
             self.interpreter.broken(error)
         self.interpreter.consumed(ANSWERS, len(view))
@@ -15022,7 +15145,7 @@ class PrintSink:
         return False
 
     def pass_on(self, size=None):
-        """So much of what is there; a call that has ended has no more of its line."""
+        """So much of what is there."""
         data = bytes(self.line[:size])
         if data:
             del self.line[:size]
@@ -15147,19 +15270,20 @@ class Interpreter(JobStreams):
         self.began = None
         self.idle_since = time.monotonic()
 
-    def drop(self, call):
-        """It is not to run this call, which it may have begun all the same."""
-        self.dropped.add(call.number)
-        self.source.put(encode_call(DROP, call.number))
+    def drop(self, *calls):
+        """It is not to run these calls, which it may have begun all the same."""
+        for call in calls:
+            self.dropped.add(call.number)
+            self.source.put(encode_call(DROP, call.number))
         self.source_ready(CALLS)
 
     def take_back(self, keep=0):
         """Calls that were sent ahead, but for so many, wait again, in front of the others."""
         calls = [call for number, call in self.owed.items() if number not in self.dropped][keep:]
+        calls = [call for call in calls if call.state is CallState.SENT]
+        self.drop(*calls)
         for call in reversed(calls):
-            if call.state is CallState.SENT:
-                self.drop(call)
-                self.pool.again(call, "taken back")
+            self.pool.again(call, "taken back")
 
     def lost_calls(self):
         """It has ended: those that it had not begun wait again; returns the others."""
@@ -15177,10 +15301,11 @@ class Interpreter(JobStreams):
             self.suspected = now - self.began
             self.take_back(1)
 
-    def _learn(self, seconds):
-        """A call took so long there."""
-        self.seconds = seconds if self.seconds is None else (self.seconds + seconds) / 2
-        if self.suspected and seconds < self.suspected / 2:     # it was the way, or the machine is busy
+    def _learn(self, took):
+        """Calls took so many seconds there, the first one was in hand."""
+        mean = sum(took) / len(took)
+        self.seconds = mean if self.seconds is None else (self.seconds + mean) / 2
+        if self.suspected and took[0] < self.suspected / 2:     # it was the way, or the machine is busy
             self.patience = min(2 * self.patience, CALL_LONG_MOST)
         self.suspected = None
 
@@ -15192,18 +15317,31 @@ class Interpreter(JobStreams):
         self.leave_timer = self.pool.loop.call_later(LEAVE_PATIENCE, lambda: self.pool.end_interpreter(self))
 
     # -- messages
-    def on_message(self, kind, number, microseconds, data, buffers):
-        if kind == READY and self.state is InterpreterState.BOOTING:
-            self._ready(data)
-        elif kind in (RETURNED, RAISED, DROPPED) and self.state is not InterpreterState.BOOTING:
-            self._answered(kind, number, microseconds, data, buffers)
-        elif kind == WANTED:
-            self._asked(number, bytes(data))
-        elif kind == ENOUGH:
-            self.worn_out = True
-            self.take_back(1)
-        else:
-            raise ProtocolError("a message of calls out of place")
+    def on_messages(self, messages):
+        """Those that have come together, as CallReader.read() gives them."""
+        took = []
+        for kind, number, microseconds, data, buffers in messages:
+            if not self.attempt:
+                return
+            if kind in (RETURNED, RAISED, DROPPED) and self.state is not InterpreterState.BOOTING:
+                if not took:
+                    self.end_lines()
+                self._answered(kind, number, data, buffers)
+                if kind != DROPPED:
+                    took.append(microseconds)
+            elif kind == READY and self.state is InterpreterState.BOOTING:
+                self._ready(data)
+            elif kind == WANTED:
+                self._asked(number, bytes(data))
+            elif kind == ENOUGH:
+                self.worn_out = True
+                self.take_back(1)
+            else:
+                raise ProtocolError("a message of calls out of place")
+        if took:
+            self._learn([each / 1e6 for each in took])
+        if self.state is not InterpreterState.BOOTING:
+            self._begin_next()
 
     def _ready(self, data):
         version, python, *failed = (text.decode("utf-8", "replace") for text in unpack_texts(bytes(data)))
@@ -15214,21 +15352,20 @@ class Interpreter(JobStreams):
         self.python = tuple(map(int, python.split(".")))
         self.on("ready")
         self.pool.on_started(self)
-        self._begin_next()
 
-    def _answered(self, kind, number, microseconds, data, buffers):
+    def _answered(self, kind, number, data, buffers):
         call = self.owed.pop(number, None)
         if call is None:
             raise ProtocolError("an answer to no call")
         self.bytes_owed -= call.size
         self.dropped.discard(number)
-        for sink in self.sinks[1], self.sinks[2]:
-            if sink.line:
-                sink.pass_on()
         if kind != DROPPED:
-            self._learn(microseconds / 1e6)
             self.pool.on_answer(self, call, number, kind, data, buffers)
-        self._begin_next()
+
+    def end_lines(self):
+        """What came before an answer was printed before it: calls that have ended have no more of their lines."""
+        for sink in self.sinks[1], self.sinks[2]:
+            sink.pass_on()
 
     def _asked(self, number, question):
         attempt = self.attempt
@@ -15689,6 +15826,7 @@ def end_pools():
                 pool.finish(wait=True)
         except KeyboardInterrupt:
             pool.abort()
+            raise
 
 
 @functools.lru_cache(maxsize=None)
@@ -15846,6 +15984,8 @@ def main_here():
     path, spec = getattr(module, "__file__", None), getattr(module, "__spec__", None)
     loader = getattr(module, "__loader__", None)
     try:
+        if path and path.endswith(".pyc"):
+            return None
         if path and os.path.isfile(path):
             with open(path, "rb") as file:
                 source = file.read()
@@ -15855,7 +15995,7 @@ def main_here():
             return None
     except (OSError, ImportError):
         return None
-    return {"file": os.path.abspath(path), "source": source, "name": spec and spec.name,
+    return {"file": os.path.abspath(path), "source": source, "name": spec.name if spec else "__main__",
             "package": getattr(module, "__package__", None)}
 
 
@@ -15881,7 +16021,8 @@ class CallPickler:
                 import cloudpickle
             except ImportError:
                 raise error from None
-            data, buffers = dump(cloudpickle.dumps, value)
+            data, buffers = dump(script_dumps(cloudpickle, self.main["source"]) if self.main else cloudpickle.dumps,
+                                 value)
             version = sys.version_info[:2]
         # What is changed from now on is not what runs.
         return data, [bytes(buffer) for buffer in buffers], version
@@ -15906,17 +16047,20 @@ class CallLoader:
     """Unpickles what workers send.  A module that has been imported, or is just being so, is not waited for."""
 
     def __init__(self):
-        self.unpickler = unpickler_class(self._find)
+        import pickle
+
+        class Unpickler(pickle.Unpickler):
+            def find_class(self, module, name):
+                found = sys.modules.get("__main__" if module == "__mp_main__" else module)
+                try:
+                    return operator.attrgetter(name)(found)
+                except AttributeError:
+                    return super().find_class(module, name)
+        self.unpickler = Unpickler
 
     def load(self, data, buffers):
-        return self.unpickler(pickle_file(data), buffers=buffers).load()
-
-    def _find(self, module, name, find):
-        found = sys.modules.get("__main__" if module == "__mp_main__" else module)
-        try:
-            return operator.attrgetter(name)(found)
-        except AttributeError:
-            return find(module, name)
+        return self.unpickler(LongPickle(data) if len(data) > BUFFER_LEAST else io.BytesIO(data),
+                              buffers=buffers).load()
 
 
 class CallMapItem:
@@ -15994,6 +16138,8 @@ class CallMap:
         if not item.over:
             self._wait_for(item, self.until)
         self.items.popleft()
+        if isinstance(item.error, StopIteration):       # which would end the iteration, as if all was done
+            raise RuntimeError("a call of map raised StopIteration") from item.error
         if item.error is not None:
             raise item.error
         return item.value
@@ -16097,7 +16243,8 @@ class CallExecutor:
     """
 
     def __init__(self, key, max_workers=None, initializer=None, initargs=(), max_tasks_per_child=None, **settings):
-        if CallLoop.current and CallLoop.current.main_runs:
+        script = CallLoop.current and CallLoop.current.script
+        if script and script.state is ScriptState.RUNS:
             raise RuntimeError(NO_GUARD)
         if "mp_context" in settings:
             raise TypeError("an Executor of cexec has no mp_context: its interpreters run on other machines, each "
