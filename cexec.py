@@ -13660,25 +13660,37 @@ def shared_file(size):
 F_ADD_SEALS, F_SEAL_ALL = 1033, 15      # Linux: no more seals, not shorter, not longer, no writing
 
 
+class PrintSource(Source):
+    """What the calls of an interpreter print, at its handler."""
+    taken = 0               # bytes, in all
+
+    def _read(self, view):
+        size = super()._read(view)
+        self.taken += size
+        return size
+
+
 class CallAnswers(Source):
-    """The answers of an interpreter, at its handler.  What its calls have printed goes out before them."""
+    """The answers of an interpreter, at its handler.  What was printed before them goes out before them."""
 
     def __init__(self, loop, fd, ready, prints):
         super().__init__(loop, fd, ready)
-        self.prints = prints            # the Sources of what they print
-        self.looked = -math.inf         # when answers were looked for last, monotonic seconds
-        self.held = None                # since when what is there waits for what was printed
+        self.prints = prints            # two PrintSources
+        self.looked = -math.inf         # when it was looked what is there, monotonic seconds
+        self.size = 0                   # bytes of answers that there were then; 0: they have been read
+        self.due = []                   # (PrintSource, what it is to have taken before that)
 
     def _read(self, view):
         now = time.monotonic()
-        if now - self.looked < ANSWERS_TOGETHER:
-            return self._look_later(ANSWERS_TOGETHER)
-        size = unread_bytes(self.fd) or 1       # not what comes after the look at the others
-        if any(unread_bytes(each.fd) for each in self.prints if not each.closed):
-            self.held = self.held or now
-            if now - self.held < PRINTED_PATIENCE:
-                return self._look_later(max(PRINTED_LOOK, (now - self.held) / 4))
-        self.looked, self.held = now, None
+        if not self.size:
+            if now - self.looked < ANSWERS_TOGETHER:
+                return self._look_later(ANSWERS_TOGETHER)
+            self.looked, self.size = now, unread_bytes(self.fd) or 1
+            self.due = [(each, each.taken + (unread_bytes(each.fd) or 0)) for each in self.prints if not each.closed]
+        waited = now - self.looked
+        if waited < PRINTED_PATIENCE and any(each.taken < due and not each.closed for each, due in self.due):
+            return self._look_later(max(PRINTED_LOOK, waited / 4))
+        size, self.size = self.size, 0
         return super()._read(view[:size])
 
     def _look_later(self, seconds):
@@ -13743,7 +13755,7 @@ class CallLoop:
         self.asked = 0
         self.setup = None                           # what the submitter said first
         self.input_over = False
-        self.script = None                          # what there is of a SentScript
+        self.script = None                          # the ScriptRun, where the submitter has a script
         self.enough = False                         # this interpreter wants no more calls
         self.cpu_limit = math.inf
         self.modules = ModuleFinder(self)
@@ -13998,9 +14010,11 @@ def script_dumps(cloudpickle, source):
     with pickle, and its other functions use the variables of the script there, so that all share one state.  Variables
     that it has only here go along."""
     import types
+    if not hasattr(cloudpickle, "Pickler"):
+        return cloudpickle.dumps        # of an old version
     defined = names_in_script(source)
 
-    class ScriptPickler(cloudpickle.CloudPickler):
+    class ScriptPickler(cloudpickle.Pickler):
         def reducer_override(self, value):
             script = sys.modules["__main__"]
             if isinstance(value, (type, types.FunctionType)) and value.__module__ == script.__name__:
@@ -14041,9 +14055,10 @@ FUNCTION_PARTS = ("__name__", "__qualname__", "__module__", "__doc__", "__dict__
 
 def reduce_function(function, defined):
     """How a function of the script is pickled: its state comes after it, since it may refer to the function."""
+    import marshal
     cells, variables = function.__closure__ or (), function.__globals__
     lent = global_names(function.__code__).intersection(variables).difference(defined)
-    return (script_function, (function.__code__, len(cells)),
+    return (script_function, (marshal.dumps(function.__code__), len(cells)),
             ([cell_values(cell) for cell in cells], {part: getattr(function, part) for part in FUNCTION_PARTS},
              {name: variables[name] for name in lent}), None, None, complete_function)
 
@@ -14064,10 +14079,11 @@ def cell_values(cell):
 
 
 def script_function(code, cells):
-    import types
+    import marshal, types
+    import cloudpickle          # by which what the function gives may go back
     if CallLoop.current:
         CallLoop.current.script.run()
-    return types.FunctionType(code, vars(sys.modules["__main__"]), None, None,
+    return types.FunctionType(marshal.loads(code), vars(sys.modules["__main__"]), None, None,
                               tuple(types.CellType() for _ in range(cells)) or None)
 
 
@@ -15496,6 +15512,7 @@ class CallPool:
         self.shutdown(cancel)
         if wait:
             self.finished.wait()
+            self.thread.close()         # and waits for the thread's own end
 
     def abort(self):
         """Ends all, the calls in hand too."""

@@ -11984,7 +11984,7 @@ def test_the_example_of_a_room_runs_as_it_stands(room, tmp_path):
 # ---------------------------------------------------------------- Executor: helpers
 
 PROBE = '''
-import atexit, os, random, signal, subprocess, sys, threading, time
+import atexit, os, pickle, random, signal, subprocess, sys, threading, time
 class Odd(Exception):
     def __init__(self, code, where):
         super().__init__("%s at %s" % (code, where))
@@ -12011,6 +12011,12 @@ def chain(locked):
         raise error from inner
 def same(value): return value
 def square(number): return number * number
+class Array:
+    def __init__(self, data): self.data = data
+    def __reduce_ex__(self, protocol): return Array, (pickle.PickleBuffer(self.data),)
+def poke(array):
+    memoryview(array.data)[0] = 7
+    return array
 def sleep(seconds, value=None):
     time.sleep(seconds)
     return value
@@ -12256,6 +12262,22 @@ def test_what_is_changed_after_submit_is_not_what_runs(pool, probe):
     assert [future.result(30) for future in futures] == [*range(100)]
 
 
+def test_a_call_that_raises_stop_iteration_ends_no_map(pool, probe):
+    """It would look as if all was done."""
+    results = pool.map(probe.raise_it, [StopIteration("early")] * 3)
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        next(results)
+
+
+def test_arrays_are_writable_there_and_here(pool, probe):
+    """Whatever their size; what could not be written stays so."""
+    for size in (10, 70000, 200000, 1 << 20, 5 << 20):
+        array = pool.submit(probe.poke, probe.Array(bytearray(size))).result(30)
+        view = memoryview(array.data)
+        assert not view.readonly and view[0] == 7 and len(view) == size
+        assert memoryview(pool.submit(probe.same, probe.Array(bytes(size))).result(30).data).readonly
+
+
 def test_map_takes_inputs_as_results_are_taken(pool, probe):
     taken = []
 
@@ -12469,6 +12491,30 @@ if __name__ == "__main__":
                                                    "no end"])
 
 
+def test_results_do_not_wait_for_those_who_print_on(calls, tmp_path):
+    """Quick calls that all print, and a thread that one has left behind; each print is there before its result."""
+    assert run_program(calls, tmp_path, """
+import cexec, io, sys, threading, time
+def talk(number):
+    print("call", number)
+    return number
+def chatter():
+    while True:
+        print("more", flush=True)
+        time.sleep(0.0005)
+def leave(): threading.Thread(target=chatter, daemon=True).start()
+if __name__ == "__main__":
+    said, sys.stdout = sys.stdout, io.StringIO()
+    with cexec.Executor("py.pub", max_workers=1) as pool:
+        began = time.monotonic()
+        for number in pool.map(talk, range(2000)):
+            if number % 100 == 0: assert "call %d\\n" % number in sys.stdout.getvalue()
+        pool.submit(leave).result(30)
+        for number in range(20): assert pool.submit(talk, number).result(30) == number
+        print(time.monotonic() - began < 40, file=said, flush=True)
+""") == "True\n"
+
+
 def test_megabytes_of_print_pass_and_wait_for_who_reads(calls, tmp_path):
     told = run_program(calls, tmp_path, """
 import cexec, sys
@@ -12542,7 +12588,7 @@ if __name__ == "__main__":
         first = pool.submit(leave).result(30)
         until = time.monotonic() + 30
         while "late" not in sys.stdout.text and time.monotonic() < until: time.sleep(0.02)
-        print(pool.submit(os.getpid).result(30) == first, file=said)
+        print(pool.submit(os.getpid).result(30) == first, file=said, flush=True)
 """) == "True\n"
 
 
@@ -12736,6 +12782,99 @@ def fail(): raise ValueError(lambda n: n + 2)
 with cexec.Executor("py.pub") as pool:
     print(pool.submit(give).result(30)(1), pool.submit(fail).exception(30).args[0](1))
 """, files={"cloudpickle.py": CLOUDPICKLE}) == "2 3\n"
+
+
+def test_all_of_a_script_shares_one_state(calls, tmp_path):
+    """Lambdas and closures too, which cloudpickle would give a copy of its variables; classes stay the same ones."""
+    assert run_program(calls, tmp_path, """
+import cexec, enum, sys
+class Color(enum.Enum): RED = 1
+COUNT = [0]
+def count():
+    COUNT[0] += 1
+    return COUNT[0]
+def adder(step):
+    def add(): return step + count()
+    return add
+if __name__ == "__main__":
+    with cexec.Executor("py.pub", max_workers=1) as pool:
+        print(*[pool.submit(each).result(30) for each in (count, lambda: count(), adder(100), lambda: COUNT[0])], COUNT)
+        print(pool.submit(lambda color: (color is Color.RED, Color.RED), Color.RED).result(30)[1] is Color.RED,
+              pool.submit(lambda: lambda: count()).result(30)())
+""", files={"cloudpickle.py": CLOUDPICKLE}) == "1 2 103 3 [0]\nTrue 1\n"
+
+
+def test_what_is_behind_the_guard_goes_along_by_value(calls, tmp_path):
+    """Each call finds the variables as they were when it was submitted; a function may call itself."""
+    assert run_program(calls, tmp_path, """
+import cexec
+if __name__ == "__main__":
+    def fall(number): return fall(number - 1) + step if number else 0
+    with cexec.Executor("py.pub", max_workers=1) as pool:
+        futures = []
+        for step in range(3): futures.append(pool.submit(lambda: (step, fall(2))))
+        print(*[future.result(30) for future in futures])
+""", files={"cloudpickle.py": CLOUDPICKLE}) == "(0, 0) (1, 2) (2, 4)\n"
+
+
+def test_a_function_behind_the_guard_is_told_apart(calls, tmp_path):
+    told = run_program(calls, tmp_path, """
+import cexec
+def same(value): return value
+if __name__ == "__main__":
+    def hidden(): pass
+    class Hidden: pass
+    with cexec.Executor("py.pub") as pool:
+        for future in pool.submit(hidden), pool.submit(same, Hidden()):
+            assert isinstance(future.exception(30), AttributeError)
+            print(future.exception())
+""")
+    assert told.count('must not be defined behind: if __name__ == "__main__":') == 2
+    assert "'hidden'" in told and "'Hidden'" in told
+
+
+def test_a_module_that_looks_at_main_finds_the_script(calls, tmp_path):
+    """It is run when something of it is first wanted, by whatever way."""
+    assert run_program(calls, tmp_path, """
+import cexec, looks
+MARK = "of the script"
+if __name__ == "__main__":
+    with cexec.Executor("py.pub") as pool: print(pool.submit(looks.mark).result(30))
+""", files={"looks.py": "import __main__\ndef mark(): return getattr(__main__, 'MARK', None)\n"}) == "of the script\n"
+
+
+def test_processes_that_a_call_starts_do_not_look_for_the_script(calls, tmp_path):
+    """multiprocessing's spawn would run it, and it is not on the worker."""
+    assert run_program(calls, tmp_path, """
+import concurrent.futures, math, multiprocessing, os
+import cexec
+def roots():
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(math.sqrt, [4]))
+if __name__ == "__main__":
+    with cexec.Executor("py.pub") as pool:
+        os.unlink(__file__)
+        print(pool.submit(roots).result(60))
+""") == "[2.0]\n"
+
+
+def test_what_is_only_compiled_says_so(calls, tmp_path):
+    """A module without source that the script imports, and a script that is such itself."""
+    program = """
+import cexec, bare
+def work(): return bare.work()
+if __name__ == "__main__":
+    with cexec.Executor("py.pub") as pool: print(pool.submit(work).exception(30), pool.submit(abs, -1).result(30))
+"""
+    import py_compile
+    for name, text in ("bare", "def work(): return 1"), ("whole", program):
+        (tmp_path / (name + ".py")).write_text(text)
+        py_compile.compile(str(tmp_path / (name + ".py")), str(tmp_path / (name + ".pyc")))
+        (tmp_path / (name + ".py")).unlink()
+    told = run_program(calls, tmp_path, program)
+    assert "'bare' on worker 127.0.0.1: it is compiled, or has no source" in told and told.endswith(" 1\n")
+    told = run_program(calls, tmp_path, program, "whole.pyc", files={"cloudpickle.py": "raise ImportError('not here')"})
+    assert "no source" in told and told.endswith(" 1\n")
 
 
 def test_code_by_value_crosses_no_minor_version(calls, tmp_path):
