@@ -13596,6 +13596,9 @@ if sys.version_info < (3, 8):
 from _frozen_importlib_external import MAGIC_NUMBER
 path, source = marshal.loads(sys.stdin.buffer.read())
 code = source[16:]
+if path.endswith(".pyc") and source[:4] != MAGIC_NUMBER:
+    sys.exit("this is Python %d.%d, and cservice runs from %s, which is compiled for another one"
+             % (*sys.version_info[:2], path))
 if source[:4] != MAGIC_NUMBER:
     code = marshal.dumps(compile(source, path, "exec", dont_inherit=True))
 sys.stdout.buffer.write(marshal.dumps((path, MAGIC_NUMBER, code, source)))
@@ -13612,8 +13615,11 @@ def open_program(command, user):
     that Python cannot run it."""
     import marshal, subprocess
     path = os.path.realpath(own_path())
-    with open(path, "rb") as file:
-        source = file.read()
+    if os.path.isfile(path):
+        with open(path, "rb") as file:
+            source = file.read()
+    else:       # a member of a zip file
+        source = sys.modules[__name__].__loader__.get_data(own_path())
     made = subprocess.run([*command, "-c", PROGRAM_COMPILER], input=marshal.dumps((path, source)),
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=job_environment(user),
                           preexec_fn=user and functools.partial(become_user, user))
@@ -15054,6 +15060,7 @@ SENT_EACH = 1 << 24        # bytes of one module or data file that is sent
 SENT_MAX = 1 << 28       # bytes of all of them for one interpreter
 QUESTIONS_MAX = 20000       # of one interpreter
 MAP_LEAST = 1000            # inputs that map takes at once
+MAP_BYTES = 1 << 26         # bytes of calls that wait, after which it takes no more than there are slots
 
 
 class Call:
@@ -15413,8 +15420,8 @@ class CallPool:
         self.tasks = tasks              # calls that an interpreter runs before it is replaced, or None
         self.waiting = collections.deque()
         self.interpreters = set()
-        self.taken = 0                  # calls that were submitted
-        self.settled = 0                # calls of which no more is heard
+        self.taken = self.bytes_taken = 0       # calls that were submitted
+        self.settled = self.bytes_settled = 0   # calls of which no more is heard
         self.avoid = {}                 # {instance of a worker: monotonic seconds until which it is passed over}
         self.start_failures = collections.Counter()     # {instance: in a row}
         self.started = set()            # instances whose interpreters have started
@@ -15443,12 +15450,13 @@ class CallPool:
             if self.teller is None:
                 self._begin()
             self.taken += 1
+            self.bytes_taken += call.size
         self.waiting.append(call)
         try:
             self.pump_soon()
         except Failure:
             self.waiting.remove(call)
-            self.settled += 1
+            self._count_settled(call)
             raise
         return call
 
@@ -15655,8 +15663,12 @@ class CallPool:
         """It has ended; returns who is to be told."""
         taker = call.taker
         call.on(event)
-        self.settled += 1
+        self._count_settled(call)
         return taker
+
+    def _count_settled(self, call):
+        self.settled += 1
+        self.bytes_settled += call.size
 
     def forget(self, call):
         """It was cancelled."""
@@ -16130,9 +16142,14 @@ class CallMap:
         self.wanted = True              # somebody may still take results
         self.closed = False
 
+    def is_full(self):
+        """Whether large inputs keep it from taking more of them."""
+        return (self.pool.bytes_taken - self.pool.bytes_settled > MAP_BYTES
+                and len(self.items) > min(self.pool.most, self.pool.thread.slots))
+
     def take_inputs(self, count):
-        """Starts calls for more inputs until there are so many items."""
-        while self.inputs is not None and count > 0:
+        """Starts calls for so many more inputs."""
+        while self.inputs is not None and count > 0 and not self.is_full():
             arguments = next(self.inputs, self)
             if arguments is self:
                 self.inputs = None
@@ -16148,7 +16165,7 @@ class CallMap:
             count -= 1
 
     def next_result(self):
-        self.take_inputs(min(1, self.most - len(self.items) + 1))
+        self.take_inputs(min(2, self.most - len(self.items) + 1))
         if not self.items:
             raise StopIteration
         item = self.items[0][0]
@@ -16176,12 +16193,13 @@ class CallMap:
         """Runs what is left, for nobody, or for whoever takes the results later."""
         pending = collections.deque(item for item, _ in self.items)
         while self.inputs is not None and not self.closed:
-            if len(pending) >= self.most:
+            if pending and (len(pending) >= self.most or self.is_full()):
                 self._wait_for(pending.popleft())
             while not self.wanted and self.items and self.items[0][0].over:
                 self.items.popleft()
+            before = len(self.items)
             self.take_inputs(1)
-            if self.items:
+            if len(self.items) > before:
                 pending.append(self.items[-1][0])
 
     def close(self):

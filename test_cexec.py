@@ -12292,10 +12292,21 @@ def test_map_takes_inputs_as_results_are_taken(pool, probe):
     assert pool.submit(probe.square, 3).result(30) == 9 and len(taken) == count
 
 
+def test_map_takes_few_of_large_inputs(pool, probe, monkeypatch):
+    """All of them together need no more memory than so many bytes, and one for each slot."""
+    monkeypatch.setattr(cexec, "MAP_BYTES", 1 << 20)
+    taken = []
+    for number, result in zip(range(60), pool.map(len, (taken.append(n) or bytes(1 << 18) for n in itertools.count()))):
+        assert result == 1 << 18 and len(taken) - number < 20
+    assert len(taken) >= 60
+
+
 def test_a_map_from_which_nobody_takes_is_completed(calls, probe, tmp_path):
     with executor(calls) as pool:
         pool.map(probe.touch, [str(tmp_path / "all")] * 40, buffersize=3)
         kept = pool.map(probe.square, range(40), buffersize=3)
+        large = pool.map(len, (bytes(1 << 22) for _ in range(40)))
+    assert list(large) == [1 << 22] * 40
     assert (tmp_path / "all").read_text() == "x" * 40
     assert list(kept) == [n * n for n in range(40)]
 
@@ -13125,6 +13136,27 @@ def test_a_python_that_cannot_serve_is_told_at_the_start(key):
     for python, words in (("/bin/true", "true"), ("no-such-python", "command not found")):
         done = run("cservice", "--python", key, python, env={"GROUP": "127.255.255.255:%d" % free_port()})
         assert done.returncode == 2 and words in done.stderr.decode(), done.stderr
+
+
+def test_a_worker_runs_from_a_zip_or_compiled(key, tmp_path):
+    """Its interpreters are the same program; one of another version cannot run what is compiled, and says so."""
+    import py_compile, zipfile
+    py_compile.compile(CEXEC, str(tmp_path / "cexec.pyc"))
+    with zipfile.ZipFile(str(tmp_path / "cexec.zip"), "w") as file:
+        file.write(CEXEC, "__main__.py")
+    for name in "cexec.zip", "cexec.pyc":
+        room = Room(key)
+        room.start(sys.executable, str(tmp_path / name), "cservice", "--python", key, env=room.settings({})).ready(30)
+        try:
+            with executor(room) as pool:
+                assert pool.submit(abs, -1).result(60) == 1
+        finally:
+            room.end()
+    for version in set(interpreters()) - {"%d.%d" % sys.version_info[:2]}:
+        done = run_command(sys.executable, str(tmp_path / "cexec.pyc"), "cservice", "--python", key,
+                           interpreters()[version])
+        assert done.returncode == 2 and b"Python %s, " % version.encode() in done.stderr
+        assert b"compiled for another one" in done.stderr
 
 
 @pytest.mark.parametrize("limit,text,words", [
