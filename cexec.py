@@ -16171,6 +16171,8 @@ class CallMap:
         item = self.items[0][0]
         if not item.over:
             self._wait_for(item, self.until)
+        if self.closed:         # meanwhile
+            raise StopIteration
         self.items.popleft()
         if isinstance(item.error, StopIteration):       # which would end the iteration, as if all was done
             raise RuntimeError("a call of map raised StopIteration") from item.error
@@ -16181,7 +16183,7 @@ class CallMap:
     def _wait_for(self, item, until=None):
         self.awaited = item
         with self.changed:
-            while not item.over:
+            while not item.over and not self.closed:
                 patience = None if until is None else until - time.monotonic()
                 if patience is not None and patience <= 0:
                     from concurrent.futures import TimeoutError
@@ -16209,6 +16211,8 @@ class CallMap:
             if call is not None:
                 self.pool.cancelled(call)
         self.items.clear()
+        with self.changed:
+            self.changed.notify_all()
 
 
 class CallResults:
@@ -16218,6 +16222,7 @@ class CallResults:
         self._executor = executor       # which is not to be forgotten before
         self._run = run
         self._taken = False
+        self._turn = _thread.allocate_lock()        # of threads that share it
 
     def __iter__(self):
         return self
@@ -16227,7 +16232,8 @@ class CallResults:
             self._taken = True
             self._run.pool.forget_map(self._run)
         try:
-            return self._run.next_result()
+            with self._turn:
+                return self._run.next_result()
         except BaseException:
             self.close()
             raise

@@ -12292,6 +12292,24 @@ def test_map_takes_inputs_as_results_are_taken(pool, probe):
     assert pool.submit(probe.square, 3).result(30) == 9 and len(taken) == count
 
 
+def test_threads_may_share_the_results_of_a_map(pool, probe):
+    """Each result goes to one of them; who waits when it is closed hears of the end."""
+    results, found = pool.map(probe.same, range(2000)), [[], [], []]
+    threads = [threading.Thread(target=each.extend, args=(results,)) for each in found]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join(60)
+    assert sorted(sum(found, [])) == [*range(2000)]
+    results = pool.map(probe.sleep, [1] * 20)
+    waiting = threading.Thread(target=list, args=(results,))
+    waiting.start()
+    time.sleep(0.1)
+    results.close()
+    waiting.join(30)
+    assert not waiting.is_alive()
+
+
 def test_map_takes_few_of_large_inputs(pool, probe, monkeypatch):
     """All of them together need no more memory than so many bytes, and one for each slot."""
     monkeypatch.setattr(cexec, "MAP_BYTES", 1 << 20)
