@@ -11059,7 +11059,7 @@ class Scratch:
 
     def __init__(self, place, prefix):
         """place: the folder for it; prefix: of its name.  OSError when it cannot be."""
-        self.going = False          # it is being removed
+        self.done = None            # what to call when it has been removed
         mask = os.umask(0o77)
         try:
             self.path, self.fd = self._make(place, prefix)
@@ -11086,8 +11086,10 @@ class Scratch:
 
     def remove(self, loop, done):
         """Removes it in a child.  done(words) is called when that has ended, or after WAIT seconds; words: what is left
-        and why, or empty."""
-        self.going = True
+        and why, or empty.  When this is called again meanwhile, the last done counts."""
+        going, self.done = self.done, done
+        if going:
+            return
         reading, writing = os.pipe()
         try:
             pid = call_as(None, lambda: self._remove(writing), self.fd, writing)
@@ -11104,7 +11106,7 @@ class Scratch:
             os.close(reading)
             timer.cancel()
             os.waitpid(pid, os.WNOHANG if late else 0)
-            done("%s is not removed after %d s" % (self.path, self.WAIT) if late else words)
+            self.done("%s is not removed after %d s" % (self.path, self.WAIT) if late else words)
         timer = loop.call_later(self.WAIT, lambda: over(late=True))
         loop.watch(reading, read=over)
 
@@ -11464,7 +11466,6 @@ class RunningJob:
         self.cleared = False        # nothing of the process and what came of it is left
         self.gone = None            # what to call then, where its submitter has gone
         self.scratch = None         # the Scratch that it stands in
-        self.after_scratch = None   # what to call once that is removed
         self.call_status = None     # the CallStatus of an interpreter
         self.resting = False        # it has no call, as the daemon knows
         self.ends = None
@@ -11581,17 +11582,15 @@ class RunningJob:
 
     def _remove_scratch(self, then):
         """Calls then(), the last one given, once the job's folder is removed."""
-        self.after_scratch = then
-        if not self.scratch:
+        def removed(words):
+            if words:
+                self.handler.log("job %s: %s; the next start tries again" % (self.job.id, words))
+            self.scratch = None
             then()
-        elif not self.scratch.going:
-            self.scratch.remove(self.loop, self._scratch_removed)
-
-    def _scratch_removed(self, words):
-        if words:
-            self.handler.log("job %s: %s; the next start tries again" % (self.job.id, words))
-        self.scratch = None
-        self.after_scratch()
+        if self.scratch:
+            self.scratch.remove(self.loop, removed)
+        else:
+            then()
 
     def _report(self):
         status = self.process.wait_status
@@ -11620,9 +11619,8 @@ class RunningJob:
             self.gone = done
             self._release()
             if self.cleared:
-                return self._remove_scratch(done)
-        if not self.cleared:
-            self.process.end(self._cleared)
+                self._remove_scratch(done)
+        self.kill()
 
 
 class Handler:
@@ -12841,20 +12839,6 @@ class Crat:
         self.log.datagrams_lost(self.socket.dropped)
 
 
-def usable_keys(paths):
-    """The Keys in these files.  One that is bad is told and left out: the others' lines count too."""
-    keys, failures = [], []
-    for path in paths:
-        try:
-            keys += load_keys(CRAT, [path])
-        except Failure as failure:
-            failures.append(failure)
-    if failures and not keys:
-        raise failures[0]
-    for failure in failures:
-        say(CRAT, "%s; goes on without it" % failure)
-    return keys
-
 
 def crat(arguments, settings):
     """crat [APP.pub...]: prints a line for every alert until SIGTERM or SIGINT, then returns 0.
@@ -12864,7 +12848,7 @@ def crat(arguments, settings):
     error of standard output it fails.
     """
     check_output()
-    error = Crat(usable_keys(arguments), settings).run()
+    error = Crat(load_keys(CRAT, arguments, some=True), settings).run()
     if error is not None and error.errno != errno.EPIPE:
         raise Failure("standard output", reason_of(error))
     return 0 if error is None else 128 + signal.SIGPIPE
@@ -13384,12 +13368,24 @@ def read_key(path):
     return text, key, warning
 
 
-def load_keys(tool, paths):
-    """The Keys in these files, either half; what is wrong and no failure is said."""
-    loaded = [load_key(path) for path in paths]
-    for warning in filter(None, [warning for _, warning in loaded]):
-        say(tool, warning)
-    return [key for key, _ in loaded]
+def load_keys(tool, paths, some=False):
+    """The Keys in these files, either half; what is wrong and no failure is said.  some: one that is bad is left out
+    where another is good."""
+    keys, failures = [], []
+    for path in paths:
+        try:
+            key, warning = load_key(path)
+        except Failure as failure:
+            failures.append(failure)
+            continue
+        keys.append(key)
+        if warning:
+            say(tool, warning)
+    if failures and not (some and keys):
+        raise failures[0]
+    for failure in failures:
+        say(tool, "%s; goes on without it" % failure)
+    return keys
 
 
 def load_key(path, want=None):
@@ -16442,9 +16438,7 @@ class Demo:
         import tempfile
         self.command = command
         self.many = many                    # whether to show a cmap too
-        self.running = {}                   # {name: pid}
-        self.outputs = {}                   # {name: descriptor}, of what the tools say
-        self.said = {}                      # {name: bytes of it so far}
+        self.running, self.ended = {}, {}   # {name: pid}, {name: status as of a shell}
         self.place = tempfile.TemporaryDirectory(prefix="cexec-")
         self.folder = self.place.name
         os.chmod(self.folder, 0o700)        # the umask may take even this user's rights
@@ -16549,31 +16543,30 @@ class Demo:
     # -- the tools
     def start(self, name, arguments, folder=None, input=b"", word="ready"):
         """Starts a tool and waits until it has said the word."""
-        source, began = pipe_of(input), time.monotonic()
-        self.outputs[name], writing = os.pipe()
-        self.said[name] = b""
-        self.fork(name, lambda: self.become(arguments, source, writing, writing), folder)
-        os.close(writing)
+        source, output = pipe_of(input), os.open(os.path.join(self.folder, name), os.O_WRONLY | os.O_CREAT, 0o600)
+        self.fork(name, lambda: self.become(arguments, source, output, output), folder)
+        os.close(output)
         os.close(source)
         if not self.hear(name, word, self.PATIENCE):
+            status = self.status_of(name, os.WNOHANG)
             self.show(name)
-            late = time.monotonic() - began >= self.PATIENCE
-            raise Failure("%s did not get ready" % name, "" if late else "it ended with status %d" %
-                          self.status_of(name), "what it said is above")
+            raise Failure("%s did not get ready" % name, "" if status is None else "it ended with status %d" % status,
+                          "what it said is above")
 
     def hear(self, name, word, seconds):
-        """Hears what a tool says until the word is in it, it has ended, or so many seconds; whether the word came."""
-        fd, end = self.outputs[name], time.monotonic() + seconds
-        while word.encode() not in self.said[name]:
-            data = os.read(fd, 1 << 16) if select.select([fd], [], [], max(0, end - time.monotonic()))[0] else b""
-            if not data:
+        """Whether a tool says this word within so many seconds, and before it ends."""
+        end = time.monotonic() + seconds
+        while True:
+            over = time.monotonic() > end or self.status_of(name, os.WNOHANG) is not None
+            if any(word in line for line in self.lines(name)):
+                return True
+            if over:
                 return False
-            self.said[name] += data
-        return True
+            time.sleep(0.01)
 
     def lines(self, name):
-        """Those that the tool has said."""
-        return self.said[name].decode("utf-8", "replace").splitlines()
+        """Those that the tool has said so far."""
+        return read_lines(os.path.join(self.folder, name))
 
     def show(self, name):
         for line in self.lines(name):
@@ -16608,11 +16601,15 @@ class Demo:
         close_strays()
         return main(["cexec.py", *arguments])
 
-    def status_of(self, name):
-        """Waits for the end of this tool; its status as a shell has it."""
-        status = os.waitpid(self.running[name], 0)[1]
-        del self.running[name]
-        return status >> 8 if not status & 127 else 128 + (status & 127)
+    def status_of(self, name, options=0):
+        """Waits for the end of this tool; its status.  With WNOHANG None where it has not ended."""
+        if name in self.running:
+            pid, status = os.waitpid(self.running[name], options)
+            if not pid:
+                return None
+            del self.running[name]
+            self.ended[name] = status >> 8 if not status & 127 else 128 + (status & 127)
+        return self.ended[name]
 
     def input(self):
         """A descriptor for the job: standard input if that brings anything, else one of the text."""
