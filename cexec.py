@@ -10919,7 +10919,6 @@ class ControlSocket:
             discard(self.address)
 
 
-
 def service_unit():
     """The name of the unit as which systemd has started this very process; empty where it has not."""
     started = os.environ.get("SYSTEMD_EXEC_PID")        # since version 248
@@ -11146,7 +11145,6 @@ def make_and_remove(place, prefix):
     problem = remove_folder(scratch.path, scratch.fd)
     if problem:
         raise problem
-
 
 
 # -- the parameters of --allow
@@ -12746,29 +12744,28 @@ class AlertReader:
             return [], [("forged", text)]
         reports, notes = [], []
         for alert in alerts:
-            refusal = self._refusal(datagram.key_id, alert, history, now)
-            if refusal is None:
-                submitter, (worker, _, proxy) = alert.submitter, alert.worker.partition(" by ")
-                job = alert.job
-                if not (job.isascii() and job.replace("-", "").replace(".", "").isalnum() and len(job) <= 64):
-                    job = ""        # that is no id
-                event, status = ("completed", alert.status) if alert.verdict == COMPLETED else ("rats out", None)
-                reports.append(Report(
-                    round(now, 3), event, submitter if parse_address(submitter) else source,
-                    worker if parse_address(worker) else "?", proxy if parse_address(proxy) else "",
-                    history.name if history.key else None, "0x" + datagram.key_id.hex(), bool(history.key),
-                    status, job, alert.words, alert.milliseconds / 1000))
-            elif refusal:
-                topic, words = refusal
+            # The same alert may come again in a datagram with another nonce or sequence, alone or among others.
+            name = hashlib.sha256(datagram.key_id + encode_alert(alert)).digest()[:16]
+            if name in history.seen:
+                continue
+            topic, words = self._refusal(name, alert, history, now)
+            if topic:
                 notes.append(((topic, history.name), "not shown from %s for %s: %s" % (source, history.name, words)))
+                continue
+            submitter, (worker, _, proxy) = alert.submitter, alert.worker.partition(" by ")
+            job = alert.job
+            if not (job.isascii() and job.replace("-", "").replace(".", "").isalnum() and len(job) <= 64):
+                job = ""        # that is no id
+            event, status = ("completed", alert.status) if alert.verdict == COMPLETED else ("rats out", None)
+            reports.append(Report(
+                round(now, 3), event, submitter if parse_address(submitter) else source,
+                worker if parse_address(worker) else "?", proxy if parse_address(proxy) else "",
+                history.name if history.key else None, "0x" + datagram.key_id.hex(), bool(history.key),
+                status, job, alert.words, alert.milliseconds / 1000))
         return reports, notes
 
-    def _refusal(self, key_id, alert, history, now):
-        """None if this alert is to be printed, () if it is a repetition, else (topic, words) of a note."""
-        # The same alert may come again in a datagram with another nonce or sequence, alone or among others.
-        name = hashlib.sha256(key_id + encode_alert(alert)).digest()[:16]
-        if name in history.seen:
-            return ()
+    def _refusal(self, name, alert, history, now):
+        """(topic, words) of a note why this alert, new by its name, is not printed; empty texts where it is."""
         ahead, by_clock = alert.clock / 1000 - now, bool(history.key and self.max_skew)
         if by_clock and (abs(ahead) > self.max_skew or now + ahead < self.started - START_SLACK):
             return "stale", ("an alert whose clock is %.0f s %s ours: replayed, older than this crat, or a clock "
@@ -12778,7 +12775,7 @@ class AlertReader:
         history.count += 1
         if not history.add(name, alert.clock if by_clock else history.count):
             return "old", "an alert older than the last %d, which are all that is remembered" % ALERTS_KEPT
-        return None
+        return "", ""
 
 
 class Crat:
@@ -12837,7 +12834,6 @@ class Crat:
             for topic, text in notes:
                 self.log.note(topic, text)
         self.log.datagrams_lost(self.socket.dropped)
-
 
 
 def crat(arguments, settings):
