@@ -11263,13 +11263,15 @@ def test_the_folder_goes_however_the_job_ends(room, tmp_path, way):
     limits = ["--limit", "wall=1"] if way == "wall" else []
     command = RUN_SHELL if way != "refused" else [str(place / "command")]
     if way == "refused":
-        (place / "command").write_text("#!/no/interpreter\n")
+        (place / "interpreter").symlink_to("/bin/sh")
+        (place / "command").write_text("#!%s\n" % (place / "interpreter"))
         (place / "command").chmod(0o755)
     worker = scratch_worker(room, place, *user, *limits, command=command, CONCURRENCY=1)
     text = HARD_TO_REMOVE.replace("%s", quoted(tmp_path))
     if os.geteuid() == 0:
         text = text.replace("ln %s/precious/file hard" % quoted(tmp_path), "")      # protected_hardlinks
     if way == "refused":
+        (place / "interpreter").unlink()
         assert room.cexec(env={"CEXEC_TIMEOUT_ACCEPT": 1}).returncode == 111
         (place / "command").unlink()
     elif way == "cexec killed":
@@ -19166,7 +19168,7 @@ def test_a_watch_never_asks_twice_at_once(monkeypatch, room):
     monkeypatch.setattr(cexec, "ASK_QUIET", 4)
     monkeypatch.setattr(cexec, "ASK_ROUNDS", 4)
     monkeypatch.setattr(cexec, "ASK_ROUND", 0.05)
-    monkeypatch.setattr(cexec, "WATCH_EVERY", 0.02)
+    monkeypatch.setattr(cexec, "ROLL_CALL_EVERY", 0.02)
     settings, _ = cexec.read_settings("cwho", ["--watch"], {"GROUP": room.group})
     view = cexec.RollCallView([cexec.load_key(room.pub)[0]], settings)
     begun, drawn, call = [], [], view.calls[0]
