@@ -13958,15 +13958,18 @@ class Combination:
         self.dice = dice = random.Random(seed)
         self.room, self.folder = room, folder
         self.kind = dice.choice(["files", "from", "lines", "group", "block", "bytes", "before", "value", "fifo"])
-        self.chosen = set(pair or dice.sample(sorted(OPTIONS_THAT_MEET), 2))
+        self.chosen = set(pair or dice.sample(sorted(OPTIONS_THAT_MEET), dice.choice([2, 2, 3])))
         self.chosen |= {"out"} if self.chosen & {"keep", "resume"} else set()
         if "out" in self.chosen:
             self.chosen -= {"tag"}
         if self.kind not in ("lines", "group", "block", "before"):
             self.chosen -= {"header"}
         self.harm = dice.choice(["none", "none", "bad", "chaos", "drain", "freeze"])
+        room.become(dice.choice([1, 2, 3, 3]))
         if self.harm == "bad":
             self.chosen |= {"again"}
+        elif len(room.hands) == 1 and dice.random() < 0.8:
+            self.chosen -= {"again"}        # which waits ten seconds for another one, each time
         if self.harm in ("chaos", "drain", "freeze"):
             self.chosen -= {"retries", "timeout"}       # what a frozen worker's job comes to is a matter of time
         self.count = dice.randrange(1, 30)
@@ -14129,11 +14132,17 @@ def write_once(fifo, data):
 
 
 class FarmOfHands:
-    """Three workers that do what plain_loop() says, and perhaps one that fails everything."""
+    """One to three workers that do what plain_loop() says, and perhaps one that fails everything."""
 
     def __init__(self, room, folder):
-        self.room, self.folder = room, folder
-        self.hands = [self.farmhand() for _ in range(3)]
+        self.room, self.folder, self.hands = room, folder, []
+
+    def become(self, count):
+        """So many workers from now on."""
+        while len(self.hands) > count:
+            self.hands.pop().end()
+        while len(self.hands) < count:
+            self.hands.append(self.farmhand())
 
     def farmhand(self):
         return self.room.serve("sh", "-c", FARMHAND.format(folder=self.folder), CONCURRENCY=2)
