@@ -10956,7 +10956,7 @@ def stop_services(key, now):
 
 
 def neighbour_warnings(key, group_socket, control):
-    """What is to be said of other programs on this machine that take from this worker what is its."""
+    """What is to be said of what keeps from this worker what is its: mostly other programs on this machine."""
     warnings = []
     if control.problem:
         warnings.append("cservice --stop does not find this one: %s" % control.problem)
@@ -10970,6 +10970,9 @@ def neighbour_warnings(key, group_socket, control):
         warnings.append("another program of this machine listens on %s, and only the one that was started last hears "
                         "what is sent there; give each a port of its own, or take a broadcast or multicast GROUP"
                         % (group,))
+    if group.kind == "unicast" and not is_broadcast(group) and not is_own_address(group.address):
+        warnings.append("%s is no address of this machine, so nothing that is sent there is heard here; GROUP is an "
+                        "address of this machine, or a broadcast or multicast group" % group.address)
     return warnings
 
 

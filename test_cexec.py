@@ -11217,6 +11217,16 @@ def test_ready_warns_of_a_single_address_of_many(room, tmp_path, group, warned):
     assert len(workers[1].log.having(words)) == int(warned)
 
 
+@LINUX_ONLY
+@pytest.mark.parametrize("address, warned", [("192.0.2.1", True), ("127.0.0.1", False), ("127.255.255.255", False)])
+def test_a_group_of_another_machine_is_told(room, address, warned):
+    """A worker with what a submitter would set, the address of one worker, hears nobody."""
+    worker = room.serve("cat", group="%s:%d" % (address, room.port))
+    if warned:
+        worker.log.wait("warning: %s is no address of this machine" % address)
+    assert worker.stop() == 0 and bool(worker.log.having("no address of this machine")) == warned
+
+
 def test_the_veto_says_how_its_command_ended(room):
     worker = impatient(room, {"Daemon.VETO_EVERY": 0.3}, "--if", "no-such-command", room.key, "cat")
     worker.log.wait("--if: no new jobs for the time being (--if ended with 127)")
