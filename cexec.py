@@ -860,7 +860,7 @@ ANNOUNCE_BODY = struct.Struct(">HIIB8sH")
 TELL_BUSY = 1               # flag: whoever has no free slot says so
 PROVE = 2                   # flag: and connects all the same, to show that it has the private key
 HOLD_BODY = struct.Struct(">H")             # milliseconds
-TAKEN_BODY = struct.Struct(">f")            # the new shared offset, NaN for none
+TAKEN_BODY = struct.Struct(">f")            # the new shared offset in milliseconds, NaN for none
 ASK_BODY = struct.Struct(">HBH")    # ms over which the answers are to be spread; flags; bytes of the filter behind
 CONNECT = 1                 # flag: try to connect back to the port as well
 CHECK = 2                   # flag: workers of other keys say that they are there
@@ -868,54 +868,58 @@ ASK_JOBS = 4                # flag: tell which jobs run
 FILTER_MAX = 1024           # bytes: of a thousand workers one in a hundred waits for the next round
 
 
-# attempt: counts from 0.  waited, interval: milliseconds.  submitter: 8 bytes that name the submitting process.
+# attempt: counts from 0.  waited, interval: seconds.  submitter: 8 bytes that name the submitting process.
 # wanted: how many slots it can use now.
 Announcement = collections.namedtuple("Announcement", "attempt waited interval flags submitter wanted")
 
 
+def to_ms(seconds):
+    return round(min(seconds * 1000, U32_MAX))
+
+
 def encode_announcement(announcement):
     attempt, waited, interval, flags, submitter, wanted = announcement
-    return ANNOUNCE_BODY.pack(min(attempt, 65535), int(min(waited, U32_MAX)), int(interval), flags, submitter,
+    return ANNOUNCE_BODY.pack(min(attempt, 65535), to_ms(waited), to_ms(interval), flags, submitter,
                               min(wanted, 65535))
 
 
 def parse_announcement(datagram):
-    announcement = Announcement(*unpack_body(ANNOUNCE_BODY, datagram))
-    if not announcement.wanted:
+    attempt, waited, interval, *others, wanted = unpack_body(ANNOUNCE_BODY, datagram)
+    if not wanted:
         raise ProtocolError("an announcement that wants no slot")
-    return announcement
+    return Announcement(attempt, waited / 1000, interval / 1000, *others, wanted)
 
 
-def encode_hold(milliseconds):
-    return HOLD_BODY.pack(int(milliseconds))
+def encode_hold(seconds):
+    return HOLD_BODY.pack(to_ms(seconds))
 
 
 def parse_hold(datagram):
-    return unpack_body(HOLD_BODY, datagram)[0]
+    return unpack_body(HOLD_BODY, datagram)[0] / 1000
 
 
 def encode_taken(offset):
     """offset: the shared offset from now on, or None."""
-    return TAKEN_BODY.pack(math.nan if offset is None else offset)
+    return TAKEN_BODY.pack(math.nan if offset is None else offset * 1000)
 
 
 def parse_taken(datagram):
     offset, = unpack_body(TAKEN_BODY, datagram)
-    return None if math.isnan(offset) else offset
+    return None if math.isnan(offset) else offset / 1000
 
 
 def encode_ask(spread, flags, heard=b""):
     """heard: a filter of the workers that need not answer again, as heard_filter makes it."""
-    return ASK_BODY.pack(int(spread), flags, len(heard)) + heard
+    return ASK_BODY.pack(to_ms(spread), flags, len(heard)) + heard
 
 
 def parse_ask(datagram):
-    """(milliseconds over which to spread the answers, flags, filter)."""
+    """(seconds over which to spread the answers, flags, filter)."""
     spread, flags, size = unpack_body(ASK_BODY, datagram)
     heard = datagram.body[ASK_BODY.size:ASK_BODY.size + size]
     if len(heard) < size:
         raise ProtocolError("a short ask datagram")
-    return spread, flags, heard
+    return spread / 1000, flags, heard
 
 
 def filter_bits(size, nonce, sequence, instance):
@@ -1048,19 +1052,20 @@ def parse_here(datagram):
 
 # The preamble, the first bytes of a worker's connection, in plain: it lets cexec rank the candidates before any of
 # them has cost it a handshake.  The answer is GO, a tag over the very preamble: whoever cannot say it gets no process.
-PREAMBLE = struct.Struct(">4sB8sfff?8s")    # magic, version, nonce, cost, offset, wait (ms), from a queue, random
+PREAMBLE = struct.Struct(">4sB8sfff?8s")    # magic, version, nonce, cost, offset and wait (ms), from a queue, random
 PREAMBLE_SIZE = PREAMBLE.size + TAG_SIZE
 GO_SIZE = TAG_SIZE
 
 
-# What a worker says when it connects.  waited: milliseconds, 0 where the wait says nothing about the offset.
+# What a worker says when it connects.  waited: seconds, 0 where the wait says nothing about the offset.
 # queued: whether it had no free slot when its time came.
 Answer = collections.namedtuple("Answer", "nonce cost offset waited queued")
 
 
 def encode_preamble(secret, answer, random):
     """random: 8 bytes, new for each connection."""
-    data = PREAMBLE.pack(MAGIC, WIRE_VERSION, *answer, random)
+    nonce, cost, offset, waited, queued = answer
+    data = PREAMBLE.pack(MAGIC, WIRE_VERSION, nonce, cost, 1000 * offset, 1000 * waited, queued, random)
     return data + tag(secret, b"preamble", data)
 
 
@@ -1079,10 +1084,10 @@ def parse_preamble(secret, nonce, data):
         raise ProtocolError("a worker of protocol version %d, this program speaks %d" % (data[4], WIRE_VERSION))
     if not hmac.compare_digest(tag(secret, b"preamble", data[:-TAG_SIZE]), data[-TAG_SIZE:]):
         raise ProtocolError("a worker of another key")
-    _, _, *fields, random = PREAMBLE.unpack_from(data)
-    if fields[0] != nonce:
+    _, _, answered, cost, offset, waited, queued, random = PREAMBLE.unpack_from(data)
+    if answered != nonce:
         raise ProtocolError("a worker that answers another announcement")
-    return Answer(*fields), random
+    return Answer(nonce, cost, offset / 1000, waited / 1000, queued), random
 
 
 def encode_go(secret, preamble, wanted=True):
@@ -2204,7 +2209,7 @@ class Slot:
     """One slot of a worker, from the offer to a search until it is free.  A Responder makes it and forgets it.
 
     answer: what its preamble says.  origin: whom it was offered to.  since: when it was offered, got its GO or began
-    with its first job, in milliseconds, whichever was last; connected: when the connection was made.  reserved: whether
+    with its first job, whichever was last; connected: when the connection was made.  reserved: whether
     it counts against the worker's slots; an offer that has been silent does not any more.  job: the SlotJob it has, or
     had last.  jobs: how many it has had.
     """
@@ -2401,62 +2406,62 @@ class Diagnosis:
 # Every worker hears an announcement and sets a timer that grows with its cost, plus a random part. The first ones to
 # fire connect; the submitter tells the rest to hold, takes the first good one and tells all that the job is taken.
 # A shared offset is added to all timers: submitters compute it from what they saw and workers remember it, so it
-# follows the size, load and speed of the cluster, which nobody needs to know. Times are milliseconds, as on the wire.
+# follows the size, load and speed of the cluster, which nobody needs to know. Times are seconds.
 
-JITTER = 3.0            # scale of the random part: about the time from the first connection until all have heard of it
-PER_COST = 48.0         # delay per unit of cost (cost is a logarithm: twice as loaded or half as fast waits 33 ms more)
-OFFSET_UNSET = 18.0     # a worker that has heard nothing yet does not know how many others it would collide with
-OFFSET_RANGE = (-150.0, 120.0)   # bounds the offset, so that one bad TAKEN cannot delay workers for long
-HIGH_HALF_LIFE = 600e3  # the highest offset is forgotten by halves
-QUIET = 2000.0          # after so long without a job the cluster may have become idle, so start near the highest offset
-QUIET_REST = 6.0
-SETTLED = 0.2           # a wait that has grown by less than this since the timer was set does not matter
-HOLD_TIME = 20.0        # longer than a handshake on a busy machine, too short for a stalled worker to be noticed
-HOLD_MOST = 1000.0      # what all holds of one search together can defer one worker
-SPEAK_GAP = 0.3         # holds and takens closer together than this tell nothing new
-LOAD_LAG = 5000.0       # the outside load is smoothed over this time
+JITTER = 0.003          # scale of the random part: about the time from the first connection until all have heard of it
+PER_COST = 0.048        # delay per unit of cost (cost is a logarithm: twice as loaded or half as fast waits 33 ms more)
+OFFSET_UNSET = 0.018    # a worker that has heard nothing yet does not know how many others it would collide with
+OFFSET_RANGE = (-0.15, 0.12)     # bounds the offset, so that one bad TAKEN cannot delay workers for long
+HIGH_HALF_LIFE = 600.0  # the highest offset is forgotten by halves
+QUIET = 2.0             # after so long without a job the cluster may have become idle, so start near the highest offset
+QUIET_REST = 0.006
+SETTLED = 0.0002        # a wait that has grown by less than this since the timer was set does not matter
+HOLD_TIME = 0.02        # longer than a handshake on a busy machine, too short for a stalled worker to be noticed
+HOLD_MOST = 1.0         # what all holds of one search together can defer one worker
+SPEAK_GAP = 0.0003      # holds and takens closer together than this tell nothing new
+LOAD_LAG = 5.0          # the outside load is smoothed over this time
 PENALTY = 3.0           # added to the cost of a ratted-out worker: any other goes first, a lone one still serves
 PER_SOURCE = 128        # announcements remembered for one submitting host, the oldest jobs first
 PENDING_MOST = 1024     # and in all; each event looks through them, which takes a third of a millisecond at worst
 ANSWERED_MOST = 1024    # nonces that have been answered: most get no second connection
 REFUSALS_MOST = 2       # a search whose submitter has refused so often is over
-OFFER_RESERVES = 1000.0 # an offer keeps its slot from others for so long
-SILENT_PATIENCE = 100.0 # while others wait, less if the submitter has not shown that it is there: so long, or two round
+OFFER_RESERVES = 1.0    # an offer keeps its slot from others for so long
+SILENT_PATIENCE = 0.1   # while others wait, less if the submitter has not shown that it is there: so long, or two round
                         # trips, from the connected moment on; the more such there are, the sooner
-SILENT_MARK = 3000.0    # an address and port that was silent comes behind others for so long
+SILENT_MARK = 3.0       # an address and port that was silent comes behind others for so long
 SILENT_MOST = 1024      # such marks
 LAPSED_MOST = 64        # offers that have lapsed but may still be taken
-TURN = 500.0            # ms that a submitter keeps a connection while others wait
-FIRST_JOB = 3000.0      # from GO to the first job while others wait: a distant handshake takes several round trips
+TURN = 0.5              # that a submitter keeps a connection while others wait
+FIRST_JOB = 3.0         # from GO to the first job while others wait: a distant handshake takes several round trips
 PORT_LEAST = 1024       # nobody makes a worker connect to a system's own services
 FORGET = 2.5            # a waiting submitter not heard for so many of its intervals is gone
-INTERVAL_RANGE = (40.0, 10000.0)
-CONNECT_GAP = 1.0       # connections per worker: a thousand in a second, so that nobody can use workers as a hammer
+INTERVAL_RANGE = (0.04, 10.0)
+CONNECT_GAP = 0.001     # connections per worker: a thousand in a second, so that nobody can use workers as a hammer
 CONNECT_BURST = 64
 
-BUSY_SPREAD = 1000.0    # the answers "busy" come within this time
+BUSY_SPREAD = 1.0       # the answers "busy" come within this time
 BUSY_WORKERS = 10000    # in a room of up to so many about one is the first to speak
 BUSY_ENOUGH = 5         # answers after which the submitter announces at once that it needs no more
-BUSY_AGAIN = 5000.0     # a submitter that has heard one asks again after this
-BUSY_PAUSE = 4000.0     # a worker answers one search at most so often
-BUSY_GAP, BUSY_BURST = 100.0, 10     # and all searches together once in so many ms, after so many at once
+BUSY_AGAIN = 5.0        # a submitter that has heard one asks again after this
+BUSY_PAUSE = 4.0        # a worker answers one search at most so often
+BUSY_GAP, BUSY_BURST = 0.1, 10      # and all searches together once in so long, after so many at once
 
-AGAIN_FIRST = 20.0      # announcements: 20 ms, 40, 80 ... apart
-AGAIN_MOST = 4000.0     # a worker that starts now finds who waits within this; 100 waiting hosts send 25 a second
-AGAIN_UNHEARD = 400.0   # as long as nobody at all has answered: a network may lose every other one
+AGAIN_FIRST = 0.02      # announcements: 20 ms, 40, 80 ... apart
+AGAIN_MOST = 4.0        # a worker that starts now finds who waits within this; 100 waiting hosts send 25 a second
+AGAIN_UNHEARD = 0.4     # as long as nobody at all has answered: a network may lose every other one
 AGAIN_JITTER = 0.25
-ALONE = 1000.0          # when no worker has come for so long a search goes on as one for a single slot
+ALONE = 1.0             # when no worker has come for so long a search goes on as one for a single slot
 HANDSHAKES = 4          # at once where so few are wanted: more would slow the first one
-PATIENCE = 100.0        # a handshake older than this does not keep others from theirs
-PATIENCE_MOST = 1000.0  # one older than this makes room where there is none
+PATIENCE = 0.1          # a handshake older than this does not keep others from theirs
+PATIENCE_MOST = 1.0     # one older than this makes room where there is none
 CANDIDATES = 64         # connections that are kept at once, unless more are wanted
 PER_ADDRESS = 4         # of these, unproven ones from one address: its holder must not keep all others out
 WANTED_MOST = 64        # handshakes, and unproven ones from one address, however many are wanted
 RANDOMS_MOST = 4096     # preambles remembered, so that no copy passes for another worker
 PREFER_GAP = 0.1        # a connected worker that is cheaper by this is worth waiting for
-PREFER_WAIT = 1.5
-TAKEN_AGAIN = (4.0, 8.0)    # before the hold runs out
-CROWDED = 2.0           # more than two connections are too many: the offset rises by this, times the log of the ratio
+PREFER_WAIT = 0.0015
+TAKEN_AGAIN = (0.004, 0.008)    # before the hold runs out
+CROWDED = 0.002         # more than two connections are too many: the offset rises by this, times the log of the ratio
 
 HANDSHAKE, EVICT, WIN = "handshake", "evict", "win"     # what a Selection wants done, beside ANNOUNCE, HOLD and TAKEN
 
@@ -2489,7 +2494,7 @@ class HeardSearch:
         self.proven = False                     # a connection got its GO
         self.over = False                       # it gets no answer any more
         self.learnt = False                     # its new offset has been taken over
-        self.hold_sequence, self.hold_end, self.deferred = -1, -math.inf, 0.0   # deferred: ms, by all its holds
+        self.hold_sequence, self.hold_end, self.deferred = -1, -math.inf, 0.0   # deferred: by all its holds
         self.fire = math.inf                    # when it is to be answered
         self.queued = False                     # that time has come, but no slot was free
         self.wants_busy = self.wants_proof = False      # its last announcement had TELL_BUSY, PROVE
@@ -2553,9 +2558,9 @@ class Responder:
         self.outside, self.outside_at = self.outside + blend * (clamp(outside, 0.0, 1e6) - self.outside), now
         self._forget_silent(now)
 
-    def penalise(self, now, ms):
-        """Hold back for ms; 0 ends it."""
-        self.penalty_until = now + ms
+    def penalise(self, now, seconds):
+        """Hold back for so long; 0 ends it."""
+        self.penalty_until = now + seconds
 
     # -- what is heard
     def concerned(self, kind, nonce):
@@ -2592,12 +2597,12 @@ class Responder:
         self._plan_busy(now, search)
         self.pending.move_to_end(nonce)
 
-    def hold(self, now, nonce, ms, sequence):
-        """Another worker has connected: answer ms later, if it is still needed then."""
+    def hold(self, now, nonce, seconds, sequence):
+        """Another worker has connected: answer so much later, if it is still needed then."""
         search = self.pending.get(nonce)
         if search is None or sequence <= search.hold_sequence:
             return
-        search.hold_sequence, end = sequence, now + clamp(ms, 0.0, HOLD_MOST)
+        search.hold_sequence, end = sequence, now + clamp(seconds, 0.0, HOLD_MOST)
         more = max(0.0, end - max(now, search.hold_end))
         if search.deferred + more > HOLD_MOST:
             return
@@ -2847,7 +2852,7 @@ class Responder:
         """The timer by load and offset as they are now.  False if it has to wait on: they may have risen meanwhile."""
         search.cost = self.cost(now)
         search.delay = (max(0.0, self.offset + PER_COST * search.cost + search.jitter) if self.boost is None
-                        else self.boost / 1000.0)
+                        else self.boost / 1e6)
         search.fire = search.base + search.delay
         return search.fire <= now + SETTLED
 
@@ -2891,7 +2896,7 @@ class Candidate:
         self.who, self.source, self.queued = who, source, answer.queued
         self.cost = clamp(answer.cost, -20.0, 20.0)
         self.offset = clamp(answer.offset, *OFFSET_RANGE)
-        self.waited = clamp(answer.waited, 0.0, 1e3)
+        self.waited = clamp(answer.waited, 0.0, 1.0)
         self.began, self.proven = None, False
 
 
@@ -2963,7 +2968,7 @@ class Selection:
 
     def poll(self, now, wanted=1):
         """What to do now, in this order; each is one of (ANNOUNCE, attempt, waited, interval, flags, wanted),
-        (HOLD, ms), (TAKEN, offset or None), (HANDSHAKE, who), (EVICT, who, why), (WIN, who).
+        (HOLD, seconds), (TAKEN, offset or None), (HANDSHAKE, who), (EVICT, who, why), (WIN, who).
 
         wanted: how many slots the submitter can use now, those of an earlier WIN not counted.
         """
@@ -6760,7 +6765,7 @@ class Discovery:
         self.stopped = False                        # nothing is said or heard any more
         self.looking = False
         self.timer = NO_TIMER
-        self.selection = Selection(now_ms(), uniform, owner.wanted())
+        self.selection = Selection(time.monotonic(), uniform, owner.wanted())
         self.actions = {ANNOUNCE: self._announce, HOLD: self._hold, TAKEN: self._taken,
                         HANDSHAKE: WorkerConnection.start_handshake, WIN: self._win,
                         EVICT: lambda connection, why: connection.close(why, failed=False)}
@@ -6774,7 +6779,7 @@ class Discovery:
 
     def again(self):
         """Announces now instead of when the timetable says."""
-        self.selection.announce_soon(now_ms())
+        self.selection.announce_soon(time.monotonic())
         self.look()
 
     def stop(self):
@@ -6825,7 +6830,7 @@ class Discovery:
         if here.state == UNREACHABLE:
             self.reasons[name] = here.text()
         else:
-            self.selection.busy(now_ms())
+            self.selection.busy(time.monotonic())
         self.owner.on_heard(name, address, here.text(), here)
         self.look()
 
@@ -6834,18 +6839,18 @@ class Discovery:
         answer = connection.answer
         self.trace("%s connected: cost %.2f%s" % (
             connection.name, answer.cost, ", it had no free slot when its turn came" if answer.queued else ""))
-        self.selection.connected(now_ms(), connection, connection.address, answer, random)
+        self.selection.connected(time.monotonic(), connection, connection.address, answer, random)
         self.owner.on_heard(connection.name, connection.address, None, None)
         self.look()
 
     def authenticated(self, connection):
         self.trace("%s has proven that it has the key" % connection.name)
-        self.selection.authenticated(now_ms(), connection)
+        self.selection.authenticated(time.monotonic(), connection)
         self.look()
 
     def gone(self, connection, why, failed):
         self.connections.pop(connection, None)
-        self.selection.closed(now_ms(), connection)
+        self.selection.closed(time.monotonic(), connection)
         self.trace("%s: connection closed: %s" % (connection.name, why))
         if not self.is_over():
             self.reasons[connection.name] = why
@@ -6860,7 +6865,7 @@ class Discovery:
             return
         self.looking = True
         while not self.stopped:
-            actions = self.selection.poll(now_ms(), self.owner.wanted())
+            actions = self.selection.poll(time.monotonic(), self.owner.wanted())
             if not actions:
                 break
             for action, *what in actions:
@@ -6870,7 +6875,7 @@ class Discovery:
         self.timer.cancel()
         due = None if self.stopped else self.selection.next_due()
         if due is not None:
-            self.timer = self.loop.call_at(due / 1000, self.look)
+            self.timer = self.loop.call_at(due, self.look)
         elif self.selection.over and not self.stopped:
             self.timer = self.loop.call_later(self.LAST_WORDS, self.stop)
 
@@ -6886,8 +6891,8 @@ class Discovery:
         """Names of the interfaces that the last datagram went out by."""
         return " ".join(filter(None, self.tried)) or "the system's choice"
 
-    def _hold(self, milliseconds):
-        self.send(HOLD, encode_hold(milliseconds))
+    def _hold(self, seconds):
+        self.send(HOLD, encode_hold(seconds))
 
     def _taken(self, offset):
         self.send(TAKEN, encode_taken(offset))
@@ -6905,10 +6910,6 @@ class Discovery:
         self.problems = self.port.socket.send(
             encode_datagram(self.key.udp, kind, self.key.id, self.nonce, self.sequence[kind], body, port))
         self.tried = self.port.socket.tried
-
-
-def now_ms():
-    return time.monotonic() * 1000
 
 
 def uniform():
@@ -9840,22 +9841,22 @@ class Offers:
         if self.timer:
             self.timer.cancel()
             self.timer = None
-        for slot in self.responder.due(now_ms()):
+        for slot in self.responder.due(time.monotonic()):
             self._offer(slot)
-        for slot in self.responder.surplus(now_ms()):
+        for slot in self.responder.surplus(time.monotonic()):
             self.withdraw(slot)
-        for search in self.responder.busy_due(now_ms()):
+        for search in self.responder.busy_due(time.monotonic()):
             self.daemon.roll_calls.send_here(search.nonce, search.origin.source)
             if search.wants_proof:
-                self._offer(self.responder.show(now_ms(), search))
+                self._offer(self.responder.show(time.monotonic(), search))
         due = self.responder.next_due()
         if due is not None:
-            self.timer = self.loop.call_at(due / 1000, self.consider)
+            self.timer = self.loop.call_at(due, self.consider)
 
     def _offer(self, slot):
         preamble = encode_preamble(self.daemon.key.udp, slot.answer, os.urandom(8))
         self.connections[slot] = SubmitterConnection(
-            self.loop, slot.origin.address, preamble, lambda: self.responder.connected(now_ms(), slot),
+            self.loop, slot.origin.address, preamble, lambda: self.responder.connected(time.monotonic(), slot),
             functools.partial(self._on_go, slot, preamble), functools.partial(self._on_no_go, slot))
 
     def _on_go(self, slot, preamble, connection, go):
@@ -9869,7 +9870,7 @@ class Offers:
             connection.close()
             return self._on_no_go(slot, 0)
         del self.connections[slot]
-        if self.responder.go(now_ms(), slot) or slot.search.wants_proof:
+        if self.responder.go(time.monotonic(), slot) or slot.search.wants_proof:
             self.daemon.handlers.start(slot, connection)
         else:
             connection.close()
@@ -9880,7 +9881,7 @@ class Offers:
         del self.connections[slot]
         # One whose job has been taken refuses too; one that refuses again is still looking.
         again = problem == errno.ECONNREFUSED and self.responder.refused(slot)
-        self.responder.move(now_ms(), slot, SlotEvent.LEAVE)
+        self.responder.move(time.monotonic(), slot, SlotEvent.LEAVE)
         if problem in OUT_OF_RESOURCES:
             self.log.note("connect", "no connection to a submitter: %s" % os.strerror(problem))
         elif problem and (again or problem != errno.ECONNREFUSED):
@@ -9897,11 +9898,11 @@ class Offers:
     def withdraw(self, slot):
         """Takes back what nobody has said GO to."""
         self.connections.pop(slot).close()
-        self.responder.move(now_ms(), slot, SlotEvent.LEAVE)
+        self.responder.move(time.monotonic(), slot, SlotEvent.LEAVE)
 
     def look(self):
         """A fault in a callback must not keep an offer for ever."""
-        oldest = now_ms() - 1000 * (SubmitterConnection.CONNECT + SubmitterConnection.GO + 1)
+        oldest = time.monotonic() - SubmitterConnection.CONNECT - SubmitterConnection.GO - 1
         for slot, connection in list(self.connections.items()):
             if connection.ended or slot.since < oldest:
                 self.withdraw(slot)
@@ -10045,7 +10046,7 @@ class Handlers:
             self.log("no process for a job from %s: %s" % (slot.origin.address[0], fork_reason(error)))
             connection.close()
             if slot.state is not SlotState.FREE:
-                self.responder.move(now_ms(), slot, SlotEvent.LEAVE)
+                self.responder.move(time.monotonic(), slot, SlotEvent.LEAVE)
             return
         if pid == 0:
             self._become_handler(connection, far, slot)
@@ -10081,7 +10082,7 @@ class Handlers:
             self.log(text)
         elif event == "JOB":
             id, submitter, user = text.split(" ", 2)
-            self.responder.start(now_ms(), handler.slot, SlotJob(id, submitter, user, time.monotonic()))
+            self.responder.start(time.monotonic(), handler.slot, SlotJob(id, submitter, user, time.monotonic()))
             self.daemon.alerts.served(id)
         elif event == "GROUP":
             handler.group = int(text)
@@ -10105,7 +10106,7 @@ class Handlers:
         return sum(each.resting and each.slot.state in WITH_JOB for each in self.processes.values())
 
     def _moved(self, handler, event):
-        self.responder.move(now_ms(), handler.slot, event)
+        self.responder.move(time.monotonic(), handler.slot, event)
         if handler.slot.state is SlotState.FREE:
             self._limit_lingering()
             self.daemon.changed()
@@ -10124,7 +10125,7 @@ class Handlers:
         del self.processes[handler.pid]
         slot = handler.slot
         if slot.state is not SlotState.FREE:
-            self.responder.move(now_ms(), slot, SlotEvent.LEAVE)
+            self.responder.move(time.monotonic(), slot, SlotEvent.LEAVE)
         if slot.state is SlotState.LEAVING:
             self.log("job %s: its handler was killed; the job ends" % slot.job.id)
             self.daemon.orphans.add(handler)
@@ -10138,14 +10139,14 @@ class Handlers:
         owned = {handler.slot for handler in self.processes.values()}
         owned.update((handler.slot for handler in self.daemon.orphans.handlers), self.daemon.offers.connections)
         for slot in [each for each in self.responder.slots if each not in owned]:
-            self.responder.move(now_ms(), slot, SlotEvent.LEAVE)
+            self.responder.move(time.monotonic(), slot, SlotEvent.LEAVE)
             if slot.state is SlotState.LEAVING:
-                self.responder.move(now_ms(), slot, SlotEvent.EXIT)
+                self.responder.move(time.monotonic(), slot, SlotEvent.EXIT)
 
     def take_turns(self):
         """Whose submitter has had its turn takes no more jobs of it, while others wait that have less; nobody does when
         the worker takes no more jobs at all."""
-        over = () if self.responder.stopped else self.responder.turns_over(now_ms())
+        over = () if self.responder.stopped else self.responder.turns_over(time.monotonic())
         for handler in self.processes.values():
             if handler.slot.state is not SlotState.FREE:
                 handler.tell(self.responder.stopped or handler.slot in over)
@@ -10178,7 +10179,7 @@ class Orphans:
         self.killing = None
         handlers, self.handlers = self.handlers, []
         for handler in handlers:
-            self.daemon.responder.move(now_ms(), handler.slot, SlotEvent.EXIT)
+            self.daemon.responder.move(time.monotonic(), handler.slot, SlotEvent.EXIT)
         if handlers:
             self.daemon.sweep_scratch()
         self.daemon.changed()
@@ -10229,12 +10230,12 @@ class Receiver:
     def _act(self, datagram, source):
         kind, nonce = datagram.kind, datagram.nonce
         if kind == ANNOUNCE and not self.daemon.drain.began:
-            self.responder.announced(now_ms(), nonce, source, parse_announcement(datagram), datagram.sequence,
+            self.responder.announced(time.monotonic(), nonce, source, parse_announcement(datagram), datagram.sequence,
                                      datagram.port)
         elif kind == HOLD:
-            self.responder.hold(now_ms(), nonce, parse_hold(datagram), datagram.sequence)
+            self.responder.hold(time.monotonic(), nonce, parse_hold(datagram), datagram.sequence)
         elif kind == TAKEN:
-            self.responder.taken(now_ms(), nonce, parse_taken(datagram))
+            self.responder.taken(time.monotonic(), nonce, parse_taken(datagram))
         elif kind == ALERT:
             for alert in parse_alerts(datagram):
                 self.daemon.alerts.heard(alert)
@@ -10245,7 +10246,7 @@ class Receiver:
 class AlertJudge:
     """Which alerts make this worker hold back: only one about a job that it has really had counts, and each job's first
     one only, so that no copy begins or ends anything."""
-    MUTE = 10000.0          # milliseconds that a ratted out worker holds back
+    MUTE = 10.0             # seconds that a ratted out worker holds back
     REMEMBERED = 2048       # jobs that an alert may still speak of
 
     def __init__(self, responder, log):
@@ -10266,9 +10267,9 @@ class AlertJudge:
             return
         self.forget(alert.job)
         ratted = alert.verdict == RATTED_OUT
-        self.responder.penalise(now_ms(), self.MUTE if ratted else 0)
+        self.responder.penalise(time.monotonic(), self.MUTE if ratted else 0)
         if ratted:
-            self.log("reported by %s: %s; holds back for %d s" % (alert.submitter, alert.words, self.MUTE / 1000))
+            self.log("reported by %s: %s; holds back for %d s" % (alert.submitter, alert.words, self.MUTE))
 
 
 class RollCalls:
@@ -10306,7 +10307,7 @@ class RollCalls:
             answer = functools.partial(self._test, nonce, Origin(source, datagram.port))
         if timer:
             timer.cancel()
-        self.answers[nonce] = datagram.sequence, self.loop.call_later(uniform() * spread / 1000, answer)
+        self.answers[nonce] = datagram.sequence, self.loop.call_later(uniform() * spread, answer)
         self.answers.move_to_end(nonce)
         if len(self.answers) > ANSWERED_MOST:
             self.answers.popitem(last=False)[1][1].cancel()
@@ -10359,7 +10360,7 @@ class CommandWatch:
         """A job could not be started: where COMMAND is there, others go first."""
         self.look_now()
         if not self.missing:
-            self.daemon.responder.penalise(now_ms(), AlertJudge.MUTE)
+            self.daemon.responder.penalise(time.monotonic(), AlertJudge.MUTE)
 
     def look(self):
         if self.missing:
@@ -10572,7 +10573,7 @@ class Daemon:
         self.changed()
 
     def sample(self):
-        self.responder.load(now_ms(), self.meter.read(self.responder.taken_slots()))
+        self.responder.load(time.monotonic(), self.meter.read(self.responder.taken_slots()))
 
     def reap(self):
         self.children.reap()
@@ -10588,7 +10589,7 @@ class Daemon:
         now_running = tuple(RunningNow(now - slot.job.began, slot.job.id, slot.job.submitter, slot.job.user)
                             for slot in responder.slots if slot.state in WITH_JOB) if jobs else ()
         return Here(state, responder.most, running, responder.waiting(), responder.cores, responder.outside,
-                    responder.cost(now_ms()), responder.speed, int(now - self.began), self.handlers.jobs_done, back[1],
+                    responder.cost(now), responder.speed, int(now - self.began), self.handlers.jobs_done, back[1],
                     address_towards(address), self.instance, socket.gethostname(), VERSION,
                     "%d.%d.%d" % sys.version_info[:3], self.command_digest(), os.path.basename(self.path),
                     error or self.command_watch.words or self.veto.words, back[0], now_running, 0)
@@ -11947,7 +11948,7 @@ def cservice(arguments, settings):
 # ---------------------------------------------------------------- cwho
 
 ASK_ROUND = 0.12            # seconds from one question of a roll call to the next
-ASK_SPREAD = 100            # milliseconds over which the answers to one are spread
+ASK_SPREAD = 0.1            # seconds over which the answers to one are spread
 ASK_ROUNDS = 16             # questions: two seconds
 ASK_QUIET = 6               # questions that bring nobody new, after which all have been heard
 STRANGERS_MAX = 50          # addresses remembered of those that are not ours
