@@ -13426,7 +13426,8 @@ def test_inputs_that_cannot_be_read_cost_their_job_only(farm, tmp_path):
     done = mapped(farm, "APP", "missing", "/dev/null", ".", "good", "\udcff\\", cwd=str(tmp_path), input=None)
     assert (done.returncode, done.stdout) == (1, b"|good|")
     assert sorted(done.stderr.decode().splitlines())[1:5] == [
-        "cmap: input 1 (missing): No such file or directory", "cmap: input 2 (/dev/null): not a regular file",
+        "cmap: input 1 (missing): No such file or directory", "cmap: input 2 (/dev/null): not a regular file; what "
+        "cannot be read twice would be lost with a worker: copy it to a file",
         "cmap: input 3 (.): a folder", "cmap: input 5 (\\xff\\\\): No such file or directory"]
 
 
