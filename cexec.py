@@ -5247,16 +5247,20 @@ class Helper:
         self.loop, self.tasks = loop, None
 
     def call(self, work, done):
-        """done(work()), work() in the thread and done() in the loop."""
+        """done(work()), work() in the thread and done() in the loop.  Failure where there can be no thread."""
         if self.tasks is None:
             import queue
             import threading
-            self.tasks = queue.SimpleQueue()
-            threading.Thread(target=self._run, daemon=True).start()
+            tasks = queue.SimpleQueue()
+            try:
+                threading.Thread(target=self._run, args=(tasks,), daemon=True).start()
+            except RuntimeError as error:
+                raise Failure("no thread for what may block", error, "ulimit -u, -v and pids.max bound them") from None
+            self.tasks = tasks
         self.tasks.put((work, done))
 
-    def _run(self):
-        for work, done in iter(self.tasks.get, None):
+    def _run(self, tasks):
+        for work, done in iter(tasks.get, None):
             self.loop.call_soon_threadsafe(functools.partial(done, work()))
 
     def end(self):
@@ -9149,7 +9153,7 @@ def marked_lines(mark, spool):
 
 
 def sync_output(fd, folders):
-    """Returns when an output and its name are on the disk: None, or the OSError.  Closes fd."""
+    """Returns when an output and its name are on the disk: None, or the OSError."""
     try:
         os.fsync(fd)
         for folder in folders:
@@ -9163,6 +9167,13 @@ def sync_output(fd, folders):
                 os.close(above)
     except OSError as error:
         return None if error.errno in UNSUPPORTED else error
+    return None
+
+
+def sync_copy(fd, folders):
+    """The same, and closes fd."""
+    try:
+        return sync_output(fd, folders)
     finally:
         os.close(fd)
 
@@ -9243,8 +9254,14 @@ class MapLog:
         if len(self.helpers) < SYNCERS:
             self.helpers.append(Helper(self.loop))
         self.unsynced += 1
-        self.helpers[job.number % len(self.helpers)].call(
-            functools.partial(sync_output, os.dup(fd), folders), functools.partial(self._synced, line, output))
+        copy, done = None, functools.partial(self._synced, line, output)
+        try:
+            copy = os.dup(fd)
+            self.helpers[job.number % len(self.helpers)].call(functools.partial(sync_copy, copy, folders), done)
+        except (Failure, OSError):      # no thread, or no descriptor: all wait for it
+            if copy is not None:
+                os.close(copy)
+            done(sync_output(fd, folders))
 
     def finish(self):
         """Waits for what is to be synced, at most some seconds, and writes what is to be said of it."""
@@ -17049,7 +17066,7 @@ def failure_of(error):
         return Failure("out of memory")
     if isinstance(error, OSError):
         return Failure(os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else
-                       "the system refused", reason_of(error))
+                       "the system refused", fork_reason(error))
     if isinstance(error, ImportError):
         return Failure("this Python is not complete", error, "install the whole of it, as with: apt install python3",
                        EXIT_USAGE)

@@ -13800,6 +13800,26 @@ def test_a_job_that_ran_out_of_time_says_so_and_where(farm, tmp_path):
     assert done.stderr.endswith(b"cmap: 1 job, 1 failed, on 0 workers, 0.0 s\n"), "no rate where no job ran"
 
 
+@pytest.mark.parametrize("missing", ["thread", "descriptor"])
+def test_where_no_thread_can_be_had_all_wait_for_the_disk(tmp_path, monkeypatch, missing):
+    """As with a small ulimit -u or -v: no result is lost to what only saves time, and nothing is left to wait for."""
+    def refuse(*_):
+        raise RuntimeError("can't start new thread") if missing == "thread" else OSError(errno.EMFILE, "too many")
+    monkeypatch.setattr(*((threading.Thread, "start") if missing == "thread" else (cexec.os, "dup")), refuse)
+    loop = cexec.Loop()
+    log = cexec.MapLog(str(tmp_path / "log"), False, hashlib.sha256(), loop)
+    for number in 1, 2:
+        job = cexec.MapJob(b"in", b"", b"")
+        job.number = number
+        with open(str(tmp_path / str(number)), "wb") as file:
+            log.add(job, 0, "key", 1.0, "w", 1, 2, b"out", file.fileno(), [os.fsencode(str(tmp_path))])
+            assert log.unsynced == 0 and len((tmp_path / "log").read_text().splitlines()) == number + 1
+            os.fstat(file.fileno())
+    if missing == "thread":
+        with pytest.raises(cexec.Failure, match="no thread for what may block: can't start new thread"):
+            cexec.Helper(loop).call(int, int)
+
+
 def test_a_log_line_waits_for_the_disk_and_jobs_do_not(tmp_path, monkeypatch):
     """Outputs and the folders made for them are synced by threads, many at a time, before the log says so."""
     synced, may_end, loop = [], threading.Event(), cexec.Loop()
