@@ -15553,6 +15553,12 @@ class CallPool:
         import threading
         return threading.current_thread() in (self.teller, self.thread.thread)
 
+    def check_wait(self):
+        """Failure where the caller would wait for ever for what only its own thread can bring."""
+        if self.is_own_thread():
+            raise Failure("this Executor", "what a future calls at its end cannot wait for a call: all of them would "
+                          "stop", "use add_done_callback() there, or another thread")
+
     # -- the teller's thread
     def tell(self, what, *arguments):
         """From the network's thread: what(*arguments) is called by the teller, in the order of the calls of this."""
@@ -16183,6 +16189,7 @@ class CallMap:
             raise StopIteration
         item = self.items[0][0]
         if not item.over:
+            self.pool.check_wait()
             self._wait_for(item, self.until)
         if self.closed:         # meanwhile
             raise StopIteration
@@ -16411,6 +16418,18 @@ def future_class():
             if cancelled and self.room_call:
                 self.room_call.pool.cancelled(self.room_call)
             return cancelled
+
+        def result(self, timeout=None):
+            self._check_wait()
+            return super().result(timeout)
+
+        def exception(self, timeout=None):
+            self._check_wait()
+            return super().exception(timeout)
+
+        def _check_wait(self):
+            if self.room_call and not self.done():
+                self.room_call.pool.check_wait()
     return CallFuture
 
 

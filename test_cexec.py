@@ -12305,6 +12305,24 @@ def test_map_takes_inputs_as_results_are_taken(pool, probe):
     assert pool.submit(probe.square, 3).result(30) == 9 and len(taken) == count
 
 
+def test_a_callback_that_would_wait_for_ever_is_told_so(pool, probe):
+    """All results come by the thread that it runs in."""
+    told, over = [], threading.Event()
+
+    def wait(future):
+        for ask in (lambda: pool.submit(probe.square, 2).result(), lambda: pool.submit(probe.square, 2).exception(),
+                    lambda: list(pool.map(probe.square, range(3)))):
+            try:
+                ask()
+            except cexec.Failure as error:
+                told.append(error)
+        told.append(future.result())
+        over.set()
+    pool.submit(probe.sleep, 0.2, "its own").add_done_callback(wait)
+    assert over.wait(30) and told[3] == "its own"
+    assert all("cannot wait for a call" in str(error) and error.hint for error in told[:3])
+
+
 def test_threads_may_share_the_results_of_a_map(pool, probe):
     """Each result goes to one of them; who waits when it is closed hears of the end."""
     results, found = pool.map(probe.same, range(2000)), [[], [], []]
