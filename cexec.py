@@ -14163,6 +14163,7 @@ class ModuleFinder:
         self.shadowed = frozenset()     # modules of the standard library that the submitter has others for
         self.sides = {}                 # {name: where it comes from}
         self.absent = {}                # {name: why it cannot come}
+        self.along = {}                 # {name: answer} of modules that have come with their package
         self.loaders = {}               # {file name at the submitter: SentLoader}
         self.standard = standard_names()
 
@@ -14175,10 +14176,12 @@ class ModuleFinder:
             self.sides[name] = HERE_SIDE
             return None
         local = self._local(name, path) if side is NAMESPACE else None
-        answer = self.loop.ask("module", name, "here" if local else "")
+        answer = self.along.pop(name, None) or self.loop.ask("module", name, "here" if local else "")
         if answer is None:
             return None
-        side, origin, is_package, source, words = answer
+        side, origin, is_package, source, words, *along = answer
+        for each in along:
+            self.along.update(each)
         if side is not None:
             self.sides[name] = {each: each for each in (HERE_SIDE, THERE_SIDE, NAMESPACE)}.get(side, MISSING)
         return self._spec(name, side, origin, is_package, source, words, local)
@@ -15071,6 +15074,7 @@ START_AVOID_MOST = 60.0
 LINE_LONGEST = 1 << 16      # bytes of a printed line that passes as one
 SENT_EACH = 1 << 24        # bytes of one module or data file that is sent
 SENT_MAX = 1 << 28       # bytes of all of them for one interpreter
+SENT_ALONG = 1 << 22     # bytes of modules that go along with their package, unasked
 QUESTIONS_MAX = 20000       # of one interpreter
 MAP_LEAST = 1000            # inputs that map takes at once
 MAP_BYTES = 1 << 26         # bytes of calls that wait, after which it takes no more than there are slots
@@ -15901,8 +15905,8 @@ class SourceLibrary:
 
     def answer(self, question):
         """The pickle of the reply: for a module (where it comes from, file name, whether it is a package, source, words
-        for what is missing); for data its bytes, for a folder {name: whether it is a folder}; None where there is
-        nothing."""
+        for what is missing), for a package also {name: the same} of what is below it; for data its bytes, for a folder
+        {name: whether it is a folder}; None where there is nothing."""
         import pickle
         self.questions += 1
         kind, name, more = (text.decode("utf-8", "replace") for text in unpack_texts(question)[:3])
@@ -15914,7 +15918,21 @@ class SourceLibrary:
             pass        # what cannot be looked up or read is not there
         if reply is None and kind == "module":
             reply = MISSING, "", False, b"", ""
+        if kind == "module" and reply[0] == THERE_SIDE and reply[2] and "." not in name:
+            reply += self._imported_below(name),
         return pickle.dumps(reply, 4)
+
+    def _imported_below(self, package):
+        """What this program itself has imported below the package: at a distance each question takes a while."""
+        replies, most = {}, self.bytes_sent + SENT_ALONG
+        for name in sorted(each for each in list(sys.modules) if each.startswith(package + ".")):
+            try:
+                reply = self._module(name, "") if self.bytes_sent < most else None
+            except Exception:
+                continue        # as in answer()
+            if reply and reply[0] == THERE_SIDE:
+                replies[name] = reply
+        return replies
 
     # -- modules
     def _module(self, name, local):

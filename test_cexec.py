@@ -13080,6 +13080,23 @@ if __name__ == "__main__":
     assert told == "OK\n", told
 
 
+def test_a_package_brings_along_what_has_been_imported_of_it(calls, tmp_path):
+    """At a distance one question for each module takes long."""
+    files = {"many/m%d.py" % number: "from .m%d import f\n" % (number + 1) for number in range(30)}
+    files.update({"many/__init__.py": "def asked(): import cexec; return cexec.CallLoop.current.asked\n",
+                  "many/m30.py": "def f(): return 'the last'\n", "many/late.py": "V = 'late'\n"})
+    assert run_program(calls, tmp_path, """
+import cexec, many.m0
+def late():
+    import many.late
+    return many.late.V
+if __name__ == "__main__":
+    with cexec.Executor("py.pub", max_workers=1) as pool:
+        print(pool.submit(many.m0.f).result(30), pool.submit(many.asked).result(30), pool.submit(late).result(30),
+              pool.submit(many.asked).result(30))
+""", files=files) == "the last 1 late 2\n"
+
+
 def test_the_code_of_today_runs_and_no_stale_namesake(key, tmp_path):
     """A module that is edited between two pools; an old one of its name in the worker's folder and on its path."""
     room = Room(key)
@@ -13124,7 +13141,8 @@ def test_a_worker_gets_the_sources_it_may_and_nothing_else(tmp_path, monkeypatch
         return pickle.loads(library.answer(cexec.pack_texts([each.encode() for each in (kind, name, more)])))
     assert ask("data", "pack", "a.txt") is None                # not sent yet
     before = set(sys.modules)
-    assert ask("module", "pack")[0] == cexec.THERE_SIDE and ask("module", "loose")[3] == b"x = 1"
+    assert ask("module", "pack")[0] == cexec.THERE_SIDE and ask("module", "pack")[5] == {}
+    assert ask("module", "loose")[3] == b"x = 1"
     assert set(sys.modules) == before
     assert ask("data", "pack", "a.txt") == b"data" and ask("data", "pack", "sub/b.txt") == b"more"
     assert ask("folder", "pack") == {"__init__.py": False, "a.txt": False, "sub": True, "link": False, "up": False}
