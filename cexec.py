@@ -16309,12 +16309,15 @@ class CallExecutor:
       for what the cluster could not do.
     - Arguments are pickled in submit(), by cloudpickle where pickle refuses and cloudpickle is installed.  What cannot
       be pickled is the future's error.
-    - Code goes along.  The script is run once in each interpreter that needs a function of it, as __mp_main__.  Modules
-      outside the standard library and site-packages come from here; those in site-packages come from the worker if it
-      has them, else from here if they are plain Python.  What is compiled has to be installed on the worker.
+    - Code goes along.  The script is run once in each interpreter that needs something of it, as __mp_main__, and all
+      calls there share its variables, those of lambdas too; what is defined behind its guard goes along by cloudpickle
+      only.  Modules outside the standard library and site-packages come from here; those in site-packages come from the
+      worker if it has them, else from here if they are plain Python.  What is compiled has to be installed on the
+      worker.
     - What calls print comes out at sys.stdout and sys.stderr here, before their results.  Standard input is empty.
     - cancel() works on a call that was sent ahead as well; it may have begun within the last round trip.
-    - map() takes its inputs as its results are taken, a bounded number ahead.
+    - map() takes its inputs as its results are taken, a bounded number ahead.  Threads may share its results.
+    - A callback of a future may submit calls; Failure where it would wait for one.
     - Processes that a call starts anew (multiprocessing's spawn) find only what is installed on the worker.
     - Ctrl-C in the main thread ends the calls, and so does the cancellation of a coroutine that is inside `with`.
 
@@ -16376,7 +16379,8 @@ class CallExecutor:
         inputs' order.
 
         Inputs are taken at once, up to twice the room's slots and at least 1,000 (buffersize: so many), and the rest as
-        results are.  timeout: seconds from this call after which a result that is not there is a TimeoutError.
+        results are; once 64 MiB of them wait, no more than there are slots.
+        timeout: seconds from this call after which a result that is not there is a TimeoutError.
         chunksize counts for nothing: calls travel together by themselves.
         """
         if chunksize < 1:
