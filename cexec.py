@@ -2107,6 +2107,34 @@ def encode_call(kind, number=0, data=b"", buffers=(), microseconds=0):
     return [CALL_HEAD.pack(kind, len(buffers), number, min(microseconds, U32_MAX), size), *parts]
 
 
+def encode_ready(python, failed=()):
+    """python: (major, minor).  failed: the traceback and the words of what the initializer raised, if it did."""
+    return pack_texts([text.encode("utf-8", "replace") for text in (CALL_VERSION, "%d.%d" % python, *failed)])
+
+
+def parse_ready(body):
+    """(python, failed) of encode_ready()."""
+    texts = [text.decode("utf-8", "replace") for text in unpack_texts(body)]
+    if texts[:1] != [CALL_VERSION]:
+        raise ProtocolError("a cservice of another version")
+    numbers = "".join(texts[1:2]).split(".")
+    if len(numbers) != 2 or not all(map(whole, numbers)) or len(texts) not in (2, 4):
+        raise ProtocolError("an interpreter that does not say what it is")
+    return tuple(map(int, numbers)), texts[2:]
+
+
+def encode_question(kind, name, more):
+    return pack_texts([text.encode("utf-8", "replace") for text in (kind, name, more)])
+
+
+def parse_question(body):
+    """(kind, name, more) of encode_question()."""
+    texts = [text.decode("utf-8", "replace") for text in unpack_texts(body)]
+    if len(texts) != 3:
+        raise ProtocolError("a question of an interpreter cut short")
+    return texts
+
+
 class CallReader:
     """Cuts a stream of bytes into messages of calls."""
 
@@ -7403,7 +7431,7 @@ class Submission:
     timeout: seconds from its start on a worker after which it is ended, with status 124; None for no such limit.
     on_done(status, failure, submission) is called once: the job's status, or None and a Failure.
     on_event(text, always) hears what happens to it on the way; always: the user is to know in any case.
-    accepts(instance), which the owner may set: whether it is to run on this worker now.
+    accepts(instance, address), which the owner may set: whether it is to run on this worker now.
     """
 
     def __init__(self, streams, names, retries, on_done, on_event=None, timeout=None):
@@ -7414,7 +7442,7 @@ class Submission:
         self.timeout = timeout
         self.on_done = on_done
         self.on_event = on_event or (lambda text, always=False: None)
-        self.accepts = lambda instance: True
+        self.accepts = lambda instance, address: True
         self.state = JobState.WAITING
         self.attempt = None             # while a worker has it, and until it is delivered
         self.avoidance = Avoidance()
@@ -7445,7 +7473,7 @@ class Submission:
 
     def wants(self, now, instance, address, in_use):
         """Whether it may be offered to this worker now."""
-        return self.accepts(instance) and not self.avoidance.passes_over(now, instance, address, in_use)
+        return self.accepts(instance, address) and not self.avoidance.passes_over(now, instance, address, in_use)
 
 
 class Attempt:
@@ -9699,7 +9727,7 @@ class MapRun(Submission):
             raise
         self.job = job
         self.cmap = cmap
-        self.accepts = lambda instance: cmap.batch.may_run(job, instance, time.monotonic())
+        self.accepts = lambda instance, address: cmap.batch.may_run(job, instance, time.monotonic())
         self.sent = None                # bytes of the input that were sent, once it is read for another reason
         self.result = None              # (status, Failure)
         self.refusal = ""               # why no worker takes it
@@ -13864,8 +13892,7 @@ class CallLoop:
             self.script = ScriptRun(self.modules, self.setup["main"], self.place)
         failed = self._run_initializer()
         self._flush()
-        self._send(READY, 0, pack_texts([text.encode("utf-8", "replace") for text in (
-            CALL_VERSION, "%d.%d" % sys.version_info[:2], *failed)]))
+        self._send(READY, 0, encode_ready(sys.version_info[:2], failed))
 
     def _take_call(self, number, message, buffers):
         self.ahead[number] = message, buffers
@@ -13908,7 +13935,7 @@ class CallLoop:
                 return None         # a child of a call has no word with the submitter
             self.asked += 1
             number = self.asked
-            self._send(WANTED, number, pack_texts([text.encode("utf-8", "replace") for text in (kind, name, more)]))
+            self._send(WANTED, number, encode_question(kind, name, more))
             while number not in self.replies and not self.input_over:
                 self._read(None)
             return self.replies.pop(number, None)
@@ -15069,13 +15096,12 @@ CALL_LONG_MOST = 2.0
 BYTES_SLOW = 1e7            # bytes a second that travel at least
 MIND = 0.25                 # seconds between two looks which interpreters are needed
 START_FAILURES = 3          # in a row, and none that started: what waits is told why
-START_AVOID = 0.25          # seconds for which a worker is passed over after that; doubled with each
-START_AVOID_MOST = 60.0
 LINE_LONGEST = 1 << 16      # bytes of a printed line that passes as one
 SENT_EACH = 1 << 24        # bytes of one module or data file that is sent
 SENT_MAX = 1 << 28       # bytes of all of them for one interpreter
 SENT_ALONG = 1 << 22     # bytes of modules that go along with their package, unasked
 QUESTIONS_MAX = 20000       # of one interpreter
+QUESTIONS_AT_ONCE = 16      # of these, without a reply: it asks one after another, and signals may come in between
 MAP_LEAST = 1000            # inputs that map takes at once
 MAP_BYTES = 1 << 26         # bytes of calls that wait, after which it takes no more than there are slots
 
@@ -15206,8 +15232,8 @@ class Interpreter(JobStreams):
         self.state = InterpreterState.SEEKING
         self.descriptors = CALL_DESCRIPTORS
         self.submission = Submission(self, [], pool.settings.retries, pool.on_end)
-        self.submission.accepts = lambda instance: pool.avoid.get(instance, -math.inf) <= time.monotonic()
-        self.instance = None            # of its worker
+        self.submission.accepts = pool.accepts
+        self.instance = self.address = None     # of its worker
         self.leave_timer = None
         self._reset()
 
@@ -15224,6 +15250,7 @@ class Interpreter(JobStreams):
         self.began = None                   # when the call in hand did
         self.idle_since = time.monotonic()
         self.python = None                  # its version
+        self.unanswered = 0                 # questions
         self.library = SourceLibrary(self.pool.main)
         self.source = CallSource()
         self.sources = {CALLS: self.source}
@@ -15236,7 +15263,7 @@ class Interpreter(JobStreams):
             self.lost_calls()
             self.on("lost")
         self._reset()
-        self.instance = attempt.kept.instance
+        self.instance, self.address = attempt.kept.instance, attempt.kept.address
         self.source.put(self.pool.setup)
         super().begin(attempt)
 
@@ -15251,8 +15278,9 @@ class Interpreter(JobStreams):
             self.pool.pump()
 
     def broken(self, error):
+        """It does not speak as an interpreter does."""
         if self.attempt:
-            self.attempt.pool.fail(self.attempt.submission, Failure("interpreter on %s" % self.place, error))
+            self.pool.on_broken(self, Failure("interpreter on %s" % self.place, error))
 
     # -- calls
     def on(self, event):
@@ -15370,12 +15398,13 @@ class Interpreter(JobStreams):
                 if kind != DROPPED:
                     took.append(microseconds)
             elif kind == READY and self.state is InterpreterState.BOOTING:
-                self._ready(data)
-            elif kind == WANTED:
-                self._asked(number, bytes(data))
+                self._ready(*parse_ready(bytes(data)))
+            elif kind == WANTED and self.unanswered < QUESTIONS_AT_ONCE:
+                self._asked(number, *parse_question(bytes(data)))
             elif kind == ENOUGH:
-                self.worn_out = True
-                self.take_back(1)
+                if not self.worn_out:
+                    self.worn_out = True
+                    self.take_back(1)
             else:
                 raise ProtocolError("a message of calls out of place")
         if took:
@@ -15383,20 +15412,17 @@ class Interpreter(JobStreams):
         if self.state is not InterpreterState.BOOTING:
             self._begin_next()
 
-    def _ready(self, data):
-        version, python, *failed = (text.decode("utf-8", "replace") for text in unpack_texts(bytes(data)))
-        if version != CALL_VERSION:
-            raise ProtocolError("a cservice of another version")
+    def _ready(self, python, failed):
         if failed:
             return self.pool.on_start_failed(self, *failed)
-        self.python = tuple(map(int, python.split(".")))
+        self.python = python
         self.on("ready")
         self.pool.on_started(self)
 
     def _answered(self, kind, number, data, buffers):
-        call = self.owed.pop(number, None)
-        if call is None:
+        if number not in self.owed or kind == DROPPED and number not in self.dropped:
             raise ProtocolError("an answer to no call")
+        call = self.owed.pop(number)
         self.bytes_owed -= call.size
         self.dropped.discard(number)
         if kind != DROPPED:
@@ -15407,14 +15433,16 @@ class Interpreter(JobStreams):
         for sink in self.sinks[1], self.sinks[2]:
             sink.pass_on()
 
-    def _asked(self, number, question):
+    def _asked(self, number, *question):
         attempt = self.attempt
+        self.unanswered += 1
 
         def answer(reply):
             if self.attempt is attempt and not self.source.over:
+                self.unanswered -= 1
                 self.source.put(encode_call(REPLY, number, reply))
                 self.source_ready(CALLS)
-        self.pool.librarian().call(functools.partial(self.library.answer, question), answer)
+        self.pool.librarian().call(functools.partial(self.library.answer, *question), answer)
 
 
 class CallPool:
@@ -15439,8 +15467,8 @@ class CallPool:
         self.interpreters = set()
         self.taken = self.bytes_taken = 0       # calls that were submitted
         self.settled = self.bytes_settled = 0   # calls of which no more is heard
-        self.avoid = {}                 # {instance of a worker: monotonic seconds until which it is passed over}
-        self.start_failures = collections.Counter()     # {instance: in a row}
+        self.avoidance = Avoidance()    # of workers whose interpreters did not start
+        self.start_failures = 0         # in a row
         self.started = set()            # instances whose interpreters have started
         self.woken = False              # pump() will be called
         self.closing = False            # no more calls are taken
@@ -15784,9 +15812,8 @@ class CallPool:
             self.on_end(None, Failure("the call", "cancelled"), interpreter.submission)
 
     def on_started(self, interpreter):
-        instance = interpreter.attempt.kept.instance
-        self.started.add(instance)
-        self.start_failures.pop(instance, None)
+        self.started.add(interpreter.instance)
+        self.start_failures = 0
 
     def on_start_failed(self, interpreter, trace, words):
         """Its initializer has raised something."""
@@ -15797,16 +15824,25 @@ class CallPool:
             failure.__cause__ = RemoteTraceback(trace)
             return failure
         interpreter.lost_calls()
-        self._count_failure(interpreter.attempt.kept.instance, error)
+        self._count_failure(interpreter, error)
         self.end_interpreter(interpreter)
 
-    def _count_failure(self, instance, make_error):
-        """An interpreter did not start.  Its worker is passed over for a while; if nobody else has done better, calls
-        that wait are told."""
-        self.start_failures[instance] += 1
-        count = self.start_failures[instance]
-        self.avoid[instance] = time.monotonic() + min(START_AVOID * 2 ** (count - 1), START_AVOID_MOST)
-        if count >= START_FAILURES and not self.started - {instance}:
+    def on_broken(self, interpreter, failure):
+        """What it says makes no sense: its calls run elsewhere."""
+        self.thread.pool.fail(interpreter.submission, failure)
+        self._count_failure(interpreter, lambda: Failure(*failure.args))
+
+    def accepts(self, instance, address):
+        """Whether an interpreter may be started on this worker now."""
+        serving = {each.address for each in self.interpreters if each.state is InterpreterState.SERVING}
+        return not self.avoidance.passes_over(time.monotonic(), instance, address, serving)
+
+    def _count_failure(self, interpreter, make_error):
+        """An interpreter did not start, or broke.  Its worker is passed over for a while; if nobody else has done
+        better, calls that wait are told."""
+        self.start_failures += 1
+        self.avoidance.failed(time.monotonic(), interpreter.instance, interpreter.address)
+        if self.start_failures >= START_FAILURES and not self.started - {interpreter.instance}:
             self.fail_waiting(make_error)
 
     def on_end(self, status, failure, submission):
@@ -15837,7 +15873,7 @@ class CallPool:
         for call in begun:
             self.fail(call, InterpreterDied("the interpreter that ran the call %s" % words))
         if interpreter.state is InterpreterState.BOOTING:
-            self._count_failure(interpreter.instance, lambda: InterpreterDied(
+            self._count_failure(interpreter, lambda: InterpreterDied(
                 "the interpreter %s before it was ready: is it cservice --python that serves there?" % words))
 
     def _lost(self, call, failure):
@@ -15903,13 +15939,12 @@ class SourceLibrary:
         self.questions = 0
         self.bytes_sent = 0
 
-    def answer(self, question):
+    def answer(self, kind, name, more):
         """The pickle of the reply: for a module (where it comes from, file name, whether it is a package, source, words
         for what is missing), for a package also {name: the same} of what is below it; for data its bytes, for a folder
         {name: whether it is a folder}; None where there is nothing."""
         import pickle
         self.questions += 1
-        kind, name, more = (text.decode("utf-8", "replace") for text in unpack_texts(question)[:3])
         reply = None
         try:
             if self.questions <= QUESTIONS_MAX and all(part.isidentifier() for part in name.split(".")):

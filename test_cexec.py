@@ -13433,7 +13433,7 @@ def test_a_worker_gets_the_sources_it_may_and_nothing_else(tmp_path, monkeypatch
     library = cexec.SourceLibrary(None)
 
     def ask(kind, name, more=""):
-        return pickle.loads(library.answer(cexec.pack_texts([each.encode() for each in (kind, name, more)])))
+        return pickle.loads(library.answer(kind, name, more))
     assert ask("data", "pack", "a.txt") is None                # not sent yet
     before = set(sys.modules)
     assert ask("module", "pack")[0] == cexec.THERE_SIDE and ask("module", "pack")[5] == {}
@@ -13456,6 +13456,65 @@ def test_a_worker_gets_the_sources_it_may_and_nothing_else(tmp_path, monkeypatch
     assert [ask("data", "pack", "a.txt") for _ in range(3)] == [b"data", None, None]
     monkeypatch.setattr(cexec, "QUESTIONS_MAX", library.questions)
     assert ask("module", "pack")[0] == cexec.MISSING
+
+
+READY = cexec.encode_ready((3, 11))
+BROKEN_INTERPRETERS = {     # [(kind, number, body)] that an interpreter says, and what is said of it
+    "ready with nothing": ([(cexec.READY, 0, b"")], "another version"),
+    "ready with one text": ([(cexec.READY, 0, READY[:5])], "does not say what it is"),
+    "ready with three texts": ([(cexec.READY, 0, READY + cexec.pack_texts([b"x"]))], "does not say what it is"),
+    "ready without numbers": ([(cexec.READY, 0, cexec.pack_texts([b"1", b"three.x"]))], "does not say what it is"),
+    "ready with one number": ([(cexec.READY, 0, cexec.pack_texts([b"1", b"3"]))], "does not say what it is"),
+    "ready cut short": ([(cexec.READY, 0, READY[:-1])], "a list cut short"),
+    "ready twice": ([(cexec.READY, 0, READY)] * 2, "out of place"),
+    "a result too early": ([(cexec.RETURNED, 1, b"")], "out of place"),
+    "a question of two texts": ([(cexec.WANTED, 1, cexec.pack_texts([b"module", b"x"]))], "cut short"),
+    "a question of noise": ([(cexec.WANTED, 1, b"\xff" * 9)], "a list cut short"),
+    "questions without end": ([(cexec.WANTED, n, cexec.encode_question("module", "json", "")) for n in range(9999)],
+                              "out of place"),
+    "an answer to no call": ([(cexec.READY, 0, READY), (cexec.RETURNED, 99, b"")], "no call"),
+    "a call left out": ([(cexec.READY, 0, READY), (cexec.DROPPED, 1, b"")], "no call"),
+    "a kind of the other side": ([(cexec.CALL, 0, b"")], "out of place"),
+    "an unknown kind": ([(99, 0, b"")], "no Executor sends"),
+}
+
+
+def breaks(messages):
+    """What a Rogue does that speaks as this interpreter."""
+    def treat(session):
+        said = b"".join(b"".join(cexec.encode_call(kind, number, body)) for kind, number, body in messages)
+        session.accept(0)
+        session.tls.sendall(session.outbox)
+        session.outbox.clear()
+        session.tls.settimeout(10)
+        with contextlib.suppress(OSError):
+            heard = b""
+            while cexec.CALL_HEAD.pack(cexec.CALL, 0, 1, 0, 0)[:8] not in heard:    # until it has been given a call
+                heard += session.tls.recv(1 << 16)
+            session.tls.sendall(cexec.frame(cexec.DATA, cexec.ANSWERS, said))
+            while session.tls.recv(1 << 16):
+                pass
+    return treat
+
+
+@pytest.mark.parametrize("lie", BROKEN_INTERPRETERS)
+def test_an_interpreter_that_makes_no_sense_is_a_clear_error(room, lie):
+    """And the threads of the pool live on."""
+    messages, words = BROKEN_INTERPRETERS[lie]
+    with Rogue(room, breaks(messages), ["%016x" % n for n in range(999)]), executor(room, retries=1) as pool:
+        for _ in range(2):
+            error = pool.submit(abs, -1).exception(60)
+            assert isinstance(error, cexec.Failure) and error.what == "interpreter on 127.0.0.1", error
+            assert words in error.why
+
+
+@pytest.mark.parametrize("lie", ["ready with one text", "a question of two texts", "a call left out"])
+def test_calls_of_an_interpreter_that_breaks_run_elsewhere(room, probe, lie):
+    serve_python(room, CONCURRENCY=2, BOOST=100000)
+    with Rogue(room, breaks(BROKEN_INTERPRETERS[lie][0])) as rogue, executor(room) as pool:
+        assert [future.result(60) for future in [pool.submit(probe.square, n) for n in range(40)]] == [
+            n * n for n in range(40)]
+    assert rogue.asked
 
 
 # ---------------------------------------------------------------- Executor: workers
