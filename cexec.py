@@ -2290,7 +2290,8 @@ JOBS = {
 AT_WORKER = JobState.OFFERED, JobState.RUNNING
 AVOID = 0.25                # seconds that a worker which failed the job is passed over, doubled with each failure
 AVOID_DOUBLINGS = 5         # up to eight seconds
-FAILURES_AT_ONCE = 4        # failures of a job after which it waits for as long itself
+ADDRESS_DOUBLINGS = 8       # for an address, up to a minute: many may take turns, and others are to get theirs
+FAILURES_AT_ONCE = 16       # failures of a job after which it waits itself, an eighth as long
 REFUSALS_AT_ONCE = 64       # the same for those that are final, which each worker can say once
 BAD_ADDRESS = 3             # workers in a row that failed the job at one address: it may be one under many names
 
@@ -2306,8 +2307,9 @@ class Avoidance:
     """Which workers one job passes over, and for how long it waits itself.  Times are seconds.
 
     What is avoided is an instance of a worker.  An address is avoided when different instances at it have failed the
-    job in a row and none has succeeded; not where another job of the submitter runs, for a cproxy has many workers
-    behind one address.  A job that has failed often waits, so that nobody is asked without end.
+    job in a row and none has succeeded, the longer the more; not where another job of the submitter runs, for a cproxy
+    has many workers behind one address.  A job that has failed often waits, so that nobody is asked without end, but
+    for less long than those are avoided, or nobody else would ever be asked.
     """
 
     def __init__(self):
@@ -2331,9 +2333,9 @@ class Avoidance:
             self.refused[instance] = final
         instances = self.at_address.get(address, ({}, 0))[0]
         instances[instance] = None
-        self.at_address[address] = instances, now + pause
+        self.at_address[address] = instances, now + AVOID * 2 ** min(len(instances) - 1, ADDRESS_DOUBLINGS)
         if self.failures > (FAILURES_AT_ONCE if final is None else REFUSALS_AT_ONCE):
-            self.wait_until = now + pause
+            self.wait_until = now + pause / 8
         return pause
 
     def succeeded(self, address):

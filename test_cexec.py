@@ -6863,7 +6863,7 @@ def test_who_failed_a_job_is_passed_over_ever_longer():
         now += pauses[-1]
         assert not avoidance.passes_over(now, "one", "a", ())
     assert pauses == [0.25, 0.5, 1, 2, 4, 8, 8, 8]
-    assert avoidance.wait_until == now
+    assert avoidance.wait_until == -math.inf
 
 
 def test_an_address_is_passed_over_after_three_failures():
@@ -6876,10 +6876,27 @@ def test_an_address_is_passed_over_after_three_failures():
     for name in "three", "four":
         avoidance.failed(1.0, name, "a")
     assert not avoidance.passes_over(1.0, "new", "a", ())
-    pause = avoidance.failed(1.0, "five", "a")
+    avoidance.failed(1.0, "five", "a")
     assert avoidance.passes_over(1.0, "new", "a", ()) and not avoidance.passes_over(1.0, "new", "b", ())
     assert not avoidance.passes_over(1.0, "new", "a", {"a"}) and avoidance.passes_over(1.0, "five", "a", {"a"})
-    assert not avoidance.passes_over(1.0 + pause, "new", "a", ())
+    for number, pause in enumerate([1, 2, 4, 8, 16, 32, 64, 64]):
+        assert avoidance.passes_over(0.9 + pause, "new", "a", ())
+        assert not avoidance.passes_over(1.0 + pause, "new", "a", ())
+        avoidance.failed(1.0, number, "a")
+
+
+@pytest.mark.parametrize("addresses", [1, 2, 3, 6, 10])
+def test_workers_under_ever_new_names_leave_room_for_another(addresses):
+    """R18: they are quicker than the honest one whenever any of them may be asked; it has its turn within a minute."""
+    avoidance, now, names = cexec.Avoidance(), 0.0, itertools.count()
+    while True:
+        now = max(now, avoidance.wait_until)
+        rogue = next((place for place in range(addresses) if not avoidance.passes_over(now, "new", place, ())), None)
+        if rogue is None:
+            break
+        avoidance.failed(now, next(names), rogue)
+        now += 0.02
+    assert now < 60 and next(names) < 8 * addresses + 3
 
 
 def test_a_job_that_failed_often_waits_itself():
@@ -6888,7 +6905,7 @@ def test_a_job_that_failed_often_waits_itself():
         avoidance.failed(1.0, number, number)
     assert avoidance.wait_until == -math.inf
     pause = avoidance.failed(1.0, "more", "more")
-    assert avoidance.wait_until == 1.0 + pause
+    assert 1.0 < avoidance.wait_until < 1.0 + pause
     avoidance = cexec.Avoidance()
     for number in range(cexec.REFUSALS_AT_ONCE):
         avoidance.failed(1.0, number, number, "no such parameter")
@@ -9541,13 +9558,15 @@ class Rogue(threading.Thread):
     """A worker that takes every job it can get and does to each what treat(session) makes of it: refuse, abort, lose.
     session.tls is the connection.
 
-    names: the instances that it says it is, one after another; the last one for ever."""
+    names: the instances that it says it is, one after another; the last one for ever.  home: its address.
+    spared: a port that it does not connect to."""
 
-    def __init__(self, room, treat, names=("rogue",)):
+    def __init__(self, room, treat, names=("rogue",), home="", spared=0):
         super().__init__(daemon=True)
         self.room = room
         self.treat = treat
         self.names = list(names)
+        self.home, self.spared = home, spared
         self.asked = []             # the instance of each connection that was given a job
         self.over = False
         self.key = cexec.load_key(room.key)[0]
@@ -9563,12 +9582,12 @@ class Rogue(threading.Thread):
             with contextlib.suppress(OSError, cexec.ProtocolError):
                 data, source = self.ear.recvfrom(2048)
                 heard = cexec.parse_datagram(data)
-                if heard.kind == cexec.ANNOUNCE:
+                if heard.kind == cexec.ANNOUNCE and heard.port != self.spared:
                     self._serve(heard, source[0], context)
         self.ear.close()
 
     def _serve(self, heard, address, context):
-        with socket.create_connection((address, heard.port), 10) as connection:
+        with socket.create_connection((address, heard.port), 10, (self.home, 0)) as connection:
             connection.sendall(encode_answer(self.key, heard.nonce))
             receive_exactly(connection, cexec.GO_SIZE)
             with context.wrap_socket(connection) as tls:
@@ -18588,6 +18607,61 @@ def test_a_flood_of_searches_that_never_say_go_keeps_no_job_waiting(room, forker
             over.set()
             attacker.join()
         assert len(impostor.listener.accept()) == 2, "nobody came: the attack was none"
+    drained(worker)
+
+
+class SilentCrowd(threading.Thread):
+    """Connects `size` times to each submitter that announces itself; half of them say what could become a preamble."""
+
+    def __init__(self, impostor):
+        super().__init__(daemon=True)
+        self.impostor, self.size, self.met, self.over = impostor, 0, collections.Counter(), False
+        self.start()
+
+    def run(self):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as ear, contextlib.ExitStack() as kept:
+            ear.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            ear.bind(("", self.impostor.room.port))
+            ear.settimeout(0.1)
+            while not self.over:
+                with contextlib.suppress(OSError, cexec.ProtocolError):
+                    heard = cexec.parse_datagram(ear.recv(2048))
+                    if heard.kind != cexec.ANNOUNCE or heard.port == self.impostor.port or self.met[heard.nonce]:
+                        continue
+                    for number in range(self.size):
+                        connection = kept.enter_context(socket.create_connection(("127.0.0.1", heard.port), 1))
+                        connection.sendall(self.impostor.preamble((None, None, heard.nonce))[:number % 2 * 13])
+                        self.met[heard.nonce] += 1
+
+
+@LINUX_ONLY
+def test_honest_jobs_start_while_a_hostile_crowd_grows(room, forker):
+    """S4, S16, R16, R18: searches that never say GO, noise, silent connections, and three workers that refuse under
+    ever new names: each step has more of them, and its job runs once, before the next."""
+    worker, ends = forked_worker(forker, room, CONCURRENCY=1), []
+    names = ["%016x" % number for number in range(100000)]
+    with Impostor(room) as impostor, contextlib.ExitStack() as rogues:
+        rogues = [rogues.enter_context(Rogue(room, refuses, names[number::3], "127.0.0.%d" % (number + 2),
+                                            impostor.port)) for number in range(3)]
+        crowd = SilentCrowd(impostor)
+        for step in range(1, 6):
+            crowd.size += 40
+            for _ in range(40 * step):
+                copy = impostor.announce()
+                for _ in range(5):
+                    impostor.send(copy)
+                    impostor.send(os.urandom(200))
+            status, output, errors = quick(forker, room, "DO=cat; exit %d" % step, input=b"data",
+                                           env={"CEXEC_TIMEOUT_ACCEPT": 60})
+            ends.append((status, output))
+            asked = [len(rogue.asked) for rogue in rogues]
+            assert ends[-1] == (step, b"data") and sum(asked) < 40 * step, errors
+        crowd.over = True
+        crowd.join()
+        assert all(asked) and max(crowd.met.values()) > 40, "there was no attack"
+    log = bytes(worker.errors.data)
+    assert re.findall(rb"end, status (\d)", log) == [b"1", b"2", b"3", b"4", b"5"] and log.count(b": start") == 5
+    assert len(open_fds(worker.pid)) < 100
     drained(worker)
 
 
