@@ -13503,13 +13503,15 @@ def breaks(messages):
     def treat(session):
         said = b"".join(b"".join(cexec.encode_call(kind, number, body)) for kind, number, body in messages)
         session.accept(0)
+        session.outbox += cexec.frame(cexec.CREDIT, cexec.CALLS, struct.pack(">I", 3 << 20))    # scripts are long
         session.tls.sendall(session.outbox)
         session.outbox.clear()
         session.tls.settimeout(10)
         with contextlib.suppress(OSError):
-            heard = b""
-            while cexec.CALL_HEAD.pack(cexec.CALL, 0, 1, 0, 0)[:8] not in heard:    # until it has been given a call
-                heard += session.tls.recv(1 << 16)
+            heard, part = b"", b"-"
+            while part and cexec.CALL_HEAD.pack(cexec.CALL, 0, 1, 0, 0)[:8] not in heard:   # it has been given a call
+                part = session.tls.recv(1 << 16)
+                heard += part
             session.tls.sendall(cexec.frame(cexec.DATA, cexec.ANSWERS, said))
             while session.tls.recv(1 << 16):
                 pass
