@@ -15280,8 +15280,10 @@ class Interpreter(JobStreams):
             self.pool.pump()
 
     def broken(self, error):
-        """It does not speak as an interpreter does."""
+        """It does not speak as an interpreter does.  One that was ready is lost to the first call that it owes."""
         if self.attempt:
+            if self.state is not InterpreterState.BOOTING:
+                self._begin_next()
             self.pool.on_broken(self, Failure("interpreter on %s" % self.place, error))
 
     # -- calls
