@@ -9546,10 +9546,18 @@ class Cmap:
             job.unsteady += 1
             failure, again = JobFailure(log_text(job.name), "it changes while it is read"), job.unsteady < STEADY_TRIES
             if again and self.batch.state is not STOPPING:
+                self._drop_waiting_twin(job, run)
                 self.batch.forget(job, run)
                 self._discard(run)
                 return None if job.runs else self._run(job)
         return self._count(run, status, failure)
+
+    def _drop_waiting_twin(self, job, run):
+        """This run is of no use, and its twin, which has no worker yet, may never get one: it avoids this one's."""
+        for twin in [each for each in job.runs if each is not run and not each.has_begun()]:
+            self.batch.forget(job, twin)
+            self.pool.cancel(twin)
+            self._discard(twin)
 
     def count_worker(self, run, failed):
         """A run has ended on its worker, or was refused there for good."""
@@ -9561,11 +9569,8 @@ class Cmap:
         run.result = status, failure
         if not failure and not run.refusal:
             self.count_worker(run, outcome is FAILED)
-        if outcome is not SUCCEEDED:        # a twin that has no worker yet may never get one
-            for twin in [each for each in job.runs if each is not run and not each.has_begun()]:
-                self.batch.forget(job, twin)
-                self.pool.cancel(twin)
-                self._discard(twin)
+        if outcome is not SUCCEEDED:
+            self._drop_waiting_twin(job, run)
         decision = self.batch.ended(job, run, outcome, run.instance, now)
         if decision is WAIT:            # for its twin; until then this is what there is
             self._discard(job.spare)

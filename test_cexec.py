@@ -14290,6 +14290,15 @@ def test_one_worker_alone_keeps_no_failure_waiting(farm, tmp_path, options, code
     assert len((tmp_path / "log").read_text().splitlines()) == 3
 
 
+def test_an_input_that_changed_runs_again_though_its_twin_waits(farm, tmp_path):
+    (tmp_path / "in").write_text("first\n")
+    code = "cd %s; echo >>runs; sleep 0.5; test $(wc -l <runs) -gt 1 || echo more >>in; cat" % tmp_path
+    began = time.monotonic()
+    done = mapped(farm, "--hedge", "--set=RUN=" + code, "APP", "in", cwd=str(tmp_path))
+    assert (done.returncode, done.stdout) == (0, b"first\nmore\n"), done.stderr
+    assert time.monotonic() - began < 10
+
+
 @pytest.mark.parametrize("options, stdin, words", [
     (["--from", "."], None, b"cmap: --from=.: Is a directory\n"),
     (["--lines"], "closed", b"cmap: standard input: Bad file descriptor\n"),
