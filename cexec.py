@@ -16571,7 +16571,7 @@ class Demo:
         self.type("ckeygen app", "a key: app for workers, app.pub for submitters")
         for number in (1, 2):
             self.serve("worker %d" % number, self.command)
-        self.start("crat", [CRAT, "app.pub"], self.folder)
+        self.start("crat", self.tool(CRAT, "app.pub"), self.folder)
         self.type("crat app.pub", "the log")
         status = self.run_one()
         if self.many and not status:
@@ -16582,7 +16582,7 @@ class Demo:
 
     def serve(self, name, command, *options):
         """A worker of that command."""
-        self.start(name, [CSERVICE, *options, self.key, *command])
+        self.start(name, self.tool(CSERVICE, *options, self.key, *command))
         words = [*options, "app", *("'%s'" % word if " " in word else word for word in command)]
         self.type("cservice " + " ".join(words), name + " is ready")
 
@@ -16590,8 +16590,8 @@ class Demo:
         """One job."""
         self.act("1. One job, on the best worker:")
         self.type("cexec app.pub < input")
-        source, began = self.input(), time.monotonic()
-        self.fork("cexec", lambda: self.become([CEXEC, "app.pub"], source, 1, 2), self.folder)
+        began = time.monotonic()
+        self.fork("cexec", self.tool(CEXEC, "app.pub"), self.folder, self.input(), 1, 2)
         status = self.status_of("cexec")
         took = time.monotonic() - began
         self.hear("crat", "for app.pub", 2)
@@ -16617,7 +16617,8 @@ class Demo:
             self.serve("worker %d" % number, ["sh", "-c", self.SLOW], "--concurrency", "2")
         self.type("printf '%%s\\n' %s | cmap --lines app.pub" % b" ".join(self.INPUTS).decode())
         began = time.monotonic()
-        self.start("cmap", [CMAP, "--lines", "app.pub"], self.folder, b"\n".join(self.INPUTS) + b"\n", "failed, on")
+        self.start("cmap", self.tool(CMAP, "--lines", "app.pub"), self.folder, b"\n".join(self.INPUTS) + b"\n",
+                   "failed, on")
         took, one_by_one = time.monotonic() - began, 0.5 * len(self.INPUTS)
         self.tell(" ".join(line for line in self.lines("cmap") if line.isupper()))
         self.tell("==> %d jobs of half a second each took %.1f s: %.1f times as fast as one after another" % (
@@ -16629,24 +16630,25 @@ class Demo:
         self.act("3. Python functions, in the interpreters of a worker:")
         self.serve("worker 5", [], "--python")
         self.tell(">>> with cexec.Executor(\"app.pub\") as pool: print(*pool.map(math.sqrt, [1, 4, 9, 16]))")
-        reading, writing = os.pipe()
-        self.fork("python", lambda: self.call_functions(writing), self.folder)
-        os.close(writing)
         began = time.monotonic()
-        with open(reading) as answers:
-            self.tell(answers.read().rstrip())
+        self.start("python", self.call_functions, self.folder, word="4.0")
+        self.tell(" ".join(self.lines("python")))
         self.tell("==> after %.2f s, the start of the interpreter with it" % (time.monotonic() - began))
 
-    def call_functions(self, writing):
+    def call_functions(self):
         """In the fork: the program that makes the calls."""
-        with executor_class()("app.pub") as pool, open(writing, "w") as answers:
-            print(*pool.map(math.sqrt, [1, 4, 9, 16]), file=answers)
+        with executor_class()("app.pub") as pool:
+            say("", " ".join(map(str, pool.map(math.sqrt, [1, 4, 9, 16]))), 1)
 
     # -- the tools
-    def start(self, name, arguments, folder=None, input=b"", word="ready"):
+    def tool(self, *arguments):
+        """What a fork has to call to be this tool."""
+        return functools.partial(main, ["cexec.py", *arguments])
+
+    def start(self, name, call, folder=None, input=b"", word="ready"):
         """Starts a tool and waits until it has said the word."""
         source, output = pipe_of(input), os.open(os.path.join(self.folder, name), os.O_WRONLY | os.O_CREAT, 0o600)
-        self.fork(name, lambda: self.become(arguments, source, output, output), folder)
+        self.fork(name, call, folder, source, output, output)
         os.close(output)
         os.close(source)
         if not self.hear(name, word, self.PATIENCE):
@@ -16674,8 +16676,8 @@ class Demo:
         for line in self.lines(name):
             self.tell("%s: %s" % (name, line))
 
-    def fork(self, name, call, folder):
-        """A process that calls, in this folder or where the user stands."""
+    def fork(self, name, call, folder, *standard):
+        """A process that calls, in this folder or where the user stands, with these descriptors as 0, 1 and 2."""
         child = os.fork()
         if child:
             self.running[name] = child
@@ -16684,6 +16686,9 @@ class Demo:
         try:
             for number in DEMO_SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
+            for number, fd in enumerate([fcntl.fcntl(fd, fcntl.F_DUPFD, 3) for fd in standard]):
+                os.dup2(fd, number)
+            close_strays()
             if folder:
                 os.chdir(folder)
             os.environ.clear()
@@ -16695,13 +16700,6 @@ class Demo:
             self.tell("%s: %s: %s" % (name, type(error).__name__, error))
         finally:
             os._exit(status)
-
-    def become(self, arguments, *standard):
-        """In the fork: be this tool, with these descriptors as 0, 1 and 2."""
-        for number, fd in enumerate([fcntl.fcntl(fd, fcntl.F_DUPFD, 3) for fd in standard]):
-            os.dup2(fd, number)
-        close_strays()
-        return main(["cexec.py", *arguments])
 
     def status_of(self, name, options=0):
         """Waits for the end of this tool; its status.  With WNOHANG None where it has not ended."""
