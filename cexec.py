@@ -9838,7 +9838,6 @@ class SubmitterConnection:
         self.loop, self.preamble, self.most = loop, preamble, most
         self.on_connected, self.on_go, self.on_no_go = on_connected, on_go, on_no_go
         self.go = b""
-        self.ended = False
         self.socket = self.timer = None
         self.connector = Connector(loop, address, self.CONNECT, self._connected, self._end)
 
@@ -9867,7 +9866,6 @@ class SubmitterConnection:
         self.on_no_go(problem)
 
     def _release(self):
-        self.ended = True
         self.connector.close()
         if self.socket:
             self.timer.cancel()
@@ -9955,9 +9953,8 @@ class Offers:
     def look(self):
         """A fault in a callback must not keep an offer for ever."""
         oldest = time.monotonic() - SubmitterConnection.CONNECT - SubmitterConnection.GO - 1
-        for slot, connection in list(self.connections.items()):
-            if connection.ended or slot.since < oldest:
-                self.withdraw(slot)
+        for slot in [slot for slot in self.connections if slot.since < oldest]:
+            self.withdraw(slot)
 
 
 class Link:
