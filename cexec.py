@@ -487,14 +487,6 @@ def parse_spill(text):
     return size
 
 
-def user_name(text):
-    import pwd
-    try:
-        return pwd.getpwnam(text) if text else None
-    except KeyError:
-        raise ValueError("the name of a user of this machine") from None
-
-
 def parse_limits(text):
     """[(name, number)] of NAME=VALUE, separated by commas or spaces; of one name the last counts."""
     limits = {}
@@ -575,12 +567,11 @@ SETTINGS = (
     Setting("user", ("CEXEC_USER",), (CEXEC, CMAP), parse_user, "", "USER@HOST",
             "who the job is from, for people to read, or none (default: user and host as they are)"),
     Setting("escape", ("CEXEC_ESCAPE",), (CEXEC,), parse_escape, "~", "CHAR", "the escape character of -t, or none"),
-    Setting("concurrency", ("CONCURRENCY",), (CSERVICE,),
-            lambda text: whole_number(1, 10000)(text) if text else usable_cpus(), "", "N",
+    Setting("concurrency", ("CONCURRENCY",), (CSERVICE,), optional(whole_number(1, 10000)), "", "N",
             "most jobs at once (default: the number of usable CPUs)"),
     Setting("boost", ("BOOST",), (CSERVICE,), optional(whole_number(0, 10 ** 9)), "", "MICROSECONDS",
             "answer after this time, whatever the load is"),
-    Setting("user", ("CSERVICE_USER",), (CSERVICE,), user_name, "", "NAME",
+    Setting("user", ("CSERVICE_USER",), (CSERVICE,), optional(str), "", "NAME",
             "when started as root: whose rights the jobs get"),
     Setting("veto", ("CSERVICE_IF",), (CSERVICE,), str, "", "COMMAND",
             "take new jobs only while this shell command ends with 0"),
@@ -4511,16 +4502,28 @@ def address_towards(address):
         return ""           # also without a descriptor for it
 
 
-def resolve_hosts(settings):
-    """These settings, with the names in --accept-server and --reject-servers as the addresses that this machine's
-    resolver gives now.  A rejected name stays as well: workers say what they are called."""
-    accept = getattr(settings, "accept_server", ())
-    if all(map(parse_address, accept + getattr(settings, "reject_servers", ()))):
-        return settings
-    return Settings(dict(
-        vars(settings), accept_server=tuple(address for host in accept for address in addresses_of(host, True)),
-        reject_servers=settings.reject_servers + tuple(
-            address for host in settings.reject_servers for address in addresses_of(host, False))))
+def settings_here(settings):
+    """These settings, with what only this machine can say: the addresses of the names in --accept-server and
+    --reject-servers, the number of CPUs, cservice's user.  A rejected name stays as well: workers say what they are
+    called."""
+    known, accept, reject = {}, getattr(settings, "accept_server", ()), getattr(settings, "reject_servers", ())
+    if not all(map(parse_address, accept + reject)):
+        known["accept_server"] = tuple(address for host in accept for address in addresses_of(host, True))
+        known["reject_servers"] = reject + tuple(address for host in reject for address in addresses_of(host, False))
+    if hasattr(settings, "concurrency"):        # cservice's
+        known["concurrency"] = settings.concurrency or usable_cpus()
+        known["user"] = settings.user and user_named(settings)
+    return Settings(dict(vars(settings), **known)) if known else settings
+
+
+def user_named(settings):
+    """cservice's user as pwd has it."""
+    import pwd
+    try:
+        return pwd.getpwnam(settings.user)
+    except (KeyError, ValueError):
+        raise Failure(settings.given["user"], "not accepted", "accepted: the name of a user of this machine",
+                      EXIT_USAGE) from None
 
 
 def addresses_of(host, needed):
@@ -14783,7 +14786,7 @@ def room_settings(given):
             value = ",".join(map(str, value))
         if value is not None:
             environment[known[name].names[0]] = str(int(value) if isinstance(value, bool) else value)
-    return resolve_hosts(read_settings(CEXEC, [], environment)[0])
+    return settings_here(read_settings(CEXEC, [], environment)[0])
 
 
 def job_names(names):
@@ -17104,7 +17107,7 @@ def run_tool(tool, arguments, environment):
         if tool in NOT_LINKED:
             return TOOLS[tool].call(arguments, None)
         settings, arguments = read_settings(tool, arguments, environment)
-        settings = resolve_hosts(settings)
+        settings = settings_here(settings)
         if hasattr(settings, "shown"):
             return show(tool, settings.shown)
         check_device(settings)

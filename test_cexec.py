@@ -1928,6 +1928,9 @@ def test_nothing_above_the_line_touches_the_world():
     tree = ast.parse(text)
     head = text[:text.index("\nVERSION = ")].count("\n")        # which looks at the Python that reads it
     above = [use for use in dotted_uses(tree) if head < use[0] < border]
+    functions_below = {node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.lineno > border}
+    assert [node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and node.lineno < border
+            and node.id in functions_below - {"uniform", "sees_reading"}] == [], "those are also names of parameters"
     assert [use for use in above if use[1] not in INNOCENT] == []
     functions = {node.name: (node.lineno, node.body[-1].lineno) for node in tree.body
                  if isinstance(node, ast.FunctionDef)}
@@ -4238,7 +4241,8 @@ def test_what_pypy_lacks_has_a_plain_substitute(monkeypatch):
 # ---------------------------------------------------------------- settings
 
 def settings_of(tool, *arguments, **environment):
-    return cexec.read_settings(tool, arguments, environment)[0]
+    settings = cexec.read_settings(tool, arguments, environment)[0]
+    return cexec.settings_here(settings) if tool == "cservice" else settings
 
 
 @pytest.mark.parametrize("tool, attribute, value", [
@@ -4310,7 +4314,7 @@ def test_a_malformed_setting_is_a_usage_error_that_names_it(tool, name, text):
     setting = next(setting for setting in cexec.SETTINGS if name in setting.names and tool in setting.tools)
     for arguments, environment, shown in ([], {name: text}, name), ([setting.option, text], {}, setting.option):
         with pytest.raises(cexec.Failure) as caught:
-            cexec.read_settings(tool, arguments, environment)
+            cexec.settings_here(cexec.read_settings(tool, arguments, environment)[0])
         assert str(caught.value) == "%s=%s: not accepted" % (shown, text)
         assert caught.value.status == cexec.EXIT_USAGE
         assert caught.value.hint.startswith("accepted: ") and "codec" not in caught.value.hint
@@ -4343,7 +4347,7 @@ def test_options_that_are_none(arguments, shown):
 def test_options_end_at_the_first_word_that_is_none():
     assert cexec.read_settings("cexec", ["-tt", "--", "-app", "--maxfd=1"], {})[1] == ["-app", "--maxfd=1"]
     settings, rest = cexec.read_settings("cservice", ["app", "command", "--concurrency=3"], {})
-    assert rest == ["app", "command", "--concurrency=3"] and settings.concurrency == cexec.usable_cpus()
+    assert rest == ["app", "command", "--concurrency=3"] and settings.concurrency is None
 
 
 @pytest.mark.parametrize("tool, arguments", [
@@ -19621,7 +19625,7 @@ class Lossy(cexec.GroupSocket):
 cexec.GroupSocket = Lossy
 loss, loop, log = int(sys.argv[4]) / 100, cexec.Loop(), cexec.Log("crowd")
 key, _ = cexec.load_key(sys.argv[1], "private")
-settings, _ = cexec.read_settings("cservice", [], {"GROUP": sys.argv[2], "CONCURRENCY": "1"})
+settings = cexec.settings_here(cexec.read_settings("cservice", [], {"GROUP": sys.argv[2], "CONCURRENCY": "1"})[0])
 cexec.raise_descriptor_limit(4096)
 context = cexec.tls_context(key, False)
 cexec.tls_context = lambda key, server_side: context
