@@ -12124,20 +12124,24 @@ def job_table(workers, several=False):
     return columns_text(JOB_COLUMNS[not several:], rows) + more + [total]
 
 
+ALIKE = (       # what workers of one key have in common, as a text; what tells two apart, and how it is shown
+    ("program versions", lambda here: (here.version, here.version)),
+    ("commands", lambda here: (here.digest, here.command)))
+
+
 def differences(workers):
     """A warning where workers of one key are not alike."""
     warnings = []
-    for key, what, sort in [(key, *rule) for key in sorted({worker.key for worker in workers}) for rule in (
-            ("program versions", lambda here: (here.version, here.version)),
-            ("commands", lambda here: (here.digest, here.command)))]:
-        alike = {}
-        for worker in workers:
-            if worker.key == key:
-                alike.setdefault(sort(worker.here), []).append(worker.name)
-        groups = ["%s on %s%s" % (shown, ", ".join(names[:3]), " and %d more" % (len(names) - 3) if names[3:] else "")
-                  for (_, shown), names in sorted(alike.items(), key=lambda item: -len(item[1]))]
-        if len(groups) > 1:
-            warnings.append("warning: workers of this key run different %s: %s" % (what, "; ".join(groups[:5])))
+    for key in sorted({worker.key for worker in workers}):
+        for what, sort in ALIKE:
+            names_by_sort = {}
+            for worker in workers:
+                if worker.key == key:
+                    names_by_sort.setdefault(sort(worker.here), []).append(worker.name)
+            groups = ["%s on %s%s" % (shown, ", ".join(names[:3]), " and %d more" % len(names[3:]) if names[3:] else "")
+                      for (_, shown), names in sorted(names_by_sort.items(), key=lambda item: -len(item[1]))]
+            if len(groups) > 1:
+                warnings.append("warning: workers of this key run different %s: %s" % (what, "; ".join(groups[:5])))
     return warnings
 
 
