@@ -1327,7 +1327,7 @@ class Room(Crew):
         self.group = "127.255.255.255:%d" % self.port
 
     def settings(self, env, group=None):
-        return dict({"GROUP": group or self.group, "CEXEC_TIMEOUT_ACCEPT": 20, MARK: self.mark}, **(env or {}))
+        return dict({"GROUP": group or self.group, "CEXEC_TIMEOUT_ACCEPT": PATIENCE, MARK: self.mark}, **(env or {}))
 
     def tool(self, *argv, python=None, env=None, group=None, **popen):
         """Starts cexec.py with these arguments beside the test."""
@@ -9167,7 +9167,7 @@ def test_a_worker_on_either_of_two_networks_is_found(net, key):
     for name, address, switch in ("a", "10.99.0.2/24", "left"), ("b", "10.98.0.2/24", "right"):
         net.host(name, address, switch=switch)
         worker = net.tool(name, "cservice", key, "sh", "-c", "echo $SERVER_ADDR").ready()
-        done = net.run_tool("s", "cexec", key + ".pub", timeout=60)
+        done = net.run_tool("s", "cexec", key + ".pub")
         assert done.stdout.decode() == address[:-3] + "\n", done.stderr
         worker.stop()
 
@@ -9198,7 +9198,7 @@ def test_every_form_of_group_finds_a_worker(net, key):
         worker.ready()
     # All are there at once: on the default port several hear the same, and any of those may answer.
     for there, here, worker in workers:
-        done = net.run_tool("s", "cexec", key + ".pub", env={"GROUP": here, "CEXEC_TIMEOUT_ACCEPT": 20}, timeout=60)
+        done = net.run_tool("s", "cexec", key + ".pub", env={"GROUP": here, "CEXEC_TIMEOUT_ACCEPT": 20})
         assert done.returncode == 0, (here, done.stderr)
 
 
@@ -9860,10 +9860,10 @@ def test_two_cmaps_and_a_cexec_share_a_room(room):
     lines = b"".join(b"%d\n" % number for number in range(100))
     maps = [room.tool("cmap", "-q", "--lines", room.pub, stdin=pipe_in(lines), stdout=subprocess.PIPE)
             for _ in range(2)]
-    time.sleep(1)       # both have begun
+    begun = [each.stdout.readline() for each in maps]
     assert room.cexec(input=b"alone").stdout == b"alone"
     assert [each.alive() for each in maps] == [True, True]
-    assert [each.stdout.read() for each in maps] == [lines, lines]
+    assert [first + each.stdout.read() for first, each in zip(begun, maps)] == [lines, lines]
 
 
 def test_a_room_outlives_a_change_of_folder(shell, tmp_path, monkeypatch):
@@ -12179,7 +12179,7 @@ def run_script(room, text, *arguments, python=sys.executable, options=()):
     """Runs a program that imports cexec and has the path of the key; it must say nothing on standard error."""
     place = os.path.dirname(compiled_for(python)[-1])       # where its bytecode is
     text = "import sys; sys.path.insert(0, %r)\n" % place + text
-    done = run_command(python, "-IS", *options, "-c", text, room.pub, *arguments, env=room.settings({}), timeout=60)
+    done = run_command(python, "-IS", *options, "-c", text, room.pub, *arguments, env=room.settings({}))
     assert (done.returncode, done.stderr) == (0, b""), done.stderr.decode()
     return done.stdout.decode()
 
@@ -12439,7 +12439,7 @@ def run_program(room, folder, text, *argv, python=sys.executable, files={}, env=
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     shutil.copy(room.pub, str(folder / "py.pub"))
     place = os.path.dirname(compiled_for(python)[-1])
-    done = run_command(python, *(argv or ["script.py"]), cwd=str(folder), timeout=60,
+    done = run_command(python, *(argv or ["script.py"]), cwd=str(folder),
                        env=room.settings(dict(env or {}, PYTHONPATH=place)), **options)
     assert done.returncode == status, (done.stdout + done.stderr).decode()
     return (done.stdout + done.stderr).decode()
@@ -13768,7 +13768,7 @@ def test_chaos_costs_time_and_no_result(key, probe, tmp_path):
 def mapped(room, *argv, env=None, cwd=None, **options):
     """Runs cmap to its end; APP stands for the key in argv."""
     argv = [room.pub if word == "APP" else word for word in argv]
-    return run("cmap", *argv, env=room.settings(env), cwd=cwd, timeout=60, **options)
+    return run("cmap", *argv, env=room.settings(env), cwd=cwd, **options)
 
 
 def start_map(room, *argv, env=None, **popen):
@@ -14869,10 +14869,10 @@ def test_a_full_temporary_folder_costs_time_and_not_the_run(farm, tmp_path):
     code = "--set=RUN=read n; test $n = 1 && sleep 1; head -c 1500000 /dev/zero | tr '\\0' $n"
     lines = b"".join(b"%d\n" % (n % 10) for n in range(1, 21))
     argv = ["unshare", *user_namespace(), "-m", "sh", "-c", script, "sh", *program(), "cmap", "--lines"]
-    done = run_command(*argv, code, farm.pub, input=lines, env=farm.settings({"TMPDIR": tmp_path}), timeout=60)
+    done = run_command(*argv, code, farm.pub, input=lines, env=farm.settings({"TMPDIR": tmp_path}))
     assert done.returncode == 0 and done.stdout == b"".join(b"%d" % (n % 10) * 1500000 for n in range(1, 21))
     code = "--set=RUN=read n; head -c ${n}000000 /dev/zero"
-    done = run_command(*argv, code, farm.pub, input=b"1\n40\n2\n", env=farm.settings({"TMPDIR": tmp_path}), timeout=60)
+    done = run_command(*argv, code, farm.pub, input=b"1\n40\n2\n", env=farm.settings({"TMPDIR": tmp_path}))
     assert done.returncode == 1 and len(done.stdout) == 3000000
     assert re.search(rb"input 2 \(40\): what it wrote, \d+ bytes so far: no room in the temporary folder %s: No space "
                      % os.fsencode(str(tmp_path)), done.stderr), done.stderr
@@ -15016,7 +15016,7 @@ def test_slots_fill_as_they_come_and_not_by_a_timer(room, tmp_path):
     code = "import sys, cexec; cexec.PROGRESS_EVERY = 1e6; sys.exit(cexec.main(['cmap'] + sys.argv[1:]))"
     done = run_command(sys.executable, "-c", code, "-q", "--set", "D=%s" % tmp_path, "--value", "N", room.pub,
                        input=b"".join(b"%s/%d\n" % (os.fsencode(str(tmp_path)), n) for n in range(8)),
-                       env=room.settings({"PYTHONPATH": os.path.dirname(CEXEC)}), timeout=60)
+                       env=room.settings({"PYTHONPATH": os.path.dirname(CEXEC)}))
     assert (done.returncode, done.stderr) == (0, b"")
 
 
@@ -15034,7 +15034,7 @@ class Stage:
         self.options = {"cwd": str(self.place), "env": {"TMPDIR": self.temporary, "STAGE": self.mark}}
 
     def demo(self, *command, **options):
-        return run_command(sys.executable, "cexec.py", "demo", *command, timeout=60, **dict(self.options, **options))
+        return run_command(sys.executable, "cexec.py", "demo", *command, **dict(self.options, **options))
 
     def clean(self):
         assert sorted(os.listdir(str(self.place))) == ["cexec.py"]
@@ -15096,7 +15096,7 @@ def test_the_demos_job_reads_standard_input_or_the_text(stage, tmp_path, kind, g
         options = {"input": given} if kind == "pipe" else {"stdin": file}
         if kind == "closed":
             command = ["sh", "-c", 'exec "$@" <&-', "sh"] + command
-        done = run_command(*command, timeout=60, **dict(stage.options, **options))
+        done = run_command(*command, **dict(stage.options, **options))
     assert (done.returncode, done.stdout) == (0, given.upper() or cexec.DEMO_TEXT.upper())
     stage.clean()
 
@@ -15116,7 +15116,7 @@ def test_the_demo_runs_wherever_the_program_comes_from(stage, tmp_path, way):
         before = "ulimit -n 64; "
     else:
         argv[1:1] = ["-bb", "-X", "dev", "-W", "error::BytesWarning"]
-    done = run_command("sh", "-c", before + 'exec "$@"', "sh", *argv, "demo", timeout=60, **stage.options)
+    done = run_command("sh", "-c", before + 'exec "$@"', "sh", *argv, "demo", **stage.options)
     assert (done.returncode, done.stdout) == (0, cexec.DEMO_TEXT.upper()), done.stderr.decode()
     assert b"Traceback" not in done.stderr
     if way != "standard input":
@@ -19058,7 +19058,7 @@ def test_a_loop_over_a_file_is_as_with_a_local_command(shell, tmp_path, number, 
     (tmp_path / "list").write_bytes(b"".join(b"line %d of some length\n" % count for count in range(5)))
     text = READS[what].replace("%s", " <&3" if number else "")
     words = " ".join(map(shlex.quote, [*program(), "cexec", shell.pub, "RUN=" + text]))
-    local, there = (run_command("sh", "-c", LOOPS[number] % job, env=shell.settings({}), cwd=str(tmp_path), timeout=60)
+    local, there = (run_command("sh", "-c", LOOPS[number] % job, env=shell.settings({}), cwd=str(tmp_path))
                     for job in ("sh -c " + shlex.quote(text), words))
     assert (there.returncode, there.stdout, there.stderr) == (local.returncode, local.stdout, b"")
     assert local.stdout.count(b"<") == {"nothing": 5, "four bytes": 5, "all": 1}[what]
@@ -21749,7 +21749,7 @@ def test_proxies_in_a_circle_do_not_storm(net, key, count):
     worker = net.tool("w", "cservice", key, "echo", "once").ready()
     listener = net.start("s", sys.executable, "-c", COUNTER, stdout=LINES)
     listener.out.wait("listening")
-    done = net.run_tool("s", "cexec", key + ".pub", timeout=60)
+    done = net.run_tool("s", "cexec", key + ".pub")
     assert done.stdout == b"once\n"
     # A marker after the storm that must not be: what comes after it does not count any more.
     net.run("s", sys.executable, "-c", "import socket; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); "
@@ -21832,9 +21832,9 @@ def test_what_was_captured_does_nothing_when_it_is_sent_again(net, key, tmp_path
         assert secret.encode() not in data and b"SECRET" not in data and b"cat" not in data
     (tmp_path / "capture").write_text("\n".join(capture))
     for how in "same", "flip":
-        net.run("x", sys.executable, "-c", REPLAY, str(tmp_path / "capture"), how, timeout=60)
+        net.run("x", sys.executable, "-c", REPLAY, str(tmp_path / "capture"), how)
     # One more job shows that all are well, and stands behind everything that was replayed.
-    assert net.run_tool("s", "cexec", key + ".pub", "C=exit 6", timeout=60).returncode == 6
+    assert net.run_tool("s", "cexec", key + ".pub", "C=exit 6").returncode == 6
     crat.out.wait("exit code 6")
     added = str(crat.out)[len(lines):].splitlines()
     known = [line for line in added if line and " unknown key " not in line]
@@ -21968,7 +21968,7 @@ def test_a_job_under_attack_starts_within_two_seconds(joined, key, way):
         attacker.popen.stdin.flush()
     waits, processes = [], []
     for _ in range(5):
-        done = net.run_tool("s", "cexec", "-v", key + ".pub", "C=echo done; exit 3", timeout=60)
+        done = net.run_tool("s", "cexec", "-v", key + ".pub", "C=echo done; exit 3")
         assert (done.returncode, done.stdout) == (3, b"done\n"), done.stderr.decode()
         waits.append(int(re.search(rb"(\d+) ms: job \w+ started", done.stderr).group(1)))
         processes.append(len(children(worker.pid)))
@@ -22049,7 +22049,7 @@ def test_what_happens_in_several_processes_is_reported_by_one(tmp_path):
     (tmp_path / "test_cexec.py").write_text(
         head.replace("ENDS = 60 ", "ENDS = 1 ") + BROKEN + "def before_processes(): pass\ndef in_new_process(): pass\n")
     done = run_command(sys.executable, tmp_path / "test_cexec.py", "-q", "--processes", "3", "-rs",
-                       env={"XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME")}, timeout=60)
+                       env={"XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME")})
     text = done.stdout.decode()
     assert done.returncode == 1 and re.match(r"4 failed, 5 passed, 1 skipped in ", text.splitlines()[-1]), text
     for words in ("assert 'one' == 'two'", "no reason", "the process that ran this test ended: status 3", "at the end",
@@ -23328,7 +23328,7 @@ def bench_command(*arguments):
 
 def test_the_benchmark_runs_its_parts(tmp_path, namespaces):
     done = run_command(*bench_command("--runs", "1", "--json", "--only", "import"), env={"TMPDIR": tmp_path},
-                       timeout=60)
+                       timeout=DEADLINE)
     found = json.loads(done.stdout)
     assert done.returncode == 0 and not found["failures"] and not found["notes"], done.stderr
     assert {result["name"] for result in found["results"]} >= {"python3 -I -S", "import cexec"}
@@ -23346,10 +23346,10 @@ def test_the_benchmark_refuses_what_it_does_not_know(wrong, capsys):
 def test_a_benchmark_that_is_interrupted_leaves_nothing(tmp_path, namespaces, number, status):
     running = Process(bench_command("--only", "host"), {"TMPDIR": tmp_path}, start_new_session=True)
     try:
-        running.log.wait("part host", 30)
+        running.log.wait("part host")
         started = wait_until(lambda: something(mentioning(str(tmp_path))))
         os.killpg(running.pid, number)
-        assert running.complete(30) == status and started and "Traceback" not in str(running.log)
+        assert running.complete() == status and started and "Traceback" not in str(running.log)
         wait_until(lambda: must(not mentioning(str(tmp_path)) and not os.listdir(str(tmp_path))))
     finally:
         running.end()
