@@ -10232,8 +10232,7 @@ class Orphans:
         handlers, self.handlers = self.handlers, []
         for handler in handlers:
             self.daemon.responder.move(time.monotonic(), handler.slot, SlotEvent.EXIT)
-        if handlers:
-            self.daemon.sweep_scratch()
+        self.daemon.sweep_scratch()         # theirs, and what was just being removed
         self.daemon.changed()
 
     def _left(self):

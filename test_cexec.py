@@ -11620,9 +11620,10 @@ def test_the_folder_goes_however_the_job_ends(room, tmp_path, way):
 
 
 def test_a_slot_does_not_wait_for_ever_for_a_folder_to_go(room, tmp_path):
-    """What takes too long is told, and goes on."""
-    worker = impatient(room, {"Scratch.WAIT": 0.0}, "--scratch", room.key, *RUN_SHELL, TMPDIR=tmp_path)
-    assert room.cexec("RUN=mkdir $(seq 500)").returncode == 0
+    """What takes too long is told, and goes on, also when its handler has gone and nobody waits for it any more."""
+    worker = impatient(room, {"Scratch.WAIT": 0.0, "KILL_GRACE": 0.0}, "--scratch", room.key, *RUN_SHELL,
+                       TMPDIR=tmp_path)
+    assert room.cexec("RUN=mkdir $(seq 9000)").returncode == 0
     worker.log.wait("is not removed after 0 s; the next start tries again")
     wait_until(lambda: must(os.listdir(str(tmp_path)) == []))
 
