@@ -19612,7 +19612,7 @@ def test_the_first_line_of_a_watch_shows_how_to_end_it(room, terminal):
 # Many daemons' answering code in one process: argv is key, group, how many, percentage of datagrams lost each way,
 # and whether they are busy.
 CROWD = """
-import random, sys
+import random, sys, time
 sys.path.insert(0, %r)
 import cexec
 class Lossy(cexec.GroupSocket):
