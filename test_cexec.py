@@ -179,6 +179,7 @@ MARKS = {
     "root": "wants root's rights",
     "slow(reason)": "takes over five seconds, for this reason",
     "alone(reason)": "runs beside no other test, for this reason",
+    "heavy": "computes for half a second and more: not for every day",
 }
 
 
@@ -284,11 +285,12 @@ PURE = {"nothing above the line touches the world", "what is private to another 
 
 
 def everyday(items):
-    """The everyday selection: what is pure, and of every other section the first cases of its first tests."""
+    """The everyday selection: what is pure, and of every other section the first cases of its first tests; of both
+    what takes little."""
     starts, titles = section_starts(items[0].function.__code__.co_filename)
     seen = collections.defaultdict(set)
     for item in items:
-        if any(item.get_closest_marker(name) for name in ("net", "slow", "alone")):
+        if any(item.get_closest_marker(name) for name in ("net", "slow", "alone", "heavy")):
             continue
         known = seen[bisect.bisect(starts, item.function.__code__.co_firstlineno)]
         if item.get_closest_marker("pure") or item.function not in known and len(known) < EVERYDAY_EACH:
@@ -329,6 +331,8 @@ class TestProcesses:
 
     def run(self):
         self.module.before_processes()
+        gc.collect()
+        gc.freeze()     # or each process's first collection would copy the memory of all that is here
         try:
             for number in range(min(self.config.option.processes, max(1, len(self.queue)))):
                 self.idle.append(self.fork())
@@ -592,7 +596,7 @@ except ImportError:
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")     # a pytest that is called without the Runner does not know these marks
-    alone, slow = pytest.mark.alone, pytest.mark.slow
+    alone, slow, heavy = pytest.mark.alone, pytest.mark.slow, pytest.mark.heavy
 
 
 # ---------------------------------------------------------------- helpers: waiting, skipping, interpreters
@@ -1744,6 +1748,7 @@ def test_an_old_python_is_told_which_one_is_needed(tmp_path):
     assert done.stderr.decode() == "cexec: needs Python 3.8 or later, this is 3.7, %s\n" % sys.executable
 
 
+@heavy
 def test_the_old_pythons_themselves_say_so_by_every_way(tmp_path):
     """What the parser of 3.6 cannot read would be a traceback; 2.7 shows the line that it stops at."""
     with open(CEXEC, encoding="ascii") as file:
@@ -1842,7 +1847,7 @@ def test_a_tool_is_called_by_its_name_among_the_processes(room, tools):
 
 # ---------------------------------------------------------------- the pure half: helpers
 
-FUZZ = int(os.environ.get("CEXEC_TEST_FUZZ", 20000))        # random inputs for each parser
+FUZZ = int(os.environ.get("CEXEC_TEST_FUZZ", 5000))        # random inputs for each parser
 SEED = os.environ.get("CEXEC_TEST_SEED", "0")
 
 
@@ -1951,6 +1956,7 @@ def names_bound(tree):
             yield from (each.id for each in ast.walk(target) if isinstance(each, ast.Name))
 
 
+@heavy
 def test_no_name_of_the_module_has_two_meanings():
     """The second one would silently be that of the first one's users too, as with two constants in two sections."""
     with open(CEXEC, encoding="utf-8") as file:
@@ -6730,6 +6736,7 @@ def subreaper():
         cexec.prctl(cexec.PR_SET_CHILD_SUBREAPER, 0)
 
 
+@heavy
 @LINUX_ONLY
 @pytest.mark.parametrize("name", sorted(GROUPS))
 def test_a_job_is_ended_whatever_it_does(loop, monkeypatch, name):
@@ -7253,6 +7260,7 @@ def test_an_idle_cluster_starts_a_job_at_once():
     assert statistics.mean(run["p95"] for run in runs) < 0.004
 
 
+@heavy
 @pytest.mark.parametrize("workers, world, mean, p99", [
     (1, {}, 1, 1),
     (4, {}, 2.6, 4),
@@ -7269,6 +7277,7 @@ def test_few_workers_connect(workers, world, mean, p99):
     assert statistics.mean(run["p99"] for run in runs) <= p99
 
 
+@heavy
 def test_few_of_very_many_connect_even_for_the_first_job():
     room = Crowd(1000)
     jobs = room.place(15)
@@ -7308,6 +7317,7 @@ def test_a_burst_spreads_over_the_workers():
     assert statistics.mean(most) <= 6
 
 
+@heavy
 @pytest.mark.parametrize("world", [{}, {"loss": 0.3}, {"jitter": 0.003}])
 @pytest.mark.parametrize("source", [None, "one host"])
 def test_slots_are_never_exceeded_and_reused_at_once(world, source):
@@ -7326,6 +7336,7 @@ def test_a_small_cluster_overrun():
     assert room.peak == 2 and max(job.start for job in jobs) - born <= 1.03 * 2
 
 
+@heavy
 @pytest.mark.parametrize("source", [None, "one host"])
 def test_nobody_starves(source):
     room = crowd_of(5)
@@ -7336,6 +7347,7 @@ def test_nobody_starves(source):
     assert mean_connections(jobs) <= 1.3
 
 
+@heavy
 @pytest.mark.parametrize("slots", [1, 4])
 def test_submitters_far_away_get_their_share_beside_near_ones(slots):
     """S4, R16: round trips of 20, 80, 250 ms and two near ones; all of them always have a job to be run."""
@@ -7405,6 +7417,7 @@ def test_workers_idle_after_a_pause_do_not_all_connect():
     assert room.place(1)[0].connections <= 20
 
 
+@heavy
 def test_a_cluster_that_was_swamped_remembers_its_size():
     room = crowd_of(50, slots=1)
     room.burst(70, 1.0)
@@ -7412,6 +7425,7 @@ def test_a_cluster_that_was_swamped_remembers_its_size():
     assert room.place(1)[0].connections <= 20
 
 
+@heavy
 def test_the_offset_follows_the_load_within_a_few_jobs():
     last, made = [], []
     for seed in range(1, 4):
@@ -7906,6 +7920,7 @@ def test_a_busy_answer_is_dropped_when_not_wanted_or_true():
     assert worker.next_due() is None                    # was not asked
 
 
+@heavy
 def test_busy_answers_of_one_worker_are_limited():
     worker, told = full_worker(jitter=1e-9), []
     for n in range(2500):
@@ -7926,6 +7941,7 @@ def busy_room(workers, seconds, submitters=1, **world):
     return jobs
 
 
+@heavy
 @pytest.mark.parametrize("workers, world", [(1000, {}), (1000, {"loss": 0.3}), (300, {"jitter": 0.003}), (30, {})])
 def test_of_a_thousand_busy_workers_a_handful_say_so(workers, world):
     """R16: at most ten datagrams in any second; where a third is lost, some did not hear that it is enough."""
@@ -7983,6 +7999,7 @@ def test_a_submitter_that_fell_silent_is_forgotten():
     assert worker.due(2.501) == []
 
 
+@heavy
 def test_memory_is_bounded_under_a_flood():
     worker = full_worker()
     hears(worker, "honest", now=0.1, source="honest", interval=4.0)
@@ -7995,6 +8012,7 @@ def test_memory_is_bounded_under_a_flood():
     assert len(worker.pending) <= cexec.PENDING_MOST and len(worker.answered) <= cexec.ANSWERED_MOST
 
 
+@heavy
 @pytest.mark.parametrize("claim", [0.0, 1000000.0])
 @pytest.mark.parametrize("source", ["honest", "spread"])
 def test_copies_do_not_displace_a_search_that_goes_on(source, claim):
@@ -8022,6 +8040,7 @@ def test_dead_submitters_make_room_for_new_ones_of_their_host():
     assert len(worker.pending) == cexec.PER_SOURCE
 
 
+@heavy
 def test_no_more_than_a_thousand_connections_in_a_second():
     """S4: however many announcements are authentic."""
     worker = responder(slots=10**6)
@@ -8584,6 +8603,7 @@ def test_a_worker_that_fails_all_jobs_gets_few_of_them():
     assert room.failed() == 0 and room.now < 90
 
 
+@heavy
 def test_a_worker_that_goes_bad_is_found_out():
     room = SimulatedRoom({"a": (2, 1.0, lambda number, before: before > 20), "b": GOOD}, 300)
     assert room.failed() < 25 and len(room.told) == 1, (room.failed(), room.told)
@@ -8591,6 +8611,7 @@ def test_a_worker_that_goes_bad_is_found_out():
     assert room.ran["a"] > 150 and room.failed() < 15, room.ran
 
 
+@heavy
 @pytest.mark.parametrize("fails", [
     always, lambda number, before: 100 < number < 250, lambda number, before: number % 3 == 0,
     lambda number, before: number < 40, lambda number, before: number % 20 < 4])
@@ -10571,6 +10592,7 @@ def job_process(room, command):
 LIMIT = 60 * MB
 
 
+@heavy
 def test_a_long_output_that_waits_takes_little_memory(shell, as_root):
     """R14: neither the handler nor cexec grows with the stream."""
     job = shell.submit("RUN=exec head -c 400000000 /dev/zero", stdout=subprocess.PIPE)
@@ -10584,6 +10606,7 @@ def test_a_long_output_that_waits_takes_little_memory(shell, as_root):
     assert job.complete() == 0
 
 
+@heavy
 def test_a_long_input_that_waits_takes_little_memory(shell, as_root):
     """R14: neither the handler nor cexec grows with the stream."""
     head = subprocess.Popen(["head", "-c", "400000000", "/dev/zero"], stdout=subprocess.PIPE)
@@ -11619,6 +11642,7 @@ def test_the_folder_goes_however_the_job_ends(room, tmp_path, way):
     assert worker.alive() and not worker.log.having("is left")
 
 
+@heavy
 def test_a_slot_does_not_wait_for_ever_for_a_folder_to_go(room, tmp_path):
     """What takes too long is told, and goes on, also when its handler has gone and nobody waits for it any more."""
     worker = impatient(room, {"Scratch.WAIT": 0.0, "KILL_GRACE": 0.0}, "--scratch", room.key, *RUN_SHELL,
@@ -11644,7 +11668,9 @@ def test_the_next_start_removes_what_a_killed_daemon_has_left(room, tmp_path):
     first = scratch_worker(room, tmp_path)
     job = room.submit("RUN=touch x; echo ready; exec sleep 1000", stdout=LINES)
     job.out.wait("ready")
-    for pid in first.pid, only_handler(first):
+    handler = only_handler(first)
+    os.kill(handler, signal.SIGSTOP)        # or it would clean up as soon as it sees that the daemon has gone
+    for pid in first.pid, handler:
         os.kill(pid, signal.SIGKILL)
     job.wait()
     for pid, line in room.left().items():       # nobody is there any more to end it
@@ -11787,6 +11813,7 @@ def pairs_of_pythons():
     return found[0], found[-1]
 
 
+@heavy
 @pytest.mark.parametrize("turn", ["older worker", "newer worker"])
 def test_submitter_and_worker_of_different_pythons(room, turn):
     (_, oldest), (_, newest) = pairs_of_pythons()
@@ -13585,6 +13612,7 @@ def test_a_python_that_cannot_serve_is_told_at_the_start(key):
         assert done.returncode == 2 and words in done.stderr.decode(), done.stderr
 
 
+@heavy
 def test_a_worker_runs_from_a_zip_or_compiled(key, tmp_path):
     """Its interpreters are the same program; one of another version cannot run what is compiled, and says so."""
     import py_compile, zipfile
@@ -15074,6 +15102,7 @@ def test_the_demo_ends_as_its_job_did(stage):
     stage.clean()
 
 
+@heavy
 def test_the_demo_has_a_text_and_a_command_of_its_own(stage):
     leader, follower = pty.openpty()
     done = stage.demo(stdin=follower)
@@ -17616,9 +17645,9 @@ NOT_HERE = {"Veto._ended"}      # with --if
 def daemon_callbacks():
     """"Class.method" of every method of the daemon that is called from outside its class: given away as a value or in
     a lambda, in a table, or told by its name to be some object's owner's."""
-    with open(CEXEC, encoding="utf-8") as file:
-        owners = {node.name: node for node in ast.parse(file.read()).body
-                  if isinstance(node, ast.ClassDef) and node.name in DAEMON}
+    with open(CEXEC, encoding="utf-8") as file:     # to parse all of it would take a fifth of the start of the tests
+        texts = re.findall(r"(?m)^class (?:%s)\b.*\n(?:(?: .*)?\n)+" % "|".join(DAEMON), file.read())
+    owners = {node.name: node for text in texts for node in ast.parse(text).body}
     methods = {name: {node.name for node in owner.body if isinstance(node, ast.FunctionDef)}
                for name, owner in owners.items()}
 
@@ -19335,6 +19364,7 @@ def shown_short(result):
     return [[(status, *map(short, outputs)) for status, *outputs in result[0]], *map(short, result[1:])]
 
 
+@heavy
 @needs_linux
 def test_any_job_uses_any_descriptor_as_a_local_command(shell, tmp_path):
     """Cases are made up from a seed for a while; each must come to the same here and through the room."""
@@ -22016,7 +22046,7 @@ def runner(request):
 def test_every_selection_selects_some_tests_and_not_all(runner, request):
     if any("::" in argument for argument in request.config.args):
         pytest.skip("only some of the tests have been read")
-    assert {"pure", "net", "root", "slow", "alone", "--quick"} == set(runner.selected)
+    assert {"pure", "net", "root", "slow", "alone", "heavy", "--quick"} == set(runner.selected)
     assert all(0 < count < sum(runner.selected.values()) for count in runner.selected.values()), runner.selected
 
 
@@ -22042,6 +22072,7 @@ def test_alone_too(): pass
 """
 
 
+@heavy
 def test_what_happens_in_several_processes_is_reported_by_one(tmp_path):
     """Each failure by name and in its words, the loss of a process as that of its test, the counts in the last line;
     what a test leaves running is named and ended, and does not hold the output."""
