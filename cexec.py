@@ -11553,10 +11553,8 @@ class RunningJob:
         self.ends.to_close.append(status)
         self.call_status = CallStatus(status)
         self.ends.theirs.update({PROGRAM: program, STATUS: status})
-        sources = self.ends.sources
-        for fd in 1, 2:
-            sources[fd] = PrintSource(self.loop, sources[fd].fd, sources[fd].ready)
-        sources[ANSWERS] = CallAnswers(self.loop, sources[ANSWERS].fd, sources[ANSWERS].ready, [sources[1], sources[2]])
+        answers = self.ends.sources[ANSWERS]
+        self.ends.sources[ANSWERS] = CallAnswers(self.loop, answers.fd, answers.ready)
 
     def begin(self):
         """The submitter is to hear that it was accepted."""
@@ -13620,6 +13618,7 @@ CALL_STATUS_LOOK = 0.25     # seconds between two looks at an interpreter's Call
 PRINTED_LOOK = 0.0002       # seconds until the first look whether what a call has printed has been taken
 PRINTED_PATIENCE = 5.0      # seconds after which the result does not wait for it: a child may print on and on
 ANSWERS_TOGETHER = 0.0005   # seconds between two looks for answers: those of quick calls travel together
+NOTHING_UNREAD = bytes(4)   # what FIONREAD says of an empty pipe
 DESCRIPTORS_HIGH = 4096     # where descriptors stand that calls are not to find
 UNDER_GUARD = """, as a worker runs this script to find its functions
   what calls use must not be defined behind: if __name__ == "__main__":"""
@@ -13661,16 +13660,20 @@ def own_path():
     return getattr(sys.modules[__name__], "__file__", "")
 
 
+def read_source(path, loader):
+    """The bytes of a file that something was loaded from, or of that member of a zip file."""
+    if os.path.isfile(path):
+        with open(path, "rb") as file:
+            return file.read()
+    return loader.get_data(path)
+
+
 def open_program(command, user):
     """A descriptor of this whole program, compiled by the command's Python, which nobody can write to.  Failure when
     that Python cannot run it."""
     import marshal, subprocess
     path = os.path.realpath(own_path())
-    if os.path.isfile(path):
-        with open(path, "rb") as file:
-            source = file.read()
-    else:       # a member of a zip file
-        source = sys.modules[__name__].__loader__.get_data(own_path())
+    source = read_source(own_path(), sys.modules[__name__].__loader__)
     made = subprocess.run([*command, "-c", PROGRAM_COMPILER], input=marshal.dumps((path, source)),
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=job_environment(user),
                           preexec_fn=user and functools.partial(become_user, user))
@@ -13717,41 +13720,18 @@ def shared_file(size):
 F_ADD_SEALS, F_SEAL_ALL = 1033, 15      # Linux: no more seals, not shorter, not longer, no writing
 
 
-class PrintSource(Source):
-    """What the calls of an interpreter print, at its handler."""
-    taken = 0               # bytes, in all
-
-    def _read(self, view):
-        size = super()._read(view)
-        self.taken += size
-        return size
-
-
 class CallAnswers(Source):
-    """The answers of an interpreter, at its handler.  What was printed before them goes out before them."""
-
-    def __init__(self, loop, fd, ready, prints):
-        super().__init__(loop, fd, ready)
-        self.prints = prints            # two PrintSources
-        self.looked = -math.inf         # when it was looked what is there, monotonic seconds
-        self.size = 0                   # bytes of answers that there were then; 0: they have been read
-        self.due = []                   # (PrintSource, what it is to have taken before that)
+    """The answers of an interpreter, at its handler: looked for only so often, so that those of quick calls travel
+    together."""
+    looked = -math.inf          # when it was last, monotonic seconds
 
     def _read(self, view):
         now = time.monotonic()
-        if not self.size:
-            if now - self.looked < ANSWERS_TOGETHER:
-                return self._look_later(ANSWERS_TOGETHER)
-            self.looked, self.size = now, unread_bytes(self.fd) or 1
-            self.due = [(each, each.taken + (unread_bytes(each.fd) or 0)) for each in self.prints if not each.closed]
-        waited = now - self.looked
-        if waited < PRINTED_PATIENCE and any(each.taken < due and not each.closed for each, due in self.due):
-            return self._look_later(max(PRINTED_LOOK, waited / 4))
-        size, self.size = self.size, 0
-        return super()._read(view[:size])
-
-    def _look_later(self, seconds):
-        self.loop.call_later(seconds, lambda: self.closed or self.ready())
+        if now - self.looked < ANSWERS_TOGETHER:
+            self.loop.call_later(ANSWERS_TOGETHER, lambda: self.closed or self.ready())
+            return None
+        self.looked = now
+        return super()._read(view)
 
 
 class CallStatus:
@@ -13789,8 +13769,9 @@ class CallLoop:
     current = None                  # the one of this process
 
     def __init__(self):
-        import pickle
+        import pickle, termios
         self.pickle = pickle
+        self.unread = termios.FIONREAD
         high = min(os.sysconf("SC_OPEN_MAX"), DESCRIPTORS_HIGH) - 16
         self.calls, self.answers = move_descriptor(CALLS, high), move_descriptor(ANSWERS, high)
         os.set_blocking(self.calls, False)
@@ -13827,6 +13808,7 @@ class CallLoop:
         if null > 2:
             os.close(null)
         self.kept = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, high) for fd in range(3)]
+        self.printed = [fd for fd in self.kept[1:] if unread_bytes(fd) is not None]
         self.standard = select.poll()       # finds those that are closed
         for fd in range(3):
             self.standard.register(fd, 0)
@@ -13836,16 +13818,16 @@ class CallLoop:
         """sys.stdin and its kin anew, where a call has closed them."""
         if is_closed(sys.stdin):
             sys.stdin = sys.__stdin__ = open(0, closefd=False)
-        for fd, name in (1, "stdout"), (2, "stderr"):
-            file = sys.stdout if fd == 1 else sys.stderr
-            if is_closed(file):
-                file = open(fd, "w", closefd=False)
-            if isinstance(file, io.TextIOWrapper):
-                file.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
-            if fd == 1:
-                sys.stdout = sys.__stdout__ = file
-            else:
-                sys.stderr = sys.__stderr__ = file
+        sys.stdout = sys.__stdout__ = self._open_output(sys.stdout, 1)
+        sys.stderr = sys.__stderr__ = self._open_output(sys.stderr, 2)
+
+    @staticmethod
+    def _open_output(file, fd):
+        if is_closed(file):
+            file = open(fd, "w", closefd=False)
+        if isinstance(file, io.TextIOWrapper):
+            file.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
+        return file
 
     # -- messages
     def run(self):
@@ -14005,8 +13987,8 @@ class CallLoop:
         return "(on %s)\n%s" % (self.place, text), words_of(error), data
 
     def _flush(self):
-        """What calls have printed is to go out before their results; what they have done to the standard descriptors
-        is undone."""
+        """What calls have printed has left before their results do, and before the next call begins, as the submitter
+        is to know which one that is; what they have done to the standard descriptors is undone."""
         damaged = is_closed(sys.stdin)
         for file in sys.stdout, sys.stderr:
             try:
@@ -14015,6 +13997,23 @@ class CallLoop:
                 damaged = True      # it is closed, or the call's own
         if damaged or self.standard.poll(0):
             self._restore()
+        wait, until = PRINTED_LOOK, 0.0
+        while self._has_unread():
+            until = until or time.monotonic() + PRINTED_PATIENCE
+            if time.monotonic() > until:
+                break
+            time.sleep(wait)
+            wait = min(2 * wait, 0.02)
+
+    def _has_unread(self):
+        """Whether something that was printed has not been taken yet."""
+        try:
+            for fd in self.printed:
+                if fcntl.ioctl(fd, self.unread, NOTHING_UNREAD) != NOTHING_UNREAD:
+                    return True
+        except OSError:
+            pass        # a call has closed even these
+        return False
 
     def _restore(self):
         for fd, kept in enumerate(self.kept):
@@ -15309,11 +15308,15 @@ class Interpreter(JobStreams):
         """How many calls it has to run."""
         return len(self.owed) - len(self.dropped)
 
+    def calls(self):
+        """Those, in their order."""
+        return [call for number, call in self.owed.items() if number not in self.dropped]
+
     def room(self):
         """How many more calls it may be given now."""
         owed = self.count()
         if (self.state not in (InterpreterState.BOOTING, InterpreterState.SERVING) or self.wanted_back or self.worn_out
-                or not self.attempt or owed and self.bytes_owed > CALLS_BYTES):
+                or not self.attempt or owed and self.bytes_owed > CALLS_BYTES or self.is_held(time.monotonic())):
             return 0
         room = calls_most(self.seconds, self.trip()) - owed
         return room if self.pool.tasks is None else min(room, self.pool.tasks - self.sent)
@@ -15359,25 +15362,28 @@ class Interpreter(JobStreams):
 
     def take_back(self, keep=0):
         """Calls that were sent ahead, but for so many, wait again, in front of the others."""
-        calls = [call for number, call in self.owed.items() if number not in self.dropped][keep:]
-        calls = [call for call in calls if call.state is CallState.SENT]
+        calls = [call for call in self.calls()[keep:] if call.state is CallState.SENT]
         self.drop(*calls)
         for call in reversed(calls):
             self.pool.again(call, "taken back")
 
     def lost_calls(self):
         """It has ended: those that it had not begun wait again; returns the others."""
-        calls = [call for number, call in self.owed.items() if number not in self.dropped]
+        calls = self.calls()
         for call in reversed(calls):
             if call.state is CallState.SENT:
                 self.pool.again(call, "taken back")
         self.owed.clear()
         return [call for call in calls if call.state is CallState.BEGUN]
 
+    def is_held(self, now):
+        """Whether the call in hand is a long one, behind which others would wait."""
+        return self.began is not None and now - self.began > (
+            self.patience + self.trip() + self.bytes_owed / BYTES_SLOW)
+
     def look(self, now):
         """A call in hand that is a long one keeps no others waiting."""
-        patience = self.patience + self.trip() + self.bytes_owed / BYTES_SLOW
-        if self.began is not None and now - self.began > patience and self.count() > 1:
+        if self.is_held(now) and self.count() > 1:
             self.suspected = now - self.began
             self.take_back(1)
 
@@ -16001,14 +16007,10 @@ class SourceLibrary:
 
     def _read(self, loader, path):
         """The bytes of a file, or of a member of a zip file; None for what is no regular file, or too much."""
-        if not os.path.isfile(path):
-            data = loader.get_data(path) if type(loader).__name__ == "zipimporter" else None
-        elif os.path.getsize(path) > SENT_EACH:
+        if os.path.getsize(path) > SENT_EACH if os.path.isfile(path) else type(loader).__name__ != "zipimporter":
             return None
-        else:
-            with open(path, "rb") as file:
-                data = file.read(SENT_EACH)
-        if data is None or self.bytes_sent + len(data) > SENT_MAX:
+        data = read_source(path, loader)
+        if self.bytes_sent + len(data) > SENT_MAX:
             return None
         self.bytes_sent += len(data)
         return data
@@ -16095,18 +16097,11 @@ def main_here():
     """What interpreters are told of this program's __main__ so that they can run it; None where it has no source."""
     module = sys.modules["__main__"]
     path, spec = getattr(module, "__file__", None), getattr(module, "__spec__", None)
-    loader = getattr(module, "__loader__", None)
+    if not path or path.endswith(".pyc"):
+        return None
     try:
-        if path and path.endswith(".pyc"):
-            return None
-        if path and os.path.isfile(path):
-            with open(path, "rb") as file:
-                source = file.read()
-        elif path and hasattr(loader, "get_data"):
-            source = loader.get_data(path)
-        else:
-            return None
-    except (OSError, ImportError):
+        source = read_source(path, getattr(module, "__loader__", None))
+    except (OSError, ImportError, AttributeError):
         return None
     return {"file": os.path.abspath(path), "source": source, "name": spec.name if spec else "__main__",
             "package": getattr(module, "__package__", None)}
@@ -16118,7 +16113,6 @@ class CallPickler:
     def __init__(self, main):
         import pickle
         self.dumps = pickle.dumps
-        self.error = pickle.PicklingError
         self.main = main
         self.finds_main = None if main else main_finder_class()
 

@@ -12776,6 +12776,15 @@ def test_a_call_sent_ahead_goes_to_a_slot_that_is_free(calls, probe):
         assert not long.done() and long.result(30) == "long"
 
 
+def test_a_call_behind_a_long_one_gets_an_interpreter_of_its_own(calls, probe):
+    """Also where there is none yet beside the busy one."""
+    with executor(calls, 2) as pool:
+        for number in range(20):        # one interpreter, which is known for quick calls
+            assert pool.submit(probe.square, number).result(30) == number ** 2
+        long, short = pool.submit(probe.sleep, 10, "long"), pool.submit(probe.square, 3)
+        assert short.result(30) == 9 and not long.done()
+
+
 def test_large_arguments_and_results_pass_whole(pool, probe):
     data = random_octets(3 << 20)
     assert pool.submit(probe.same, data).result(60) == data
@@ -12895,6 +12904,31 @@ if __name__ == "__main__":
         part, _, told = told.partition("; result %d\n" % number)
         assert sorted(part.split("\n")) == sorted(["a print %d" % number, "descriptor 1", "an error", "a child",
                                                    "no end"])
+
+
+def test_a_call_behind_one_that_prints_much_runs_once(calls, tmp_path):
+    """What was printed is on its way for long, and then the submitter does not know yet that the next one has begun."""
+    assert run_program(calls, tmp_path, """
+import cexec, sys, time
+def talk():
+    for _ in range(300): print("x" * 99999)
+def begin(number):
+    print("begun", number)
+    time.sleep(0.1)
+class Slow:
+    text = ""
+    def write(self, text):
+        time.sleep(0.001)
+        self.text += text.replace("x", "")
+    def flush(self): pass
+if __name__ == "__main__":
+    said, sys.stdout = sys.stdout, Slow()
+    with cexec.Executor("py.pub", max_workers=2) as pool:
+        list(pool.map(abs, range(1000)))
+        futures = [pool.submit(talk), *(pool.submit(begin, number) for number in range(20))]
+        for future in futures: future.result(60)
+    print(sys.stdout.text.count("begun"), file=said, flush=True)
+""") == "20\n"
 
 
 def test_results_do_not_wait_for_those_who_print_on(calls, tmp_path):
