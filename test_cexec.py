@@ -18406,7 +18406,7 @@ def test_a_daemon_without_room_for_another_process_goes_on(monkeypatch, number, 
     connection = types.SimpleNamespace(slot=slot, closed=0, close=lambda: closed.append(True))
     closed = []
     assert says_go(daemon.responder, b"noncenon")
-    daemon.handlers.start(connection)
+    daemon.handlers.start(slot, connection)
     assert closed and not daemon.responder.slots
     reason = cexec.fork_reason(OSError(number, os.strerror(number)))
     assert daemon.log == ["no process for a job from 10.0.0.9: %s" % reason]
