@@ -4650,7 +4650,7 @@ def read_into(fd, view, position=None):
 
 
 def fork_reason(error):
-    """Why a fork failed."""
+    """Why a process could not be started."""
     limit = error.errno == errno.EAGAIN
     return "no more processes are allowed here (ulimit -u, pids.max)" if limit else reason_of(error)
 
@@ -11093,7 +11093,8 @@ def remove_folder(path, top):
             if name:
                 os.close(folder)
                 os.rmdir(name, dir_fd=top)
-        os.rmdir(path)
+        if os.fstat(top).st_nlink:      # else its job has removed it
+            os.rmdir(path)
     except OSError as error:
         problems.append(error)
     return problems[0] if problems else None
@@ -11832,7 +11833,7 @@ class Handler:
                 hide_memory()       # which the change has undone
             self.running = RunningJob(self, job)
         except (OSError, ValueError) as error:
-            return self.refuse(job, "%s: %s" % (self.daemon.path, reason_of(error)))
+            return self.refuse(job, "%s: %s" % (self.daemon.path, fork_reason(error)))
         self.link.send("GROUP", str(self.running.process.pid))
         self.log("job %s: start from %s, pid %d" % (job.id, self.remote_text(), self.running.process.pid))
         self.channel.session.accept(time.monotonic())

@@ -11642,6 +11642,12 @@ def test_the_folder_goes_however_the_job_ends(room, tmp_path, way):
     assert worker.alive() and not worker.log.having("is left")
 
 
+def test_a_folder_that_its_job_has_removed_is_not_missed(room, tmp_path):
+    worker = scratch_worker(room, tmp_path)
+    assert room.cexec('RUN=rmdir "$TMPDIR"').returncode == 0
+    assert worker.stop() == 0 and not worker.log.having("is left") and os.listdir(str(tmp_path)) == []
+
+
 @heavy
 def test_a_slot_does_not_wait_for_ever_for_a_folder_to_go(room, tmp_path):
     """What takes too long is told, and goes on, also when its handler has gone and nobody waits for it any more."""
@@ -18813,6 +18819,17 @@ def test_a_limit_of_time_ends_a_job_with_a_terminal(room, text):
     done = run("cexec", "-tt", room.pub, "RUN=" + text, env=room.settings({}))
     assert (done.returncode, done.stdout) == (143, b"begun\r\n")
     assert end_of(worker) == "signal 15 (its limit of wall)"
+    assert worker.stop() == 0
+
+
+def test_a_worker_without_processes_says_so_in_words(room):
+    """R19: and serves on."""
+    code = ("import errno, sys; sys.path.insert(0, %r); import cexec\n"
+            "def spawn(*arguments): raise BlockingIOError(errno.EAGAIN, 'Resource temporarily unavailable')\n"
+            "cexec.spawn = spawn; sys.exit(cexec.main(['cexec.py'] + sys.argv[1:]))" % HERE)
+    worker = room.start(sys.executable, "-c", code, "cservice", room.key, *RUN_SHELL, env=room.settings({})).ready()
+    done = room.cexec("RUN=:", env={"CEXEC_TIMEOUT_ACCEPT": 1})
+    assert done.returncode == 111 and b"no more processes are allowed here (ulimit -u" in done.stderr
     assert worker.stop() == 0
 
 
