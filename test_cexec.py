@@ -250,6 +250,7 @@ class Runner:
 PROCESSES_EACH = 4          # for each processor: most tests wait
 HANGS = 600                 # seconds for one test; then its process is killed, long after the test's own deadline
 ENDS = 60                   # seconds for what is left when the tests are done
+ENDING = signal.SIGTERM, signal.SIGHUP      # end a run as SIGINT does: with all of its processes
 
 
 def usable_cpus():
@@ -333,6 +334,9 @@ class TestProcesses:
         self.module.before_processes()
         gc.collect()
         gc.freeze()     # or each process's first collection would copy the memory of all that is here
+        for number in ENDING:
+            if signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, signal.default_int_handler)
         try:
             for number in range(min(self.config.option.processes, max(1, len(self.queue)))):
                 self.idle.append(self.fork())
@@ -486,6 +490,9 @@ class TestProcess:
         # Under nohup, cron and setsid the parent's process group is an orphaned one, which cannot be stopped; a group
         # with a parent outside of it can.
         os.setpgid(0, 0)
+        for number in ENDING:
+            if signal.getsignal(number) is signal.default_int_handler:
+                signal.signal(number, signal.SIG_DFL)
         os.register_at_fork(after_in_child=self.line.close)     # its end is that of this process, not of a test's
         config, manager = self.session.config, self.session.config.pluginmanager
         writer = config.get_terminal_writer()
@@ -22123,15 +22130,53 @@ def test_alone_too(): pass
 """
 
 
+def runner_over(tmp_path, text):
+    """The path of a file of tests, with this file's runner and the text."""
+    with open(os.path.join(HERE, "test_cexec.py"), encoding="utf-8") as file:
+        head = file.read().partition("\nclass NoPytest")[0]
+    (tmp_path / "test_cexec.py").write_text(
+        head.replace("ENDS = 60 ", "ENDS = 1 ") + text + "def before_processes(): pass\ndef in_new_process(): pass\n")
+    return tmp_path / "test_cexec.py"
+
+
+WAITING = """
+import pytest
+@pytest.mark.parametrize("place", [%r, %r])
+def test_waits(place):
+    try:
+        with open(place, "w") as file:
+            print(os.getpid(), file=file)
+        time.sleep(300)
+    finally:
+        os.unlink(place)
+"""
+
+
+@heavy
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_run_that_is_killed_ends_its_processes(tmp_path, number):
+    """Each test is interrupted, what it made is taken away, and nobody is left."""
+    places = [tmp_path / "one", tmp_path / "two"]
+
+    def pids():
+        must(all(place.exists() and place.read_text() for place in places))
+        return [int(place.read_text()) for place in places]
+    run = Process([sys.executable, runner_over(tmp_path, WAITING % tuple(map(str, places))), "-q", "--processes", "2"],
+                  {"XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME")})
+    try:
+        found = wait_until(pids)
+        run.signal(number)
+        assert run.complete() == 2
+        assert not any(map(stat_fields, found)) and not any(place.exists() for place in places)
+    finally:
+        run.end()
+
+
 @heavy
 def test_what_happens_in_several_processes_is_reported_by_one(tmp_path):
     """Each failure by name and in its words, the loss of a process as that of its test, the counts in the last line;
     what a test leaves running is named and ended, and does not hold the output."""
-    with open(os.path.join(HERE, "test_cexec.py"), encoding="utf-8") as file:
-        head = file.read().partition("\nclass NoPytest")[0]
-    (tmp_path / "test_cexec.py").write_text(
-        head.replace("ENDS = 60 ", "ENDS = 1 ") + BROKEN + "def before_processes(): pass\ndef in_new_process(): pass\n")
-    done = run_command(sys.executable, tmp_path / "test_cexec.py", "-q", "--processes", "3", "-rs",
+    done = run_command(sys.executable, runner_over(tmp_path, BROKEN), "-q", "--processes", "3", "-rs",
                        env={"XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME")})
     text = done.stdout.decode()
     assert done.returncode == 1 and re.match(r"4 failed, 5 passed, 1 skipped in ", text.splitlines()[-1]), text
