@@ -8590,7 +8590,12 @@ def log_text(name):
 
 def input_failure(name, error):
     """What an input that cannot be had has met with, as a Failure."""
-    return error if isinstance(error, Failure) else JobFailure(log_text(name), reason_of(error))
+    if isinstance(error, Failure):
+        return error
+    hint = "" if not isinstance(error, FileNotFoundError) or not name else (
+        "/dev/stdin is standard input" if name == b"-" else
+        "its line ends as in DOS: tr -d '\\r' mends the list" if name.endswith(b"\r") else "")
+    return JobFailure(log_text(name), reason_of(error), hint)
 
 
 def short_hash(text):

@@ -14370,6 +14370,18 @@ def test_one_worker_alone_keeps_no_failure_waiting(farm, tmp_path, options, code
     assert len((tmp_path / "log").read_text().splitlines()) == 3
 
 
+def test_a_name_that_is_none_says_what_was_meant(farm, tmp_path):
+    """A list with the line ends of DOS, and - as other programs take it."""
+    (tmp_path / "a").write_text("a")
+    done = mapped(farm, "--from", "-", "APP", input=b"a\r\nb\n", cwd=str(tmp_path))
+    assert done.stderr.decode().splitlines()[:2] == [
+        "cmap: input 1 (a\\r): No such file or directory; its line ends as in DOS: tr -d '\\r' mends the list",
+        "cmap: input 2 (b): No such file or directory"]
+    done = mapped(farm, "APP", "-", input=b"x")
+    assert done.stderr.startswith(b"cmap: input 1 (-): No such file or directory; /dev/stdin is standard input\n")
+    assert mapped(farm, "APP", "/dev/stdin", input=b"x").stdout == b"|x|"
+
+
 def test_an_input_that_changed_runs_again_though_its_twin_waits(farm, tmp_path):
     (tmp_path / "in").write_text("first\n")
     code = "cd %s; echo >>runs; sleep 0.5; test $(wc -l <runs) -gt 1 || echo more >>in; cat" % tmp_path
