@@ -17,7 +17,8 @@ users have namespaces; elsewhere they are skipped with the reason.  Environment 
     CEXEC_TEST_NO_SKIP=1      a test that cannot run fails instead of being skipped
     CEXEC_TEST_FUZZ=500000    random inputs for each parser of the wire, instead of some thousands
     CEXEC_TEST_PLACES=1000    places where a stream is harmed, instead of 60
-    CEXEC_TEST_COMBINATIONS=500  pairs of cmap's options, instead of 30 seconds of them; 500:7 begins with seed 7
+    CEXEC_TEST_COMBINATIONS=500  pairs of cmap's options, instead of ten seconds of them; 500:7 begins with seed 7
+    CEXEC_TEST_DESCRIPTORS=60    seconds of jobs with any descriptors, instead of four
     CEXEC_TEST_SEED=1         other random inputs; a test that fails prints its seed
     CEXEC_TEST_PYTHONS        other interpreters, separated like PATH, in place of python3.8 ... on PATH
 
@@ -14337,7 +14338,7 @@ def test_a_log_line_waits_for_the_disk_and_jobs_do_not(tmp_path, monkeypatch):
     loop.close()
 
 
-@pytest.mark.slow
+@slow("jobs that failed wait ten seconds for another worker")
 def test_what_waits_for_another_worker_holds_nobody_back(room, tmp_path):
     """In a room of one, jobs that failed wait ten seconds for another; meanwhile all the good ones run."""
     room.serve("sh", "-c", "read n; exit $((n % 4 == 0))", CONCURRENCY=2)
@@ -14727,16 +14728,16 @@ def try_combinations(room, tmp_path, seeds, seconds=math.inf):
     return tried, wrong
 
 
-@pytest.mark.slow
+@slow("as many pairs of options as ten seconds allow")
 def test_options_that_meet_give_what_a_plain_loop_gives(room, tmp_path):
-    """C32: A sample of 30 seconds; CEXEC_TEST_COMBINATIONS=500 or 500:1000, count and first seed, asks for more."""
+    """C32: A sample of ten seconds; CEXEC_TEST_COMBINATIONS=500 or 500:1000, count and first seed, asks for more."""
     count, _, first = os.environ.get("CEXEC_TEST_COMBINATIONS", "").partition(":")
     first = int(first or 1000 * int(SEED))
     if count:
         signal.alarm(0)         # it takes as long as it takes
     print("seeds from %d" % first)
     tried, wrong = try_combinations(room, tmp_path, range(first, first + int(count or 1000)),
-                                    math.inf if count else 30)
+                                    math.inf if count else 10)
     print("%d combinations" % tried)
     assert tried and not wrong, "\n".join(wrong)
 
@@ -19308,7 +19309,7 @@ def test_an_open_file_that_the_job_reads_late_arrives_whole(shell, tmp_path, hun
 
 # ---------------------------------------------------------------- any descriptor, any job
 
-DESCRIPTOR_SECONDS = float(os.environ.get("CEXEC_TEST_DESCRIPTORS", 20))    # how long cases are made up
+DESCRIPTOR_SECONDS = float(os.environ.get("CEXEC_TEST_DESCRIPTORS", 4))     # how long cases are made up
 
 
 class AnyInput:
