@@ -2281,7 +2281,7 @@ JOBS = {
 AT_WORKER = JobState.OFFERED, JobState.RUNNING
 AVOID = 0.25                # seconds that a worker which failed the job is passed over, doubled with each failure
 AVOID_DOUBLINGS = 5         # up to eight seconds
-ADDRESS_DOUBLINGS = 8       # for an address, up to a minute: many may take turns, and others are to get theirs
+ADDRESS_DOUBLINGS = 7       # for an address, up to half a minute: many may take turns, and others are to get theirs
 FAILURES_AT_ONCE = 16       # failures of a job after which it waits itself, an eighth as long
 REFUSALS_AT_ONCE = 64       # the same for those that are final, which each worker can say once
 BAD_ADDRESS = 3             # workers in a row that failed the job at one address: it may be one under many names
@@ -7955,10 +7955,11 @@ class Pool:
         return time.monotonic() - self.proven_at > NOBODY / 2
 
     def on_proven(self):
-        self.heard_at = self.proven_at = time.monotonic()
+        self.proven_at = time.monotonic()
 
     def on_found(self, found):
         """A worker has proven itself and waits for a job."""
+        self.heard_at = time.monotonic()
         kept = PooledConnection(self, found)
         self.connections.add(kept)
         self._has_idle(kept)

@@ -6898,7 +6898,7 @@ def test_an_address_is_passed_over_after_three_failures():
     avoidance.failed(1.0, "five", "a")
     assert avoidance.passes_over(1.0, "new", "a", ()) and not avoidance.passes_over(1.0, "new", "b", ())
     assert not avoidance.passes_over(1.0, "new", "a", {"a"}) and avoidance.passes_over(1.0, "five", "a", {"a"})
-    for number, pause in enumerate([1, 2, 4, 8, 16, 32, 64, 64]):
+    for number, pause in enumerate([1, 2, 4, 8, 16, 32, 32, 32]):
         assert avoidance.passes_over(0.9 + pause, "new", "a", ())
         assert not avoidance.passes_over(1.0 + pause, "new", "a", ())
         avoidance.failed(1.0, number, "a")
@@ -8979,6 +8979,31 @@ def test_workers_that_are_not_there_keep_nobody_waiting_for_ever(room, monkeypat
     assert re.match(r"no worker that says it is there has shown that it has the private key within [\d.]+ s \(busy\)",
                     failure.why), failure.why
     assert "can speak for workers that are not there" in failure.hint
+
+
+def test_workers_that_stop_behind_the_handshake_are_not_there(room, monkeypatch):
+    """C18: they have the key, and neither take the job nor say that they are busy."""
+    for name, value in ("NOBODY", 3.0), ("AGAIN_MOST", 300.0):
+        monkeypatch.setattr(cexec, name, value)
+    monkeypatch.setattr(cexec.WorkerConnection, "PATIENCE", 0.5)
+    key, over = cexec.load_key(room.key)[0], threading.Event()
+    with Impostor(room) as impostor, room_here(room, CEXEC_TIMEOUT_ACCEPT="") as (loop, made):
+        def serve():
+            while not over.is_set():
+                with contextlib.suppress(OSError, AssertionError):
+                    impostor.apply(impostor.hear(), key)
+        rogue, began = threading.Thread(target=serve), made.proven_at
+        rogue.start()
+        made.submit(cexec.Submission(cexec.JobStreams(), [], 3, lambda *result: loop.stop(result)))
+        loop.call_later(30, loop.stop)
+        try:
+            status, failure, _ = loop.run()
+        finally:
+            over.set()
+            impostor.announce()
+            rogue.join()
+    assert type(failure) is cexec.NoWorker and "none of the workers that answered took the job" in failure.why, failure
+    assert made.proven_at - began > 0.1 and made.heard_at < made.proven_at
 
 
 @LINUX_ONLY
@@ -17404,7 +17429,7 @@ def test_a_job_that_cannot_be_forked_is_refused(room, forker, as_root):
     worker = forked_worker(forker, room, "--user", "nobody", limits={"RLIMIT_NPROC": 0})
     status, output, errors = quick(forker, room, "DO=true", env={"CEXEC_TIMEOUT_ACCEPT": 2})
     assert (status, output) == (111, b"")
-    said = r"127\.0\.0\.1 refused the job: /\S+: Resource temporarily unavailable"
+    said = r"127\.0\.0\.1 refused the job: /\S+: no more processes are allowed here \(ulimit -u, pids.max\)"
     assert re.match(r"cexec: %s\ncexec: no worker: %s; since then .*\n  .*\n\Z" % (said, said), errors), errors
     import resource
     resource.prlimit(worker.pid, resource.RLIMIT_NPROC, (1000, resource.getrlimit(resource.RLIMIT_NPROC)[1]))
@@ -18716,17 +18741,19 @@ def test_a_flood_of_searches_that_never_say_go_keeps_no_job_waiting(room, forker
 
 
 class SilentCrowd(threading.Thread):
-    """Connects `size` times to each submitter that announces itself; half of them say what could become a preamble."""
+    """Connects `size` times to each submitter that announces itself; half of them say what could become a preamble.
+    port: of the group in which it listens."""
 
-    def __init__(self, impostor):
+    def __init__(self, impostor, port=None, size=0):
         super().__init__(daemon=True)
-        self.impostor, self.size, self.met, self.over = impostor, 0, collections.Counter(), False
+        self.impostor, self.port, self.size = impostor, port or impostor.room.port, size
+        self.met, self.over = collections.Counter(), False
         self.start()
 
     def run(self):
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as ear, contextlib.ExitStack() as kept:
             ear.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            ear.bind(("", self.impostor.room.port))
+            ear.bind(("", self.port))
             ear.settimeout(0.1)
             while not self.over:
                 with contextlib.suppress(OSError, cexec.ProtocolError):
@@ -18839,17 +18866,6 @@ def test_a_limit_of_time_ends_a_job_with_a_terminal(room, text):
     done = run("cexec", "-tt", room.pub, "RUN=" + text, env=room.settings({}))
     assert (done.returncode, done.stdout) == (143, b"begun\r\n")
     assert end_of(worker) == "signal 15 (its limit of wall)"
-    assert worker.stop() == 0
-
-
-def test_a_worker_without_processes_says_so_in_words(room):
-    """R19: and serves on."""
-    code = ("import errno, sys; sys.path.insert(0, %r); import cexec\n"
-            "def spawn(*arguments): raise BlockingIOError(errno.EAGAIN, 'Resource temporarily unavailable')\n"
-            "cexec.spawn = spawn; sys.exit(cexec.main(['cexec.py'] + sys.argv[1:]))" % HERE)
-    worker = room.start(sys.executable, "-c", code, "cservice", room.key, *RUN_SHELL, env=room.settings({})).ready()
-    done = room.cexec("RUN=:", env={"CEXEC_TIMEOUT_ACCEPT": 1})
-    assert done.returncode == 111 and b"no more processes are allowed here (ulimit -u" in done.stderr
     assert worker.stop() == 0
 
 
@@ -21323,6 +21339,52 @@ def test_a_second_signal_ends_what_is_running(far):
     far.proxy.signal(signal.SIGINT)
     assert far.proxy.complete() == 0
     assert is_reset(submitter) and is_reset(worker)
+
+
+def test_jobs_pass_a_proxy_and_are_told_by_crat_under_attack(room):
+    """C20, C21, S12, S14, S17: of a holder of APP.pub on both sides: noise, alerts, announcements with no one behind
+    them, and connections to all ports that cproxy announces."""
+    port, over, chance = free_port(), threading.Event(), random.Random(5)
+    beyond = "127.255.255.255:%d" % port
+    worker = room.serve(*RUN_SHELL, group=beyond, CONCURRENCY=1)
+    proxy, crat = room.tool("cproxy", "--key", room.pub, "127.0.0.1", beyond).ready(), room.crat(room.pub, group=beyond)
+    hostile = b"\x1b[2J\n" * 40
+    with Impostor(room) as impostor:
+        crowd, key = SilentCrowd(impostor, port, 20), impostor.public
+
+        def flood():
+            for number in itertools.count():
+                nonce = struct.pack(">Q", number)
+                bodies = {
+                    cexec.ANNOUNCE: cexec.encode_announcement(cexec.Announcement(0, 0, 4000, 1, nonce, 64)),
+                    cexec.ALERT: cexec.encode_alert(cexec.Alert(1, 0, 5, int(time.time() * 1000), "%d" % number, "x",
+                                                                *[hostile.decode()] * 2)),
+                    cexec.ASK: cexec.encode_ask(0, 7), cexec.HERE: hostile, cexec.TAKEN: cexec.encode_taken(100.0)}
+                for kind, body in bodies.items():
+                    data = cexec.encode_datagram(key.udp, kind, key.id, nonce, 1, body, impostor.port)
+                    for each in data, data[:30] + bytes([data[30] ^ 1]) + data[31:], chance.getrandbits(4000).to_bytes(
+                            500, "big"):
+                        for group in room.port, port:
+                            with contextlib.suppress(OSError):
+                                impostor.udp.sendto(each, ("127.255.255.255", group))
+                if over.wait(0.01):
+                    return
+        attacker = threading.Thread(target=flood)
+        attacker.start()
+        try:
+            for status in range(1, 5):
+                done = room.cexec("RUN=cat; exit %d" % status, input=b"data", env={"CEXEC_TIMEOUT_ACCEPT": 30})
+                assert (done.returncode, done.stdout) == (status, b"data"), done.stderr
+                crat.out.wait("127.0.0.1 completed by 127.0.0.1 for %s exit code %d job" % (room.pub, status))
+        finally:
+            over.set()
+            attacker.join()
+            crowd.over = True
+            crowd.join()
+    assert jobs_of(worker) == 4 and sum(crowd.met.values()) > 40
+    assert "\x1b" not in str(crat.out) + str(crat.log) + str(proxy.log) + str(worker.log)
+    for each in worker, proxy, crat:
+        assert each.alive() and "internal error" not in str(each.log) and rss(each.pid) < 100 << 20
 
 
 def test_a_flood_of_forged_announcements_is_bounded(far):
