@@ -2029,8 +2029,9 @@ class Session:
 #
 # What an Executor and the loop of calls in an interpreter say to each other, on two descriptors of the job: messages of
 # a head and a pickle; where there are buffers (those of pickle protocol 5) the sizes of pickle and buffers stand before
-# it, and each buffer begins at a multiple of ALIGN from the message's beginning.  Every CALL has one answer, in the
-# order of the calls: RETURNED, RAISED, or DROPPED.
+# it, and each buffer begins at a multiple of ALIGN from the message's beginning.  Every CALL has one answer: RETURNED
+# or RAISED, in the order of the calls, or DROPPED: it was not run.  So ends what was sent behind a call that took
+# longer than CALL_PAUSE, since the submitter may have given it to others meanwhile.
 
 CALLS, ANSWERS, PROGRAM, STATUS = 3, 4, 5, 6        # the job's descriptors; the worker opens the last two
 CALL_DESCRIPTORS = {1: OUT, 2: OUT, CALLS: IN, ANSWERS: OUT}
@@ -2045,6 +2046,8 @@ ALIGN = 64                  # what the fastest instructions for arrays like
 
 CALLS_BUSY = 0.02           # seconds of work that are sent ahead to an interpreter, beside the round trip
 CALL_LEAST = 2e-5           # seconds that any call takes
+CALL_PAUSE = 0.05           # seconds of a call after which what was sent ahead is the submitter's again
+CALL_LONG = 2 * CALL_PAUSE  # seconds after which the submitter gives it to others; doubled where that was an error
 CALLS_BYTES = 1 << 22       # bytes of arguments that are sent ahead, once there is a second call
 
 # A call at the submitter.  It is its submitter's until it has begun: then it may have done something.
@@ -13958,12 +13961,20 @@ class CallLoop:
         function = arguments = named = value = None
         self._flush()
         seconds = time.monotonic() - began
+        if seconds > CALL_PAUSE:
+            self._give_back()
         self._send(kind, number, data, out, int(seconds * 1e6))
         if self.status:
             self.status.show(0.0)
         if self.cpu_limit < math.inf and not self.enough and time.process_time() > self.cpu_limit / 2:
             self.enough = True
             self._send(ENOUGH)
+
+    def _give_back(self):
+        """Calls that have come so far are not run."""
+        self._read()
+        while self.ahead:
+            self._send(DROPPED, self.ahead.popitem(last=False)[0])
 
     def _pickled(self, way, value):
         """way(dumps, value), by cloudpickle where pickle refuses it and code has come so from the same Python: what
@@ -15107,7 +15118,6 @@ INTERPRETER_IDLE = 60.0     # seconds without a call after which an interpreter 
 ABORT_PATIENCE = 2.0        # seconds until a Ctrl-C does not wait any longer
 LEAVE_PATIENCE = 1.0        # seconds that an interpreter has to end by itself
 CALL_LOOK = 0.05            # seconds between two looks whether a call turns out to be long
-CALL_LONG = 0.1             # seconds after which it is, and keeps no others waiting; doubled where that was an error
 CALL_LONG_MOST = 2.0
 BYTES_SLOW = 1e7            # bytes a second that travel at least
 MIND = 0.25                 # seconds between two looks which interpreters are needed
@@ -15412,16 +15422,19 @@ class Interpreter(JobStreams):
     # -- messages
     def on_messages(self, messages):
         """Those that have come together, as CallReader.read() gives them."""
-        took = []
+        took, given_back = [], []
         for kind, number, microseconds, data, buffers in messages:
             if not self.attempt:
                 return
-            if kind in (RETURNED, RAISED, DROPPED) and self.state is not InterpreterState.BOOTING:
+            if kind in (RETURNED, RAISED) and self.state is not InterpreterState.BOOTING:
                 if not took:
                     self.end_lines()
-                self._answered(kind, number, data, buffers)
-                if kind != DROPPED:
-                    took.append(microseconds)
+                self.pool.on_answer(self, self._answered(number), number, kind, data, buffers)
+                took.append(microseconds)
+            elif kind == DROPPED and self.state is not InterpreterState.BOOTING:
+                if number not in self.dropped and number in self.owed:
+                    given_back.append(self.owed[number])
+                self._answered(number)
             elif kind == READY and self.state is InterpreterState.BOOTING:
                 self._ready(*parse_ready(bytes(data)))
             elif kind == WANTED and self.unanswered < QUESTIONS_AT_ONCE:
@@ -15432,6 +15445,9 @@ class Interpreter(JobStreams):
                     self.take_back(1)
             else:
                 raise ProtocolError("a message of calls out of place")
+        for call in reversed(given_back):
+            if call.state is CallState.SENT:
+                self.pool.again(call, "taken back")
         if took:
             self._learn([each / 1e6 for each in took])
         if self.state is not InterpreterState.BOOTING:
@@ -15444,14 +15460,14 @@ class Interpreter(JobStreams):
         self.on("ready")
         self.pool.on_started(self)
 
-    def _answered(self, kind, number, data, buffers):
-        if number not in self.owed or kind == DROPPED and number not in self.dropped:
+    def _answered(self, number):
+        """The call, which is owed no more."""
+        call = self.owed.pop(number, None)
+        if call is None:
             raise ProtocolError("an answer to no call")
-        call = self.owed.pop(number)
         self.bytes_owed -= call.size
         self.dropped.discard(number)
-        if kind != DROPPED:
-            self.pool.on_answer(self, call, number, kind, data, buffers)
+        return call
 
     def end_lines(self):
         """What came before an answer was printed before it: calls that have ended have no more of their lines."""

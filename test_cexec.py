@@ -12945,6 +12945,17 @@ if __name__ == "__main__":
                                                    "no end"])
 
 
+def test_calls_behind_longer_ones_run_once(calls, probe, tmp_path):
+    """They are given to others just when the longer one may end."""
+    with executor(calls, 2) as pool:
+        list(pool.map(probe.square, range(1000)))
+        futures = [pool.submit(probe.touch, str(tmp_path / "once"), 0 if number % 10 else 0.1 + number % 7 / 100)
+                   for number in range(400)]
+        for future in futures:
+            future.result(60)
+    assert len((tmp_path / "once").read_text()) == 400
+
+
 def test_a_call_behind_one_that_prints_much_runs_once(calls, tmp_path):
     """What was printed is on its way for long, and then the submitter does not know yet that the next one has begun."""
     assert run_program(calls, tmp_path, """
