@@ -13971,10 +13971,10 @@ class CallLoop:
             self._send(ENOUGH)
 
     def _give_back(self):
-        """Calls that have come so far are not run."""
+        """Calls that have come so far are not run; from the last one on, as the submitter puts each in front."""
         self._read()
         while self.ahead:
-            self._send(DROPPED, self.ahead.popitem(last=False)[0])
+            self._send(DROPPED, self.ahead.popitem()[0])
 
     def _pickled(self, way, value):
         """way(dumps, value), by cloudpickle where pickle refuses it and code has come so from the same Python: what
@@ -15422,7 +15422,7 @@ class Interpreter(JobStreams):
     # -- messages
     def on_messages(self, messages):
         """Those that have come together, as CallReader.read() gives them."""
-        took, given_back = [], []
+        took = []
         for kind, number, microseconds, data, buffers in messages:
             if not self.attempt:
                 return
@@ -15432,9 +15432,7 @@ class Interpreter(JobStreams):
                 self.pool.on_answer(self, self._answered(number), number, kind, data, buffers)
                 took.append(microseconds)
             elif kind == DROPPED and self.state is not InterpreterState.BOOTING:
-                if number not in self.dropped and number in self.owed:
-                    given_back.append(self.owed[number])
-                self._answered(number)
+                self._dropped(number)
             elif kind == READY and self.state is InterpreterState.BOOTING:
                 self._ready(*parse_ready(bytes(data)))
             elif kind == WANTED and self.unanswered < QUESTIONS_AT_ONCE:
@@ -15445,9 +15443,6 @@ class Interpreter(JobStreams):
                     self.take_back(1)
             else:
                 raise ProtocolError("a message of calls out of place")
-        for call in reversed(given_back):
-            if call.state is CallState.SENT:
-                self.pool.again(call, "taken back")
         if took:
             self._learn([each / 1e6 for each in took])
         if self.state is not InterpreterState.BOOTING:
@@ -15468,6 +15463,15 @@ class Interpreter(JobStreams):
         self.bytes_owed -= call.size
         self.dropped.discard(number)
         return call
+
+    def _dropped(self, number):
+        """It does not run this call: since it was told so, or since the one before took long."""
+        call = self.owed.get(number)
+        if call and number not in self.dropped:
+            if call.state is not CallState.SENT:
+                raise ProtocolError("a call that has begun is not run")
+            self.pool.again(call, "taken back")
+        self._answered(number)
 
     def end_lines(self):
         """What came before an answer was printed before it: calls that have ended have no more of their lines."""

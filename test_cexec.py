@@ -12945,6 +12945,39 @@ if __name__ == "__main__":
                                                    "no end"])
 
 
+def test_an_interpreter_gives_back_what_stands_behind_a_long_call():
+    """The submitter may have given it to others: else it could run twice."""
+    import pickle
+    ends = [move_high(end) for end in (*os.pipe(), *os.pipe())]
+    setup = {"main": None, "argv": None, "shadowed": [], "python": (3, 8), "initializer": None, "buffers": []}
+    tasks = [(abs, (-1,), {}), (time.sleep, (0.3,), {}), (abs, (-2,), {}), (abs, (-3,), {})]
+    messages = [cexec.encode_call(cexec.SETUP, 0, pickle.dumps(setup)),
+                *(cexec.encode_call(cexec.CALL, number, pickle.dumps(task)) for number, task in enumerate(tasks, 1))]
+
+    def place():
+        os.dup2(ends[0], cexec.CALLS)
+        os.dup2(ends[3], cexec.ANSWERS)
+    interpreter = subprocess.Popen([sys.executable, "-c", "import cexec; cexec.serve_calls()"], preexec_fn=place,
+                                   close_fds=False, stdin=subprocess.DEVNULL,
+                                   env=dict(os.environ, PYTHONPATH=os.path.dirname(CEXEC)))
+    try:
+        os.write(ends[1], b"".join(part for message in messages for part in message))
+        reader, answers = cexec.CallReader(), []
+        while len(answers) < 5:
+            answers += [(kind, number) for kind, number, *_ in reader.read(os.read(ends[2], 1 << 16))]
+        assert answers == [(cexec.READY, 0), (cexec.RETURNED, 1), (cexec.DROPPED, 4), (cexec.DROPPED, 3),
+                           (cexec.RETURNED, 2)]
+    finally:
+        interpreter.kill()
+        interpreter.wait()
+        for end in ends:
+            os.close(end)
+
+
+def move_high(fd):
+    return cexec.move_descriptor(fd, 20)
+
+
 def test_calls_behind_longer_ones_run_once(calls, probe, tmp_path):
     """They are given to others just when the longer one may end."""
     with executor(calls, 2) as pool:
