@@ -15466,12 +15466,13 @@ class Interpreter(JobStreams):
 
     def _dropped(self, number):
         """It does not run this call: since it was told so, or since the one before took long."""
-        call = self.owed.get(number)
-        if call and number not in self.dropped:
-            if call.state is not CallState.SENT:
-                raise ProtocolError("a call that has begun is not run")
+        in_hand = next((each for each in self.owed if each not in self.dropped), None)
+        if number == in_hand:
+            raise ProtocolError("an answer to no call that could be left out")
+        told = number in self.dropped
+        call = self._answered(number)
+        if not told:
             self.pool.again(call, "taken back")
-        self._answered(number)
 
     def end_lines(self):
         """What came before an answer was printed before it: calls that have ended have no more of their lines."""
