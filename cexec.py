@@ -6386,6 +6386,18 @@ def set_window(fd, rows, columns):
     fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
 
+def set_modes(change):
+    """Calls change(), which sets a terminal's modes, once more whenever a signal comes in between: termios does not do
+    that by itself.  termios.error when the terminal has gone."""
+    import termios
+    while True:
+        try:
+            return change()
+        except termios.error as error:
+            if error.args[0] != errno.EINTR:
+                raise
+
+
 class LocalTerminal:
     """The user's terminal while a job uses it.
 
@@ -6429,7 +6441,7 @@ class LocalTerminal:
             return
         try:
             self.saved = self.saved or termios.tcgetattr(self.tty)
-            tty.setraw(self.tty, termios.TCSADRAIN)
+            set_modes(lambda: self.is_ours() and tty.setraw(self.tty, termios.TCSADRAIN))
         except termios.error:
             pass        # it has been hung up; reading will tell
 
@@ -6437,13 +6449,10 @@ class LocalTerminal:
         """As it was, unless it is somebody else's by now."""
         import termios
         saved, self.saved = self.saved, None
-        while saved is not None and self.is_ours():
-            try:
-                termios.tcsetattr(self.tty, termios.TCSADRAIN, saved)
-                return
-            except termios.error as error:
-                if error.args[0] != errno.EINTR:
-                    return
+        try:
+            set_modes(lambda: saved and self.is_ours() and termios.tcsetattr(self.tty, termios.TCSADRAIN, saved))
+        except termios.error:
+            pass        # it has been hung up
 
     def is_ours(self):
         """Whether this process is in the foreground; a terminal that controls nobody here has no background."""
@@ -12306,7 +12315,7 @@ class Screen:
         import tty
         if os.isatty(0):
             self.modes = self.termios.tcgetattr(0)
-            tty.setcbreak(0)
+            set_modes(lambda: tty.setcbreak(0))
             self.loop.watch(0, read=self._typed)
         os.write(1, b"\x1b[?1049h\x1b[?25l\x1b[2J")
         self.loop.on_signal(signal.SIGWINCH, lambda number: self.redraw())
@@ -12317,7 +12326,7 @@ class Screen:
         try:
             os.write(1, b"\x1b[?25h\x1b[?1049l")
             if self.modes:
-                self.termios.tcsetattr(0, self.termios.TCSADRAIN, self.modes)
+                set_modes(lambda: self.termios.tcsetattr(0, self.termios.TCSADRAIN, self.modes))
         except (OSError, self.termios.error):
             pass        # the terminal has gone
 

@@ -16388,6 +16388,28 @@ def test_where_nobody_could_continue_it_nothing_is_suspended(room, terminal):
     assert terminal.modes() == modes
 
 
+def test_a_signal_while_modes_are_set_changes_no_terminal(monkeypatch):
+    """termios.tcsetattr() is not called again by itself; the terminal would stay as it was before."""
+    calls, real, (master, slave) = [], termios.tcsetattr, os.openpty()
+
+    def interrupted(*words):
+        calls.append(words)
+        if len(calls) % 2:
+            raise termios.error(errno.EINTR, os.strerror(errno.EINTR))
+        real(*words)
+    for module in termios, tty:
+        monkeypatch.setattr(module, "tcsetattr", interrupted)
+    terminal = cexec.LocalTerminal(types.SimpleNamespace(terminal=2), {})
+    terminal.tty = terminal.reading = slave
+    modes = termios.tcgetattr(slave)
+    terminal.raw()
+    assert not termios.tcgetattr(slave)[3] & (termios.ICANON | termios.ISIG | termios.ECHO)
+    terminal.restore()
+    assert termios.tcgetattr(slave) == modes and len(calls) == 4
+    os.close(master)
+    os.close(slave)
+
+
 def test_who_reads_a_terminal_of_t_from_the_background_stops(room, terminal):
     serve_sh(room, "read x; echo got $x; exit 3")
     shell = terminal.bash()
