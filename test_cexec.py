@@ -14358,7 +14358,7 @@ def test_a_job_that_ran_out_of_time_says_so_and_where(farm, tmp_path):
            input=b"x\ny\nz\n")
     assert (tmp_path / "log").read_text().count("\t124\t0.300\t127.0.0.1\t") == 3, "on its worker"
     done = mapped(farm, "APP", "/missing")
-    assert done.stderr.endswith(b"cmap: 1 job, 1 failed, on 0 workers, 0.0 s\n"), "no rate where no job ran"
+    assert re.search(rb"\ncmap: 1 job, 1 failed, on 0 workers, \d+\.\d s\n\Z", done.stderr), "no rate where no job ran"
 
 
 @pytest.mark.parametrize("missing", ["thread", "descriptor"])
@@ -17479,9 +17479,13 @@ def test_a_worker_that_may_not_fork_says_so(room, forker, users_key):
     others = [room.start("sleep", "600", preexec_fn=lambda: os.setuid(user)) for _ in range(4)]
     wait_until(lambda: must(processes_of(user) >= 4))
     worker = forked_worker(forker, room, key=path, user=user, limits=limits, CONCURRENCY=1)
-    status, output, errors = quick(forker, room, "DO=true", env={"CEXEC_TIMEOUT_ACCEPT": 1})
-    assert (status, output) == (111, b"") and re.match("cexec: no worker: .* within 1 s;", errors), errors
-    assert_contains(worker.errors, b"no process for a job from 127.0.0.1: no more processes are allowed here (ulimit")
+
+    def refused():
+        """A starved worker may not have heard of a search that lasts a second."""
+        status, output, errors = quick(forker, room, "DO=true", env={"CEXEC_TIMEOUT_ACCEPT": 1})
+        assert (status, output) == (111, b"") and re.match("cexec: no worker: .* within 1 s;", errors), errors
+        assert_contains(worker.errors, b"no process for a job from 127.0.0.1: no more processes are allowed here (ul")
+    wait_until(refused)
     for other in others:
         other.signal(signal.SIGTERM)
         assert other.wait() == -signal.SIGTERM
@@ -19363,9 +19367,10 @@ def test_a_shared_socket_is_not_shut_down_by_a_job(shell):
 @needs_linux
 def test_two_that_read_one_pipe_are_told(shell, tmp_path):
     """The manual says that they need -n, or a pipe each."""
-    done = in_bash(shell, tmp_path, "cat list - | { %s & job=$!; sleep 0.5; head -c 6 >/dev/null; >go; wait $job; "
-                   "echo $?; }", env={"WORDS": shlex.quote("RUN=while [ ! -e %s/go ]; do sleep 0.02; done; read x" %
-                                                            quoted(tmp_path))}, stdin=subprocess.PIPE, input=None)
+    done = in_bash(shell, tmp_path, "cat list - | { %s & job=$!; until [ -e on ]; do sleep 0.02; done; sleep 0.5; "
+                   "head -c 6 >/dev/null; >go; wait $job; echo $?; }",
+                   env={"WORDS": shlex.quote("RUN=cd %s; >on; while [ ! -e go ]; do sleep 0.02; done; read x" %
+                                             quoted(tmp_path))}, stdin=subprocess.PIPE, input=None)
     assert done.stdout == b"111\n" and b"another program reads it too" in done.stderr
 
 
@@ -21342,14 +21347,19 @@ def test_answers_are_not_carried_out_and_only_so_many_come_back(far, foo):
     far.mouth.send(roll_call(foo))
     data, asker, _ = hear(far.ear)
     assert cexec.parse_datagram(data).kind == cexec.ASK
-    for number in range(10 * cexec.SOURCE_BURST):
-        far.ear.send_to(here_datagram(foo, sequence=number), asker)
-    count = 0
-    with contextlib.suppress(AssertionError):
-        while hear(far.mouth, 1):
-            count += 1
-    assert 0 < count < 5 * cexec.SOURCE_BURST
-    far.proxy.log.wait("too many datagrams from 127.0.0.1")
+    numbers, began, count = itertools.count(), time.monotonic(), 0
+
+    def flooded():
+        """On a starved machine one flood may be no faster than what is allowed."""
+        nonlocal count
+        for number in itertools.islice(numbers, 10 * cexec.SOURCE_BURST):
+            far.ear.send_to(here_datagram(foo, sequence=number), asker)
+        with contextlib.suppress(AssertionError):
+            while hear(far.mouth, 1):
+                count += 1
+        assert far.proxy.log.having("too many datagrams from 127.0.0.1")
+    wait_until(flooded)
+    assert 0 < count <= cexec.SOURCE_BURST + cexec.SOURCE_RATE * (time.monotonic() - began)
 
 
 # ---------------------------------------------------------------- cproxy: relays
