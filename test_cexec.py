@@ -813,6 +813,9 @@ class Lines:
 
 
 STARTER = r"""
+import os
+if os.fork():
+    os._exit(0)     # what ends all children of a test's process must not find this one
 import array, contextlib, ctypes, gc, importlib.util, json, mmap, os, pty, pwd, resource, select, signal, socket, ssl
 import sys, tempfile, termios, traceback, tty       # much of it is what a job's user may not read later
 spec = importlib.util.spec_from_file_location("cexec", sys.argv[1])
@@ -951,9 +954,8 @@ class Starter:
         self.lock = threading.Lock()
         with far:
             room = {"CEXEC_TEST_SPACE": "-" * 8000}     # for the environments to come
-            self.process = subprocess.Popen([sys.executable, "-ISc", STARTER, program()[-1]], stdin=far,
-                                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                            env=clean_environment(room))
+            subprocess.run([sys.executable, "-ISc", STARTER, program()[-1]], stdin=far, stdout=subprocess.DEVNULL,
+                           stderr=subprocess.DEVNULL, env=clean_environment(room), check=True)
 
     def send(self, request, fds):
         rights = struct.pack("%di" % len(fds), *fds)
@@ -961,8 +963,10 @@ class Starter:
             self.door.sendmsg([json.dumps(request).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
 
     def end(self):
+        """Returns when it has ended."""
+        self.door.shutdown(socket.SHUT_WR)
+        self.door.recv(1)
         self.door.close()
-        self.process.wait()
 
 
 @functools.lru_cache(maxsize=None)
@@ -11708,8 +11712,8 @@ def test_the_next_start_removes_what_a_killed_daemon_has_left(room, tmp_path):
     job = room.submit("RUN=touch x; echo ready; exec sleep 1000", stdout=LINES)
     job.out.wait("ready")
     handler = only_handler(first)
-    os.kill(handler, signal.SIGSTOP)        # or it would clean up as soon as it sees that the daemon has gone
-    for pid in first.pid, handler:
+    os.kill(first.pid, signal.SIGSTOP)      # whichever is killed first, the other one would clean up
+    for pid in handler, first.pid:
         os.kill(pid, signal.SIGKILL)
     job.wait()
     for pid, line in room.left().items():       # nobody is there any more to end it
@@ -22281,12 +22285,12 @@ def test_alone_too(): pass
 """
 
 
-def runner_over(tmp_path, text):
-    """The path of a file of tests, with this file's runner and the text."""
+def runner_over(tmp_path, text, ends=60):
+    """The path of a file of tests, with this file's runner and the text.  ends: its ENDS."""
     with open(os.path.join(HERE, "test_cexec.py"), encoding="utf-8") as file:
         head = file.read().partition("\nclass NoPytest")[0]
-    (tmp_path / "test_cexec.py").write_text(
-        head.replace("ENDS = 60 ", "ENDS = 1 ") + text + "def before_processes(): pass\ndef in_new_process(): pass\n")
+    text += "def before_processes(): pass\ndef in_new_process(): pass\n"
+    (tmp_path / "test_cexec.py").write_text(head.replace("ENDS = 60 ", "ENDS = %d " % ends) + text)
     return tmp_path / "test_cexec.py"
 
 
@@ -22327,7 +22331,7 @@ def test_a_run_that_is_killed_ends_its_processes(tmp_path, number):
 def test_what_happens_in_several_processes_is_reported_by_one(tmp_path):
     """Each failure by name and in its words, the loss of a process as that of its test, the counts in the last line;
     what a test leaves running is named and ended, and does not hold the output."""
-    done = run_command(sys.executable, runner_over(tmp_path, BROKEN), "-q", "--processes", "3", "-rs",
+    done = run_command(sys.executable, runner_over(tmp_path, BROKEN, ends=1), "-q", "--processes", "3", "-rs",
                        env={"XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME")})
     text = done.stdout.decode()
     assert done.returncode == 1 and re.match(r"4 failed, 5 passed, 1 skipped in ", text.splitlines()[-1]), text
