@@ -1721,6 +1721,783 @@ def cut(*sides, seconds=5):
         side.close()
 
 
+# ---------------------------------------------------------------- jobs, end to end: helpers
+
+RUN_SHELL = "sh", "-c", 'eval "$PEER_RUN"'      # a worker whose jobs do what the submitter's RUN=... says
+MB = 1 << 20
+
+
+@pytest.fixture
+def shell(room):
+    """A room with one worker that runs the shell text of RUN=...; .worker is its process."""
+    room.worker = room.serve(*RUN_SHELL, CONCURRENCY=64)
+    return room
+
+
+def python_job(code):
+    """The pairs that make a shell worker run Python code, without a shell in between."""
+    return "RUN=exec '%s' -IS -c \"$PEER_CODE\"" % sys.executable, "CODE=" + code
+
+
+PLACER = """
+import fcntl, os, sys
+wanted = [pair.split("=") for pair in sys.argv[1].split(",") if pair]
+high = {int(to): fcntl.fcntl(int(at), fcntl.F_DUPFD, 200) for to, at in wanted if at}
+for to, at in high.items():
+    os.dup2(at, to)
+for to in [int(to) for to, at in wanted if not at]:
+    os.close(to)
+os.closerange(max([2, *high]) + 1, 300)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def placed(fds, *argv):
+    """(argv, pass_fds) to run a command with these descriptors, {number there: number here, or None for closed}."""
+    words = ",".join("%d=%s" % (to, "" if at is None else at) for to, at in fds.items())
+    return [sys.executable, "-ISc", PLACER, words, *argv], [at for at in fds.values() if at is not None]
+
+
+def start_placed(room, fds, *pairs, env=None, **popen):
+    """Starts a job whose cexec has just these descriptors beside the standard ones."""
+    argv, pass_fds = placed(fds, *program(), "cexec", room.pub, *pairs)
+    return room.start(*argv, env=room.settings(env), pass_fds=pass_fds, **popen)
+
+
+class Reader(threading.Thread):
+    """Reads a descriptor to its end in a thread; .data has it all after done()."""
+
+    def __init__(self, fd):
+        super().__init__(daemon=True)
+        self.fd, self.data = fd, bytearray()
+        self.start()
+
+    def run(self):
+        while True:
+            part = os.read(self.fd, MB)
+            if not part:
+                return os.close(self.fd)
+            self.data += part
+
+    def done(self, seconds=60):
+        self.join(seconds)
+        assert not self.is_alive(), "no end of data after %d bytes" % len(self.data)
+        return bytes(self.data)
+
+
+class Writer(threading.Thread):
+    """Writes bytes to a descriptor in a thread, then closes it."""
+
+    def __init__(self, fd, data):
+        super().__init__(daemon=True)
+        self.fd, self.data = fd, memoryview(data)
+        self.start()
+
+    def run(self):
+        try:
+            while self.data:
+                self.data = self.data[os.write(self.fd, self.data[:MB]):]
+        except BrokenPipeError:
+            pass
+        os.close(self.fd)
+
+
+def pipe_in(data):
+    """The reading end of a pipe that a thread fills."""
+    reading, writing = os.pipe()
+    Writer(writing, data)
+    return reading
+
+
+def random_octets(size):
+    """Random enough for comparing, and made quickly."""
+    block = os.urandom(min(size, 4 * MB))
+    return b"".join(block[number:] + block[:number] for number in range(-(-size // len(block) if size else 0)))[:size]
+
+
+# ---------------------------------------------------------------- faults: helpers
+#
+# Everything that can die, lie or run out, at each moment of a job, with the promised result for the one who submitted
+# it, for the worker, and for the log.  The worker's command is a shell that runs what the test sends as PEER_DO.
+
+DOER = "sh", "-c", 'eval "$PEER_DO"'
+TROUBLE = r"cexec: worker %s: %s\n  (run it again|its output had begun, .*)\n\Z"  # address, words: all of stderr
+MOVED = r"cexec: worker %s: %s after \d+\.\d s; the job may have run there in part; it starts again elsewhere\n"
+
+class Octets:
+    """What a pipe delivers, read by a thread, from the moment it is made."""
+
+    def __init__(self):
+        self.data, self.ended = b"", False
+        self.reading, self.writing = os.pipe()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self):
+        with open(self.reading, "rb", 0) as file:
+            while True:
+                part = file.read(1 << 16)
+                if not part:
+                    break
+                self.data += part
+        self.ended = True
+
+    def wait(self, size, seconds=PATIENCE):
+        wait_until(lambda: self._long(size), seconds)
+
+    def wait_end(self, seconds=PATIENCE):
+        wait_until(self._at_end, seconds)
+        return self.data
+
+    def _long(self, size):
+        assert len(self.data) >= size
+
+    def _at_end(self):
+        assert self.ended
+
+
+class Forker:
+    """Forks runs of the program with their descriptors given one by one; where: namespaces and neighbour of Forked."""
+
+    def __init__(self, **where):
+        self.where, self.started = where, []
+
+    def start(self, *argv, env=None, fds=None, **options):
+        """fds: {number there: descriptor here}.  Other options as for Forked."""
+        run = Run([*program(), *map(str, argv)], clean_environment(env), fds=fds or {}, start_new_session=True,
+                  **self.where, **options)
+        self.started.append(run)
+        return run
+
+    def end(self):
+        """Kills what a failed test has left running."""
+        for run in self.started:
+            if run.alive():
+                run.kill()
+                run.wait()
+
+    def run(self, *argv, input=b"", seconds=PATIENCE, **options):
+        """(status, output, errors) of one run from file to file."""
+        with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
+            given.write(input)
+            given.seek(0)
+            fds = {0: given.fileno(), 1: out.fileno(), 2: errors.fileno()}
+            status = self.start(*argv, fds=fds, **options).wait(seconds)
+            out.seek(0)
+            errors.seek(0)
+            return status, out.read(), errors.read().decode()
+
+    def submit(self, *argv, input=b"", **options):
+        """Starts a run with pipes all around; a Run with .out and .errors.  input fits into a pipe."""
+        reading, writing = os.pipe()
+        os.write(writing, input)
+        os.close(writing)
+        out, errors = Octets(), Octets()
+        run = self.start(*argv, fds={0: reading, 1: out.writing, 2: errors.writing}, **options)
+        for fd in reading, out.writing, errors.writing:
+            os.close(fd)
+        run.out, run.errors = out, errors
+        return run
+
+
+class Run(Forked):
+    """One run of a Forker."""
+    out = errors = None
+
+    signal = Forked.send_signal
+
+    def alive(self):
+        return self.poll() is None
+
+    def wait(self, timeout=PATIENCE):
+        """The exit status, -n for death by signal n."""
+        try:
+            return super().wait(timeout)
+        except subprocess.TimeoutExpired as error:
+            raise AssertionError("%s\n%s" % (error, self.errors and self.errors.data)) from None
+
+    def result(self, seconds=PATIENCE):
+        """(status, output, errors)."""
+        return self.wait(seconds), self.out.wait_end(), self.errors.wait_end().decode()
+
+
+@pytest.fixture
+def forker(room):
+    forker = Forker()
+    yield forker
+    forker.end()
+
+
+def forked_worker(forker, room, *words, key=None, limits=None, user=None, patch=None, fault=None, **env):
+    """A worker, ready, run by the forker: a Forked whose .errors has the log."""
+    worker = forker.submit("cservice", *words, key or room.key, *DOER, env=room.settings(env), limits=limits,
+                           user=user, patch=patch, fault=fault)
+    wait_until(lambda: assert_contains(worker.errors, b"ready"))
+    return worker
+
+
+def assert_contains(data, words, count=1):
+    assert data.data.count(words) >= count
+
+
+def drained(worker):
+    """It ends as it should, and has never been surprised; its log is complete then."""
+    worker.signal(signal.SIGTERM)
+    assert worker.wait() == 0
+    log = worker.errors.wait_end()
+    assert b"Traceback" not in log and b"handler:" not in log
+
+
+def quick(forker, room, *pairs, env=None, key=None, group=None, **options):
+    """One job in the room by way of the forker: (status, output, errors)."""
+    return forker.run("cexec", key or room.pub, *pairs, env=room.settings(env, group), **options)
+
+
+def assert_serving(forker, room, **env):
+    assert quick(forker, room, "DO=cat", input=b"still here", env=env) == (0, b"still here", "")
+
+
+def assert_gone(*pids, seconds=PATIENCE):
+    def look():
+        assert not [pid for pid in pids if stat_fields(pid)[:1] not in ([], ["Z"])]
+    wait_until(look, seconds)
+
+
+def assert_no_handlers(worker):
+    def look():
+        assert children(worker.pid) == [] and zombies(worker.pid) == []
+    wait_until(look)
+
+
+def pids_in(path):
+    """The pids that jobs have written to a file, each on a line."""
+    return [int(line) for line in path.read_text().split()] if path.exists() else []
+
+
+def wait_for_lines(path, count=1):
+    def look():
+        assert len(pids_in(path)) >= count
+        return pids_in(path)
+    return wait_until(look)
+
+
+def encode_answer(key, nonce, cost=0.0):
+    """The preamble of a worker with a free slot."""
+    return cexec.encode_preamble(key.udp, cexec.Answer(nonce, cost, 0.0, 0.001, False), os.urandom(8))
+
+
+def receive_exactly(connection, size):
+    """So many bytes of a connection; ConnectionError when it has ended before."""
+    data = b""
+    while len(data) < size:
+        part = connection.recv(size - len(data))
+        if not part:
+            raise ConnectionError("ended after %d of %d bytes" % (len(data), size))
+        data += part
+    return data
+
+
+class Impostor:
+    """A submitter or worker out of the program's own parts, to misbehave in ways that the program never would.
+
+    It holds the key of the room, or another one; each step is a method."""
+
+    def __init__(self, room, key=None):
+        self.room, self.connections = room, []
+        self.public = cexec.load_key(key or room.pub, "public")[0]
+        self.udp = self._hold(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        self.udp.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        self.udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.listener = self._hold(socket.socket())
+        self.listener.bind(("127.0.0.1", 0))
+        self.listener.listen(512)
+        self.listener.settimeout(PATIENCE)
+        self.port, self.nonce = self.listener.getsockname()[1], None
+
+    def _hold(self, made):
+        self.connections.append(made)
+        return made
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for each in self.connections:
+            each.close()
+
+    # -- as a submitter
+    def send(self, data):
+        self.udp.sendto(data, ("127.255.255.255", self.room.port))
+
+    def announce(self, port=None):
+        self.nonce = os.urandom(8)
+        body = cexec.encode_announcement(cexec.Announcement(0, 0, 4.0, 0, os.urandom(8), 1))
+        data = cexec.encode_datagram(self.public.udp, cexec.ANNOUNCE, self.public.id, self.nonce, 1, body,
+                                     port or self.port)
+        self.send(data)
+        return data
+
+    def accept(self, seconds=PATIENCE):
+        """(a worker that has answered, past its preamble; the word that lets it go on)."""
+        self.listener.settimeout(seconds)
+        connection = self._hold(self.listener.accept()[0])
+        connection.settimeout(PATIENCE)
+        data = receive_exactly(connection, cexec.PREAMBLE_SIZE)
+        cexec.parse_preamble(self.public.udp, self.nonce, data)
+        return connection, cexec.encode_go(self.public.udp, data)
+
+    def secure(self, connection, key, server):
+        """The connection in TLS, with the key that is given."""
+        secured = cexec.tls_context(key, server).wrap_socket(connection, server_side=server)
+        return self._hold(secured)
+
+    def employ(self):
+        """Announces until a worker is connected in TLS."""
+        self.announce()
+        connection, go = self.accept()
+        connection.sendall(go)
+        return self.secure(connection, self.public, True)
+
+    # -- as a worker
+    def hear(self):
+        """(address, port, nonce) of the next announcement in the room."""
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as ear:
+            ear.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            ear.bind(("", self.room.port))
+            ear.settimeout(PATIENCE)
+            while True:
+                data, source = ear.recvfrom(2048)
+                with contextlib.suppress(cexec.ProtocolError):
+                    heard = cexec.parse_datagram(data)
+                    if heard.kind == cexec.ANNOUNCE and heard.authentic(self.public.udp):
+                        return source[0], heard.port, heard.nonce
+
+    def answer(self, heard, preamble=None):
+        """Connects to a submitter and says the preamble of an idle worker."""
+        connection = self._hold(socket.create_connection(heard[:2], 10))
+        connection.sendall(preamble or self.preamble(heard))
+        return connection
+
+    def preamble(self, heard, cost=-3.0, key=None):
+        return encode_answer(key or self.public, heard[2], cost)
+
+    def wait_for_go(self, connection, preamble):
+        """ConnectionError when the submitter does not want this worker."""
+        if receive_exactly(connection, cexec.GO_SIZE) != cexec.encode_go(self.public.udp, preamble):
+            raise ConnectionError
+
+    def apply(self, heard, key):
+        """Answers, and goes through the handshake with this key; OSError when it is not wanted."""
+        preamble = self.preamble(heard)
+        connection = self.answer(heard, preamble)
+        self.wait_for_go(connection, preamble)
+        return self.secure(connection, key, False)
+
+
+def drain(connection):
+    """Reads what the peer says until it closes."""
+    data = b""
+    try:
+        while True:
+            part = connection.recv(1 << 16)
+            if not part:
+                return data
+            data += part
+    except OSError:
+        return data
+
+
+def submit_and_hear(forker, room, impostor, *pairs, env=None, **options):
+    """(the cexec, what it announced)."""
+    heard = []
+    ear = threading.Thread(target=lambda: heard.append(impostor.hear()))
+    ear.start()
+    job = forker.submit("cexec", room.pub, *pairs, env=room.settings(env), **options)
+    ear.join()
+    return job, heard[0]
+
+
+# ---------------------------------------------------------------- terminals: helpers
+
+ON_TERMINAL = """
+import fcntl, os, sys, termios
+number, places = int(sys.argv[1]), sys.argv[2]
+os.setsid()
+fcntl.ioctl(number, termios.TIOCSCTTY, 0)
+os.close(number)
+for place in places.split():
+    os.dup2(*map(int, place.split("=")), inheritable=True)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+BASH = "bash", "--norc", "--noprofile", "-i"
+PLAIN = {"HISTFILE": "", "INPUTRC": "/dev/null", "TERM": "dumb"}    # bash without a trace and without decoration
+
+
+class Terminal:
+    """A terminal and the user at it.  A thread collects what appears; wait() goes through it from top to bottom."""
+
+    def __init__(self, room, rows=24, columns=300):
+        self.room, self.shown, self.seen, self.more = room, bytearray(), 0, threading.Condition()
+        self.master, self.slave = os.openpty()
+        self.name, self.over = os.ttyname(self.slave), False
+        self.resize(rows, columns)
+        self.thread = threading.Thread(target=self._read, daemon=True)
+        self.thread.start()
+
+    def _read(self):
+        while not self.over:
+            if select.select([self.master], [], [], 0.05)[0]:
+                data = os.read(self.master, 1 << 16)
+                with self.more:
+                    self.shown += data
+                    self.more.notify_all()
+
+    def start(self, *argv, env=None, stdin=None, stdout=None, stderr=None, controlling=True, places=None):
+        """Starts a command as the leader of a session on this terminal; streams may lead elsewhere.
+
+        places: {descriptor here: descriptor there} of what it gets besides."""
+        stdin, stdout, stderr = (self.slave if each is None else each for each in (stdin, stdout, stderr))
+        places = places or {}
+        words = " ".join("%d=%d" % place for place in places.items())
+        leader = [sys.executable, "-ISc", ON_TERMINAL, self.slave, words] if controlling else []
+        return self.room.start(*leader, *argv, env=self.room.settings(dict(PLAIN, **(env or {}))), stdin=stdin,
+                               stdout=stdout, stderr=stderr, pass_fds=(self.slave, *places) if controlling else (),
+                               start_new_session=not controlling)
+
+    def cexec(self, *options, group=None, env=None, **more):
+        """Starts cexec here, with -t unless options are given."""
+        env = dict({"GROUP": group or self.room.group}, **(env or {}))
+        return self.start(*program(), "cexec", *(options or ["-t"]), self.room.pub, env=env, **more)
+
+    def bash(self, **env):
+        """Starts a shell with job control here, which prompts with "here> "."""
+        need("bash")
+        shell = self.start(shutil.which("bash"), *BASH[1:], env=dict({"PS1": "here> "}, **env))
+        self.wait("here> ")
+        return shell
+
+    def line(self, *options):
+        """The shell's command for cexec, -t unless options are given."""
+        return " ".join(map(shlex.quote, [*program(), "cexec", *(options or ["-t"]), self.room.pub]))
+
+    def type(self, text):
+        data = text if isinstance(text, bytes) else text.encode()
+        while data:
+            data = data[os.write(self.master, data):]
+
+    def wait(self, text, seconds=PATIENCE):
+        """Waits until text has appeared behind what was waited for before; returns what came up to it."""
+        wanted = text if isinstance(text, bytes) else text.encode()
+
+        def found():
+            return self.shown.find(wanted, self.seen)
+
+        with self.more:
+            self.more.wait_for(lambda: found() >= 0, seconds)
+            at = found()
+            assert at >= 0, "%r did not appear in %r" % (text, bytes(self.shown[self.seen:][-3000:]))
+            before, self.seen = bytes(self.shown[self.seen:at]), at + len(wanted)
+        return before.decode("utf-8", "backslashreplace")
+
+    def ask(self, command, prompt="there> "):
+        """Types a command to a shell; what it shows up to the next prompt, the echo left out, lines joined by \\n."""
+        self.type(command + "\r")
+        self.wait(command)
+        return self.wait(prompt).replace("\r\n", "\n").strip("\n")
+
+    def resize(self, rows, columns):
+        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+    def modes(self):
+        return termios.tcgetattr(self.slave)
+
+    def set_modes(self, modes):
+        termios.tcsetattr(self.slave, termios.TCSANOW, modes)
+
+    def is_raw(self):
+        return not self.modes()[3] & (termios.ICANON | termios.ISIG | termios.ECHO)
+
+    def wait_raw(self, raw=True):
+        def holds():
+            assert self.is_raw() is raw
+        wait_until(holds, PATIENCE)
+
+    def hang_up(self):
+        """The window is closed, the modem loses its carrier."""
+        if not self.over:
+            self.over = True
+            self.thread.join()
+            os.close(self.master)
+
+    def close(self):
+        self.hang_up()
+        os.close(self.slave)
+
+
+@pytest.fixture
+def terminal(room):
+    """A Terminal, hung up at the end of the test."""
+    terminal = Terminal(room)
+    yield terminal
+    terminal.close()
+
+
+def serve_bash(room, **env):
+    """A worker whose job is a shell with job control, which prompts with "there> "."""
+    need("bash")
+    return room.serve(*BASH, PS1="there> ", **dict(PLAIN, **env))
+
+
+def serve_sh(room, script, **env):
+    return room.serve("sh", "-c", script, **env)
+
+
+def wait_gone(*pids):
+    def holds():
+        left = {pid: command_line(pid) for pid in pids if stat_fields(pid)[:1] not in ([], ["Z"], ["X"])}
+        assert not left, left
+    wait_until(holds, PATIENCE)
+
+
+def wait_stopped(pid):
+    """Waits until every thread is stopped: one that is not yet may still take a key, though no user types so fast."""
+    def holds():
+        threads = os.listdir("/proc/%d/task" % pid)
+        states = {proc(pid, "task/%s/stat" % thread).rpartition(") ")[2][:1] for thread in threads}
+        assert states == {"T"}, states
+    wait_until(holds, PATIENCE)
+
+
+def cexecs_of(shell):
+    """The pids of the cexecs that a shell runs now."""
+    return [pid for pid in children(shell.pid) if " cexec " in command_line(pid)]
+
+
+def the_cexec_of(shell):
+    """The pid of the one cexec that a shell runs."""
+    def holds():
+        found = cexecs_of(shell)
+        assert len(found) == 1, found
+        return found[0]
+    return wait_until(holds, PATIENCE)
+
+
+def handler_pid(worker):
+    """The pid of the process that a worker has for its one job."""
+    def holds():
+        found = children(worker.pid)
+        assert len(found) == 1, found
+        return found[0]
+    return wait_until(holds, PATIENCE)
+
+
+def typed(data, character=b"~", cut=None):
+    """(what a job gets, commands) of typed bytes, given to Escapes in pieces of `cut`."""
+    escapes, result, commands = cexec.EscapeFilter(character), b"", []
+    cut = cut or len(data)
+    for at in range(0, len(data), cut):
+        part, more = escapes.filter(data[at:at + cut])
+        result, commands = result + part, commands + more
+    return result, commands
+
+
+# ---------------------------------------------------------------- Executor: helpers
+
+PROBE = '''
+import atexit, os, pickle, random, signal, subprocess, sys, threading, time
+class Odd(Exception):
+    def __init__(self, code, where):
+        super().__init__("%s at %s" % (code, where))
+        self.code = code
+class Own(BaseException):
+    pass
+def raise_it(error): raise error
+def raise_odd(): raise Odd("E42", "step five")
+def boom(where): raise ValueError("cannot be made " + where)
+class Argument:
+    def __reduce__(self): return boom, ("there",)
+class Answer:
+    def __reduce__(self): return boom, ("here",)
+def answer(): return Answer()
+def local(): return lambda: 1
+def chain(locked):
+    try:
+        {}["inner"]
+    except KeyError as inner:
+        error = ValueError("outer")
+        error.code = 7
+        if locked: error.lock = threading.Lock()
+        if hasattr(error, "add_note"): error.add_note("a note")
+        raise error from inner
+def same(value): return value
+def square(number): return number * number
+class Array:
+    def __init__(self, data): self.data = data
+    def __reduce_ex__(self, protocol): return Array, (pickle.PickleBuffer(self.data),)
+def poke(array):
+    memoryview(array.data)[0] = 7
+    return array
+def sleep(seconds, value=None):
+    time.sleep(seconds)
+    return value
+def where(seconds=0):
+    time.sleep(seconds)
+    return os.getpid()
+def touch(path, seconds=0):
+    with open(path, "a") as file: file.write("x")
+    time.sleep(seconds)
+def say(text, error=""):
+    print(text, end="")
+    sys.stderr.write(error)
+def setup(value):
+    global STATE
+    STATE = value
+def state(): return STATE, os.getpid()
+def fail_setup(): raise RuntimeError("no licence here")
+def setup_or_fail():
+    if os.environ.get("PROBE_BAD") == "raise": raise RuntimeError("bad machine")
+    if os.environ.get("PROBE_BAD") == "exit": os._exit(3)
+def end(how):
+    if how == "exit": os._exit(37)
+    if how == "abort": os.abort()
+    os.kill(os.getpid(), how)
+def deep():
+    result = []
+    for _ in range(200000): result = [result]
+    return result
+'''
+
+
+@pytest.fixture(scope="session")
+def probe(tmp_path_factory):
+    """A module of this side's, with functions to call."""
+    folder = tmp_path_factory.mktemp("probe")
+    (folder / "cexec_probe.py").write_text(PROBE)
+    sys.path.insert(0, str(folder))
+    yield __import__("cexec_probe")
+    sys.path.remove(str(folder))
+
+
+def serve_python(room, *command, **env):
+    return room.tool("cservice", "--python", room.key, *command, env=env).ready()
+
+
+@pytest.fixture(scope="module")
+def calls(tmp_path_factory):
+    """A Room with a worker of two slots for calls, for many tests; with a key of its own, which no test stops."""
+    key = str(tmp_path_factory.mktemp("calls") / "py")
+    assert run("ckeygen", key).returncode == 0
+    room = Room(key)
+    room.worker = serve_python(room, CONCURRENCY=2)
+    yield room
+    room.end()
+
+
+def executor(room, *arguments, **named):
+    named.setdefault("timeout_accept", 20)
+    return cexec.Executor(room.pub, *arguments, group=room.group, **named)
+
+
+@pytest.fixture
+def pool(calls, probe):
+    with executor(calls) as made:
+        yield made
+
+
+@pytest.fixture(params=["room", "processes"])
+def either(request, calls, probe):
+    """Makes an Executor: the room's, or the standard one, which promises the same."""
+    import multiprocessing
+
+    def make(*arguments, **named):
+        if request.param == "room":
+            return executor(calls, *arguments, **named)
+        return concurrent.futures.ProcessPoolExecutor(
+            *arguments or (2,), mp_context=multiprocessing.get_context("fork"), **named)
+    yield make
+    for process in multiprocessing.active_children():       # 3.8 leaves some where the shutdown did not wait
+        process.kill()
+        process.join()
+
+
+def run_program(room, folder, text, *argv, python=sys.executable, files={}, env=None, status=0, **options):
+    """Runs script.py, with these files beside it; what it prints."""
+    for name, content in dict(files, **{"script.py": text}).items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    shutil.copy(room.pub, str(folder / "py.pub"))
+    place = os.path.dirname(compiled_for(python)[-1])
+    done = run_command(python, *(argv or ["script.py"]), cwd=str(folder),
+                       env=room.settings(dict(env or {}, PYTHONPATH=place)), **options)
+    assert done.returncode == status, (done.stdout + done.stderr).decode()
+    return (done.stdout + done.stderr).decode()
+
+
+# ---------------------------------------------------------------- the pure half: helpers
+
+FUZZ = int(os.environ.get("CEXEC_TEST_FUZZ", 5000))        # random inputs for each parser
+SEED = os.environ.get("CEXEC_TEST_SEED", "0")
+
+
+def seeded(name):
+    """The random numbers of one test; the seed that gives them again is shown where it fails."""
+    print("CEXEC_TEST_SEED=%s" % SEED)
+    return random.Random("%s %s" % (SEED, name))
+
+
+SECRET, KEY_ID, NONCE = b"s" * 32, b"keyi", b"noncenon"
+
+
+def flipped(data):
+    """(number of the bit, the bytes with that one bit changed) for every bit."""
+    for bit in range(8 * len(data)):
+        changed = bytearray(data)
+        changed[bit // 8] ^= 1 << bit % 8
+        yield bit, bytes(changed)
+
+
+def cuts(data):
+    """The same bytes in every way that a network may deliver them: whole, one by one, and in two at every place."""
+    yield [data]
+    yield [data[at:at + 1] for at in range(len(data))]
+    for at in range(len(data) + 1):
+        yield [data[:at], data[at:]]
+
+
+def only_protocol_errors(parse, data):
+    """Whether the bytes were accepted; any error but the one that is allowed is shown with the input."""
+    try:
+        parse(data)
+        return True
+    except cexec.ProtocolError:
+        return False
+    except Exception as error:
+        pytest.fail("%s: %s, on the input %r" % (type(error).__name__, error, data))
+
+
+def damaged(random, valid):
+    """One valid input after a few random changes: bits, bytes, cuts, repetitions."""
+    data = bytearray(random.choice(valid))
+    for _ in range(random.randrange(4)):
+        at = random.randrange(len(data) + 1)
+        what = random.randrange(5)
+        if what == 0 and at < len(data):
+            data[at] ^= 1 << random.randrange(8)
+        elif what == 1 and at < len(data):
+            data[at] = random.choice((0, 1, 127, 128, 255, random.randrange(256)))
+        elif what == 2:
+            del data[at:at + random.randrange(9)]
+        elif what == 3:
+            data[at:at] = random.getrandbits(64).to_bytes(8, "big")[:random.randrange(9)]
+        else:
+            data += random.choice(valid)
+    return bytes(data)
+
+
+def message(name, number=0, body=b""):
+    return cexec.frame(vars(cexec)[name], number, body)
+
+
 # ---------------------------------------------------------------- the head: what reads the file, and from where
 
 PRETEND = """
@@ -1855,67 +2632,6 @@ def test_bytecode_counts_only_where_nobody_else_could_write(tmp_path):
 def test_a_tool_is_called_by_its_name_among_the_processes(room, tools):
     worker = room.start(tools / "cservice", room.key, "true", env=room.settings(None)).ready()
     assert proc(worker.pid, "comm") == "cservice\n" and len(command_line(worker.pid)) < 250
-
-
-# ---------------------------------------------------------------- the pure half: helpers
-
-FUZZ = int(os.environ.get("CEXEC_TEST_FUZZ", 5000))        # random inputs for each parser
-SEED = os.environ.get("CEXEC_TEST_SEED", "0")
-
-
-def seeded(name):
-    """The random numbers of one test; the seed that gives them again is shown where it fails."""
-    print("CEXEC_TEST_SEED=%s" % SEED)
-    return random.Random("%s %s" % (SEED, name))
-
-
-SECRET, KEY_ID, NONCE = b"s" * 32, b"keyi", b"noncenon"
-
-
-def flipped(data):
-    """(number of the bit, the bytes with that one bit changed) for every bit."""
-    for bit in range(8 * len(data)):
-        changed = bytearray(data)
-        changed[bit // 8] ^= 1 << bit % 8
-        yield bit, bytes(changed)
-
-
-def cuts(data):
-    """The same bytes in every way that a network may deliver them: whole, one by one, and in two at every place."""
-    yield [data]
-    yield [data[at:at + 1] for at in range(len(data))]
-    for at in range(len(data) + 1):
-        yield [data[:at], data[at:]]
-
-
-def only_protocol_errors(parse, data):
-    """Whether the bytes were accepted; any error but the one that is allowed is shown with the input."""
-    try:
-        parse(data)
-        return True
-    except cexec.ProtocolError:
-        return False
-    except Exception as error:
-        pytest.fail("%s: %s, on the input %r" % (type(error).__name__, error, data))
-
-
-def damaged(random, valid):
-    """One valid input after a few random changes: bits, bytes, cuts, repetitions."""
-    data = bytearray(random.choice(valid))
-    for _ in range(random.randrange(4)):
-        at = random.randrange(len(data) + 1)
-        what = random.randrange(5)
-        if what == 0 and at < len(data):
-            data[at] ^= 1 << random.randrange(8)
-        elif what == 1 and at < len(data):
-            data[at] = random.choice((0, 1, 127, 128, 255, random.randrange(256)))
-        elif what == 2:
-            del data[at:at + random.randrange(9)]
-        elif what == 3:
-            data[at:at] = random.getrandbits(64).to_bytes(8, "big")[:random.randrange(9)]
-        else:
-            data += random.choice(valid)
-    return bytes(data)
 
 
 # ---------------------------------------------------------------- nothing above the line touches the world
@@ -2056,6 +2772,289 @@ def test_debug_shows_the_traceback_before_the_line():
     lines = run("cexec", "/nowhere/key", env={"CEXEC_DEBUG": "1"}).stderr.decode().splitlines()
     assert lines[0] == "Traceback (most recent call last):" and lines[-2].startswith("cexec: no key /nowhere/key: ")
     assert b"Traceback" not in run("cexec", "/nowhere/key", env={"CEXEC_DEBUG": "0"}).stderr
+
+
+# ---------------------------------------------------------------- groups: the texts
+
+def group_of(text):
+    """The fields of a group with the family as a number, for tables."""
+    group = cexec.parse_group(text)
+    return group.device, group.address, 6 if group.family == socket.AF_INET6 else 4, group.port, group.kind, group.scope
+
+
+@pytest.mark.parametrize("text, fields", [
+    ("255.255.255.255", ("", "255.255.255.255", 4, 3010, "broadcast", "")),
+    ("10.1.255.255:4000", ("", "10.1.255.255", 4, 4000, "unicast", "")),
+    ("224.0.1.9", ("", "224.0.1.9", 4, 3010, "multicast", "")),
+    ("239.255.255.255:1", ("", "239.255.255.255", 4, 1, "multicast", "")),
+    ("240.0.0.1", ("", "240.0.0.1", 4, 3010, "unicast", "")),
+    ("ff02::1", ("", "ff02::1", 6, 3010, "multicast", "")),
+    ("ff02::1%eth0", ("", "ff02::1", 6, 3010, "multicast", "eth0")),
+    ("[ff02::1%eth0]:4000", ("", "ff02::1", 6, 4000, "multicast", "eth0")),
+    ("FF02:0:0::1", ("", "ff02::1", 6, 3010, "multicast", "")),
+    ("[fe80::1%eth0]", ("", "fe80::1", 6, 3010, "unicast", "eth0")),
+    ("fd00::7", ("", "fd00::7", 6, 3010, "unicast", "")),
+    ("[fd00::7]:65535", ("", "fd00::7", 6, 65535, "unicast", "")),
+    ("eth0:255.255.255.255", ("eth0", "255.255.255.255", 4, 3010, "broadcast", "")),
+    ("eth0:10.0.0.1:4000", ("eth0", "10.0.0.1", 4, 4000, "unicast", "")),
+    ("eth0:[ff02::1]:4000", ("eth0", "ff02::1", 6, 4000, "multicast", "")),
+    ("eth0:[ff02::1%eth0]", ("eth0", "ff02::1", 6, 3010, "multicast", "eth0")),
+    ("eth0:ff02::1", ("eth0", "ff02::1", 6, 3010, "multicast", "")),
+    ("eth0:fe80::1", ("eth0", "fe80::1", 6, 3010, "unicast", "")),
+    ("eth0:", ("eth0", "255.255.255.255", 4, 3010, "broadcast", "")),
+    ("eth0", ("eth0", "255.255.255.255", 4, 3010, "broadcast", "")),
+    ("br-lan.7:224.0.1.9", ("br-lan.7", "224.0.1.9", 4, 3010, "multicast", "")),
+    ("fe80:[ff02::1]", ("fe80", "ff02::1", 6, 3010, "multicast", "")),
+    (" 10.0.0.7 ", ("", "10.0.0.7", 4, 3010, "unicast", "")),
+])
+def test_a_group_text_is_read(text, fields):
+    assert group_of(text) == fields
+
+
+@pytest.mark.parametrize("text", ["255.255.255.255", "eth0:[ff02::1%eth0]:4000", "[fe80::1%eth0]",
+                                  "10.0.0.1:99", "eth0:"])
+def test_a_group_prints_as_a_text_that_gives_the_same_group(text):
+    group = cexec.parse_group(text)
+    assert cexec.parse_group(str(group)) == group
+
+
+@pytest.mark.parametrize("text", [
+    "", " ", "worker.example.org", "a b", "example.org:3010", "10.0.0", "10.0.0.256", "010.0.0.1", "1",
+    "0.0.0.0", "::", "::ffff:10.0.0.1", "10.0.0.1:0", "10.0.0.1:65536", "10.0.0.1:x", "10.0.0.1:", "10.0.0.1:+5",
+    "10.0.0.1:\u0665", "10.0.0.1%eth0", "[10.0.0.1]", "[ff02::1", "ff02::1]", "[ff02::1]x", "[ff02::1]:", "[ff02::1%]",
+    "ff02::1%", "ff02::1%eth0%eth1", "ff02::1%a b", "fe80::1", "[fe80::1]:4000",
+    "eth0:[ff02::1%eth1]", "eth0:eth1:10.0.0.1",
+    "eth0:name", "eth0::", ":10.0.0.1", "a/b:10.0.0.1", "a\0b:10.0.0.1", "10.0.0.1\0", "name-longer-than-16:10.0.0.1",
+    "10.0.0.1 10.0.0.2", "10.0.0.1,10.0.0.2", "\u0661\u0660.0.0.1", "ff02::1%eth0:4000",
+])
+def test_what_is_not_a_group_is_a_value_error_with_words(text):
+    with pytest.raises(ValueError) as caught:
+        cexec.parse_group(text)
+    assert str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_no_text_makes_the_group_parser_raise_anything_else():
+    """Seeded: pieces of groups in any order."""
+    chance = random.Random(7)
+    pieces = ["eth0", ":", "[", "]", "%", "10.0.0.1", "ff02::1", "fe80::1", "3010", "4000", "0", ".", "\0", "\udc80",
+              "x" * 20]
+    for _ in range(20000):
+        text = "".join(chance.choice(pieces) for _ in range(chance.randrange(6)))
+        try:
+            group = cexec.parse_group(text)
+        except ValueError:
+            continue
+        assert cexec.parse_group(str(group)) == group, text
+
+
+@pytest.mark.parametrize("text, loopback", [
+    ("127.255.255.255", True), ("127.0.0.1:99", True), ("::1", True), ("lo:224.0.1.9", True), ("ff02::1%lo", True),
+    ("ff01::1", True), ("255.255.255.255", False), ("eth0:224.0.1.9", False), ("ff02::1", False), ("10.0.0.1", False)])
+def test_a_group_knows_whether_it_stays_on_this_host(text, loopback):
+    assert cexec.parse_group(text).loopback is loopback
+
+
+@pytest.mark.parametrize("text, ranges", [
+    ("4000", [(4000, 4000)]), ("4000,4001,65535", [(4000, 4000), (4001, 4001), (65535, 65535)]),
+    ("4000-4010", [(4000, 4010)]), ("1024:1024", [(1024, 1024)]), ("5000, 4000:4002", [(5000, 5000), (4000, 4002)])])
+def test_ports_are_read(text, ranges):
+    assert cexec.parse_ports(text) == ranges
+
+
+@pytest.mark.parametrize("text", ["", ",", "1023", "0", "65536", "4000-", "-4000", "4010-4000", "a", "4000-4001-4002",
+                                  "4000:4001:4002", "80-4000", "+4000", "4e3", "\u0664000", "4" * 5000])
+def test_what_is_no_port_list_is_a_value_error(text):
+    with pytest.raises(ValueError):
+        cexec.parse_ports(text)
+
+
+# ---------------------------------------------------------------- settings
+
+def settings_of(tool, *arguments, **environment):
+    settings = cexec.read_settings(tool, arguments, environment)[0]
+    return cexec.settings_here(settings) if tool == "cservice" else settings
+
+
+@pytest.mark.parametrize("tool, attribute, value", [
+    ("cexec", "group", cexec.parse_group("255.255.255.255:3010")), ("cexec", "timeout_accept", None),
+    ("cexec", "timeout_pingpong", 60), ("cexec", "listen_ports", None), ("cexec", "accept_server", ()),
+    ("cexec", "reject_servers", ()), ("cexec", "max_fd", 32), ("cexec", "errors_fd", None),
+    ("cexec", "ratout_test", False), ("cexec", "escape", b"~"), ("cexec", "terminal", 0),
+    ("cservice", "group", cexec.parse_group("255.255.255.255")), ("cservice", "boost", None),
+    ("cservice", "user", None), ("cservice", "concurrency", cexec.usable_cpus()), ("crat", "json", 0)])
+def test_defaults(tool, attribute, value):
+    assert getattr(settings_of(tool), attribute) == value
+
+
+@pytest.mark.parametrize("tool, name, text, attribute, value", [
+    ("cexec", "CEXEC_GROUP", "10.0.0.7:4000", "group", cexec.parse_group("10.0.0.7:4000")),
+    ("cexec", "GROUP", "10.0.0.7", "group", cexec.parse_group("10.0.0.7")),
+    ("cservice", "GROUP", "224.0.1.9", "group", cexec.parse_group("224.0.1.9")),
+    ("cexec", "CEXEC_TIMEOUT_ACCEPT", "0", "timeout_accept", 0),
+    ("cexec", "CEXEC_TIMEOUT_ACCEPT", "0.25", "timeout_accept", 0.25),
+    ("cexec", "CEXEC_TIMEOUT_PINGPONG", "1", "timeout_pingpong", 1),
+    ("cexec", "CEXEC_LISTEN_PORTS", "4000,4002", "listen_ports", [(4000, 4000), (4002, 4002)]),
+    ("cexec", "CEXEC_LISTEN_PORT", "4000:4010", "listen_ports", [(4000, 4010)]),
+    ("cexec", "CEXEC_PORTS", "4000-4010", "listen_ports", [(4000, 4010)]),
+    ("cexec", "CEXEC_PORT", "4000", "listen_ports", [(4000, 4000)]),
+    ("cexec", "CEXEC_ACCEPT_SERVER", "10.0.0.7", "accept_server", ("10.0.0.7",)),
+    ("cexec", "CEXEC_REJECT_SERVERS", "10.0.0.7 fd00:0::1", "reject_servers", ("10.0.0.7", "fd00::1")),
+    ("cexec", "CEXEC_REJECT_SERVER", "10.0.0.7", "reject_servers", ("10.0.0.7",)),
+    ("cexec", "CEXEC_REJECT_SERVER", "Lab-7.example.org,10.0.0.7", "reject_servers", ("lab-7.example.org", "10.0.0.7")),
+    ("cexec", "CEXEC_MAXFD", "2", "max_fd", 2), ("cexec", "MAXFD", "4096", "max_fd", 4096),
+    ("cexec", "CEXEC_FD_FOR_ERRORS", "40", "errors_fd", 40),
+    ("cexec", "CEXEC_RATOUT_TEST", "1", "ratout_test", True), ("cexec", "CEXEC_RATOUT_TEST", "0", "ratout_test", False),
+    ("cexec", "CEXEC_USER", "me@here", "user", "me@here"), ("cmap", "CEXEC_USER", "none", "user", ""),
+    ("cexec", "CEXEC_ESCAPE", "none", "escape", b""), ("cexec", "CEXEC_ESCAPE", "%", "escape", b"%"),
+    ("cservice", "CONCURRENCY", "50", "concurrency", 50), ("cservice", "BOOST", "2500", "boost", 2500)])
+def test_a_setting_comes_from_the_environment_or_the_option(tool, name, text, attribute, value):
+    assert getattr(settings_of(tool, **{name: text}), attribute) == value
+    setting = next(setting for setting in cexec.SETTINGS if name in setting.names and tool in setting.tools)
+    for arguments in [setting.option, text], [setting.option + "=" + text]:
+        settings, rest = cexec.read_settings(tool, arguments + ["app", "-x"], {name: "ignored"})
+        assert getattr(settings, attribute) == value and rest == ["app", "-x"]
+
+
+MALFORMED = [
+    ("cexec", "CEXEC_GROUP", "here.example.org"), ("cexec", "GROUP", "300.1.1.1"), ("cexec", "GROUP", "10.0.0.1:0"),
+    ("cservice", "GROUP", "10.0.0.1:65536"), ("crat", "GROUP", "10.0.0.1:x"), ("cproxy", "GROUP", "::1::"),
+    ("cexec", "CEXEC_TIMEOUT_ACCEPT", "-1"), ("cexec", "CEXEC_TIMEOUT_ACCEPT", "nan"),
+    ("cexec", "CEXEC_TIMEOUT_ACCEPT", "1 s"),
+    ("cexec", "CEXEC_TIMEOUT_PINGPONG", "0"), ("cexec", "CEXEC_TIMEOUT_PINGPONG", "inf"),
+    ("cexec", "CEXEC_LISTEN_PORTS", "80"), ("cexec", "CEXEC_LISTEN_PORT", "5000-4000"), ("cexec", "CEXEC_PORTS", "a,b"),
+    ("cexec", "CEXEC_PORT", "4000;"), ("cexec", "CEXEC_PORT", ","),
+    ("cexec", "CEXEC_ACCEPT_SERVER", "host!.example"), ("cexec", "CEXEC_REJECT_SERVERS", "10.0.0.1;10.0.0.2"),
+    ("cexec", "CEXEC_REJECT_SERVER", "10.0.0"), ("cexec", "CEXEC_REJECT_SERVER", "\udcff"),
+    ("cexec", "CEXEC_MAXFD", "1"), ("cexec", "CEXEC_MAXFD", "4097"), ("cexec", "MAXFD", "many"),
+    ("cexec", "MAXFD", "\u0663\u0663"), ("cexec", "CEXEC_FD_FOR_ERRORS", "2"), ("cexec", "CEXEC_FD_FOR_ERRORS", "x"),
+    ("cexec", "CEXEC_RATOUT_TEST", "yes"), ("cexec", "CEXEC_ESCAPE", "ab"), ("cexec", "CEXEC_ESCAPE", "\t"),
+    ("cexec", "CEXEC_USER", "a\nb"), ("cmap", "CEXEC_USER", "x" * 65),
+    ("cexec", "CEXEC_RETRIES", "-1"), ("cexec", "CEXEC_REPLAY", "1G"), ("cservice", "CSERVICE_LIMIT", "x"),
+    ("cservice", "CONCURRENCY", "0"), ("cservice", "CONCURRENCY", "4.5"), ("cservice", "CONCURRENCY", "9" * 20),
+    ("cservice", "CSERVICE_ALLOW", "9=x"), ("cservice", "BOOST", "fast"), ("cservice", "CSERVICE_USER", "no such user"),
+    ("crat", "CRAT_MAX_SKEW", "-5"),
+    ("cproxy", "CPROXY_IDLE", "0"), ("cmap", "CMAP_JOBS", "0"), ("cmap", "CMAP_BLOCK", "1x"), ("cmap", "CMAP_CUT", "x"),
+    ("cmap", "CMAP_AGAIN", "-1"), ("cmap", "CMAP_TIMEOUT", "x"), ("cmap", "CMAP_HALT", "x"),
+    ("cmap", "CMAP_SPILL", "0"), ("cmap", "CMAP_COUNT", "0")]
+
+
+@pytest.mark.parametrize("tool, name, text", MALFORMED)
+def test_a_malformed_setting_is_a_usage_error_that_names_it(tool, name, text):
+    """C2."""
+    setting = next(setting for setting in cexec.SETTINGS if name in setting.names and tool in setting.tools)
+    for arguments, environment, shown in ([], {name: text}, name), ([setting.option, text], {}, setting.option):
+        with pytest.raises(cexec.Failure) as caught:
+            cexec.settings_here(cexec.read_settings(tool, arguments, environment)[0])
+        assert str(caught.value) == "%s=%s: not accepted" % (shown, text)
+        assert caught.value.status == cexec.EXIT_USAGE
+        assert caught.value.hint.startswith("accepted: ") and "codec" not in caught.value.hint
+
+
+def test_every_setting_has_a_malformed_case():
+    covered = {(tool, name) for tool, name, _ in MALFORMED}
+    for setting in cexec.SETTINGS:
+        tried = any((tool, name) in covered for tool in setting.tools for name in setting.names)
+        assert tried or setting.parse is str or setting.attribute == "keys", setting.names      # these take any text
+
+
+def test_the_first_name_counts_and_an_empty_value_is_none():
+    assert settings_of("cexec", CEXEC_MAXFD="5", MAXFD="6").max_fd == 5
+    assert settings_of("cexec", CEXEC_MAXFD="", MAXFD="6").max_fd == 6
+    assert settings_of("cexec", CEXEC_MAXFD="", MAXFD="").max_fd == 32
+    assert settings_of("cexec", "--maxfd", "7", "--maxfd=8", CEXEC_MAXFD="x").max_fd == 8
+    assert settings_of("cservice", CEXEC_GROUP="nonsense").group == settings_of("cservice").group
+
+
+@pytest.mark.parametrize("arguments, shown", [
+    (["--nonsense"], "--nonsense: unknown option"), (["-T=1"], "-T=1: unknown option"),
+    (["--concurrency", "3"], "--concurrency: unknown option"), (["--maxfd"], "--maxfd: an option without its value")])
+def test_options_that_are_none(arguments, shown):
+    with pytest.raises(cexec.Failure) as caught:
+        cexec.read_settings("cexec", arguments, {})
+    assert (str(caught.value), caught.value.hint[-16:], caught.value.status) == (shown, "see cexec --help", 2)
+
+
+def test_options_end_at_the_first_word_that_is_none():
+    assert cexec.read_settings("cexec", ["-tt", "--", "-app", "--maxfd=1"], {})[1] == ["-app", "--maxfd=1"]
+    settings, rest = cexec.read_settings("cservice", ["app", "command", "--concurrency=3"], {})
+    assert rest == ["app", "command", "--concurrency=3"] and settings.concurrency is None
+
+
+@pytest.mark.parametrize("tool, arguments", [
+    ("cexec", ["-t", "app", "--maxfd=3"]), ("cexec", ["app", "A=1", "-t"]),
+    ("cservice", ["app", "--concurrency", "3", "x"]),
+    ("crat", ["app.pub", "--json"])])
+def test_an_option_behind_the_key_is_told_where_it_belongs(tool, arguments):
+    with pytest.raises(cexec.Failure) as caught:
+        cexec.read_settings(tool, arguments, {})
+    assert ": an option after app" in str(caught.value) and caught.value.status == 2
+    assert caught.value.hint.startswith("options come first: %s -" % tool)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["ls", "-l"], "ls: not NAME=VALUE\n  the command was chosen where cservice was started"),
+    (["-x"], "-x: unknown option after the key\n  options come before the key"),
+    (["9=x"], "9=x: not NAME=VALUE\n  the job finds VALUE")])
+def test_what_follows_the_key_is_explained(arguments, words):
+    done = run("cexec", "web.pub", *arguments)
+    assert done.returncode == 2 and done.stderr.decode().startswith("cexec: " + words)
+
+
+@pytest.mark.parametrize("written, meant", [
+    ("--max-fd", "--maxfd"), ("--list-ports", "--listen-ports"), ("--grup", "--group")])
+def test_the_nearest_option_is_named(written, meant):
+    with pytest.raises(cexec.Failure) as caught:
+        cexec.read_settings("cexec", [written + "=3", "app"], {})
+    assert caught.value.hint == "did you mean %s? see cexec --help" % meant
+
+
+def test_a_variable_that_no_tool_knows_is_warned_about():
+    """C2."""
+    environment = {"CEXEC_ACEPT_SERVER": "10.0.0.1", "CEXEC_QQQQ": "", "CSERVICE_USR": "x", "CEXEC_DEBUG": "1",
+                   "CEXEC_JOB": "1", "CEXEC_TEST_NO_SKIP": "1", "CEXEC_MAXFD": "3", "EDITOR": "vi", "CEXECUTE": "1"}
+    assert cexec.unknown_variables(environment) == [
+        "warning: CEXEC_ACEPT_SERVER is set, and no tool knows it; did you mean CEXEC_ACCEPT_SERVER? it has no effect",
+        "warning: CEXEC_QQQQ is set, and no tool knows it; it has no effect",
+        "warning: CSERVICE_USR is set, and no tool knows it; did you mean CSERVICE_USER? it has no effect"]
+    lines = run("cexec", "/nowhere/key", env={"CEXEC_TIMEOUT": "abc"}).stderr.decode().splitlines()
+    assert lines[0].startswith("cexec: warning: CEXEC_TIMEOUT is set, ") and lines[1].startswith("cexec: no key ")
+
+
+@pytest.mark.parametrize("tool, options, environment, words", [
+    ("cexec", [], {"GROUP": "staff"}, "GROUP=staff: no such device, this machine has: "),
+    ("cwho", ["--group", "staff"], {}, "--group=staff: no such device, "),
+    ("crat", [], {"GROUP": "nodev:10.0.0.255"}, "GROUP=nodev:10.0.0.255: nodev: no such device, ")])
+def test_a_group_without_a_device_names_the_variable(key, tool, options, environment, words):
+    """Many systems set GROUP to the user's group."""
+    done = run(tool, *options, key + ".pub", env=environment)
+    assert done.returncode == 2 and done.stderr.decode().startswith("%s: %s" % (tool, words)), done.stderr
+
+
+def test_every_name_is_an_option_and_reads_what_it_prints():
+    for option in "--accept-server", "--accept-servers":
+        assert settings_of("cexec", option, "fe80:0::7%eth0 [::1]").accept_server == ("fe80::7%eth0", "::1")
+    assert settings_of("cexec", CEXEC_ACCEPT_SERVERS="10.0.0.7").accept_server == ("10.0.0.7",)
+    assert settings_of("cexec", CEXEC_TIMEOUT_ACCEPT="1e+06").timeout_accept == 10 ** 6
+    for setting in cexec.SETTINGS:
+        with contextlib.suppress(ValueError):
+            setting.parse("\0")
+            continue
+        with pytest.raises(ValueError) as caught:
+            setting.parse("\0")
+        assert "e+" not in str(caught.value)
+
+
+def test_settings_are_frozen():
+    with pytest.raises(AttributeError):
+        settings_of("cexec").max_fd = 3
+
+
+def test_no_two_settings_of_a_tool_share_an_option_or_a_name():
+    for tool in cexec.TOOL_NAMES:
+        own = [setting for setting in cexec.SETTINGS if tool in setting.tools]
+        assert len({setting.option for setting in own}) == len({setting.attribute for setting in own}) == len(own)
+        names = [name for setting in own for name in setting.names]
+        assert len(names) == len(set(names))
 
 
 # ---------------------------------------------------------------- wire: datagrams
@@ -3087,395 +4086,2934 @@ def test_too_little_memory_for_scrypt_is_told(tmp_path):
     assert files_below(tmp_path) == []
 
 
-# ---------------------------------------------------------------- key files
+# ---------------------------------------------------------------- the session's table
 
-def test_loading_finds_the_half_that_is_wanted(tmp_path):
-    private, public = map(str, key_files(tmp_path))
-    for want, path in ("private", private), ("public", public), (None, private):
-        key, warning = cexec.load_key(private, want)
-        assert (key.path, key.name, warning) == (path, private, None)
-    key, _ = cexec.load_key(public, "public")
-    assert key.path == key.name == public
-    os.unlink(private)
-    assert cexec.load_key(private)[0].path == public
+ROLES = cexec.SUBMITTER, cexec.WORKER
+EVERY_PHASE = "greeting chosen idle offered starting running ended over".split()
+NOW = 1000.0
+
+# role, phase: what may come, and where it leads.  All else is an error.
+ALLOWED = {
+    ("submitter", "greeting"): "hello:idle", ("submitter", "idle"): "abort:over ping:idle pong:idle",
+    ("submitter", "offered"): "accepted:running refused:over abort:over ping:offered pong:offered",
+    ("submitter", "running"): "data:running end:running stop:running credit:running ping:running pong:running "
+                              "exit:idle abort:over emptied:running others-wait:running",
+    ("worker", "greeting"): "welcome:chosen bye:over",
+    ("worker", "chosen"): "job:starting bye:over ping:chosen pong:chosen",
+    **{("worker", phase): " ".join("%s:%s" % (name, phase) for name in
+                                   "data end stop credit ping pong signal window".split())
+       for phase in ("starting", "running")},
+    ("worker", "ended"): "data:ended end:ended stop:ended credit:ended ping:ended pong:ended signal:ended window:ended "
+                         "job:starting bye:over",
+}
+BODY = {"welcome": cexec.pack_texts([b"1", b"10.0.0.1"]), "hello": cexec.encode_hello("10.0.0.2", "instance", False),
+        "job": cexec.encode_job(job_of({3: cexec.BOTH})), "refused": b"no", "abort": b"stopped", "data": b"x",
+        "credit": struct.pack(">I", 1), "window": struct.pack(">HH", 24, 80), "ping": b"12345678",
+        "pong": struct.pack(">d", NOW), "exit": cexec.encode_exit(ended())}
 
 
-@pytest.mark.parametrize("half, want, what", [
-    ("k.pub", "private", "k.pub is a submitting half: serving needs the private key"),
-    ("none", "private", "no key none: there is no such file"),
-    ("none", None, "no key none: there is no such file"),
-    ("k/below", "public", "no key k/below: there is no such file"),
-    (".", "private", "cannot read the key .: not a regular file"),
-    ("fifo", None, "cannot read the key fifo: not a regular file"),
-    ("junk", None, "junk is not a key: it holds no key at all"),
-    ("huge", None, "huge is not a key: it is too large"),
+def session_in(role, phase, descriptors=None):
+    """A session in this phase, with descriptor 3 open both ways unless told otherwise."""
+    session = cexec.Session(role, 60.0, NOW)
+    if phase in ("offered", "starting", "running", "ended"):
+        session.open_streams(descriptors or {3: cexec.BOTH})
+    session.phase = phase
+    return session
+
+
+def wire(name, number=None, body=None, to=None):
+    """A message as bytes.  to: the role that receives it, for whom a stop has a count or not."""
+    number = (3 if name in ("data", "end", "stop", "credit", "emptied") else 0) if number is None else number
+    if name == "stop" and to == "submitter":
+        body = cexec.COUNT.pack(7)
+    kind = getattr(cexec, name.upper().replace("-", "_"))
+    return cexec.frame(kind, number, BODY.get(name, b"") if body is None else body)
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("phase", EVERY_PHASE)
+def test_every_message_in_every_phase(role, phase):
+    """S11: what is not in the table is an error."""
+    allowed = dict(entry.split(":") for entry in ALLOWED.get((role, phase), "").split())
+    for name in cexec.MESSAGE_NAMES.values():
+        for parts in [wire(name, to=role)], [bytes([byte]) for byte in wire(name, to=role)]:
+            session = session_in(role, phase)
+            if name == "exit" and session.receiving:
+                session.receiving[3].state = "ended"        # what an exit must come behind
+            if name in allowed:
+                for part in parts:
+                    list(session.receive(part, NOW))
+                assert session.phase == allowed[name], name
+                continue
+            with pytest.raises(cexec.ProtocolError) as caught:
+                for part in parts:
+                    list(session.receive(part, NOW))
+            assert str(caught.value) == "a %s message to a %s in phase %s" % (name, role, phase)
+            assert session.phase == "over"
+
+
+def test_the_table_names_nothing_that_cannot_be():
+    for (role, phase, kind), after in cexec.PHASES.items():
+        assert role in ROLES and {phase, after} <= set(EVERY_PHASE) and kind in cexec.MESSAGE_NAMES
+    assert len(cexec.PHASES) == sum(len(entry.split()) for entry in ALLOWED.values())
+    assert set(cexec.Session.RECEIVED) == set(cexec.MESSAGE_NAMES)
+
+
+def test_after_an_error_nothing_is_taken_any_more():
+    session = session_in("worker", "running")
+    with pytest.raises(cexec.ProtocolError):
+        list(session.receive(wire("job"), NOW))
+    with pytest.raises(cexec.ProtocolError):
+        list(session.receive(wire("ping"), NOW))
+
+
+def test_nothing_behind_the_last_message_is_looked_at():
+    last = cexec.encode_exit(ended(last=True))
+    for message_, phase in (wire("exit", body=last), "running"), (wire("abort"), "idle"), (wire("refused"), "offered"):
+        session = session_in("submitter", phase, {3: cexec.IN})
+        assert len(list(session.receive(message_ + b"\xff" * 100, NOW))) == 1 and session.phase == "over"
+
+
+# ---------------------------------------------------------------- the session's streams
+
+def events_of(session, data, now=NOW):
+    """What the session makes of these bytes, data put together by descriptor and views made bytes."""
+    return [(cexec.MESSAGE_NAMES[kind], number, bytes(body) if isinstance(body, memoryview) else body)
+            for kind, number, body in session.receive(data, now)]
+
+
+def sent(session):
+    """The messages in the outbox, which is emptied."""
+    found = messages_in([bytes(session.outbox)])
+    session.outbox.clear()
+    return [(cexec.MESSAGE_NAMES[kind], number, body) for kind, number, body in found]
+
+
+class Sides:
+    """A submitter and a worker in memory, joined at their outboxes."""
+
+    def __init__(self, descriptors, trip=0.0):
+        self.now, self.trip = NOW, trip
+        self.submitter, self.worker = (cexec.Session(role, 60.0, NOW) for role in ROLES)
+        self.heard = {role: [] for role in ROLES}
+        self.worker.hello("10.0.0.2", "00112233")
+        self.pump()
+        self.submitter.offer(job_of(descriptors), "10.0.0.1")
+        self.pump()
+        self.worker.accept(self.now)
+        self.pump()
+
+    def pump(self):
+        """Carries everything over until both are quiet; half a round trip for each crossing."""
+        while self.submitter.outbox or self.worker.outbox:
+            for one, other in (self.submitter, self.worker), (self.worker, self.submitter):
+                data = bytes(one.outbox)
+                one.outbox.clear()
+                if data:
+                    self.now += self.trip / 2
+                    self.heard[other.role] += events_of(other, data, self.now)
+
+    def data(self, sender, number, body):
+        """Sends data as a carrier would."""
+        buffer = bytearray(cexec.HEAD_SIZE) + body
+        sender.data(buffer, 0, number, len(body))
+        sender.outbox += buffer
+
+    def take(self, role):
+        heard, self.heard[role] = self.heard[role], []
+        return heard
+
+
+def test_a_job_from_hello_to_bye():
+    sides = Sides({0: cexec.IN, 1: cexec.OUT, 2: 1})
+    assert sides.submitter.phase == sides.worker.phase == "running"
+    assert [name for name, _, _ in sides.take("submitter")] == ["hello", "accepted"]
+    assert [name for name, _, _ in sides.take("worker")] == ["welcome", "job"]
+    assert set(sides.submitter.sending) == set(sides.worker.receiving) == {0}
+    assert set(sides.submitter.receiving) == set(sides.worker.sending) == {1}, "a shared one has no stream of its own"
+    sides.data(sides.submitter, 0, b"in")
+    sides.submitter.end(0)
+    sides.pump()
+    sides.data(sides.worker, 1, b"out")
+    sides.worker.end(1)
+    sides.worker.exit(ended(number=37))
+    sides.pump()
+    assert sides.take("worker") == [("data", 0, b"in"), ("end", 0, b"")]
+    assert sides.take("submitter") == [("data", 1, b"out"), ("end", 1, b""), ("exit", 0, ended(number=37))]
+    assert (sides.submitter.phase, sides.worker.phase) == ("idle", "ended")
+    sides.submitter.bye()
+    sides.pump()
+    assert sides.take("worker") == [("bye", 0, b"")] and sides.worker.phase == "over"
+
+
+def test_what_is_late_for_one_job_is_not_the_next_ones():
+    """What precedes the next job message belongs to the one before; each job has streams of its own, with all credit.
+    """
+    sides = Sides({0: cexec.IN, 1: cexec.OUT})
+    sides.data(sides.submitter, 0, b"read")
+    sides.pump()
+    assert sides.take("worker")[-1] == ("data", 0, b"read")
+    sides.worker.end(1)
+    sides.worker.exit(ended(consumed={0: 4}))
+    late = bytearray(cexec.HEAD_SIZE) + b"late"
+    sides.submitter.data(late, 0, 0, 4)
+    sides.submitter.outbox += late
+    for say in (lambda: sides.submitter.signal("INT"), lambda: sides.submitter.stop(1),
+                lambda: sides.submitter.window(24, 80), lambda: sides.submitter.end(0)):
+        say()
+    sides.pump()
+    assert sides.take("submitter")[-1] == ("exit", 0, ended(consumed={0: 4})) and sides.take("worker") == []
+    sides.submitter.offer(job_of({0: cexec.IN, 5: cexec.OUT}), "10.0.0.1")
+    sides.pump()
+    assert [name for name, _, _ in sides.take("worker")] == ["job"], "the welcome is said once"
+    sides.worker.accept(sides.now)
+    assert sides.submitter.may_send(0) == cexec.WINDOW_START and set(sides.worker.sending) == {5}
+    sides.data(sides.submitter, 0, b"next")
+    sides.pump()
+    assert sides.take("worker") == [("data", 0, b"next")]
+    sides.worker.end(5)
+    sides.worker.exit(ended(last=True))
+    sides.pump()
+    assert sides.submitter.phase == "over"
+
+
+def test_a_worker_that_takes_no_more_jobs_says_so():
+    for offered in False, True:
+        sides = Sides({})
+        sides.worker.exit(ended())
+        sides.pump()
+        if offered:
+            sides.submitter.offer(job_of({0: cexec.IN}), "10.0.0.1")
+        sides.worker.abort("no more jobs here")
+        sides.heard["submitter"] = events_of(sides.submitter, bytes(sides.worker.outbox))
+        assert sides.take("submitter") == [("abort", 0, "no more jobs here")] and sides.submitter.phase == "over"
+
+
+@pytest.mark.parametrize("kind, upward, downward", [
+    (cexec.IN, True, False), (cexec.OUT, False, True), (cexec.BOTH, True, True)])
+def test_a_descriptor_is_open_only_the_way_the_job_said(kind, upward, downward):
+    """S9: a worker can neither write to what was not open for writing nor stop what was not open for reading."""
+    for role, receives, sends in ("submitter", downward, upward), ("worker", upward, downward):
+        for name, fine in ("data", receives), ("end", receives), ("stop", sends), ("credit", sends):
+            session = session_in(role, "running", {3: kind})
+            if fine:
+                list(session.receive(wire(name, to=role), NOW))
+            else:
+                with pytest.raises(cexec.ProtocolError):
+                    list(session.receive(wire(name, to=role), NOW))
+            for number in 0, 2, 4, 65535:
+                with pytest.raises(cexec.ProtocolError) as caught:
+                    list(session_in(role, "running", {3: kind}).receive(wire(name, number), NOW))
+                assert str(caught.value) == "a message for descriptor %d, which is not open that way" % number
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_credit_is_kept_to_the_octet(role):
+    session = session_in(role, "running")
+    full = cexec.frame(cexec.DATA, 3, bytes(cexec.WINDOW_START))
+    assert sum(len(body) for _, _, body in events_of(session, full)) == cexec.WINDOW_START
+    for body in b"x", bytes(1000):
+        beyond = session_in(role, "running")
+        list(beyond.receive(full, NOW))
+        with pytest.raises(cexec.ProtocolError) as caught:
+            list(beyond.receive(cexec.frame(cexec.DATA, 3, body)[:cexec.HEAD_SIZE], NOW))
+        assert str(caught.value) == "data beyond the credit on descriptor 3"
+    assert events_of(session, wire("data", body=b"")) == [], "nothing is not beyond anything"
+
+
+def test_credit_goes_back_when_a_quarter_has_been_consumed():
+    session = session_in("worker", "running")
+    list(session.receive(cexec.frame(cexec.DATA, 3, bytes(cexec.WINDOW_START)), NOW))
+    quarter = cexec.WINDOW_START // 4
+    session.consumed(3, quarter - 1, NOW)
+    assert sent(session) == []
+    session.consumed(3, 1, NOW)
+    assert sent(session) == [("credit", 3, struct.pack(">I", quarter))]
+    list(session.receive(cexec.frame(cexec.DATA, 3, bytes(quarter)), NOW))
+    with pytest.raises(cexec.ProtocolError):
+        list(session.receive(wire("data"), NOW))
+
+
+def test_a_sender_keeps_to_its_credit_and_to_the_longest_message():
+    session = session_in("submitter", "running")
+    assert session.may_send(3) == cexec.WINDOW_START
+    session.data(bytearray(8), 0, 3, cexec.WINDOW_START - 10)
+    assert session.may_send(3) == 10
+    list(session.receive(wire("credit", body=struct.pack(">I", cexec.WINDOW_MAX - 10)), NOW))
+    assert session.may_send(3) == cexec.FRAME_MAX
+    session.end(3)
+    assert session.may_send(3) == 0
+
+
+def test_no_more_credit_than_the_largest_window():
+    session, most = session_in("submitter", "running"), cexec.WINDOW_MAX - cexec.WINDOW_START
+    list(session.receive(wire("credit", body=struct.pack(">I", most)), NOW))
+    with pytest.raises(cexec.ProtocolError) as caught:
+        list(session.receive(wire("credit"), NOW))
+    assert str(caught.value) == "credit beyond %d on descriptor 3" % cexec.WINDOW_MAX
+
+
+@pytest.mark.parametrize("role, name, size", [("worker", name, size) for name in ("credit", "window")
+                                              for size in (0, 3, 5, 8)]
+                                              + [("worker", "stop", 8), ("submitter", "stop", 0)])
+def test_messages_of_the_wrong_length(role, name, size):
+    with pytest.raises(cexec.ProtocolError) as caught:
+        list(session_in(role, "running").receive(wire(name, body=bytes(size)), NOW))
+    assert str(caught.value) == "a %s message of %d bytes" % (name, size)
+
+
+def test_an_end_is_the_end():
+    for after in "data", "end":
+        session = session_in("worker", "running")
+        assert events_of(session, wire("end")) == [("end", 3, b"")]
+        with pytest.raises(cexec.ProtocolError):
+            list(session.receive(wire(after), NOW))
+    session = session_in("submitter", "running")
+    session.end(3)
+    session.end(3)
+    assert sent(session) == [("end", 3, b"")]
+
+
+def test_each_direction_of_a_descriptor_ends_by_itself():
+    sides = Sides({3: cexec.BOTH, 4: cexec.BOTH})
+    sides.submitter.end(3)
+    sides.pump()
+    sides.data(sides.worker, 3, b"still here")
+    sides.data(sides.submitter, 4, b"and here")
+    sides.pump()
+    assert ("data", 3, b"still here") in sides.take("submitter")
+    assert ("data", 4, b"and here") in sides.take("worker")
+
+
+def test_stop_is_answered_by_an_end():
+    sides = Sides({1: cexec.OUT})
+    sides.take("submitter")
+    sides.data(sides.worker, 1, b"under way")
+    sides.submitter.stop(1)
+    sides.submitter.stop(1)
+    assert sent(sides.submitter) == [("stop", 1, b"")]
+    sides.heard["worker"] = events_of(sides.worker, wire("stop", 1))
+    assert sides.worker.may_send(1) == 0
+    sides.pump()
+    assert sides.take("worker") == [("stop", 1, None)]
+    assert sides.take("submitter") == [], "neither the data nor the end is news to one that stopped"
+    assert sides.submitter.receiving[1].state == "ended"
+
+
+def test_a_stop_that_crosses_an_end_brings_no_second_one():
+    """It still brings its count: how much of a file the job has read."""
+    for role, count in ("worker", None), ("submitter", 7):
+        session = session_in(role, "running")
+        session.end(3)
+        assert events_of(session, wire("stop", to=role)) == [("stop", 3, count)]
+        assert sent(session) == [("end", 3, b"")]
+
+
+def test_a_stopped_stream_gives_no_credit_back():
+    session = session_in("worker", "running")
+    session.stop(3, 5)
+    session.consumed(3, cexec.WINDOW_START, NOW)
+    assert sent(session) == [("stop", 3, cexec.COUNT.pack(5))]
+
+
+# ---------------------------------------------------------------- windows and round trips
+
+def fast_transfer(sides, rounds):
+    """The worker sends all it may, and the submitter consumes it at once; the window after each round."""
+    stream, found = sides.submitter.receiving[1], []
+    for _ in range(rounds):
+        while sides.worker.may_send(1):
+            sides.data(sides.worker, 1, bytes(sides.worker.may_send(1)))
+        sides.pump()
+        size = sum(len(body) for name, number, body in sides.take("submitter") if name == "data")
+        for at in range(0, size, 1 << 16):
+            sides.submitter.consumed(1, min(1 << 16, size - at), sides.now)
+        sides.pump()
+        found.append(stream.window)
+    return found
+
+
+def test_a_window_grows_on_a_long_path_up_to_its_cap():
+    sides = Sides({1: cexec.OUT}, trip=0.1)
+    assert sides.submitter.round_trip == pytest.approx(0.1) == sides.worker.round_trip, "each has pinged"
+    windows = fast_transfer(sides, 20)
+    assert windows[-1] == cexec.WINDOW_MAX and windows == sorted(windows)
+
+
+def test_a_window_grows_by_path_and_reader():
+    windows = fast_transfer(Sides({1: cexec.OUT}), 20)
+    assert windows[-1] == cexec.WINDOW_NEAR and windows == sorted(windows)
+    session = session_in("submitter", "running", {1: cexec.OUT})
+    session.round_trip = 0.1
+    for step in range(100):
+        list(session.receive(cexec.frame(cexec.DATA, 1, bytes(1 << 16)), NOW + step))
+        session.consumed(1, 1 << 16, NOW + step)
+    assert session.receiving[1].window == cexec.WINDOW_START
+
+
+def test_all_windows_together_are_bounded():
+    """S23"""
+    session = session_in("submitter", "running", {fd: cexec.OUT for fd in range(200)})
+    session.round_trip = 10.0
+    for step in range(10):
+        for fd, stream in session.receiving.items():
+            size = min(stream.credit, cexec.FRAME_MAX)
+            list(session.receive(cexec.frame(cexec.DATA, fd, bytes(size)), NOW))
+            session.consumed(fd, size, NOW)
+        session.outbox.clear()
+    total = sum(stream.window for stream in session.receiving.values())
+    assert total <= max(cexec.WINDOWS_MAX, 200 * cexec.WINDOW_START)
+
+
+@pytest.mark.parametrize("body", [b"", b"short", b"nine octe", struct.pack(">d", float("nan")),
+                                  struct.pack(">d", float("inf")), struct.pack(">d", float("-inf")),
+                                  struct.pack(">d", NOW + 5)])
+def test_a_pong_that_answers_no_ping_is_no_round_trip(body):
+    session = session_in("submitter", "running")
+    assert events_of(session, wire("pong", body=body)) == []
+    assert session.round_trip is None
+
+
+def test_a_ping_is_answered_with_its_own_octets():
+    session = session_in("worker", "running")
+    assert events_of(session, wire("ping", body=b"the same, and more")) == []
+    assert sent(session) == [("pong", 0, b"the same")]
+
+
+def test_a_flood_of_pings_is_not_answered_without_bound():
+    session = session_in("worker", "running")
+    for _ in range(100):
+        list(session.receive(wire("ping") * 1000, NOW))
+    assert len(session.outbox) <= cexec.CONTROL_MAX
+
+
+def test_credit_does_not_pile_up_for_a_peer_that_never_reads():
+    """And all of it comes when the peer reads again."""
+    session = cexec.Session(cexec.WORKER, 60.0, 0.0)
+    session.phase = cexec.RUNNING
+    numbers = range(3000)
+    session.open_streams({number: cexec.IN for number in numbers})
+    window = session.receiving[0].window
+    given = collections.Counter()
+    for _ in range(20):
+        for number in numbers:
+            session.consumed(number, window, 100.0)
+        assert len(session.outbox) <= cexec.CONTROL_MAX // 2 + 12
+    while session.outbox:
+        for _, number, body, _ in cexec.FrameReader().read(bytes(session.outbox)):
+            given[number] += struct.unpack(">I", body)[0] if body else 0
+        session.outbox.clear()
+        session.repay(100.0)
+    assert given == {number: 20 * window for number in numbers}
+
+
+# ---------------------------------------------------------------- silence
+
+def quiet_until(session, seconds, step=0.25):
+    """Ticks on without a word from the peer; the seconds after which the session gives up, or None."""
+    for count in range(1, int(seconds / step) + 1):
+        if session.tick(NOW + count * step):
+            return count * step
+    return None
+
+
+def test_a_silent_peer_is_pinged_and_lost_in_time():
+    """R7: within the timeout and a look's distance."""
+    session = session_in("submitter", "running")
+    session.timeout = 8.0
+    lost = quiet_until(session, 20)
+    assert 8.0 <= lost <= 8.5
+    assert [name for name, _, _ in sent(session)].count("ping") == 3
+
+
+def test_any_octet_counts_as_life():
+    session = session_in("submitter", "running")
+    session.timeout = 8.0
+    data = wire("ping") * 10
+    for count in range(100):
+        assert not session.tick(NOW + count)
+        list(session.receive(data[count:count + 1], NOW + count))
+
+
+def test_a_session_that_was_paused_waits_for_ever():
+    """R8: until it is continued."""
+    session = session_in("worker", "running")
+    session.timeout = 8.0
+    assert events_of(session, wire("signal", cexec.SIGNALS.index("TSTP"))) == [("signal", 6, "TSTP")]
+    assert quiet_until(session, 100) is None
+    assert events_of(session, wire("signal", cexec.SIGNALS.index("USR1")), NOW + 100)[0][2] == "USR1"
+    assert not session.tick(NOW + 200)
+    assert events_of(session, wire("signal", cexec.SIGNALS.index("CONT")), NOW + 200)[0][2] == "CONT"
+    assert any(session.tick(NOW + 200 + count / 4) for count in range(60))
+
+
+def test_a_process_that_slept_itself_blames_nobody():
+    """R8: its own silence is not the peer's."""
+    session = session_in("submitter", "running")
+    session.timeout = 8.0
+    assert not session.tick(NOW + 1) and not session.tick(NOW + 3600)
+    assert 8.0 <= next(step / 4 for step in range(100) if session.tick(NOW + 3600 + step / 4)) <= 8.5
+
+
+def test_signals_have_numbers_of_their_own_on_the_wire():
+    for number, name in enumerate(("INT", "TERM", "HUP", "QUIT", "USR1", "USR2", "TSTP", "CONT")):
+        session = session_in("worker", "running")
+        assert events_of(session, wire("signal", number)) == [("signal", number, name)]
+        session.signal(name)
+        assert sent(session) == [("signal", number, b"")]
+    for number in 8, 9, 65535:
+        with pytest.raises(cexec.ProtocolError) as caught:
+            list(session_in("worker", "running").receive(wire("signal", number), NOW))
+        assert str(caught.value) == "signal %d, which is not passed on" % number
+
+
+# ---------------------------------------------------------------- fuzzing of the session, seeded
+
+@pytest.mark.parametrize("role", ROLES)
+def test_no_octets_break_a_session(role):
+    """Messages that are mostly right, in an order that is not, from one that holds the key."""
+    chance = seeded(role)
+    names = list(cexec.MESSAGE_NAMES.values())
+    valid = [wire(name, number) for name in names for number in (None, 0, 5)]
+    valid += [wire("job", body=cexec.encode_job(job)) for job in JOBS] + [wire("stop", to="submitter")]
+    likely = {phase: [wire(entry.split(":")[0], to=role) for entry in ALLOWED.get((role, phase), "").split()]
+              for phase in EVERY_PHASE}
+    taken = [0]
+
+    def play(data):
+        session = session_in(role, chance.choice(EVERY_PHASE))
+        for _ in range(6):
+            list(session.receive(chance.choice(likely[session.phase] or valid), NOW))
+            taken[0] += 1
+        list(session.receive(data, NOW))
+        session.tick(NOW + 1)
+        assert len(session.outbox) < 10000
+
+    for _ in range(FUZZ):
+        only_protocol_errors(play, damaged(chance, valid))
+    assert taken[0] > FUZZ
+
+
+# ---------------------------------------------------------------- calls: messages and states
+
+def call_bytes(*arguments, **named):
+    return b"".join(map(bytes, cexec.encode_call(*arguments, **named)))
+
+
+CALL_MESSAGES = [(cexec.CALL, 1, 0, b"", []), (cexec.RETURNED, 2, 17, b"pickle", []),
+                 (cexec.RAISED, 3, 0, b"p" * 5, [b"one" * 30, b"", b"two"]),
+                 (cexec.RETURNED, 2 ** 32 - 1, 2 ** 32 - 1, b"", [b"x" * 64])]
+
+
+def calls_in(parts):
+    reader = cexec.CallReader()
+    return [(kind, number, took, bytes(data), [bytes(each) for each in buffers])
+            for part in parts for kind, number, took, data, buffers in reader.read(part)]
+
+
+def test_messages_of_calls_in_every_cut():
+    data = b"".join(call_bytes(kind, number, text, buffers, took)
+                    for kind, number, took, text, buffers in CALL_MESSAGES)
+    for parts in cuts(data):
+        assert calls_in(parts) == CALL_MESSAGES
+
+
+def test_buffers_of_a_call_begin_where_arrays_like_it():
+    data = call_bytes(cexec.CALL, 1, b"abc", [b"1" * 100, b"2" * 100])
+    (_, _, _, _, buffers), = cexec.CallReader().read(data)
+    assert [data.index(bytes(each)) % cexec.ALIGN for each in buffers] == [0, 0]
+
+
+@pytest.mark.parametrize("data", [
+    cexec.CALL_HEAD.pack(cexec.ENOUGH + 1, 0, 0, 0, 0),
+    cexec.CALL_HEAD.pack(cexec.CALL, 0, 0, 0, cexec.CALL_MAX + 1),
+    cexec.CALL_HEAD.pack(cexec.CALL, cexec.BUFFERS_MAX + 1, 0, 0, 1 << 20),
+    cexec.CALL_HEAD.pack(cexec.CALL, 2, 0, 0, 23) + bytes(23),
+    cexec.CALL_HEAD.pack(cexec.CALL, 1, 0, 0, 16) + struct.pack(">QQ", 1, 0),
+    cexec.CALL_HEAD.pack(cexec.CALL, 1, 0, 0, 16) + struct.pack(">QQ", 0, 2 ** 63)])
+def test_what_is_no_message_of_calls(data):
+    with pytest.raises(cexec.ProtocolError):
+        calls_in([data])
+
+
+@pytest.mark.parametrize("table", [cexec.CALL_STATES, cexec.INTERPRETER_STATES], ids=["call", "interpreter"])
+def test_every_event_of_calls_and_interpreters_has_its_state(table):
+    """What the table does not have is an error that names event and state."""
+    for state in {state for state, _ in table} | set(table.values()):
+        for event in {event for _, event in table}:
+            if (state, event) in table:
+                assert cexec.next_state(table, state, event) == table[state, event]
+            else:
+                with pytest.raises(RuntimeError, match="event %s in state %s" % (event, state.name)):
+                    cexec.next_state(table, state, event)
+
+
+@pytest.mark.parametrize("seconds,trip,most", [(None, 0, 1), (10, 0, 1), (0.1, 0.05, 1), (0.03, 0.02, 2),
+                                               (0.001, 0, 21), (0, 0, 1001), (0, 0.02, 2001)])
+def test_an_interpreter_owes_what_keeps_it_busy(seconds, trip, most):
+    assert cexec.calls_most(seconds, trip) == pytest.approx(most, abs=1)
+
+
+# ---------------------------------------------------------------- slots
+
+@pytest.mark.parametrize("event", cexec.SlotEvent)
+@pytest.mark.parametrize("state", cexec.SlotState)
+def test_every_event_of_a_slot_in_every_state(state, event):
+    """What is not in the table is an error that names slot, state and event, and changes nothing."""
+    slot = cexec.Slot(None, None, None, 0.0)
+    slot.state = state
+    if (state, event) in cexec.SLOTS:
+        slot.move(event)
+        assert slot.state is cexec.SLOTS[state, event]
+    else:
+        with pytest.raises(RuntimeError, match="slot of job none yet: event %s in state %s" % (event.name, state.name)):
+            slot.move(event)
+        assert slot.state is state
+
+
+def test_a_slot_that_leaves_is_free_behind_its_job():
+    """R21: no way leads from LEAVE to another job, but by STAY."""
+    for state in set(cexec.SlotState) - {cexec.SlotState.FREE}:
+        after = cexec.SLOTS[state, cexec.SlotEvent.LEAVE]
+        assert after is (cexec.SlotState.LEAVING if state in cexec.WITH_JOB else cexec.SlotState.FREE)
+    assert (cexec.SlotState.LEAVING, cexec.SlotEvent.JOB) not in cexec.SLOTS
+    assert not [key for key in cexec.SLOTS if key[0] is cexec.SlotState.FREE]
+
+
+# ---------------------------------------------------------------- jobs: the table, avoidance, a diagnosis
+
+STATES, EVENTS = list(cexec.JobState), list(cexec.JobEvent)
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("event", EVENTS)
+def test_each_event_leads_on_or_is_an_error_with_names(state, event):
+    if (state, event) in cexec.JOBS:
+        assert cexec.next_state(cexec.JOBS, state, event) in STATES and state is not cexec.JobState.DONE
+    else:
+        with pytest.raises(RuntimeError, match="^job 1a2b: event %s in state %s$" % (event.name, state.name)):
+            cexec.next_state(cexec.JOBS, state, event, "job 1a2b")
+
+
+def test_every_state_of_a_job_is_reached_and_left():
+    assert {after for after in cexec.JOBS.values()} == set(STATES)
+    assert {state for state, _ in cexec.JOBS} == set(STATES) - {cexec.JobState.DONE}
+    assert {event for _, event in cexec.JOBS} == set(EVENTS)
+    for state in set(STATES) - {cexec.JobState.DONE}:
+        assert cexec.JOBS[state, cexec.JobEvent.CANCELLED] is cexec.JOBS[state, cexec.JobEvent.FAILED]
+
+
+@pytest.mark.parametrize("committed, losses, retries, signalled, can_rewind, again", [
+    (False, 1, 3, None, True, True), (False, 3, 3, None, True, True), (False, 4, 3, None, True, False),
+    (True, 1, 3, None, True, False), (False, 1, 3, "INT", True, False), (False, 1, 3, None, False, False),
+    (False, 1, 0, None, True, False)])
+def test_when_a_job_whose_worker_was_lost_may_start_again(committed, losses, retries, signalled, can_rewind, again):
+    advice = cexec.why_not_again(committed, losses, retries, signalled, can_rewind)
+    assert bool(advice) is not again and ("had begun" in advice) is committed
+
+
+def test_who_failed_a_job_is_passed_over_ever_longer():
+    avoidance, now, pauses = cexec.Avoidance(), 100.0, []
+    for _ in range(8):
+        pauses.append(avoidance.failed(now, "one", "a"))
+        assert avoidance.passes_over(now, "one", "a", ()) and not avoidance.passes_over(now, "other", "a", ())
+        now += pauses[-1]
+        assert not avoidance.passes_over(now, "one", "a", ())
+    assert pauses == [0.25, 0.5, 1, 2, 4, 8, 8, 8]
+    assert avoidance.wait_until == -math.inf
+
+
+def test_an_address_is_passed_over_after_three_failures():
+    """A13: not where one has succeeded, and not where a job of this submitter runs: a cproxy has many behind it."""
+    avoidance = cexec.Avoidance()
+    for name in "one", "one", "two":
+        avoidance.failed(1.0, name, "a")
+    assert not avoidance.passes_over(1.0, "new", "a", ())
+    avoidance.succeeded("a")
+    for name in "three", "four":
+        avoidance.failed(1.0, name, "a")
+    assert not avoidance.passes_over(1.0, "new", "a", ())
+    avoidance.failed(1.0, "five", "a")
+    assert avoidance.passes_over(1.0, "new", "a", ()) and not avoidance.passes_over(1.0, "new", "b", ())
+    assert not avoidance.passes_over(1.0, "new", "a", {"a"}) and avoidance.passes_over(1.0, "five", "a", {"a"})
+    for number, pause in enumerate([1, 2, 4, 8, 16, 32, 32, 32]):
+        assert avoidance.passes_over(0.9 + pause, "new", "a", ())
+        assert not avoidance.passes_over(1.0 + pause, "new", "a", ())
+        avoidance.failed(1.0, number, "a")
+
+
+@pytest.mark.parametrize("addresses", [1, 2, 3, 6, 10])
+def test_workers_under_ever_new_names_leave_room_for_another(addresses):
+    """R18: they are quicker than the honest one whenever any of them may be asked; it has its turn within a minute."""
+    avoidance, now, names = cexec.Avoidance(), 0.0, itertools.count()
+    while True:
+        now = max(now, avoidance.wait_until)
+        rogue = next((place for place in range(addresses) if not avoidance.passes_over(now, "new", place, ())), None)
+        if rogue is None:
+            break
+        avoidance.failed(now, next(names), rogue)
+        now += 0.02
+    assert now < 60 and next(names) < 8 * addresses + 3
+
+
+def test_a_job_that_failed_often_waits_itself():
+    avoidance = cexec.Avoidance()
+    for number in range(cexec.FAILURES_AT_ONCE):
+        avoidance.failed(1.0, number, number)
+    assert avoidance.wait_until == -math.inf
+    pause = avoidance.failed(1.0, "more", "more")
+    assert 1.0 < avoidance.wait_until < 1.0 + pause
+    avoidance = cexec.Avoidance()
+    for number in range(cexec.REFUSALS_AT_ONCE):
+        avoidance.failed(1.0, number, number, "no such parameter")
+    assert avoidance.wait_until == -math.inf and avoidance.passes_over(1e9, 0, 0, ())
+    assert len(avoidance.refused) == cexec.REFUSALS_AT_ONCE
+    avoidance.failed(1.0, "more", "more", "no")
+    assert avoidance.wait_until > 1.0
+
+
+def a_here(instance, **changes):
+    here = cexec.Here(cexec.BUSY, 4, 4, 1, 2, 0.0, 0.0, 1.0, 9, 3, 0, "10.0.0.7", instance, "host", "2", "3", "", "c",
+                      "", "", (), 0)
+    return here._replace(**changes)
+
+
+def diagnosis(*heard, since=0.0, **changes):
+    facts = cexec.SearchFacts(list(heard), "10.0.0.255:3010", "app.pub", "SHA256:ab", 3010, 4000, "eth0", (), (), None,
+                              "")
+    return cexec.Diagnosis(facts._replace(**changes), since)
+
+
+def heard(name, at=1.0, words=None, **here):
+    return cexec.HeardWorker(at, name, a_here(name, **here) if here else None, words)
+
+
+@pytest.mark.parametrize("workers, line", [
+    ([], "nobody has answered yet, 12 s; cwho --check app.pub finds out why"),
+    ([heard("a", words="busy", state=1)], "waiting: 1 worker, busy, 12 s"),
+    ([heard("a", words="busy", state=1), heard("b", words="busy", state=1)], "waiting: 2 workers, all busy, 12 s"),
+    ([heard("a", words="busy", state=1), heard("b")], "waiting: 2 workers, none free, 12 s"),
+    ([heard("a", words="closed in the handshake")], "a failed: closed in the handshake, 12 s"),
+    ([heard("a", words="could not connect", state=4, port=4000, error="x")], "a could not connect, 12 s"),
+    ([heard("a", at=-1.0, words="busy", state=1)],
+     "nobody has answered yet, 12 s; cwho --check app.pub finds out why")])
+def test_what_a_job_waits_for_in_one_line(workers, line):
+    made = diagnosis(*workers)
+    assert made.waiting(12.2, made) == line
+    assert made.waiting(9.9, made) == line.partition("; cwho")[0].replace("12 s", "10 s")
+
+
+@pytest.mark.parametrize("workers, changes, why, hint", [
+    ([], {}, "nobody answered within 60 s; announced on 10.0.0.255:3010 by eth0, to connect back to TCP port 4000",
+     "is cservice running with this key (SHA256:ab) in this network?"),
+    ([], {"unsent": ["eth0: no"], "unused": ["b: reset"]}, "; could not send: eth0: no; b: reset", "do firewalls pass"),
+    ([heard("a", words="busy", state=1)], {}, "no worker was free within 60 s (busy); ", "=0 waits for ever; cwho"),
+    ([heard("a", words="cannot", state=4)], {}, "none of the workers that answered took the job within", "a firewall"),
+    ([heard("a", words="reset")], {}, "none of the workers that answered took the job within", "-v tells what"),
+    ([], {"last_loss": "worker a: lost"}, "worker a: lost; since then nobody answered", "is cservice running"),
+    ([], {"no_port": cexec.PortTaken("no port", "in use", "name more")}, "within 60 s no port: in use", "name more")])
+def test_why_a_job_got_no_worker(workers, changes, why, hint):
+    found, advice = diagnosis(*workers, **changes).failure(60.0)
+    assert why in found and hint in advice
+
+
+# ---------------------------------------------------------------- choice: a simulated room
+
+INF = math.inf
+RANDOMS = itertools.count()     # what each worker's preamble has of its own
+
+
+class SimulatedJob:
+    """One submitter. start, worker: when and where its job began; extra: what that took beyond packets and handshake;
+    refusals: so many of the workers it chooses refuse the job; way: how much longer a packet takes to it."""
+
+    def __init__(self, room, length, source, refusals, way):
+        self.name, self.length, self.source, self.born = len(room.jobs), length, source, room.now
+        self.selection = cexec.Selection(room.now, room.uniform)
+        self.start = self.worker = self.extra = None
+        self.alarm = self.closes = INF
+        self.busy = room.now
+        self.announced, self.refusals, self.way = 0, refusals, way
+        self.sequence, self.heard = collections.Counter(), []   # heard: when which worker said that it is busy
+
+    @property
+    def nonce(self):
+        return self.name, self.refusals
+
+    @property
+    def connections(self):
+        return self.selection.connections
+
+
+class Crowd:
+    """Workers and submitters that run the real rule over a simulated network. Times are seconds.
+
+    loss: share of datagrams lost; jitter: longest delay until a woken process runs; stalled: workers that connect and
+    then say nothing; handshake: what the worker computes for it; distance: least and greatest way of a packet."""
+
+    def __init__(self, workers, seed=1, slots=4, cores=None, speeds=None, loss=0.0, jitter=0.0, stalled=(),
+                 handshake=0.0006, distance=(0.0001, 0.0005)):
+        self.random = random.Random(seed)
+        self.heap, self.order, self.now = [], itertools.count(), 0.0
+        self.loss, self.jitter, self.stalled, self.handshake = loss, jitter, set(stalled), handshake
+        self.far = [self.random.uniform(*distance) for _ in range(workers)]
+        self.responders = [cexec.Responder(slots, cores or slots, speeds[i] if speeds else 1.0, self.uniform)
+                        for i in range(workers)]
+        self.alarms = [INF] * workers
+        self.jobs, self.peak, self.datagrams, self.waiting = {}, 0, 0, {}
+        self.slots, self.busy_ends = {}, 0      # {(worker, nonce): Slot} of connections under way
+        self.overtaken, self.on_start = [], lambda job: None
+        self.actions = {cexec.ANNOUNCE: self.announce, cexec.HOLD: self.hold, cexec.TAKEN: self.taken,
+                        cexec.HANDSHAKE: self.handshakes, cexec.EVICT: self.evict, cexec.WIN: self.win}
+
+    def way(self, worker, nonce):
+        """How long a packet takes between this worker and the submitter of that search."""
+        return self.far[worker] + self.jobs[nonce[0]].way
+
+    def uniform(self):
+        return 1.0 - self.random.random()
+
+    def call_at(self, when, what, *arguments):
+        heapq.heappush(self.heap, (when, next(self.order), what, arguments))
+
+    def run(self, until):
+        """Go on until this time; or, if it is None, until every job has found its worker."""
+        while self.heap and (self.waiting if until is None else self.heap[0][0] <= until):
+            self.now, _, what, arguments = heapq.heappop(self.heap)
+            what(*arguments)
+        self.now = until or self.now
+
+    def late(self):
+        return self.random.expovariate(20000.0) + (self.random.uniform(0.0001, self.jitter) if self.jitter else 0.0)
+
+    def submit(self, length=0.0, source=None, refusals=0, way=0.0):
+        job = SimulatedJob(self, length, source or len(self.jobs), refusals, way)
+        self.jobs[job.name] = self.waiting[job.name] = job
+        self.pump(job)
+        return job
+
+    def place(self, count, length=0.0, gap=0.2):
+        """count jobs one after the other; those jobs."""
+        done = []
+        for _ in range(count):
+            done.append(self.submit(length))
+            self.run(None)
+            self.run(self.now + gap)
+        return done
+
+    def burst(self, count, length, source=None):
+        """count jobs at once; those jobs, when all have begun."""
+        jobs = [self.submit(length, source) for _ in range(count)]
+        self.run(None)
+        return jobs
+
+    def crowd(self, count, seconds, source=None):
+        """For a while count submitters always wait: who is served is replaced. Those jobs that have begun."""
+        def begun(job):
+            self.submit(self.random.expovariate(1.0), source)
+        end, self.overtaken = self.now + seconds, []
+        for _ in range(count):
+            self.submit(self.random.expovariate(1.0), source)
+        self.on_start = begun
+        self.run(end)
+        self.on_start = lambda job: None
+        return [job for job in self.jobs.values() if job.start and job.length]
+
+    # the submitters
+    def pump(self, job):
+        for action, *what in job.selection.poll(self.now):
+            self.actions[action](job, *what)
+        due = job.selection.next_due()
+        if due is not None and due < job.alarm:
+            job.alarm = due
+            self.call_at(max(due, self.now), self.ring, job)
+
+    def ring(self, job):
+        job.alarm = INF
+        self.pump(job)
+
+    def announce(self, job, *fields):
+        job.announced += 1
+        self.broadcast(job, cexec.Responder.announced, job.nonce, (job.source, 40000),
+                       cexec.Announcement(*fields[:-1], submitter=job.name, wanted=fields[-1]), job.announced, 5000)
+
+    def hold(self, job, seconds):
+        job.sequence["hold"] += 1
+        self.broadcast(job, cexec.Responder.hold, job.nonce, seconds, job.sequence["hold"])
+
+    def taken(self, job, offset):
+        self.broadcast(job, cexec.Responder.taken, job.nonce, offset)
+
+    def handshakes(self, job, who):
+        worker, nonce = who
+        if worker in self.stalled:
+            return
+        job.busy = max(job.busy, self.now) + 0.0004
+        self.call_at(job.busy + self.way(*who), self.went_on, job, who)
+
+    def shaken(self, job, who):
+        if who in self.slots:
+            job.selection.authenticated(self.now, who)
+            self.pump(job)
+
+    def evict(self, job, who, why):
+        self.call_at(self.now + self.way(*who), self.ended, *who)
+
+    def win(self, job, who):
+        worker, nonce = who
+        if job.refusals:
+            job.refusals -= 1
+            self.call_at(self.now + self.way(*who), self.ended, worker, nonce)
+            job.selection = cexec.Selection(self.now, self.uniform)
+            return
+        del self.waiting[job.name]
+        self.overtaken.append(sum(other.born < job.born for other in self.waiting.values()))
+        job.start, job.worker, job.closes = self.now + self.way(*who), worker, self.now + 0.05
+        job.extra = job.start - job.born - 7 * self.way(*who) - 0.0004 - self.handshake
+        self.call_at(job.start, self.began, worker, nonce, job.length)
+        self.on_start(job)
+
+    # the workers
+    def broadcast(self, job, method, *fields):
+        self.datagrams += 1
+        for worker, far in enumerate(self.far):
+            if not self.loss or self.random.random() >= self.loss:
+                self.call_at(self.now + far + job.way + self.late(), self.heard, worker, method, fields)
+
+    def heard(self, worker, method, fields):
+        method(self.responders[worker], self.now, *fields)
+        self.wake(worker)
+
+    def wake(self, worker):
+        responder = self.responders[worker]
+        for slot in responder.due(self.now):
+            self.connect(worker, slot)
+        assert not responder.surplus(self.now)
+        for search in responder.busy_due(self.now):
+            if self.random.random() >= self.loss:
+                self.call_at(self.now + self.way(worker, search.nonce) + self.late(), self.says_busy, worker,
+                             self.jobs[search.nonce[0]])
+        due = responder.next_due()
+        if due is not None and due < self.alarms[worker]:
+            self.alarms[worker] = due
+            self.call_at(max(due, self.now) + (self.late() if self.jitter else 0.0), self.alarmed, worker)
+
+    def says_busy(self, worker, job):
+        job.heard.append((self.now, worker))
+        job.selection.busy(self.now)
+        self.pump(job)
+
+    def alarmed(self, worker):
+        self.alarms[worker] = INF
+        self.wake(worker)
+
+    def connect(self, worker, slot):
+        answer, job = slot.answer, self.jobs[slot.answer.nonce[0]]
+        self.slots[worker, answer.nonce] = slot
+        assert slot.origin.address == (job.source, 5000)
+        if self.now > job.closes or answer.nonce != job.nonce:
+            self.call_at(self.now + 2 * self.way(worker, answer.nonce), self.ended, worker, answer.nonce, True)
+        else:
+            self.call_at(self.now + 2 * self.way(worker, answer.nonce), self.connected, worker, slot)
+            self.call_at(self.now + 3 * self.way(worker, answer.nonce) + self.late(), self.arrived, job, worker, answer)
+
+    def connected(self, worker, slot):
+        if slot.state is cexec.SlotState.CONNECTING:
+            self.responders[worker].connected(self.now, slot)
+
+    def arrived(self, job, worker, answer):
+        if answer.nonce != job.nonce:
+            return self.call_at(self.now + self.way(worker, answer.nonce), self.ended, worker, answer.nonce)
+        job.selection.connected(self.now, (worker, answer.nonce), worker, answer, next(RANDOMS))
+        self.pump(job)
+
+    def ended(self, worker, nonce, refused=False):
+        slot = self.slots.pop((worker, nonce), None)
+        if slot:        # it had not ended by itself, being busy
+            if refused:
+                self.responders[worker].refused(slot)
+            self.responders[worker].move(self.now, slot, cexec.SlotEvent.LEAVE)
+            self.wake(worker)
+
+    def went_on(self, job, who):
+        """GO has come: the handshake follows, or an end that means busy."""
+        worker, nonce = who
+        slot = self.slots.get(who)
+        if slot is None:
+            return
+        if slot.state is cexec.SlotState.CONNECTING:
+            self.connected(worker, slot)
+        if self.responders[worker].go(self.now, slot):
+            self.call_at(self.now + self.way(*who) + self.handshake + self.late(), self.shaken, job, who)
+        else:
+            del self.slots[who]
+            self.busy_ends += 1
+            self.call_at(self.now + self.way(*who), self.gone, job, who)
+        self.wake(worker)
+
+    def gone(self, job, who):
+        job.selection.closed(self.now, who)
+        self.pump(job)
+
+    def began(self, worker, nonce, length):
+        responder, slot = self.responders[worker], self.slots.pop((worker, nonce))
+        responder.start(self.now, slot, cexec.SlotJob(nonce, "", "", 0.0))
+        self.peak = max(self.peak, responder.taken_slots())
+        self.call_at(self.now + length / responder.speed, self.finished, worker, slot)
+
+    def finished(self, worker, slot):
+        for event in cexec.SlotEvent.EXIT, cexec.SlotEvent.LEAVE:
+            self.responders[worker].move(self.now, slot, event)
+        self.wake(worker)
+
+
+def share(values, percent):
+    """The value that percent of values do not exceed."""
+    return sorted(values)[min(len(values) - 1, int(len(values) * percent / 100))]
+
+
+def mean_connections(jobs):
+    return statistics.mean(job.connections for job in jobs)
+
+
+def simulate(workers, jobs=100, warm=20, **world):
+    """Place single jobs on idle workers: dict of the first job's added seconds, then for those after `warm` the median
+    and 95th percentile of these, mean and 99th percentile of the connections, broadcasts per job."""
+    room = Crowd(workers, **world)
+    first = room.place(1)[0]
+    room.place(warm)
+    before = room.datagrams
+    done = room.place(jobs)
+    extra, made = [job.extra for job in done], [job.connections for job in done]
+    return dict(first=first.extra, median=statistics.median(extra), p95=share(extra, 95), mean=statistics.mean(made),
+                p99=share(made, 99), broadcasts=(room.datagrams - before) / jobs,
+                served=sum(job.start is not None for job in done))
+
+
+# ---------------------------------------------------------------- choice: the cluster as a whole
+
+def crowd_of(workers, **world):
+    """A room whose workers know their offset."""
+    room = Crowd(workers, **world)
+    room.place(20)
+    return room
+
+
+def test_an_idle_cluster_starts_a_job_at_once():
+    runs = [simulate(10, seed=seed) for seed in range(4)]
+    assert max(run["first"] for run in runs) < 0.04
+    assert statistics.mean(run["median"] for run in runs) < 0.001
+    assert statistics.mean(run["p95"] for run in runs) < 0.004
+
+
+@heavy
+@pytest.mark.parametrize("workers, world, mean, p99", [
+    (1, {}, 1, 1),
+    (4, {}, 2.6, 4),
+    (4, {"jitter": 0.003}, 3, 4),
+    (4, {"jitter": 0.003, "handshake": 0.012}, 3, 8),
+    (10, {"loss": 0.3}, 3, 10),
+    (100, {}, 2.6, 10),
+    (100, {"loss": 0.3}, 4.5, 20),
 ])
-def test_what_cannot_be_loaded_says_why(tmp_path, monkeypatch, half, want, what):
-    private, public = key_files(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    os.mkfifo("fifo")
-    (tmp_path / "junk").write_bytes(b"\x00\xff" * 50)
-    with open("huge", "wb") as file:
-        file.truncate(1 << 40)
-    with pytest.raises(cexec.Failure) as caught:
-        cexec.load_key(half, want)
-    assert str(caught.value) == what and caught.value.status == cexec.EXIT_USAGE
+def test_few_workers_connect(workers, world, mean, p99):
+    runs = [simulate(workers, 60, seed=seed, **world) for seed in range(1 if workers == 100 else 4)]
+    assert all(run["served"] == 60 for run in runs)
+    assert statistics.mean(run["mean"] for run in runs) <= mean
+    assert statistics.mean(run["p99"] for run in runs) <= p99
 
 
-@pytest.mark.parametrize("memory", [True, False])
-def test_a_private_half_alone_submits_too(tmp_path, monkeypatch, memory):
-    """Issue 22, 5: whoever has APP can submit, and the files of this machine stay as they are."""
-    private, public = key_files(tmp_path)
-    public.unlink()
-    if not memory:
-        monkeypatch.delattr(os, "memfd_create", raising=False)
-        monkeypatch.setenv("TMPDIR", str(tmp_path))
-    key, warning = cexec.load_key(str(private), "public")
-    assert (key.private, key.name, warning) == (False, str(private), None)
-    half = cexec.parse_key(PUBLIC, "")
-    assert (key.fingerprint, key.own_der) == (half.fingerprint, half.own_der)
-    cexec.tls_context(key, True)
-    assert files_below(tmp_path) == ["k"]
+@heavy
+def test_few_of_very_many_connect_even_for_the_first_job():
+    room = Crowd(1000)
+    jobs = room.place(15)
+    assert jobs[0].connections <= 12 and mean_connections(jobs) <= 3
+    assert max(job.extra for job in jobs) < 0.04
 
 
-def test_a_job_runs_with_the_private_half_alone(room, tmp_path):
-    room.serve("cat")
-    shutil.copy(room.key, tmp_path / "app")
-    done = room.cexec(key=tmp_path / "app", input=b"x")
-    assert (done.returncode, done.stdout) == (0, b"x"), done.stderr
-    assert files_below(tmp_path) == ["app"]
+def test_the_one_idle_worker_is_found():
+    room = crowd_of(10)
+    hits = 0
+    for _ in range(20):
+        idle = room.random.randrange(10)
+        for worker, responder in enumerate(room.responders):
+            responder.outside = 0.0 if worker == idle else room.random.uniform(2.4, 4.8)
+        jobs = room.place(5, gap=0.4)
+        hits += sum(job.worker == idle for job in jobs)
+    assert hits >= 95
 
 
-def test_a_key_of_another_user_is_warned_about(tmp_path):
-    if os.geteuid():
-        skip("only root can give a file away")
-    private, _ = key_files(tmp_path)
-    os.chown(private, 12345, 12345)
-    assert "the key %s belongs to another user (12345)" % private in cexec.load_key(str(private), "private")[1]
+def test_the_faster_and_the_freer_machine_is_preferred():
+    fast = crowd_of(10, speeds=[2.0] + 9 * [1.0])
+    assert sum(job.worker == 0 for job in fast.place(40)) >= 38
+    room = crowd_of(4)
+    room.responders[0].most, room.responders[0].cores = 16, 16
+    room.burst(4, 1000.0)
+    room.run(room.now + 0.1)
+    busy = [responder.taken_slots() / responder.cores for responder in room.responders]
+    room.burst(24, 1000.0)
+    assert max(busy) <= 0.25 and room.responders[0].taken_slots() >= 13
 
 
-def test_a_key_open_to_others_is_warned_about(tmp_path):
-    private, _ = key_files(tmp_path)
-    for mode in 0o640, 0o604, 0o620:
-        private.chmod(mode)
-        warning = cexec.load_key(str(private), "private")[1]
-        assert "mode %04o" % mode in warning and "chmod 600 %s" % private in warning
+def test_a_burst_spreads_over_the_workers():
+    most = []
+    for seed in range(5):
+        room = crowd_of(10, seed=seed, slots=8)
+        most.append(max(collections.Counter(job.worker for job in room.burst(40, 1000.0)).values()))
+    assert statistics.mean(most) <= 6
 
 
-def test_a_key_is_the_users_alone_whatever_the_umask(tmp_path):
-    done = run_command("sh", "-c", 'umask 0777; exec "$@"', "sh", *program(), "ckeygen", tmp_path / "app")
-    assert done.returncode == 0 and [mode_of(tmp_path / name) for name in ("app", "app.pub")] == [0o600, 0o600]
+@heavy
+@pytest.mark.parametrize("world", [{}, {"loss": 0.3}, {"jitter": 0.003}])
+@pytest.mark.parametrize("source", [None, "one host"])
+def test_slots_are_never_exceeded_and_reused_at_once(world, source):
+    room = crowd_of(10, **world)
+    born = room.now
+    jobs = room.burst(100, 1.0, source)
+    assert room.peak == 4
+    assert max(job.start for job in jobs) - born <= 1.03 * 2
+    assert mean_connections(jobs) <= 1.5
 
 
-# ---------------------------------------------------------------- ckeygen
-
-def files_below(directory):
-    return sorted(os.listdir(str(directory)))
-
-
-def mode_of(path):
-    return stat.S_IMODE(os.stat(str(path)).st_mode)
+def test_a_small_cluster_overrun():
+    room = crowd_of(4, slots=2)
+    born = room.now
+    jobs = room.burst(24, 1.0)
+    assert room.peak == 2 and max(job.start for job in jobs) - born <= 1.03 * 2
 
 
-def test_ckeygen_makes_both_halves_and_tells(tmp_path):
-    """S18: with mode 0600."""
-    done = run("ckeygen", "app", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (0, b"")
-    private, public = (tmp_path / "app").read_bytes(), (tmp_path / "app.pub").read_bytes()
-    key = cexec.parse_key(private, "app")
-    assert done.stderr.decode() == (
-        "ckeygen: made app and app.pub, key %s\n"
-        "ckeygen: both are secret: copy app to the machines that serve (it can submit as well), "
-        "app.pub to those that only submit\n" % key.fingerprint)
-    assert cexec.public_half(private) == public
-    assert mode_of(tmp_path / "app") == mode_of(tmp_path / "app.pub") == 0o600
-    assert files_below(tmp_path) == ["app", "app.pub"]
+@heavy
+@pytest.mark.parametrize("source", [None, "one host"])
+def test_nobody_starves(source):
+    room = crowd_of(5)
+    jobs = room.crowd(50, 8, source)
+    assert len(jobs) > 150                      # 20 slots of a mean second each: nearly no gaps
+    assert statistics.mean(room.overtaken) <= 0.5
+    assert max(room.now - job.born for job in room.waiting.values()) < 5
+    assert mean_connections(jobs) <= 1.3
 
 
-def test_two_keys_differ(tmp_path):
-    assert run("ckeygen", "a", cwd=tmp_path).returncode == run("ckeygen", "b", cwd=tmp_path).returncode == 0
-    assert (tmp_path / "a").read_bytes() != (tmp_path / "b").read_bytes()
+@heavy
+@pytest.mark.parametrize("slots", [1, 4])
+def test_submitters_far_away_get_their_share_beside_near_ones(slots):
+    """S4, R16: round trips of 20, 80, 250 ms and two near ones; all of them always have a job to be run."""
+    ways = [0.01, 0.04, 0.125, 0.0, 0.0]
+    for seed in range(2):
+        room, served = Crowd(1, seed=seed, slots=slots), collections.Counter()
+
+        def begun(job):
+            served[job.way, job.source] += 1
+            room.call_at(job.start + 0.3, room.submit, 0.3, job.source, 0, job.way)
+        room.on_start = begun
+        for number in range(slots):
+            for source, way in enumerate(ways, 1):
+                room.submit(0.3, (number, source), 0, way)
+        room.run(40.0)
+        assert room.peak == slots
+        fair = sum(served.values()) / len(served)
+        assert len(served) == slots * len(ways) and min(served.values()) > fair / 3, served
 
 
-@pytest.mark.parametrize("before", [None, PUBLIC])
-def test_ckeygen_makes_the_public_half_again(tmp_path, before):
-    """C3."""
-    private, public = key_files(tmp_path)
-    private.chmod(0o644)
-    public.unlink()
-    if before is not None:
-        public.write_bytes(before)
-    done = run("ckeygen", "k", cwd=tmp_path)
-    assert done.returncode == 0 and b"others can use the key k (mode 0644)" in done.stderr
-    assert (private.read_bytes(), public.read_bytes()) == (PRIVATE, PUBLIC)
-    assert mode_of(public) == 0o600 and files_below(tmp_path) == ["k", "k.pub"]
+@pytest.mark.parametrize("stalled", [3, 9])
+def test_a_worker_that_stalls_in_the_handshake_costs_little(stalled):
+    """R18: it makes room for another."""
+    room = Crowd(10, stalled=range(stalled), slots=100)
+    extra = [job.extra for job in room.place(60)[20:]]
+    assert share(extra, 95) < 0.06 if stalled == 3 else max(extra) < 0.5
 
 
-@pytest.mark.parametrize("key", ["k", "new"])
-def test_a_planted_link_is_replaced_and_not_written_through(tmp_path, key):
-    """S18: in a folder like /tmp, where somebody put the name there first."""
-    key_files(tmp_path)
-    shared, mine = tmp_path / "shared", tmp_path / "mine.pub"
-    shared.mkdir()
-    shared.chmod(0o1777)
-    mine.write_bytes(PUBLIC if key == "k" else b"")
-    (shared / "app.pub").symlink_to(mine if key == "k" else tmp_path / "nowhere")
-    if os.geteuid() == 0:
-        os.lchown(str(shared / "app.pub"), 12345, 12345)
-    assert run("ckeygen", key, str(shared / "app.pub"), cwd=tmp_path).returncode == 0
-    assert mine.read_bytes() == (PUBLIC if key == "k" else b"") and not (tmp_path / "nowhere").exists()
-    assert not (shared / "app.pub").is_symlink() and mode_of(shared / "app.pub") == 0o600
-    assert cexec.public_half((tmp_path / key).read_bytes()) == (shared / "app.pub").read_bytes()
-    assert files_below(shared) == ["app.pub"]
+def test_a_distant_cluster_keeps_its_slow_handshakes():
+    room = Crowd(100, distance=(0.03, 0.06))
+    job = room.submit()
+    room.run(0.6)
+    assert job.start and job.connections <= 100
 
 
-def test_both_files_have_their_mode_whatever_the_umask(tmp_path):
-    """S18."""
-    done = run_command("sh", "-c", 'umask 0777; exec "$0" "$@"', *program(), "ckeygen", str(tmp_path / "app"))
-    assert done.returncode == 0, done.stderr
-    assert mode_of(tmp_path / "app") == mode_of(tmp_path / "app.pub") == 0o600
+def test_a_winner_that_refuses_is_replaced():
+    room = crowd_of(4)
+    for _ in range(10):
+        job = room.submit(refusals=2)
+        room.run(None)
+        assert job.extra < 0.06
+        room.run(room.now + 0.2)
+    assert not any(responder.slots for responder in room.responders)
 
 
-def test_ckeygen_tells_which_half_a_file_is_and_the_fingerprint(tmp_path):
-    key_files(tmp_path)
-    (tmp_path / "other").write_bytes(OTHER_PRIVATE)
-    (tmp_path / "other").chmod(0o640)
-    (tmp_path / "crlf").write_bytes(PUBLIC.replace(b"\n", b"\r\n"))
-    mine, other = cexec.parse_key(PUBLIC, "").fingerprint, cexec.parse_key(OTHER_PUBLIC, "").fingerprint
-    done = run("ckeygen", "-l", "k", "k.pub", "other", cwd=tmp_path)
-    assert (done.returncode, done.stdout.decode()) == (0, (
-        "%s private    k\n%s submitting k.pub\n%s private    other\n" % (mine, mine, other)))
-    assert done.stderr.startswith(b"ckeygen: warning: others can use the key other (mode 0640)")
-    done = run("ckeygen", "-l", "crlf", "none", "k", cwd=tmp_path)      # what can be told is told
-    assert (done.returncode, done.stdout.decode()) == (2, "%s private    k\n" % mine)
-    lines = done.stderr.decode().splitlines()
-    assert lines[0].startswith("ckeygen: crlf is not a key: its lines end in CR LF")
-    assert lines[2].startswith("ckeygen: no key none: ") and len(lines) == 4
-    if os.path.exists("/dev/full"):
-        with open("/dev/full", "wb") as full:
-            assert subprocess.run(program() + ["ckeygen", "-l", "k"], cwd=str(tmp_path), stdout=full).returncode == 255
+def test_a_lone_worker_that_lost_its_connection_is_asked_again():
+    room = Crowd(1)
+    room.stalled = {0}
+    job = room.submit()
+    room.run(0.03)
+    room.stalled = set()
+    (who,) = job.selection.candidates
+    job.selection.closed(room.now, who)
+    room.ended(*who)
+    room.run(1.0)
+    assert job.start
 
 
-def test_ckeygen_makes_the_same_key_of_the_same_text(tmp_path):
-    """C4."""
-    need_scrypt()
-    for arguments in ["-stdin", "a"], ["--stdin", "b", "b.pub"], ["-stdin", "--", "a"]:
-        assert run("ckeygen", *arguments, input=PHRASE, cwd=tmp_path).returncode == 0
-    made, _ = cexec.make_keypair(cexec.master_from_pieces([PHRASE]))
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == made
-    done = run("ckeygen", "-stdin", "a", input=PHRASE[:-1], cwd=tmp_path)
-    assert done.returncode == 104 and (tmp_path / "a").read_bytes() == made
-    assert b"a exists and is another key" in done.stderr
+def test_workers_idle_after_a_pause_do_not_all_connect():
+    room = crowd_of(100)
+    for responder in room.responders:
+        responder.outside = 8.0
+    room.place(30)
+    for responder in room.responders:
+        responder.outside = 0.0
+    room.run(room.now + 3)
+    assert room.place(1)[0].connections <= 20
 
 
-@pytest.mark.parametrize("arguments, status, words", [
-    (["junk"], 101, b"cannot use junk as a private key: it holds no key at all"),
-    (["k.pub"], 101, b"cannot use k.pub as a private key: it is a submitting half"),
-    (["directory"], 101, b"not a regular file"),
-    (["fifo"], 101, b"not a regular file"),
-    (["damaged"], 101, b"cannot use damaged as a private key: it is damaged: its checksum does not fit"),
-    (["-stdin", "new.pub"], 2, b"new.pub: that is the name of a submitting half"),
-    (["new.pub"], 2, b"  say: ckeygen new\n"),
-    (["k", "none/k.pub"], 102, b"cannot write none/k.pub: No such file"),
-    (["new", "none/k.pub"], 102, b"cannot write none/k.pub: No such file"),
-    (["k", "junk"], 102, b"cannot replace junk: it holds no key at all"),
-    (["new", "junk"], 102, b"cannot replace junk: it holds no key at all"),
-    (["new", "k"], 102, b"cannot replace k: it is a private half"),
-    (["k", "other.pub"], 102, b"cannot replace other.pub: it is half of another key"),
-    (["new", "other.pub"], 102, b"cannot replace other.pub: it is half of another key"),
-    (["k", "directory"], 102, b"not a regular file"),
-    (["k", "/dev/null"], 102, b"not a regular file"),
-    (["k", "n" * 300], 102, b"File name too long"),
-    (["none/new"], 103, b"cannot write none/new: No such file"),
-    (["k/new"], 103, b"cannot write k/new: Not a directory"),
-    (["n" * 300, "new.pub"], 103, b"File name too long"),
-    (["dangling"], 103, b"cannot write dangling: File exists"),
-    (["-stdin", "new"], 2, b"too easy to guess"),
-    ([], 2, b"usage: ckeygen"),
-    (["a", "b", "c"], 2, b"usage: ckeygen"),
-    ([""], 2, b"usage: ckeygen"),
-    (["-x", "new"], 2, b"-x: unknown option"),
-    (["-l"], 2, b"usage: ckeygen"),
-    (["-l", "-stdin", "k"], 2, b"usage: ckeygen"),
-    (["new", "./new"], 2, b"the same file"),
-])
-def test_ckeygen_refuses_and_leaves_everything_as_it_was(tmp_path, arguments, status, words):
-    """C3."""
-    key_files(tmp_path)
-    (tmp_path / "junk").write_bytes(b"dear diary\n")
-    (tmp_path / "damaged").write_bytes(PRIVATE[:-40])
-    (tmp_path / "other.pub").write_bytes(OTHER_PUBLIC)
-    (tmp_path / "directory").mkdir()
-    (tmp_path / "dangling").symlink_to("nowhere")
-    os.mkfifo(str(tmp_path / "fifo"))
-    content = lambda: {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-    names, before = files_below(tmp_path), content()
-    done = run("ckeygen", *arguments, input=b"short\n", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (status, b"")
-    assert words in done.stderr and done.stderr.startswith(b"ckeygen: ") and b"Traceback" not in done.stderr
-    assert (files_below(tmp_path), content()) == (names, before)
+@heavy
+def test_a_cluster_that_was_swamped_remembers_its_size():
+    room = crowd_of(50, slots=1)
+    room.burst(70, 1.0)
+    room.run(room.now + 1.5)
+    assert room.place(1)[0].connections <= 20
 
 
-def test_ckeygen_says_that_standard_input_is_closed(tmp_path):
-    done = subprocess.run(["sh", "-c", 'exec "$0" "$@" <&-', sys.executable, os.path.abspath(cexec.__file__),
-                           "ckeygen", "-stdin", "k"], cwd=str(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert done.returncode == 111 and b"standard input is closed" in done.stderr
-    assert files_below(tmp_path) == []
+@heavy
+def test_the_offset_follows_the_load_within_a_few_jobs():
+    last, made = [], []
+    for seed in range(1, 4):
+        room = crowd_of(100, seed=seed)
+        for responder in room.responders:
+            responder.outside = 8.0
+        extra = [job.extra for job in room.place(6)]
+        assert extra[0] < 0.06
+        last.append(extra[-1])
+        for responder in room.responders:
+            responder.outside = 0.0
+        made += [job.connections for job in room.place(12)][2:]
+    assert statistics.mean(last) < 0.005 and statistics.mean(made) <= 8
 
 
-def test_a_new_key_does_not_replace_the_public_half_of_another(tmp_path):
-    """On a machine that only submits, `ckeygen app` by mistake."""
-    assert run("ckeygen", "app", cwd=str(tmp_path)).returncode == 0
-    (tmp_path / "app").unlink()
-    before = (tmp_path / "app.pub").read_bytes()
-    done = run("ckeygen", "app", cwd=str(tmp_path))
-    assert done.returncode == 102 and b"cannot replace app.pub: it is half of another key" in done.stderr
-    assert (tmp_path / "app.pub").read_bytes() == before and files_below(tmp_path) == ["app.pub"]
+# ---------------------------------------------------------------- choice: one worker
+
+def responder(slots=2, jitter=1.0, **options):
+    """A worker whose random number is always jitter."""
+    return cexec.Responder(slots, 2, 1.0, lambda: jitter, **options)
 
 
-def test_a_key_is_made_once_however_many_try(tmp_path):
-    command = [sys.executable, os.path.abspath(cexec.__file__), "ckeygen", "app"]
-    tries = [subprocess.Popen(command, cwd=str(tmp_path), stderr=subprocess.PIPE) for _ in range(8)]
-    told = [one.communicate(timeout=60)[1] for one in tries]
-    assert set(one.returncode for one in tries) <= {0, 103}, told
-    assert sum(b"made app and app.pub" in text for text in told) == 1
-    assert cexec.public_half((tmp_path / "app").read_bytes()) == (tmp_path / "app.pub").read_bytes()
-    assert files_below(tmp_path) == ["app", "app.pub"]
+def hears(worker, nonce, now=0.0, source="a", attempt=0, waited=0.0, interval=4.0, flags=0, room="room", port=5000,
+          wanted=1):
+    announcement = cexec.Announcement(attempt, waited, interval, flags, room, wanted)
+    worker.announced(now, nonce, (source, 40000), announcement, attempt, port)
 
 
-@pytest.mark.parametrize("links", [True, False])
-def test_a_name_taken_in_the_meantime_is_kept(tmp_path, monkeypatch, links):
-    """S18: a private key is never overwritten, whenever it came."""
-    def link(source, target):
-        raise PermissionError(1, "no links here")
-    if not links:
-        monkeypatch.setattr(os, "link", link)
-    private, public = str(tmp_path / "k"), str(tmp_path / "k.pub")
-    cexec.write_halves(private, public, PRIVATE, True)
-    assert files_below(tmp_path) == ["k", "k.pub"] and mode_of(private) == 0o600
-    with pytest.raises(cexec.Failure) as caught:
-        cexec.write_halves(private, public, OTHER_PRIVATE, True)
-    assert caught.value.status == 103
-    assert (tmp_path / "k").read_bytes() == PRIVATE and (tmp_path / "k.pub").read_bytes() == PUBLIC
-    assert files_below(tmp_path) == ["k", "k.pub"]
+def answers(worker, now=1.0):
+    """The nonces of the searches that a slot is offered to; each has an address."""
+    slots = worker.due(now)
+    assert all(slot.origin.address for slot in slots)
+    return [slot.search.nonce for slot in slots]
 
 
-@pytest.mark.parametrize("number, status", [(28, 103), (24, 111)])       # no space left; too many open files
-@pytest.mark.parametrize("call", ["fsync", "open", "link"])
-def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch, call, number, status):
-    """R23, C3: whichever step it was."""
-    def fail(*arguments):
-        raise OSError(number, "made to fail")
-    monkeypatch.setattr(os, call, fail)
-    if call == "link":
-        monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(cexec.Failure) as caught:
-        cexec.write_halves(str(tmp_path / "k"), str(tmp_path / "k.pub"), PRIVATE, True)
-    assert (caught.value.status, files_below(tmp_path)) == (status, [])
+def slot_of(worker, nonce):
+    """The slot that was offered last to this search."""
+    return [slot for slot in worker.slots if slot.search.nonce == nonce][-1]
 
 
-def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
-    """R23: no part of a file."""
-    def interrupt(*arguments):
-        raise KeyboardInterrupt()
-    monkeypatch.setattr(os, "fsync", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        cexec.write_halves(str(tmp_path / "k"), str(tmp_path / "k.pub"), PRIVATE, True)
-    assert files_below(tmp_path) == []
+def lose_slot(worker, nonce, refused=False, now=1.0):
+    """The connection comes to nothing."""
+    slot = slot_of(worker, nonce)
+    if refused:
+        worker.refused(slot)
+    worker.move(now, slot, cexec.SlotEvent.LEAVE)
 
 
-# ---------------------------------------------------------------- groups: the texts
-
-def group_of(text):
-    """The fields of a group with the family as a number, for tables."""
-    group = cexec.parse_group(text)
-    return group.device, group.address, 6 if group.family == socket.AF_INET6 else 4, group.port, group.kind, group.scope
-
-
-@pytest.mark.parametrize("text, fields", [
-    ("255.255.255.255", ("", "255.255.255.255", 4, 3010, "broadcast", "")),
-    ("10.1.255.255:4000", ("", "10.1.255.255", 4, 4000, "unicast", "")),
-    ("224.0.1.9", ("", "224.0.1.9", 4, 3010, "multicast", "")),
-    ("239.255.255.255:1", ("", "239.255.255.255", 4, 1, "multicast", "")),
-    ("240.0.0.1", ("", "240.0.0.1", 4, 3010, "unicast", "")),
-    ("ff02::1", ("", "ff02::1", 6, 3010, "multicast", "")),
-    ("ff02::1%eth0", ("", "ff02::1", 6, 3010, "multicast", "eth0")),
-    ("[ff02::1%eth0]:4000", ("", "ff02::1", 6, 4000, "multicast", "eth0")),
-    ("FF02:0:0::1", ("", "ff02::1", 6, 3010, "multicast", "")),
-    ("[fe80::1%eth0]", ("", "fe80::1", 6, 3010, "unicast", "eth0")),
-    ("fd00::7", ("", "fd00::7", 6, 3010, "unicast", "")),
-    ("[fd00::7]:65535", ("", "fd00::7", 6, 65535, "unicast", "")),
-    ("eth0:255.255.255.255", ("eth0", "255.255.255.255", 4, 3010, "broadcast", "")),
-    ("eth0:10.0.0.1:4000", ("eth0", "10.0.0.1", 4, 4000, "unicast", "")),
-    ("eth0:[ff02::1]:4000", ("eth0", "ff02::1", 6, 4000, "multicast", "")),
-    ("eth0:[ff02::1%eth0]", ("eth0", "ff02::1", 6, 3010, "multicast", "eth0")),
-    ("eth0:ff02::1", ("eth0", "ff02::1", 6, 3010, "multicast", "")),
-    ("eth0:fe80::1", ("eth0", "fe80::1", 6, 3010, "unicast", "")),
-    ("eth0:", ("eth0", "255.255.255.255", 4, 3010, "broadcast", "")),
-    ("eth0", ("eth0", "255.255.255.255", 4, 3010, "broadcast", "")),
-    ("br-lan.7:224.0.1.9", ("br-lan.7", "224.0.1.9", 4, 3010, "multicast", "")),
-    ("fe80:[ff02::1]", ("fe80", "ff02::1", 6, 3010, "multicast", "")),
-    (" 10.0.0.7 ", ("", "10.0.0.7", 4, 3010, "unicast", "")),
-])
-def test_a_group_text_is_read(text, fields):
-    assert group_of(text) == fields
+def says_go(worker, nonce, now=1.0):
+    """Whether there was a slot for it."""
+    slot = slot_of(worker, nonce)
+    worker.connected(now, slot)
+    return worker.go(now, slot)
 
 
-@pytest.mark.parametrize("text", ["255.255.255.255", "eth0:[ff02::1%eth0]:4000", "[fe80::1%eth0]",
-                                  "10.0.0.1:99", "eth0:"])
-def test_a_group_prints_as_a_text_that_gives_the_same_group(text):
-    group = cexec.parse_group(text)
-    assert cexec.parse_group(str(group)) == group
+def win(worker, nonce, now=1.0):
+    """The connection becomes a job; the slot."""
+    slot = slot_of(worker, nonce)
+    assert says_go(worker, nonce, now)
+    worker.start(now, slot, cexec.SlotJob("id", "a", "", 0.0))
+    return slot
 
 
-@pytest.mark.parametrize("text", [
-    "", " ", "worker.example.org", "a b", "example.org:3010", "10.0.0", "10.0.0.256", "010.0.0.1", "1",
-    "0.0.0.0", "::", "::ffff:10.0.0.1", "10.0.0.1:0", "10.0.0.1:65536", "10.0.0.1:x", "10.0.0.1:", "10.0.0.1:+5",
-    "10.0.0.1:\u0665", "10.0.0.1%eth0", "[10.0.0.1]", "[ff02::1", "ff02::1]", "[ff02::1]x", "[ff02::1]:", "[ff02::1%]",
-    "ff02::1%", "ff02::1%eth0%eth1", "ff02::1%a b", "fe80::1", "[fe80::1]:4000",
-    "eth0:[ff02::1%eth1]", "eth0:eth1:10.0.0.1",
-    "eth0:name", "eth0::", ":10.0.0.1", "a/b:10.0.0.1", "a\0b:10.0.0.1", "10.0.0.1\0", "name-longer-than-16:10.0.0.1",
-    "10.0.0.1 10.0.0.2", "10.0.0.1,10.0.0.2", "\u0661\u0660.0.0.1", "ff02::1%eth0:4000",
-])
-def test_what_is_not_a_group_is_a_value_error_with_words(text):
-    with pytest.raises(ValueError) as caught:
-        cexec.parse_group(text)
-    assert str(caught.value) and "\n" not in str(caught.value)
+def give_job(worker, nonce, now=0.0, room="running"):
+    """A job that it has, whoever waits; its slot."""
+    search = cexec.HeardSearch(nonce, now, room)
+    search.origin = cexec.Origin(("running", 40000), 5000)
+    worker.slots.append(cexec.Slot(search, None, search.origin, now))
+    return win(worker, nonce, now)
 
 
-def test_no_text_makes_the_group_parser_raise_anything_else():
-    """Seeded: pieces of groups in any order."""
-    chance = random.Random(7)
-    pieces = ["eth0", ":", "[", "]", "%", "10.0.0.1", "ff02::1", "fe80::1", "3010", "4000", "0", ".", "\0", "\udc80",
-              "x" * 20]
-    for _ in range(20000):
-        text = "".join(chance.choice(pieces) for _ in range(chance.randrange(6)))
+def end_job(worker, slot, now=1.0):
+    for event in cexec.SlotEvent.EXIT, cexec.SlotEvent.LEAVE:
+        worker.move(now, slot, event)
+
+
+def test_a_served_search_waits_behind_the_others():
+    """One for many slots lives long: by its age alone it would get each slot that it has just given back."""
+    worker = cexec.Responder(1, 1, 1.0, lambda: 0.5)
+    hears(worker, "many", now=0.0, room="cmap", wanted=9, interval=10.0)
+    answers(worker, 1.0)
+    slot = win(worker, "many", 1.0)
+    hears(worker, "many", now=2.0, room="cmap", wanted=9, attempt=1, interval=10.0)
+    hears(worker, "one", now=0.5, room="cexec", interval=10.0)
+    assert answers(worker, 3.0) == [] and worker.turns_over(3.0) == [slot]
+    worker.turns = 2            # the next offer goes to who has waited longest
+    end_job(worker, slot, 4.0)
+    assert answers(worker, 4.0) == ["one"]
+
+
+def test_an_announcement_is_answered_when_its_timer_fires():
+    worker = responder()
+    hears(worker, "n")
+    assert worker.next_due() == cexec.OFFSET_UNSET and not worker.due(0.0179)
+    (slot,) = worker.due(0.018)
+    assert slot.answer == ("n", 0.0, cexec.OFFSET_UNSET, cexec.OFFSET_UNSET, False)
+    assert worker.slots == [slot] and worker.taken_slots() == 0 and worker.next_due() is None
+
+
+def test_jitter_shortens_the_wait_but_never_below_nothing():
+    worker = responder(jitter=1e-9)
+    hears(worker, "n", now=0.005)
+    assert worker.next_due() == 0.005
+
+
+def test_a_faster_worker_starts_out_as_any_other():
+    worker = cexec.Responder(2, 2, 2.0, lambda: 1.0)
+    hears(worker, "n")
+    assert worker.next_due() == pytest.approx(cexec.OFFSET_UNSET)
+
+
+def test_no_second_connection_for_duplicates_and_replays():
+    """S4: once answered, an announcement is worth nothing."""
+    worker = responder(slots=4)
+    for end in lambda: worker.taken(0.0, "n", None), lambda: win(worker, "n"):
+        for attempt in range(3):
+            hears(worker, "n", attempt=attempt)
+            hears(worker, "n", attempt=attempt)
+        answers(worker, 0.03)
+        end()
+        for attempt in range(20):
+            hears(worker, "n", attempt=attempt)
+        assert worker.next_due() is None
+        worker = responder(slots=4)
+
+
+def test_a_submitter_is_not_called_a_third_time():
+    worker, made = responder(), 0
+    for attempt in range(20):
+        hears(worker, "n", now=0.1 * attempt, attempt=attempt)
+        for nonce in answers(worker, 0.1 * attempt + 0.05):
+            made += 1
+            lose_slot(worker, nonce, True)
+    assert made == 2 and not worker.slots
+
+
+def test_a_taken_that_overtakes_its_announcement_counts():
+    worker = responder()
+    worker.taken(0.0, "n", None)
+    hears(worker, "n")
+    assert worker.next_due() is None
+
+
+def test_a_closed_connection_is_made_for_a_later_attempt():
+    worker = responder()
+    hears(worker, "n", attempt=1)
+    assert answers(worker, 0.04) == ["n"]
+    hears(worker, "n", attempt=2)
+    assert worker.next_due() is None
+    lose_slot(worker, "n")
+    assert not worker.slots
+    hears(worker, "n", attempt=1)
+    assert worker.next_due() is None
+    hears(worker, "n", attempt=3)
+    assert answers(worker) == ["n"]
+
+
+def test_a_hold_begins_the_wait_anew():
+    worker = responder()
+    hears(worker, "n")
+    worker.hold(0.01, "n", 0.015, 1)
+    assert worker.next_due() == 0.025 + cexec.OFFSET_UNSET
+    worker.hold(0.02, "n", 0.015, 1)                     # a copy
+    assert worker.next_due() == 0.025 + cexec.OFFSET_UNSET
+    worker.hold(0.01, "unknown", 0.015, 1)
+
+
+@pytest.mark.parametrize("queued", [False, True])
+def test_all_holds_of_a_search_defer_by_a_second(queued):
+    worker = responder(slots=1)
+    if queued:
+        hears(worker, "busy", interval=10.0)
+        worker.due(0.05)
+    hears(worker, "n", now=0.05, interval=10.0)
+    if queued:
+        worker.due(0.1)
+        lose_slot(worker, "busy", now=0.1)
+    now, sequence = 0.06, 0
+    while not answers(worker, now):
+        worker.hold(now, "n", 0.02, sequence)
+        now, sequence = now + 0.01, sequence + 1
+        assert now < 1.2
+    assert now > 0.9
+
+
+def test_a_wait_whose_load_has_risen_goes_on():
+    worker = responder(slots=4)
+    hears(worker, "a")
+    hears(worker, "b", now=0.001)
+    assert answers(worker, 0.02) == ["a"]
+    used = (1 / 4 + 1 / 2) / 2
+    assert worker.next_due() == pytest.approx(0.001 + cexec.OFFSET_UNSET + cexec.PER_COST * math.log(1 + used))
+
+
+# -- where the submitter is
+
+def place_of(worker, now, nonce="n"):
+    """Whom the worker connects to now; the connection comes to nothing."""
+    slot, = worker.due(now)
+    assert slot.search.nonce == nonce
+    worker.move(now, slot, cexec.SlotEvent.LEAVE)
+    return slot.origin.address
+
+
+def test_copies_from_elsewhere_do_not_displace_the_submitter():
+    """S4: each announcement is copied at once from two hundred addresses, and from the real one with other ports;
+    the worker still connects to the real one, and to another only after two failures."""
+    worker, real, seen = responder(), ("real", 5000), []
+    for attempt in range(6):
+        now = float(attempt)
+        hears(worker, "n", now=now, source="real", attempt=attempt)
+        hears(worker, "n", now=now, source="real", attempt=attempt, port=6000)
+        for copy in range(200):
+            hears(worker, "n", now=now, source=("copy", copy), attempt=attempt)
+            hears(worker, "n", now=now, source=("copy", copy), attempt=attempt, port=6000)
+        seen.append(place_of(worker, now + 0.1))
+    assert [place == real for place in seen] == [True, True, False] * 2
+
+
+def test_a_copy_that_was_heard_first_costs_one_connection():
+    worker = responder()
+    for copy in range(20):
+        hears(worker, "n", source=("copy", copy))           # the real first one was lost
+    hears(worker, "n", now=0.001, source="real", attempt=1)
+    for copy in range(20):
+        hears(worker, "n", now=0.001, source=("copy", copy), attempt=1)
+    assert place_of(worker, 0.1) == ("real", 5000)
+    worker = responder()
+    hears(worker, "n", source="copy")
+    assert place_of(worker, 0.1) == ("copy", 5000)
+    hears(worker, "n", now=0.2, source="real", attempt=1)
+    hears(worker, "n", now=0.2, source="copy", attempt=1)
+    assert place_of(worker, 0.3) == ("real", 5000)
+
+
+def test_a_forged_port_is_given_up_after_its_failure():
+    worker = responder()
+    hears(worker, "n", source="real", port=6000)
+    hears(worker, "n", source="real", attempt=0)
+    assert answers(worker, 0.1) == ["n"] and slot_of(worker, "n").origin.address == ("real", 6000)
+    lose_slot(worker, "n", True)
+    hears(worker, "n", now=0.2, source="real", attempt=1)
+    assert place_of(worker, 0.3) == ("real", 5000)
+
+
+def test_old_announcements_again_change_nothing():
+    worker = responder()
+    hears(worker, "n", attempt=5)
+    for attempt in range(5):
+        hears(worker, "n", now=0.001, source="copy", attempt=attempt, waited=1000.0)
+    assert worker.pending["n"].alternative is None
+    assert place_of(worker, 0.1) == ("a", 5000)
+    for attempt in range(6):
+        hears(worker, "n", now=0.2, source="copy", attempt=attempt)
+    assert worker.next_due() is None
+
+
+def test_a_silent_submitter_is_not_called_for_a_recording():
+    worker = responder()
+    hears(worker, "n", attempt=3, interval=0.1)
+    assert answers(worker, 0.05) == ["n"]
+    lose_slot(worker, "n")
+    hears(worker, "n", now=0.06, attempt=4, interval=0.1)
+    assert worker.due(5.0) == [] and not worker.pending
+    hears(worker, "n", now=5.0, attempt=4)
+    assert worker.next_due() is None
+
+
+def test_no_connection_to_a_port_of_the_system():
+    worker = responder()
+    hears(worker, "n", port=1023)
+    assert worker.next_due() is None
+
+
+def test_a_silent_offer_is_withdrawn_when_heard_elsewhere():
+    worker = responder(slots=1)
+    hears(worker, "n", source="copy")
+    assert answers(worker, 0.1) == ["n"]
+    hears(worker, "n", now=0.1, source="real", attempt=1)
+    hears(worker, "m", now=0.1, source="other")
+    worker.due(1.0)
+    assert not worker.surplus(1.0)
+    slot, = worker.surplus(1.101)
+    worker.move(1.101, slot, cexec.SlotEvent.LEAVE)
+    assert worker.pending["n"].queued               # at once, not with its next announcement
+
+
+# -- slots before GO
+
+def test_an_offer_reserves_a_slot_for_a_second():
+    """S3, S4: whoever is silent takes nothing from who waits."""
+    worker = responder(slots=1)
+    hears(worker, "silent")
+    assert answers(worker, 0.05) == ["silent"]
+    hears(worker, "n", now=0.05, source="b")
+    assert answers(worker, 0.1) == [] and worker.next_due() == 0.05 + cexec.SILENT_PATIENCE
+    assert answers(worker, 0.151) == ["n"]
+    assert says_go(worker, "n", 0.16) and not says_go(worker, "silent", 0.17)
+    assert worker.taken_slots() == 1 and worker.pending["silent"].queued, "it is called again when there is a slot"
+
+
+def test_who_was_too_late_once_gets_the_next_slot():
+    worker = responder(slots=1)
+    hears(worker, "far", source="far", interval=10.0, room="far")
+    assert answers(worker, 0.05) == ["far"]
+    for name in "ab":
+        hears(worker, name, now=0.05, source=name, room=name, interval=10.0)
+    assert answers(worker, 0.2) == ["a"]
+    slot = win(worker, "a", 0.21)
+    assert not says_go(worker, "far", 0.55)
+    end_job(worker, slot, 0.6)
+    assert answers(worker, 0.6) == ["far"] and answers(worker, 1.5) == []
+    assert says_go(worker, "far", 1.55)
+
+
+def test_patience_with_an_offer_is_measured_in_round_trips():
+    worker = responder(slots=1)
+    hears(worker, "far", source="far")
+    slot, = worker.due(0.05)
+    worker.connected(0.14, slot)                   # 90 ms away
+    hears(worker, "n", now=0.06, source="b")
+    assert answers(worker, 0.319) == [] and answers(worker, 0.321) == ["n"]
+
+
+def test_no_order_of_offers_gives_more_slots_than_there_are():
+    worker = responder(slots=2)
+    for name in "abcdef":
+        hears(worker, name, source=name, room=name)
+    for now in range(0, 3000, 20):
+        worker.due(now / 1000)
+    assert len(worker.slots) == 6
+    assert [says_go(worker, name, 3.0) for name in "abcdef"] == [True, True] + [False] * 4
+    assert worker.taken_slots() == 2
+
+
+def test_a_mark_of_silence_decays_and_is_cleared_by_a_go():
+    worker = responder(slots=1)
+    hears(worker, "silent", source="real", port=6000)
+    assert answers(worker, 0.05) == ["silent"]
+    hears(worker, "n", now=0.06, source="b")
+    assert answers(worker, 0.2) == ["n"]
+    assert dict(worker.silent) == {("real", 6000): 0.2}
+    search = worker.slots[0].search
+    assert worker._was_silent(0.201, search) and not worker._was_silent(0.2 + cexec.SILENT_MARK, search)
+    says_go(worker, "silent", 0.3)
+    assert not worker.silent
+
+
+def test_every_third_offer_goes_to_who_has_waited_longest():
+    worker, order = responder(slots=1), []
+    slot = give_job(worker, "first")
+    hears(worker, "marked", source="old", interval=10.0, room="marked")
+    worker.silent["old", 5000] = 0.0
+    for name in "abcdef":
+        hears(worker, name, now=0.001, source=name, room=name, interval=10.0)
+    worker.due(0.1)
+    for _ in range(3):
+        end_job(worker, slot, 0.1)
+        name, = answers(worker, 0.1)
+        order.append(name)
+        slot = win(worker, name, 0.1)
+    assert "marked" in order and order != ["marked"] * 3
+
+
+# -- more than one slot wanted
+
+def test_a_copy_that_wants_many_slots_costs_one_connection():
+    """S4: further ones are opened only after an authentic GO."""
+    worker = responder(slots=4)
+    hears(worker, "n", wanted=64)
+    assert answers(worker, 0.1) == ["n"]
+    hears(worker, "n", now=0.1, attempt=1, wanted=64)
+    assert answers(worker, 3.0) == []
+    assert says_go(worker, "n", 3.1)
+    assert answers(worker, 3.1) == ["n"] * 3 and answers(worker, 3.2) == []
+
+
+def test_no_more_connections_are_made_than_are_wanted():
+    worker = responder(slots=8)
+    hears(worker, "n", wanted=3)
+    assert answers(worker, 0.1) == ["n"] and says_go(worker, "n", 0.1)
+    assert answers(worker, 0.1) == ["n"] * 2
+    for slot in list(worker.slots[1:]):
+        worker.connected(0.11, slot)
+        assert worker.go(0.11, slot)
+    for slot in worker.slots:
+        worker.start(0.12, slot, cexec.SlotJob("id", "a", "", 0.0))
+    assert answers(worker, 0.2) == []
+    hears(worker, "n", now=0.2, attempt=1, wanted=2)
+    assert answers(worker, 0.4) == ["n"] * 2
+    worker.taken(0.4, "n", None)
+    hears(worker, "n", now=0.5, attempt=2, wanted=2)
+    assert answers(worker, 0.6) == []
+
+
+def test_slots_are_offered_to_each_submitter_in_turn():
+    worker, order = responder(slots=4), []
+    slots = [give_job(worker, number) for number in range(4)]
+    for name in "ab":
+        hears(worker, name, source=name, room=name, wanted=8, interval=10.0)
+        worker.due(0.1)
+    for slot in slots:
+        end_job(worker, slot, 0.1)
+        name, = answers(worker, 0.1)
+        order.append(name)
+        win(worker, name, 0.1)
+    assert sorted(order) == ["a", "a", "b", "b"]
+
+
+# -- who waits
+
+def test_a_submitter_gives_way_only_to_who_has_fewer_slots_here():
+    worker, slots = responder(slots=2), {}
+    for nonce, room in ("n", "served"), ("m", "other"):
+        hears(worker, nonce, room=room)
+        assert answers(worker, len(slots) + 0.05) == [nonce]
+        slots[room] = win(worker, nonce, len(slots) + 0.05)
+    for nonce, room in ("o", "served"), ("p", "other"):
+        hears(worker, nonce, now=2.0, room=room, interval=1.0)
+    assert worker.waiting() == 0                        # their time has not come
+    worker.due(2.5)
+    assert worker.waiting() == 2 and worker.turns_over(2.5) == []
+    hears(worker, "q", now=2.5, room="new", interval=2.0)
+    worker.due(3.0)
+    assert worker.waiting() == 3 and worker.turns_over(3.0) == [slots["served"]]     # the longest turn
+    worker.taken(3.0, "q", None)
+    assert worker.waiting() == 2 and worker.turns_over(3.0) == []
+    end_job(worker, slots["other"], 3.0)
+    assert worker.turns_over(3.0) == [slots["served"]] and answers(worker, 3.0) == ["p"]  # who has less is first
+    worker.load(9.0, 0.0)
+    assert worker.waiting() == 0                        # not heard for so long
+
+
+def test_no_more_slots_are_given_back_than_others_wait_for():
+    worker = responder(slots=8)
+    for number in range(8):
+        give_job(worker, number, room="many")
+    hears(worker, "one", now=0.5, room="one", source="b")
+    hears(worker, "three", now=0.5, room="three", source="c", wanted=3)
+    worker.due(0.7)
+    assert len(worker.turns_over(0.7)) == 4
+    worker.taken(0.7, "three", None)
+    assert len(worker.turns_over(0.7)) == 1
+
+
+def test_a_stopped_worker_answers_nobody_but_remembers():
+    worker = responder()
+    worker.stopped = True
+    hears(worker, "n", flags=cexec.TELL_BUSY, interval=10.0)
+    assert worker.due(0.1) == [] and worker.waiting() == 1
+    assert says_busy(worker, worker.next_due()) == ["n"]
+    worker.stopped = False
+    assert answers(worker, 5.0) == ["n"]
+
+
+# -- busy is an answer
+
+def full_worker(jitter=1.0):
+    worker = responder(slots=1, jitter=jitter)
+    give_job(worker, "running")
+    return worker
+
+
+def says_busy(worker, now):
+    return [search.nonce for search in worker.busy_due(now)]
+
+
+def test_a_full_worker_that_is_asked_says_once_that_it_is_busy():
+    worker = full_worker()
+    hears(worker, "n", flags=cexec.TELL_BUSY)
+    assert says_busy(worker, 0.1) == [] and worker.due(0.1) == []
+    assert worker.next_due() == 0.1 + cexec.BUSY_SPREAD and says_busy(worker, 1.099) == []
+    assert says_busy(worker, 1.1) == ["n"] and worker.next_due() is None
+    hears(worker, "n", now=2.0, attempt=1, flags=cexec.TELL_BUSY)
+    assert worker.next_due() is None                    # once in four seconds
+    hears(worker, "n", now=6.0, attempt=2, flags=cexec.TELL_BUSY)
+    assert says_busy(worker, worker.next_due()) == ["n"]
+
+
+def test_a_busy_answer_is_dropped_when_not_wanted_or_true():
+    for end in (lambda worker: hears(worker, "n", now=0.2, attempt=1),
+                lambda worker: end_job(worker, slot_of(worker, "running")),
+                lambda worker: worker.taken(0.2, "n", None)):
+        worker = full_worker()
+        hears(worker, "n", flags=cexec.TELL_BUSY)
+        worker.due(0.1)
+        end(worker)
+        assert says_busy(worker, 1.1) == []
+    worker = full_worker()
+    hears(worker, "n")
+    worker.due(0.1)
+    assert worker.next_due() is None                    # was not asked
+
+
+@heavy
+def test_busy_answers_of_one_worker_are_limited():
+    worker, told = full_worker(jitter=1e-9), []
+    for n in range(2500):
+        now = n / 1000
+        hears(worker, n, now=now, source=n, flags=cexec.TELL_BUSY)
+        worker.due(now)
+        told += [now for _ in says_busy(worker, now)]
+    assert 30 <= len(told) and max(sum(then <= when < then + 1 for when in told) for then in told) <= 20
+
+
+def busy_room(workers, seconds, submitters=1, **world):
+    """The jobs that wait in a room where every slot is taken, after so many seconds."""
+    room = Crowd(workers, slots=1, **world)
+    for worker in room.responders:
+        give_job(worker, "running")
+    jobs = [room.submit(0.001) for _ in range(submitters)]
+    room.run(float(seconds))
+    return jobs
+
+
+@heavy
+@pytest.mark.parametrize("workers, world", [(1000, {}), (1000, {"loss": 0.3}), (300, {"jitter": 0.003}), (30, {})])
+def test_of_a_thousand_busy_workers_a_handful_say_so(workers, world):
+    """R16: at most ten datagrams in any second; where a third is lost, some did not hear that it is enough."""
+    loss = world.get("loss")
+    for seed in range(3 if workers < 1000 else 2):
+        job, = busy_room(workers, 12, seed=seed, **world)
+        times = [when for when, _ in job.heard]
+        assert max(sum(then <= when < then + 1 for when in times) for then in times) <= (30 if loss else 10)
+        assert times[0] < 1.1 and times[-1] > 5     # heard at once, and again later
+        assert job.announced < 30
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_a_small_busy_room_is_heard_within_a_second(workers):
+    for seed in range(5):
+        job, = busy_room(workers, 1.3, seed=seed)
+        assert {worker for _, worker in job.heard} == set(range(workers))
+        assert len(job.heard) == workers
+
+
+def test_a_full_worker_remembers_who_has_waited_longest():
+    """By its own ears: what an announcement claims counts for nothing."""
+    worker = responder(slots=1)
+    slot = give_job(worker, "busy")
+    for now, nonce, waited in (0.001, "old", 0.0), (0.002, "middle", 1000.0), (0.003, "young", 100.0):
+        hears(worker, nonce, now=now, waited=waited, interval=10.0)
+        worker.due(0.5)
+    assert worker.next_due() is None
+    end_job(worker, slot, 0.5)
+    assert worker.next_due() <= 0.5
+    (slot,) = worker.due(0.5)
+    assert slot.search.nonce == "old" and slot.answer.queued
+    lose_slot(worker, "old", True, 0.5)
+    worker.taken(0.5, "middle", None)
+    assert answers(worker, 0.5) == ["young"]
+
+
+def test_a_held_queue_waits():
+    worker = responder(slots=1)
+    slot = give_job(worker, "busy")
+    hears(worker, "b", interval=10.0)
+    worker.due(0.05)
+    worker.hold(0.06, "b", 0.015, 1)
+    end_job(worker, slot, 0.06)
+    assert not worker.due(0.07) and worker.next_due() == 0.075 and answers(worker, 0.075) == ["b"]
+
+
+def test_a_submitter_that_fell_silent_is_forgotten():
+    worker = responder(slots=1)
+    for nonce in "ab":
+        hears(worker, nonce, interval=1.0)
+    worker.due(0.05)
+    hears(worker, "b", now=2.0, interval=1.0)     # a replay
+    lose_slot(worker, "a", now=2.0)
+    assert worker.due(2.501) == []
+
+
+@heavy
+def test_memory_is_bounded_under_a_flood():
+    worker = full_worker()
+    hears(worker, "honest", now=0.1, source="honest", interval=4.0)
+    hears(worker, "honest", now=0.12, source="honest", attempt=1, interval=4.0)
+    for n in range(2 * max(cexec.PENDING_MOST, cexec.ANSWERED_MOST)):
+        hears(worker, ("flood", n), now=0.2, source="attacker", interval=4.0)
+        worker.taken(0.2, ("taken", n), None)
+        hears(worker, ("spread", n), now=0.2, source=n)
+    assert "honest" in worker.pending
+    assert len(worker.pending) <= cexec.PENDING_MOST and len(worker.answered) <= cexec.ANSWERED_MOST
+
+
+@heavy
+@pytest.mark.parametrize("claim", [0.0, 1000000.0])
+@pytest.mark.parametrize("source", ["honest", "spread"])
+def test_copies_do_not_displace_a_search_that_goes_on(source, claim):
+    """S4: 310 old announcements a second, by the submitter's own address or by many, of whatever age they claim."""
+    worker, served, copies = full_worker(), 0, itertools.count()
+    now = attempt = 0.0
+    for step in range(12):
+        hears(worker, "honest", now=now, source="honest", attempt=step, room="honest")
+        end = now + min(4.0, 0.02 * 2 ** step)
+        while now < end:
+            number = next(copies)
+            hears(worker, ("copy", number), now=now, source="honest" if source == "honest" else number, waited=claim)
+            now += 1 / 310
+        served += "honest" in worker.pending
+    assert served >= 11
+
+
+def test_dead_submitters_make_room_for_new_ones_of_their_host():
+    worker = responder(slots=1)
+    for n in range(cexec.PER_SOURCE):
+        hears(worker, n)
+    for n in range(10):
+        hears(worker, ("new", n), now=20.0)                 # before any timer has looked for those that are gone
+    assert sum(record.until > 20.0 for record in worker.pending.values()) == 10
+    assert len(worker.pending) == cexec.PER_SOURCE
+
+
+@heavy
+def test_no_more_than_a_thousand_connections_in_a_second():
+    """S4: however many announcements are authentic."""
+    worker = responder(slots=10**6)
+    made = 0
+    for n in range(5000):
+        now = n / 5000
+        hears(worker, n, now=now, source=n)
+        made += len(worker.due(now))
+        worker.slots.clear()
+    assert 900 <= made <= 1100 and worker.next_due() >= now
+
+
+@pytest.mark.parametrize("wild", [math.nan, math.inf, -math.inf, 1e300, -1e300])
+def test_wild_numbers_do_no_harm(wild):
+    worker = responder(slots=1)
+    worker.load(0.0, wild)
+    worker.load(0.001, 0.0)
+    hears(worker, "n", waited=wild, interval=wild)
+    hears(worker, "m", attempt=1 << 32, waited=wild, interval=wild)
+    worker.hold(0.0, "n", wild, 1)
+    for nonce in "abc":
+        worker.taken(0.01, nonce, wild)
+    before = worker.offset
+    worker.taken(0.02, "d", math.nan)
+    assert worker.offset == before
+    low, high = cexec.OFFSET_RANGE
+    assert low <= worker.offset <= high
+    assert math.isfinite(worker.next_due()) and worker.next_due() < 3.0
+    selection = submitter()
+    selection.connected(0.0, "w", "w", cexec.Answer("n", wild, wild, wild, False), 1)
+    selection.authenticated(0.0, "w")
+    offset = dict(selection.poll(0.0)[-2:])[cexec.TAKEN]
+    assert math.isfinite(offset)
+
+
+def test_the_offset_is_taken_over_once_for_each_job():
+    worker = responder()
+    worker.taken(0.0, 1, 0.06)
+    worker.taken(0.001, 2, None)
+    assert worker.offset == 0.06
+    worker.taken(0.002, 2, -0.06)
+    worker.taken(0.003, 1, 0.06)
+    assert worker.offset == -0.06
+
+
+def test_after_a_pause_the_offset_is_near_its_highest():
+    worker = responder()
+    worker.taken(0.0, 1, 0.06)
+    for n in range(2, 12):
+        worker.taken(n, n, -0.06)
+    hears(worker, "soon", now=13.0)
+    assert worker.offset == pytest.approx(-0.06)
+    hears(worker, "late", now=14.0)
+    assert worker.offset == pytest.approx(0.054, abs=0.003)
+    worker.taken(6000.0, 12, -0.06)
+    hears(worker, "much later", now=7000.0)
+    assert worker.offset < 0.04
+
+
+def test_outside_load_is_smoothed():
+    worker = responder()
+    worker.load(0.0, 4.0)
+    assert worker.outside == 4.0
+    worker.load(5.0, 0.0)
+    assert worker.outside == pytest.approx(4 / math.e)
+    hears(worker, "n", now=5.0)
+    assert worker.next_due() > 5.0 + cexec.OFFSET_UNSET + 0.02
+
+
+def test_a_boosted_worker_waits_what_it_was_told():
+    worker = responder(boost=2500, jitter=0.5)
+    worker.load(0.0, 50.0)
+    hears(worker, "n")
+    assert worker.next_due() == 0.0025
+    worker.hold(0.002, "n", 0.015, 1)
+    assert worker.next_due() == 0.0195
+    (slot,) = worker.due(0.0195)
+    assert (slot.answer.cost, slot.answer.waited) == (0.0, 0.0)
+
+
+def test_a_worker_that_was_ratted_out_holds_back_for_a_while():
+    worker = responder()
+    worker.penalise(0.0, 1.0)
+    hears(worker, "n")
+    assert worker.next_due() == cexec.OFFSET_UNSET + cexec.PER_COST * cexec.PENALTY < 0.2
+    hears(worker, "m", now=1.0)
+    assert wait_of(worker, "m") == cexec.OFFSET_UNSET
+    worker.penalise(1.0, 1.0)
+    worker.penalise(1.1, 0)
+    hears(worker, "o", now=1.1)
+    assert wait_of(worker, "o") == cexec.OFFSET_UNSET
+
+
+def wait_of(worker, nonce):
+    return worker.pending[nonce].delay
+
+
+# ---------------------------------------------------------------- choice: one submitter
+
+def submitter(wanted=1):
+    selection = cexec.Selection(0.0, lambda: 0.5, wanted)
+    assert selection.next_due() == 0.0
+    assert selection.poll(0.0, wanted) == [(cexec.ANNOUNCE, 0, 0.0, 0.02, cexec.TELL_BUSY, wanted)]
+    return selection
+
+
+HOLDING = cexec.HOLD, cexec.HOLD_TIME
+
+
+def shakes(who):
+    return cexec.HANDSHAKE, who
+
+
+def evicts(who, why="slower than another"):
+    return cexec.EVICT, who, why
+
+
+def wins(who):
+    return cexec.WIN, who
+
+
+def arrives(selection, now, *names, cost=0.0, queued=False, source=None, offset=0.01, waited=0.002, wanted=1):
+    """Each worker has an address of its own, unless source says another."""
+    for name in names:
+        answer = cexec.Answer("n", cost, offset, waited, queued)
+        selection.connected(now, name, source or name, answer, next(RANDOMS))
+    return selection.poll(now, wanted)
+
+
+def test_four_stalled_handshakes_make_room():
+    """S16: behind a proxy the others wait out of sight, or try again."""
+    selection = submitter()
+    arrives(selection, 0.001, "a", "b", "c", "d", source="proxy")
+    assert evicts("early", "too many others from its address") in arrives(selection, 1.0, "early", source="proxy")
+    actions = arrives(selection, 0.002 + cexec.PATIENCE_MOST, "real", source="proxy")
+    assert evicts("a", "too many others from its address") in actions and shakes("real") in actions
+
+
+def announcements(selection, count):
+    """When the next ones go out, seconds."""
+    times = []
+    for _ in range(count):
+        now = selection.next_due()
+        ((action, attempt, waited, interval, flags, wanted),) = selection.poll(now)
+        times.append(now)
+        assert (action, wanted) == (cexec.ANNOUNCE, 1) and attempt >= len(times) and waited == now
+        assert interval <= 5.0
+    assert not selection.poll(now)
+    return times
+
+
+def test_announcements_slow_down_once_somebody_answered():
+    selection = submitter()
+    selection.busy(0.001)
+    times = announcements(selection, 12)
+    assert times[:4] + [times[-1] - times[-2]] == pytest.approx([0.02, 0.06, 0.14, 0.3, 4.0])
+
+
+def test_unanswered_announcements_come_twice_a_second():
+    """However the dice fall: a network may lose every other one for all."""
+    for chance in 1e-9, 0.5, 1.0:
+        selection = cexec.Selection(0.0, lambda: chance)
+        selection.poll(0.0)
+        times = announcements(selection, 30)
+        assert max(after - before for before, after in zip(times, times[1:])) < 0.501
+    selection.busy(times[-1])
+    later = announcements(selection, 10)
+    assert later[-1] - later[-2] > 2.0
+
+
+def test_announcements_of_many_do_not_stay_in_step():
+    intervals = [cexec.Selection(0.0, lambda: jitter).poll(0.0)[0][3] for jitter in (1e-9, 1.0)]
+    assert intervals == [pytest.approx(0.015), 0.025]
+
+
+def test_the_first_good_worker_wins_and_all_are_told():
+    selection = submitter()
+    assert arrives(selection, 0.001, "a") == [HOLDING, shakes("a")]
+    assert arrives(selection, 0.0011, "b") == [shakes("b")]
+    selection.authenticated(0.003, "b")
+    assert selection.poll(0.003) == [(cexec.TAKEN, 0.01 - 0.001), wins("b"), evicts("a")]
+    assert selection.next_due() == 0.007 and selection.poll(0.007) == [(cexec.TAKEN, 0.01 - 0.001)]
+    told = cexec.TAKEN, 0.01 - 0.001 + 0.002 * math.log(1.5)
+    assert arrives(selection, 0.008, "c", "d") == [evicts("c"), told, evicts("d")]
+    assert selection.next_due() == 0.011 and selection.poll(0.011)[0][0] == cexec.TAKEN
+    assert selection.next_due() is None and selection.poll(1000.0) == []
+
+
+def test_a_cheaper_worker_is_waited_for_but_not_long():
+    for shaken, winner in ((0.0024, "cheap"), (None, "dear")):
+        selection = submitter()
+        arrives(selection, 0.001, "dear", cost=1.0)
+        arrives(selection, 0.001, "cheap", cost=0.0)
+        selection.authenticated(0.002, "dear")
+        assert selection.poll(0.002) == [] and selection.next_due() == 0.0035
+        if shaken:
+            selection.authenticated(shaken, "cheap")
+        assert wins(winner) in selection.poll(shaken or 0.0035)
+
+
+def test_a_worker_that_is_hardly_cheaper_is_not_waited_for():
+    selection = submitter()
+    arrives(selection, 0.001, "a", cost=0.09)
+    arrives(selection, 0.001, "b", cost=0.0)
+    selection.authenticated(0.002, "a")
+    assert wins("a") in selection.poll(0.002)
+
+
+def test_a_good_worker_that_goes_before_the_choice_does_not_win():
+    selection = submitter()
+    arrives(selection, 0.001, "a", cost=1.0)
+    arrives(selection, 0.001, "b")
+    selection.authenticated(0.002, "a")
+    selection.poll(0.002)
+    selection.closed(0.0021, "a")
+    selection.closed(0.0021, "b")
+    selection.authenticated(0.0022, "b")
+    assert selection.poll(0.0035) == [] and selection.next_due() == 0.02
+
+
+def test_a_handshake_that_stalls_keeps_nobody_from_his():
+    """R18: four at once; one of more than 100 ms does not count any more, and may still be the first."""
+    selection = submitter()
+    arrives(selection, 0.001, *"abcde")
+    selection.announce_soon(1000000.0)
+    assert selection.next_due() == 0.101
+    assert selection.poll(0.101) == [shakes("e")]
+    selection.authenticated(0.15, "a")
+    assert wins("a") in selection.poll(0.15)
+
+
+def test_one_address_has_at_most_four_unproven_connections():
+    """S16: whoever fills the places with connections that stall keeps nobody out."""
+    selection = submitter()
+    actions = arrives(selection, 0.001, *range(100), source="stalls")
+    assert [action for action in actions if action[0] == cexec.HANDSHAKE] == [shakes(n) for n in range(4)]
+    assert sum(action[0] == cexec.EVICT for action in actions) == 96
+    assert arrives(selection, 0.002, "honest") == [HOLDING]
+    assert shakes("honest") in selection.poll(0.101)
+
+
+def test_addresses_take_turns():
+    selection = submitter()
+    arrives(selection, 0.001, "a1", "a2", "a3", source="a")
+    arrives(selection, 0.001, "b1", "b2", source="b")
+    arrives(selection, 0.001, "c1", source="c")
+    selection.closed(0.002, "b1")
+    assert selection.poll(0.002) == [shakes("b2")]        # b has none any more, as c
+    selection.closed(0.003, "a1")
+    assert selection.poll(0.003) == [shakes("c1")]
+
+
+def test_a_full_house_makes_room_for_a_new_address():
+    selection = submitter()
+    for n in range(cexec.CANDIDATES):
+        arrives(selection, 0.001, n, source="address %d" % (n % 16))
+    actions = arrives(selection, 0.002, "new")
+    assert [action[0] for action in actions].count(cexec.EVICT) == 1 and "new" in selection.candidates
+    actions = arrives(selection, 0.003, "more", source="address 3")
+    assert [action[1] for action in actions if action[0] == cexec.EVICT] == ["more"]
+    selection = submitter()
+    for n in range(cexec.CANDIDATES):               # an address each: the first one whose handshake has stalled goes
+        arrives(selection, 0.001, n)
+    arrives(selection, 0.002, "early")
+    assert "early" not in selection.candidates
+    actions = arrives(selection, 0.002 + cexec.PATIENCE_MOST, "late")
+    assert evicts(0, "too many others from its address") in actions and "late" in selection.candidates
+
+
+def test_a_search_for_many_takes_each_one_that_has_proven_itself():
+    """All make their handshakes at once, nobody is told to hold or evicted, and the offset is left as it is."""
+    selection = submitter(wanted=100)
+    actions = arrives(selection, 0.001, *range(80), wanted=100)
+    assert actions == [shakes(n) for n in range(cexec.WANTED_MOST)]
+    for n in range(40):
+        selection.authenticated(0.002, n)
+    assert selection.poll(0.002, 100) == [wins(n) for n in range(40)] + [shakes(n) for n in range(64, 80)]
+    for n in range(40, 80):
+        selection.authenticated(0.003, n)
+    assert selection.poll(0.003, 60) == [wins(n) for n in range(40, 80)]
+    assert HOLDING in arrives(selection, 0.004, *range(100, 125), wanted=20)
+    for n in range(100, 125):
+        selection.authenticated(0.005, n)
+    actions = selection.poll(0.005, 20)
+    assert actions == [(cexec.TAKEN, None)] + [wins(n) for n in range(100, 120)] + [
+        evicts(n) for n in range(120, 125)]
+    assert selection.over and selection.poll(0.0091, 50) == [(cexec.TAKEN, None)]
+
+
+def test_one_address_may_have_as_many_as_are_wanted():
+    for wanted in 4, 20, 64, 200:
+        selection = submitter(wanted)
+        actions = arrives(selection, 0.001, *range(300), source="one", wanted=wanted)
+        assert sum(action[0] == cexec.HANDSHAKE for action in actions) == min(wanted, 64)
+        assert len(selection.candidates) == min(wanted, 64)
+
+
+def test_a_second_without_a_new_worker_ends_the_search():
+    selection = submitter(wanted=9)
+    arrives(selection, 0.9, "a", wanted=9)
+    selection.authenticated(0.901, "a")
+    assert wins("a") in selection.poll(0.901, 8)
+    assert not selection.over and selection.next_due() <= 0.9 + cexec.ALONE
+    assert selection.poll(0.9 + cexec.ALONE, 8) == [(cexec.TAKEN, None)] and selection.over
+
+
+def test_after_a_second_without_anybody_one_slot_is_wanted():
+    selection, now, wanted = submitter(wanted=9), 0.0, []
+    while now < 6.0:
+        now = selection.next_due()
+        wanted += [action[5] for action in selection.poll(now, 9) if action[0] == cexec.ANNOUNCE]
+    assert set(wanted) == {9, 1} and sorted(wanted, reverse=True) == wanted
+    arrives(selection, 6.0, "b", "c", wanted=9)
+    selection.authenticated(6.001, "b")
+    assert selection.poll(6.001, 9) == [(cexec.TAKEN, None), wins("b"), evicts("c")]
+
+
+def test_who_has_said_that_one_is_wanted_begins_anew_for_more():
+    """Workers take such a search to be over when that one has its job."""
+    selection = submitter()
+    arrives(selection, 0.001, "a", wanted=5)
+    selection.authenticated(0.002, "a")
+    assert wins("a") in selection.poll(0.002, 5) and selection.over
+
+
+def test_more_wanted_is_announced_at_once_and_not_too_often():
+    selection = submitter(wanted=2)
+    assert [action for action in arrives(selection, 0.005, "a", wanted=9) if action[0] == cexec.ANNOUNCE] == []
+    assert selection.next_due() == 0.02
+    assert [action[5] for action in selection.poll(0.02, 9)] == [9]
+    assert selection.poll(0.021, 30) == [] and selection.next_due() == 0.04
+    assert [action[5] for action in selection.poll(0.04, 30)] == [30]
+
+
+def test_a_search_that_nobody_needs_at_the_moment_says_nothing():
+    selection = submitter()
+    assert selection.poll(0.02, 0) == [] and selection.next_due() is None
+    arrives(selection, 0.021, "a", wanted=0)
+    assert shakes("a") in selection.poll(0.022, 1)
+
+
+def test_a_copy_of_a_preamble_is_refused():
+    """S16: what was sniffed on the wire opens no second place."""
+    selection = submitter()
+    answer = cexec.Answer("n", 0.0, 0.01, 0.002, False)
+    selection.connected(0.001, "worker", "a", answer, b"random")
+    for n in range(100):
+        selection.connected(0.001, n, "b", answer, b"random")
+    assert list(selection.candidates) == ["worker"] and selection.connections == 1
+    for n in range(2 * cexec.RANDOMS_MOST):
+        selection.connected(0.001, ("more", n), n, answer, n)
+    assert len(selection.randoms) == cexec.RANDOMS_MOST
+
+
+def test_who_is_busy_is_asked_again_some_seconds_later():
+    selection, now, flags, times = submitter(), 0.0, [], []
+    selection.busy(0.01)
+    while now < 30.0:
+        now = selection.next_due()
+        for action, _, _, _, flag, _ in selection.poll(now):
+            times.append(now)
+            flags.append(flag)
+            if flag and now > 2.0:
+                selection.busy(now + 0.5)
+    asked = [when for when, flag in zip(times, flags) if flag]
+    assert max(when for when in asked if when < 2.0) < 1.01 + cexec.AGAIN_MOST
+    gaps = [after - before for before, after in zip(asked, asked[1:])]
+    assert any(cexec.BUSY_AGAIN <= gap <= cexec.BUSY_AGAIN + 2 * cexec.AGAIN_MOST for gap in gaps) and 0 in flags
+
+
+def test_enough_busy_answers_are_stopped_at_once():
+    selection = submitter()
+    for n in range(cexec.BUSY_ENOUGH - 1):
+        selection.busy(0.005)
+        assert selection.poll(0.005) == []
+    selection.busy(0.006)
+    ((action, _, _, _, flags, _),) = selection.poll(0.006)
+    assert (action, flags) == (cexec.ANNOUNCE, 0)
+
+
+def test_connections_are_bounded():
+    selection = submitter()
+    actions = arrives(selection, 0.001, *range(1, 1001))
+    assert actions.count(HOLDING) == 1
+    assert sum(action[0] == cexec.EVICT for action in actions) == 1000 - cexec.CANDIDATES
+
+
+def test_the_offset_of_the_next_job():
+    def after(cost, offset, waited, connections, queued=False):
+        selection = submitter()
+        for n in range(connections):
+            arrives(selection, 0.001, n, cost=cost, offset=offset, waited=waited, queued=queued)
+        selection.authenticated(0.002, 0)
+        return dict(action for action in selection.poll(0.002) if len(action) == 2)[cexec.TAKEN]
+    assert after(0.0, 0.01, 0.006, 1) == 0.007
+    assert after(0.0, 0.01, 0.04, 2) == 0.0
+    assert after(1.0, -0.02, 0.08, 2) == -cexec.PER_COST
+    assert after(0.0, 0.01, 0.0, 4) == 0.01 + 0.002 * math.log(2)
+    assert after(0.0, 0.01, 0.006, 1, queued=True) is None
+
+
+# ---------------------------------------------------------------- choice: any order of events
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_order_of_events_confuses_a_worker(seed):
+    """Slots are counted right, times are numbers, memory is bounded."""
+    chance = random.Random(seed)
+    worker, now, states = cexec.Responder(3, 2, 1.0, lambda: 1.0 - chance.random()), 0.0, cexec.SlotState
+    for _ in range(5000):
+        now += chance.expovariate(50.0)
+        nonce, what = chance.randrange(40) + int(now / 2), chance.randrange(12)
+        if what < 4:
+            hears(worker, nonce, now=now, source=chance.randrange(12), attempt=chance.randrange(9), waited=0.1,
+                  interval=chance.choice((0.02, 4.0)), flags=chance.randrange(2), room=chance.randrange(1, 5),
+                  port=chance.choice((80, 5000, 6000)), wanted=chance.choice((1, 1, 5)))
+        elif what == 4:
+            worker.hold(now, nonce, chance.uniform(-0.001, 2), chance.randrange(9))
+        elif what == 5:
+            worker.taken(now, nonce, chance.choice((None, 0.01)))
+        elif what == 7:
+            worker.stopped = chance.random() < 0.2
+        elif worker.slots:
+            slot = chance.choice(worker.slots)
+            if slot.state is states.CONNECTING and what < 9:
+                worker.connected(now, slot)
+            elif slot.state is states.ASKED and what < 10:
+                worker.go(now, slot)
+            elif slot.state in (states.HANDSHAKE, states.IDLE) and what < 10:
+                worker.start(now, slot, cexec.SlotJob("id", "a", "", 0.0))
+            elif slot.state in (states.RUNNING, states.LEAVING) and what < 10:
+                worker.move(now, slot, cexec.SlotEvent.EXIT)
+            else:
+                if slot.state is states.CONNECTING and what == 11:
+                    worker.refused(slot)
+                worker.move(now, slot, cexec.SlotEvent.LEAVE)
+        for slot in worker.due(now):
+            assert slot.origin.address[1] >= 5000
+        for slot in worker.surplus(now):
+            worker.move(now, slot, cexec.SlotEvent.LEAVE)
+        for search in worker.busy_due(now):
+            assert worker.is_full() and search.origin.source
+        due = worker.next_due()
+        assert due is None or due < now + 5.0
+        assert worker.taken_slots() <= 3 and states.FREE not in [slot.state for slot in worker.slots]
+        assert len(worker.turns_over(now)) <= 3 and len(worker.slots) <= 3 + cexec.LAPSED_MOST
+        assert not set(worker.pending) & set(worker.answered)
+        assert all(search.credit > 0 and not search.over for search in worker.pending.values())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_order_of_events_confuses_a_submitter(seed):
+    chance = random.Random(seed)
+    selection, now, shaking = cexec.Selection(0.0, lambda: 1.0 - chance.random()), 0.0, set()
+    for step in range(4000):
+        now += chance.expovariate(200.0)
+        what, known = chance.randrange(8), list(selection.candidates)
+        if what < 4:
+            answer = cexec.Answer("n", chance.uniform(-3, 3), 0.0, 0.001, False)
+            selection.connected(now, step, chance.randrange(40), answer, chance.choice((step, step - 1)))
+        elif what == 4 and known:
+            selection.closed(now, chance.choice(known))
+        elif what == 5:
+            selection.busy(now)
+        elif what == 6 and shaking and step > 3000:
+            selection.authenticated(now, chance.choice(sorted(shaking)))
+        for action, *fields in selection.poll(now):
+            if action == cexec.HANDSHAKE:
+                shaking.add(fields[0])
+        shaking &= set(selection.candidates)
+        assert len(selection.candidates) <= cexec.CANDIDATES
+        due = selection.next_due()
+        assert due is None or due < now + 6.0
+    assert selection.over and selection.taken and not selection.candidates
+
+
+# ---------------------------------------------------------------- batch
+
+class SimulatedRoom:
+    """A Batch whose jobs run on workers that take so long and fail as they are told, in simulated seconds.
+
+    workers: {instance: (slots, seconds a job takes, fails(number of the job, how many ran there before))}
+    """
+
+    def __init__(self, workers, count, joins={}, **options):
+        self.workers = workers
+        self.joins = joins                  # {instance: when}
+        self.now, self.ends, self.waiting = 0.0, [], []
+        self.ran = collections.Counter()
+        self.told, self.delivered, self.results = [], [], {}
+        self.batch = cexec.Batch(100, working=lambda: {end[2] for end in self.ends}, serving=self.there, **options)
+        for _ in range(count):
+            job = cexec.BatchJob()
+            self.batch.add(job)
+            self.start(job)
+        self.batch.complete()
+        while self.batch.going and self.now < 10000:
+            self.give()
+            self.step()
+
+    def there(self):
+        return {each for each in self.workers if self.joins.get(each, 0) <= self.now}
+
+    def start(self, job):
+        run = object()
+        self.batch.start(job, run)
+        self.waiting.append((job, run))
+
+    def give(self):
+        for instance in sorted(self.there()):
+            for job, run in list(self.waiting):
+                busy = sum(end[2] == instance for end in self.ends)
+                if busy < self.workers[instance][0] and self.batch.may_run(job, instance, self.now):
+                    self.waiting.remove((job, run))
+                    self.ran[instance] += 1
+                    failed = self.workers[instance][2](job.number, self.ran[instance])
+                    self.ends.append((self.now + self.workers[instance][1], job.number, instance, job, run, failed))
+
+    def step(self):
+        if not self.ends:
+            self.now += 0.25
+            return
+        self.ends.sort(key=lambda end: end[:2])
+        if self.waiting and self.ends[0][0] > self.now + 0.25:
+            self.now += 0.25
+            return
+        self.now, _, instance, job, run, failed = self.ends.pop(0)
+        line = self.batch.workers.add(instance, instance, failed, self.now)
+        self.told += [line] if line else []
+        outcome = cexec.FAILED if failed else cexec.SUCCEEDED
+        decision = self.batch.ended(job, run, outcome, instance, self.now)
+        if decision is cexec.AGAIN:
+            self.start(job)
+        elif decision is cexec.COUNTS:
+            self.results[job.number] = outcome
+            self.batch.settle(job, failed)
+            self.delivered += [each.number for each in self.batch.deliverable(job)]
+
+    def failed(self):
+        return sum(outcome is cexec.FAILED for outcome in self.results.values())
+
+
+def never(number, before):
+    return False
+
+
+def always(number, before):
+    return True
+
+
+GOOD, FAST_AND_BAD = (2, 1.0, never), (2, 0.01, always)
+
+
+def test_a_worker_that_fails_all_jobs_gets_few_of_them():
+    """Three and some trials, where it would have had nearly all; a line says so once."""
+    room = SimulatedRoom({"bad": FAST_AND_BAD, "good": GOOD, "other": GOOD}, 300)
+    assert room.ran["bad"] <= 10 and room.failed() == room.ran["bad"], room.ran
+    assert len(room.told) == 1 and re.match(
+        r"worker bad: \d+ jobs failed there in a row, and elsewhere 0 of \d+: it gets only a trial", room.told[0])
+    room = SimulatedRoom({"bad": FAST_AND_BAD, "good": GOOD, "other": GOOD}, 300, again=3)
+    assert room.failed() == 0 and room.now < 90
+
+
+@heavy
+def test_a_worker_that_goes_bad_is_found_out():
+    room = SimulatedRoom({"a": (2, 1.0, lambda number, before: before > 20), "b": GOOD}, 300)
+    assert room.failed() < 25 and len(room.told) == 1, (room.failed(), room.told)
+    room = SimulatedRoom({"a": (2, 1.0, lambda number, before: 20 < before < 31), "b": GOOD}, 600)
+    assert room.ran["a"] > 150 and room.failed() < 15, room.ran
+
+
+@heavy
+@pytest.mark.parametrize("fails", [
+    always, lambda number, before: 100 < number < 250, lambda number, before: number % 3 == 0,
+    lambda number, before: number < 40, lambda number, before: number % 20 < 4])
+def test_inputs_that_fail_everywhere_hold_nobody_back(fails):
+    """Bad stretches, a bad third and all of them: no worker is accused and none waits for long."""
+    workers = {each: (2, 1.0, fails) for each in "abcd"}
+    room = SimulatedRoom(workers, 400)
+    assert room.told == [] and room.now < 60, (room.now, room.told)
+    assert room.failed() == sum(fails(number, 0) for number in range(1, 401))
+    room = SimulatedRoom({"a": (4, 0.5, fails)}, 100)
+    assert room.told == [] and room.now < 14, "a room of one worker"
+
+
+def test_what_is_run_again_goes_elsewhere_as_long_as_it_can():
+    """To one that serves or joins within ten seconds; otherwise to the same one, then."""
+    bad_for_one = (1, 1.0, lambda number, before: number == 1)
+    room = SimulatedRoom({"a": bad_for_one, "b": (1, 30.0, never)}, 3, again=1)
+    assert room.failed() == 0 and room.ran["b"] == 2
+    room = SimulatedRoom({"a": (1, 1.0, lambda number, before: before == 1)}, 1, again=1)
+    assert room.failed() == 0 and 10 < room.now < 13
+    room = SimulatedRoom({"a": (1, 1.0, always), "b": (1, 1.0, never)}, 1, again=1, joins={"b": 6})
+    assert room.failed() == 0 and room.ran["b"] == 1 and room.now < 9
+    room = SimulatedRoom({"a": (1, 1.0, always), "b": (1, 1.0, always)}, 1, again=3)
+    assert room.failed() == 1 and sum(room.ran.values()) == 4 and len(room.ran) == 2
+
+
+def test_a_batch_delivers_in_order_or_as_jobs_end():
+    slow = {"a": (4, 1.0, never), "b": (1, 7.3, never)}
+    assert SimulatedRoom(slow, 30).delivered == list(range(1, 31))
+    room = SimulatedRoom(slow, 30, ordered=False)
+    assert sorted(room.delivered) == list(range(1, 31)) != room.delivered
+
+
+def test_a_batch_takes_as_many_jobs_as_may_run():
+    batch = cexec.Batch(2)
+    jobs = [cexec.BatchJob() for _ in range(3)]
+    for job in jobs[:2]:
+        assert batch.wants_job()
+        batch.add(job)
+        batch.start(job, object())
+    assert not batch.wants_job() and batch.wants_job(held_back=1) and not batch.wants_job(cexec.HELD_BACK_MAX)
+    assert batch.ended(jobs[1], jobs[1].runs[0], cexec.SUCCEEDED, "a", 0.0) is cexec.COUNTS
+    batch.settle(jobs[1])
+    assert batch.wants_job() and list(batch.deliverable(jobs[1])) == [] and batch.unfinished() == [jobs[0]]
+    batch.complete()
+    assert not batch.wants_job() and not batch.is_over()
+    batch.settle(jobs[0])
+    assert list(batch.deliverable(jobs[0])) == jobs[:2] and batch.is_over() and not batch.jobs
+    with pytest.raises(RuntimeError):
+        jobs[0].happens(cexec.START)
+
+
+def test_of_two_runs_the_first_to_end_with_0_counts():
+    """A failure counts when the other one has ended too; a twin uses up no --again; --halt sees what counts."""
+    def batch_of_one(**options):
+        batch, job = cexec.Batch(2, **options), cexec.BatchJob()
+        batch.add(job)
+        batch.start(job, "one")
+        batch.complete()
+        assert batch.twin_wanted(lambda run: None) is None and batch.twin_wanted(lambda run: 1.0) is job
+        batch.start(job, "two")
+        assert batch.twin_wanted(lambda run: 1.0) is None
+        return batch, job
+    batch, job = batch_of_one()
+    assert batch.ended(job, "two", cexec.SUCCEEDED, "b", 0.0) is cexec.COUNTS and job.runs == ["one"]
+    for outcome in cexec.FAILED, cexec.LOST:
+        batch, job = batch_of_one(again=1, halt=True)
+        assert batch.ended(job, "two", outcome, "b", 0.0) is cexec.WAIT and batch.state is cexec.COMPLETE
+        assert batch.twin_wanted(lambda run: 1.0) is None, "one twin is enough"
+        assert batch.ended(job, "one", cexec.FAILED, "a", 0.0) is cexec.AGAIN and job.tries == 1
+        batch.start(job, "three")
+        assert batch.ended(job, "three", cexec.FAILED, "a", 0.0) is cexec.COUNTS and batch.state is cexec.COMPLETE
+        batch.settle(job, failed=True)
+        assert batch.state is cexec.STOPPING and batch.is_over()
+    batch, job = batch_of_one(again=5)
+    batch.stop()
+    batch.forget(job, "two")
+    assert batch.ended(job, "one", cexec.FAILED, "a", 0.0) is cexec.COUNTS, "nothing runs again"
+
+
+def test_the_summary_names_workers_whose_failures_are_not_spread():
+    records = cexec.WorkerRecords()
+    for instance, name, failures in ("i", "a", 0), ("j", "b", 3), ("k", "b", 1), ("l", "c", 1):
+        for number in range(4):
+            records.add(instance, name, number < failures, 0.0)
+    assert records.spread_text() == "4 of 8 on b, 1 of 4 on c"
+    for number in range(4):
+        records.add("i", "a", True, 0.0)
+    assert records.spread_text() == ""
+
+
+# ---------------------------------------------------------------- TLS over a socket that never blocks
+
+class Pair:
+    """Two ends of one TCP connection on loopback, as TlsConnections: the submitter's (server) and the worker's."""
+
+    def __init__(self, key, buffer=None):
+        self.public, self.private = cexec.load_key(key + ".pub", "public")[0], cexec.load_key(key, "private")[0]
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            if buffer:
+                listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+            self.far = socket.socket()
+            if buffer:
+                self.far.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
+            self.far.connect(listening.getsockname())
+            self.near = listening.accept()[0]
+        self.server = cexec.TlsConnection(self.near, cexec.tls_context(self.public, True), True)
+        self.client = cexec.TlsConnection(self.far, cexec.tls_context(self.private, False), False)
+
+    def shake(self):
+        def done():
+            ends = [end.handshake() for end in (self.client, self.server)]
+            assert ends == [True, True]
+        wait_until(done)
+        cexec.check_peer(self.server.tls, self.public)
+        cexec.check_peer(self.client.tls, self.private)
+        return self
+
+    def close(self):
+        self.server.close()
+        self.client.close()
+
+
+@pytest.fixture
+def pair(key):
+    pair = Pair(key)
+    yield pair
+    pair.close()
+
+
+def read_all(connection, size, step=100000):
+    """So many bytes of a TlsConnection."""
+    data, view = bytearray(), memoryview(bytearray(step))
+    while len(data) < size:
+        count = connection.read_into(view)
+        if count is None:
+            assert cexec.wait_for(connection.fileno(), select.POLLIN, 10), "%d of %d bytes came" % (len(data), size)
+        else:
+            assert count, "the end after %d of %d bytes" % (len(data), size)
+            data += view[:count]
+    return bytes(data)
+
+
+@pytest.mark.parametrize("step", [1, 16384, 100000, 1 << 20])
+def test_bytes_arrive_whole_whatever_is_read_at_once(pair, step):
+    """A record larger than the view, many records in one view, a view that is exactly one record."""
+    pair.shake()
+    data = random_octets(30000 if step == 1 else 100000)
+    for at in range(0, len(data), cexec.TLS_PIECE):
+        assert pair.client.send(memoryview(data)[at:at + cexec.TLS_PIECE])
+    assert read_all(pair.server, len(data), step) == data
+    assert pair.server.read_into(memoryview(bytearray(10))) is None
+    assert pair.server.send(memoryview(b"back")) and read_all(pair.client, 4) == b"back"
+
+
+def test_what_the_system_does_not_take_is_sent_later(key):
+    pair, data = Pair(key, 4096).shake(), memoryview(random_octets(3 * MB))
+    rest, taken, found = data, True, bytearray()
+    view = memoryview(bytearray(1 << 16))
+
+    def more():
+        nonlocal rest, taken
+        taken = taken or pair.client.flush()
+        while taken and rest:
+            taken, rest = pair.client.send(rest[:cexec.TLS_PIECE]), rest[cexec.TLS_PIECE:]
+    more()
+    assert not taken, "the buffers are small"
+    while len(found) < len(data):
+        count = pair.server.read_into(view)
+        found += view[:count or 0]
+        more()
+    assert bytes(found) == data
+    pair.close()
+
+
+@pytest.mark.parametrize("end", ["close", "close_notify", "reset"])
+def test_all_that_came_before_the_end_is_read_and_then_the_end(pair, end):
+    pair.shake()
+    pair.client.send(memoryview(b"x" * 50000))
+    if end == "close_notify":
+        with contextlib.suppress(ssl.SSLWantReadError):
+            pair.client.tls.unwrap()
+        pair.client.flush()
+    elif end == "reset":
+        wait_until(lambda: pytest.fail("nothing yet")
+                   if not cexec.wait_for(pair.near.fileno(), select.POLLIN, 0) else 0)
+        data = read_all(pair.server, 50000)
+        pair.far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    pair.client.close()
+    if end != "reset":
+        data = read_all(pair.server, 50000)
+    assert data == b"x" * 50000
+    view = memoryview(bytearray(10))
+
+    def over():
         try:
-            group = cexec.parse_group(text)
-        except ValueError:
-            continue
-        assert cexec.parse_group(str(group)) == group, text
+            assert pair.server.read_into(view) == 0
+            return cexec.CLOSED
+        except OSError as error:
+            return cexec.loss_of(error).kind
+    assert wait_until(over) == (cexec.BROKEN if end == "reset" else cexec.CLOSED)
 
 
-@pytest.mark.parametrize("text, loopback", [
-    ("127.255.255.255", True), ("127.0.0.1:99", True), ("::1", True), ("lo:224.0.1.9", True), ("ff02::1%lo", True),
-    ("ff01::1", True), ("255.255.255.255", False), ("eth0:224.0.1.9", False), ("ff02::1", False), ("10.0.0.1", False)])
-def test_a_group_knows_whether_it_stays_on_this_host(text, loopback):
-    assert cexec.parse_group(text).loopback is loopback
+def test_bytes_that_are_no_tls_break_behind_what_was_good(pair):
+    pair.shake()
+    pair.client.send(memoryview(b"good"))
+    pair.far.send(b"and this is nothing that TLS has ever seen" * 10)
+    view = memoryview(bytearray(100))
+    assert cexec.wait_for(pair.near.fileno(), select.POLLIN, 10)
+    assert read_all(pair.server, 4, 100) == b"good"
+    with pytest.raises(ssl.SSLError) as caught:
+        assert cexec.wait_for(pair.near.fileno(), select.POLLIN, 0) or pair.server.failure
+        pair.server.read_into(view)
+    assert cexec.loss_of(caught.value).kind is cexec.BROKEN
+    with pytest.raises(ssl.SSLError):
+        pair.server.read_into(view)
 
 
-@pytest.mark.parametrize("text, ranges", [
-    ("4000", [(4000, 4000)]), ("4000,4001,65535", [(4000, 4000), (4001, 4001), (65535, 65535)]),
-    ("4000-4010", [(4000, 4010)]), ("1024:1024", [(1024, 1024)]), ("5000, 4000:4002", [(5000, 5000), (4000, 4002)])])
-def test_ports_are_read(text, ranges):
-    assert cexec.parse_ports(text) == ranges
+class NewKeys:
+    """Makes one end of a Pair ask for new keys of TLS: records of 27 bytes without any data."""
+
+    def __init__(self, end):
+        if sys.implementation.name != "cpython" or not sys.platform.startswith("linux"):
+            skip("looks into the ssl module of CPython")
+        import ctypes
+        with open("/proc/self/maps") as file:
+            path = next((line.split()[-1] for line in file if "libssl" in line), None)
+        if not path:
+            skip("the ssl module has its library inside")
+        self.library = ctypes.CDLL(path)
+        self.ssl = ctypes.c_void_p(ctypes.c_void_p.from_address(id(end.tls._sslobj) + 24).value)
+
+    def ask(self, with_answer):
+        assert self.library.SSL_key_update(self.ssl, int(with_answer)) == 1
+        self.library.SSL_do_handshake(self.ssl)
 
 
-@pytest.mark.parametrize("text", ["", ",", "1023", "0", "65536", "4000-", "-4000", "4010-4000", "a", "4000-4001-4002",
-                                  "4000:4001:4002", "80-4000", "+4000", "4e3", "\u0664000", "4" * 5000])
-def test_what_is_no_port_list_is_a_value_error(text):
-    with pytest.raises(ValueError):
-        cexec.parse_ports(text)
+def test_new_keys_asked_for_without_end_break_the_connection(key):
+    """S23: TLS answers each such request, which takes 27 bytes."""
+    pair = Pair(key, 4096).shake()
+    keys, view = NewKeys(pair.server), memoryview(bytearray(1 << 16))
+    with pytest.raises(OSError, match="keeps TLS busy"):
+        for _ in range(20000):      # half a megabyte
+            keys.ask(True)
+            if not pair.server.flush():
+                pair.client.read_into(view)
+            pair.client.read_into(view)
+            pair.client.flush()
+    assert pair.client.outgoing.pending < 2 * cexec.TLS_PIECE
+    pair.close()
+
+
+@pytest.mark.parametrize("data", [b"", b"x"])
+def test_records_without_data_end_the_connection(pair, data):
+    """One call reads a few times only; data between many such records is no excuse for more of them than a record
+    takes, and those with a little data are read a few at a time."""
+    pair.shake()
+    keys, view, calls = NewKeys(pair.client), memoryview(bytearray(100)), []
+    for _ in range(40):
+        for _ in range(500 if data else 2600):
+            keys.ask(False)
+        if data:
+            pair.client.tls.write(data)
+    whole, fetch = pair.client.outgoing.read(), pair.server._fetch
+    pair.server._fetch = lambda: calls.append(1) or fetch()
+    sender = threading.Thread(target=lambda: (pair.far.setblocking(True), pair.far.sendall(whole)), daemon=True)
+    sender.start()
+    found, failure = b"", None
+    while failure is None and len(found) < 40:
+        cexec.wait_for(pair.near.fileno(), select.POLLIN, 10)
+        calls.clear()
+        try:
+            count = pair.server.read_into(view)
+            found += view[:count or 0]
+        except OSError as error:
+            failure = str(error)
+        assert len(calls) <= cexec.TlsConnection.FETCHES
+    assert found == data * 40 and bool(failure) == (not data)
+    assert not failure or "keeps TLS busy and sends no data" in failure
+
+
+def test_a_handshake_with_a_stranger_fails_on_both_sides(pair, tmp_path):
+    stranger = str(tmp_path / "other")
+    assert run("ckeygen", stranger).returncode == 0
+    pair.client = cexec.TlsConnection(pair.far, cexec.tls_context(cexec.load_key(stranger, "private")[0], False), False)
+    failed = []
+    for _ in range(10):
+        for end in pair.client, pair.server:
+            try:
+                end.handshake()
+            except ssl.SSLError as error:
+                failed.append(end)
+                assert cexec.loss_of(error).kind is cexec.BROKEN
+        if pair.client in failed and pair.server in failed:
+            return
+    pytest.fail("who failed: %s" % failed)
+
+
+# ---------------------------------------------------------------- the log
+
+FLOOD = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import cexec
+log, began = cexec.Log("cservice"), time.monotonic()
+for number in range(20000):
+    log("line %d" % number)
+print(time.monotonic() - began)
+time.sleep(0.1)
+log("the last")
+"""
+
+
+def test_the_log_never_floods():
+    done = run_command(sys.executable, "-c", FLOOD, HERE)
+    lines = done.stderr.decode().splitlines()
+    assert len(lines) <= cexec.Log.BURST + cexec.Log.PER_SECOND * (float(done.stdout) + 1)
+    assert re.search(r"the last \(\d+ lines before this one were dropped\)\Z", lines[-1])
+
+
+@pytest.fixture
+def log(monkeypatch):
+    """A log with a clock of its own, and room for as many lines as come; log.lines has what it wrote."""
+    log = cexec.Log("tool", clock=lambda: log.now)
+    log.now, log.lines = 0.0, []
+    monkeypatch.setattr(cexec.Log, "BURST", 1 << 20)
+    log.bucket = cexec.TokenBucket(0, 1 << 20)
+    monkeypatch.setattr(cexec, "say", lambda prefix, text, fd: log.lines.append(text))
+    monkeypatch.setattr(cexec, "has_room", lambda: True)
+    return log
+
+
+def test_notes_on_one_topic_are_counted_after_the_first(log):
+    """S17: for each topic by itself."""
+    for log.now in range(25):
+        log.note("a", "a%d" % log.now)
+    log.note(("b", "c"), "b")
+    assert log.lines == ["a0", "a10 (and 9 more such since the last note)",
+                         "a20 (and 9 more such since the last note)", "b"]
+
+
+def test_topics_of_strangers_take_bounded_memory(log):
+    """S17: the oldest is forgotten, and the newest ones are still kept back."""
+    for number in range(5 * cexec.TOPICS_MAX):
+        log.note(number, "x")
+    assert len(log.topics) == cexec.TOPICS_MAX
+    log.note(number, "again")
+    log.note(0, "again")
+    assert log.lines.count("again") == 1
+
+
+def test_lost_datagrams_are_noted_by_their_number(log):
+    for log.now, count in (0, 0), (1, 5), (2, 5), (3, 7), (12, 10):
+        log.datagrams_lost(count)
+    assert [line.split(",")[0] for line in log.lines] == ["5 datagrams lost", "3 datagrams lost"]
+
+
+def test_a_line_that_would_have_to_wait_is_dropped_and_counted(log, monkeypatch):
+    """R20: one that must be said as well."""
+    monkeypatch.setattr(cexec, "has_room", lambda: False)
+    log("one")
+    log("two", always=True)
+    monkeypatch.setattr(cexec, "has_room", lambda: True)
+    log("three")
+    assert log.lines == ["three (2 lines before this one were dropped)"]
+
+
+def test_a_call_that_fails_is_reported_and_the_others_are_made():
+    """Also when it fails each time, and comes first."""
+    errors, reached = [], []
+    loop = cexec.Loop(errors.append)
+    reading, writing = os.pipe()
+    os.write(writing, b"x")
+
+    def fail():
+        raise KeyError("broken")
+    loop.watch(reading, read=fail)
+    loop.watch(writing, write=lambda: reached.append("descriptor"))
+    loop.call_later(0, fail)
+    loop.call_later(0.001, lambda: reached.append("timer"))
+    loop.call_soon_threadsafe(fail)
+    loop.call_soon_threadsafe(lambda: reached.append("call"))
+    loop.call_later(0.02, loop.stop)
+    run_loop(loop)
+    assert set(reached) == {"descriptor", "timer", "call"}
+    assert len(errors) >= 3 and {type(error) for error in errors} == {KeyError}
+    loop.close()
+    os.close(reading)
+    os.close(writing)
+
+
+@pytest.mark.parametrize("error", [cexec.Failure("what"), SystemExit(3), KeyboardInterrupt()], ids=repr)
+def test_what_ends_the_program_leaves_the_loop(error):
+    loop = cexec.Loop(lambda error: pytest.fail("kept"))
+
+    def fail():
+        raise error
+    loop.call_soon_threadsafe(fail)
+    with pytest.raises(type(error)):
+        loop.run()
+    loop.close()
+
+
+def test_without_a_listener_an_error_leaves_the_loop(loop):
+    loop.call_soon_threadsafe(lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        loop.run()
+
+
+def test_a_loop_runs_in_any_thread_and_touches_no_signal_unasked():
+    before, results = signal.set_wakeup_fd(-1), []
+
+    def work():
+        loop = cexec.Loop()
+        loop.call_later(0.01, lambda: loop.call_soon_threadsafe(lambda: loop.stop("done")))
+        results.append(loop.run())
+        loop.close()
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    assert results == ["done"] and signal.set_wakeup_fd(before) == -1
+
+
+def test_a_loop_that_another_thread_made_is_woken_all_the_same():
+    loop, results = cexec.Loop(), []
+    thread = threading.Thread(target=lambda: results.append(loop.run()), daemon=True)
+    thread.start()
+    loop.call_soon_threadsafe(lambda: loop.stop("called"))
+    thread.join(PATIENCE)
+    assert results == ["called"]
+    loop.close()
+
+
+# ---------------------------------------------------------------- the event loop
+
+@pytest.fixture
+def loop():
+    loop = cexec.Loop()
+    yield loop
+    loop.close()
+
+
+def run_loop(loop, seconds=PATIENCE):
+    """Runs the loop until something stops it; a failure if nothing does."""
+    guard = loop.call_later(seconds, lambda: loop.stop("too late"))
+    result = loop.run()
+    guard.cancel()
+    assert result != "too late", "nothing stopped the loop"
+    return result
+
+
+def test_timers_fire_in_order_and_cancelled_ones_never(loop):
+    fired = []
+    for delay in 0.03, 0.01, 0.02, 0.0:
+        loop.call_later(delay, lambda delay=delay: fired.append(delay))
+    cancelled = loop.call_later(0.005, lambda: fired.append("cancelled"))
+    first = loop.call_later(0.015, lambda: second.cancel())
+    second = loop.call_later(0.016, lambda: fired.append("cancelled by another"))
+    cancelled.cancel()
+    cancelled.cancel()
+    loop.call_later(0.04, lambda: loop.stop("over"))
+    assert run_loop(loop) == "over" and fired == [0.0, 0.01, 0.02, 0.03] and first.callback
+
+
+def test_calls_from_threads_wake_the_loop(loop):
+    caller, found = threading.get_ident(), []
+
+    def work():
+        for number in range(1000):
+            loop.call_soon_threadsafe(lambda number=number: found.append((number, threading.get_ident())))
+        loop.call_soon_threadsafe(loop.stop)
+    threading.Thread(target=work, daemon=True).start()
+    run_loop(loop)
+    assert found == [(number, caller) for number in range(1000)]
+
+
+def test_descriptors_are_watched_for_what_is_wanted(loop):
+    reading, writing = os.pipe()
+    seen = []
+
+    def readable():
+        seen.append(os.read(reading, 10))
+        loop.watch(reading)
+        loop.watch(writing, write=writable)
+
+    def writable():
+        seen.append("writable")
+        loop.watch(writing)
+        os.write(writing, b"again")
+        loop.call_later(0.02, loop.stop)
+    loop.watch(reading, read=readable)
+    os.write(writing, b"bytes")
+    run_loop(loop)
+    assert seen == [b"bytes", "writable"], "what is not watched any more is not called"
+    loop.watch(reading)
+    os.close(reading)
+    os.close(writing)
+
+
+def test_a_call_taken_back_in_its_round_is_not_made(loop):
+    pairs, called = [os.pipe() for _ in range(2)], []
+    for number, (reading, writing) in enumerate(pairs):
+        def first(number=number):
+            called.append(number)
+            for fd, _ in pairs:
+                loop.watch(fd)
+            loop.call_later(0.02, loop.stop)
+        loop.watch(reading, read=first)
+        os.write(writing, b"x")
+    run_loop(loop)
+    assert len(called) == 1
+    for fd in itertools.chain(*pairs):
+        os.close(fd)
+
+
+def test_signals_become_calls_and_go_back_to_what_they_were():
+    before, heard = signal.getsignal(signal.SIGUSR1), []
+    waker = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(waker)
+    loop = cexec.Loop()
+    loop.on_signal(signal.SIGUSR1, lambda number: (heard.append(number), loop.stop()))
+    loop.call_later(0.01, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    run_loop(loop)
+    assert heard == [signal.SIGUSR1]
+    loop.close()
+    assert signal.getsignal(signal.SIGUSR1) == before and signal.set_wakeup_fd(-1) == waker
+
+
+def test_a_descriptor_too_high_for_select_is_watched(loop):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 1100:
+        skip("no descriptor above 1024 is allowed here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1100), hard))
+    reading, writing = os.pipe()
+    high = fcntl.fcntl(reading, fcntl.F_DUPFD, 1050)
+    try:
+        loop.watch(reading, read=lambda: None)
+        loop.watch(reading)
+        loop.watch(high, read=loop.stop)
+        os.write(writing, b"x")
+        run_loop(loop)
+        loop.watch(high)
+    finally:
+        for fd in reading, writing, high:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_no_call_reaches_a_loop_that_is_closed():
+    loop = cexec.Loop()
+    fds = loop.wake_in, loop.wake_out
+    loop.close()
+    loop.call_soon_threadsafe(lambda: None)
+    for fd in fds:
+        with pytest.raises(OSError):
+            os.fstat(fd)
 
 
 # ---------------------------------------------------------------- groups: the sockets, on loopback
@@ -4254,1230 +7792,6 @@ def test_what_pypy_lacks_has_a_plain_substitute(monkeypatch):
         names = dict(socket.if_nameindex())
         monkeypatch.delattr(socket, "if_nameindex")
         assert dict(cexec.interface_names()) == names
-
-
-# ---------------------------------------------------------------- settings
-
-def settings_of(tool, *arguments, **environment):
-    settings = cexec.read_settings(tool, arguments, environment)[0]
-    return cexec.settings_here(settings) if tool == "cservice" else settings
-
-
-@pytest.mark.parametrize("tool, attribute, value", [
-    ("cexec", "group", cexec.parse_group("255.255.255.255:3010")), ("cexec", "timeout_accept", None),
-    ("cexec", "timeout_pingpong", 60), ("cexec", "listen_ports", None), ("cexec", "accept_server", ()),
-    ("cexec", "reject_servers", ()), ("cexec", "max_fd", 32), ("cexec", "errors_fd", None),
-    ("cexec", "ratout_test", False), ("cexec", "escape", b"~"), ("cexec", "terminal", 0),
-    ("cservice", "group", cexec.parse_group("255.255.255.255")), ("cservice", "boost", None),
-    ("cservice", "user", None), ("cservice", "concurrency", cexec.usable_cpus()), ("crat", "json", 0)])
-def test_defaults(tool, attribute, value):
-    assert getattr(settings_of(tool), attribute) == value
-
-
-@pytest.mark.parametrize("tool, name, text, attribute, value", [
-    ("cexec", "CEXEC_GROUP", "10.0.0.7:4000", "group", cexec.parse_group("10.0.0.7:4000")),
-    ("cexec", "GROUP", "10.0.0.7", "group", cexec.parse_group("10.0.0.7")),
-    ("cservice", "GROUP", "224.0.1.9", "group", cexec.parse_group("224.0.1.9")),
-    ("cexec", "CEXEC_TIMEOUT_ACCEPT", "0", "timeout_accept", 0),
-    ("cexec", "CEXEC_TIMEOUT_ACCEPT", "0.25", "timeout_accept", 0.25),
-    ("cexec", "CEXEC_TIMEOUT_PINGPONG", "1", "timeout_pingpong", 1),
-    ("cexec", "CEXEC_LISTEN_PORTS", "4000,4002", "listen_ports", [(4000, 4000), (4002, 4002)]),
-    ("cexec", "CEXEC_LISTEN_PORT", "4000:4010", "listen_ports", [(4000, 4010)]),
-    ("cexec", "CEXEC_PORTS", "4000-4010", "listen_ports", [(4000, 4010)]),
-    ("cexec", "CEXEC_PORT", "4000", "listen_ports", [(4000, 4000)]),
-    ("cexec", "CEXEC_ACCEPT_SERVER", "10.0.0.7", "accept_server", ("10.0.0.7",)),
-    ("cexec", "CEXEC_REJECT_SERVERS", "10.0.0.7 fd00:0::1", "reject_servers", ("10.0.0.7", "fd00::1")),
-    ("cexec", "CEXEC_REJECT_SERVER", "10.0.0.7", "reject_servers", ("10.0.0.7",)),
-    ("cexec", "CEXEC_REJECT_SERVER", "Lab-7.example.org,10.0.0.7", "reject_servers", ("lab-7.example.org", "10.0.0.7")),
-    ("cexec", "CEXEC_MAXFD", "2", "max_fd", 2), ("cexec", "MAXFD", "4096", "max_fd", 4096),
-    ("cexec", "CEXEC_FD_FOR_ERRORS", "40", "errors_fd", 40),
-    ("cexec", "CEXEC_RATOUT_TEST", "1", "ratout_test", True), ("cexec", "CEXEC_RATOUT_TEST", "0", "ratout_test", False),
-    ("cexec", "CEXEC_USER", "me@here", "user", "me@here"), ("cmap", "CEXEC_USER", "none", "user", ""),
-    ("cexec", "CEXEC_ESCAPE", "none", "escape", b""), ("cexec", "CEXEC_ESCAPE", "%", "escape", b"%"),
-    ("cservice", "CONCURRENCY", "50", "concurrency", 50), ("cservice", "BOOST", "2500", "boost", 2500)])
-def test_a_setting_comes_from_the_environment_or_the_option(tool, name, text, attribute, value):
-    assert getattr(settings_of(tool, **{name: text}), attribute) == value
-    setting = next(setting for setting in cexec.SETTINGS if name in setting.names and tool in setting.tools)
-    for arguments in [setting.option, text], [setting.option + "=" + text]:
-        settings, rest = cexec.read_settings(tool, arguments + ["app", "-x"], {name: "ignored"})
-        assert getattr(settings, attribute) == value and rest == ["app", "-x"]
-
-
-MALFORMED = [
-    ("cexec", "CEXEC_GROUP", "here.example.org"), ("cexec", "GROUP", "300.1.1.1"), ("cexec", "GROUP", "10.0.0.1:0"),
-    ("cservice", "GROUP", "10.0.0.1:65536"), ("crat", "GROUP", "10.0.0.1:x"), ("cproxy", "GROUP", "::1::"),
-    ("cexec", "CEXEC_TIMEOUT_ACCEPT", "-1"), ("cexec", "CEXEC_TIMEOUT_ACCEPT", "nan"),
-    ("cexec", "CEXEC_TIMEOUT_ACCEPT", "1 s"),
-    ("cexec", "CEXEC_TIMEOUT_PINGPONG", "0"), ("cexec", "CEXEC_TIMEOUT_PINGPONG", "inf"),
-    ("cexec", "CEXEC_LISTEN_PORTS", "80"), ("cexec", "CEXEC_LISTEN_PORT", "5000-4000"), ("cexec", "CEXEC_PORTS", "a,b"),
-    ("cexec", "CEXEC_PORT", "4000;"), ("cexec", "CEXEC_PORT", ","),
-    ("cexec", "CEXEC_ACCEPT_SERVER", "host!.example"), ("cexec", "CEXEC_REJECT_SERVERS", "10.0.0.1;10.0.0.2"),
-    ("cexec", "CEXEC_REJECT_SERVER", "10.0.0"), ("cexec", "CEXEC_REJECT_SERVER", "\udcff"),
-    ("cexec", "CEXEC_MAXFD", "1"), ("cexec", "CEXEC_MAXFD", "4097"), ("cexec", "MAXFD", "many"),
-    ("cexec", "MAXFD", "\u0663\u0663"), ("cexec", "CEXEC_FD_FOR_ERRORS", "2"), ("cexec", "CEXEC_FD_FOR_ERRORS", "x"),
-    ("cexec", "CEXEC_RATOUT_TEST", "yes"), ("cexec", "CEXEC_ESCAPE", "ab"), ("cexec", "CEXEC_ESCAPE", "\t"),
-    ("cexec", "CEXEC_USER", "a\nb"), ("cmap", "CEXEC_USER", "x" * 65),
-    ("cexec", "CEXEC_RETRIES", "-1"), ("cexec", "CEXEC_REPLAY", "1G"), ("cservice", "CSERVICE_LIMIT", "x"),
-    ("cservice", "CONCURRENCY", "0"), ("cservice", "CONCURRENCY", "4.5"), ("cservice", "CONCURRENCY", "9" * 20),
-    ("cservice", "CSERVICE_ALLOW", "9=x"), ("cservice", "BOOST", "fast"), ("cservice", "CSERVICE_USER", "no such user"),
-    ("crat", "CRAT_MAX_SKEW", "-5"),
-    ("cproxy", "CPROXY_IDLE", "0"), ("cmap", "CMAP_JOBS", "0"), ("cmap", "CMAP_BLOCK", "1x"), ("cmap", "CMAP_CUT", "x"),
-    ("cmap", "CMAP_AGAIN", "-1"), ("cmap", "CMAP_TIMEOUT", "x"), ("cmap", "CMAP_HALT", "x"),
-    ("cmap", "CMAP_SPILL", "0"), ("cmap", "CMAP_COUNT", "0")]
-
-
-@pytest.mark.parametrize("tool, name, text", MALFORMED)
-def test_a_malformed_setting_is_a_usage_error_that_names_it(tool, name, text):
-    """C2."""
-    setting = next(setting for setting in cexec.SETTINGS if name in setting.names and tool in setting.tools)
-    for arguments, environment, shown in ([], {name: text}, name), ([setting.option, text], {}, setting.option):
-        with pytest.raises(cexec.Failure) as caught:
-            cexec.settings_here(cexec.read_settings(tool, arguments, environment)[0])
-        assert str(caught.value) == "%s=%s: not accepted" % (shown, text)
-        assert caught.value.status == cexec.EXIT_USAGE
-        assert caught.value.hint.startswith("accepted: ") and "codec" not in caught.value.hint
-
-
-def test_every_setting_has_a_malformed_case():
-    covered = {(tool, name) for tool, name, _ in MALFORMED}
-    for setting in cexec.SETTINGS:
-        tried = any((tool, name) in covered for tool in setting.tools for name in setting.names)
-        assert tried or setting.parse is str or setting.attribute == "keys", setting.names      # these take any text
-
-
-def test_the_first_name_counts_and_an_empty_value_is_none():
-    assert settings_of("cexec", CEXEC_MAXFD="5", MAXFD="6").max_fd == 5
-    assert settings_of("cexec", CEXEC_MAXFD="", MAXFD="6").max_fd == 6
-    assert settings_of("cexec", CEXEC_MAXFD="", MAXFD="").max_fd == 32
-    assert settings_of("cexec", "--maxfd", "7", "--maxfd=8", CEXEC_MAXFD="x").max_fd == 8
-    assert settings_of("cservice", CEXEC_GROUP="nonsense").group == settings_of("cservice").group
-
-
-@pytest.mark.parametrize("arguments, shown", [
-    (["--nonsense"], "--nonsense: unknown option"), (["-T=1"], "-T=1: unknown option"),
-    (["--concurrency", "3"], "--concurrency: unknown option"), (["--maxfd"], "--maxfd: an option without its value")])
-def test_options_that_are_none(arguments, shown):
-    with pytest.raises(cexec.Failure) as caught:
-        cexec.read_settings("cexec", arguments, {})
-    assert (str(caught.value), caught.value.hint[-16:], caught.value.status) == (shown, "see cexec --help", 2)
-
-
-def test_options_end_at_the_first_word_that_is_none():
-    assert cexec.read_settings("cexec", ["-tt", "--", "-app", "--maxfd=1"], {})[1] == ["-app", "--maxfd=1"]
-    settings, rest = cexec.read_settings("cservice", ["app", "command", "--concurrency=3"], {})
-    assert rest == ["app", "command", "--concurrency=3"] and settings.concurrency is None
-
-
-@pytest.mark.parametrize("tool, arguments", [
-    ("cexec", ["-t", "app", "--maxfd=3"]), ("cexec", ["app", "A=1", "-t"]),
-    ("cservice", ["app", "--concurrency", "3", "x"]),
-    ("crat", ["app.pub", "--json"])])
-def test_an_option_behind_the_key_is_told_where_it_belongs(tool, arguments):
-    with pytest.raises(cexec.Failure) as caught:
-        cexec.read_settings(tool, arguments, {})
-    assert ": an option after app" in str(caught.value) and caught.value.status == 2
-    assert caught.value.hint.startswith("options come first: %s -" % tool)
-
-
-@pytest.mark.parametrize("arguments, words", [
-    (["ls", "-l"], "ls: not NAME=VALUE\n  the command was chosen where cservice was started"),
-    (["-x"], "-x: unknown option after the key\n  options come before the key"),
-    (["9=x"], "9=x: not NAME=VALUE\n  the job finds VALUE")])
-def test_what_follows_the_key_is_explained(arguments, words):
-    done = run("cexec", "web.pub", *arguments)
-    assert done.returncode == 2 and done.stderr.decode().startswith("cexec: " + words)
-
-
-@pytest.mark.parametrize("written, meant", [
-    ("--max-fd", "--maxfd"), ("--list-ports", "--listen-ports"), ("--grup", "--group")])
-def test_the_nearest_option_is_named(written, meant):
-    with pytest.raises(cexec.Failure) as caught:
-        cexec.read_settings("cexec", [written + "=3", "app"], {})
-    assert caught.value.hint == "did you mean %s? see cexec --help" % meant
-
-
-def test_a_variable_that_no_tool_knows_is_warned_about():
-    """C2."""
-    environment = {"CEXEC_ACEPT_SERVER": "10.0.0.1", "CEXEC_QQQQ": "", "CSERVICE_USR": "x", "CEXEC_DEBUG": "1",
-                   "CEXEC_JOB": "1", "CEXEC_TEST_NO_SKIP": "1", "CEXEC_MAXFD": "3", "EDITOR": "vi", "CEXECUTE": "1"}
-    assert cexec.unknown_variables(environment) == [
-        "warning: CEXEC_ACEPT_SERVER is set, and no tool knows it; did you mean CEXEC_ACCEPT_SERVER? it has no effect",
-        "warning: CEXEC_QQQQ is set, and no tool knows it; it has no effect",
-        "warning: CSERVICE_USR is set, and no tool knows it; did you mean CSERVICE_USER? it has no effect"]
-    lines = run("cexec", "/nowhere/key", env={"CEXEC_TIMEOUT": "abc"}).stderr.decode().splitlines()
-    assert lines[0].startswith("cexec: warning: CEXEC_TIMEOUT is set, ") and lines[1].startswith("cexec: no key ")
-
-
-@pytest.mark.parametrize("tool, options, environment, words", [
-    ("cexec", [], {"GROUP": "staff"}, "GROUP=staff: no such device, this machine has: "),
-    ("cwho", ["--group", "staff"], {}, "--group=staff: no such device, "),
-    ("crat", [], {"GROUP": "nodev:10.0.0.255"}, "GROUP=nodev:10.0.0.255: nodev: no such device, ")])
-def test_a_group_without_a_device_names_the_variable(key, tool, options, environment, words):
-    """Many systems set GROUP to the user's group."""
-    done = run(tool, *options, key + ".pub", env=environment)
-    assert done.returncode == 2 and done.stderr.decode().startswith("%s: %s" % (tool, words)), done.stderr
-
-
-def test_every_name_is_an_option_and_reads_what_it_prints():
-    for option in "--accept-server", "--accept-servers":
-        assert settings_of("cexec", option, "fe80:0::7%eth0 [::1]").accept_server == ("fe80::7%eth0", "::1")
-    assert settings_of("cexec", CEXEC_ACCEPT_SERVERS="10.0.0.7").accept_server == ("10.0.0.7",)
-    assert settings_of("cexec", CEXEC_TIMEOUT_ACCEPT="1e+06").timeout_accept == 10 ** 6
-    for setting in cexec.SETTINGS:
-        with contextlib.suppress(ValueError):
-            setting.parse("\0")
-            continue
-        with pytest.raises(ValueError) as caught:
-            setting.parse("\0")
-        assert "e+" not in str(caught.value)
-
-
-def test_settings_are_frozen():
-    with pytest.raises(AttributeError):
-        settings_of("cexec").max_fd = 3
-
-
-def test_no_two_settings_of_a_tool_share_an_option_or_a_name():
-    for tool in cexec.TOOL_NAMES:
-        own = [setting for setting in cexec.SETTINGS if tool in setting.tools]
-        assert len({setting.option for setting in own}) == len({setting.attribute for setting in own}) == len(own)
-        names = [name for setting in own for name in setting.names]
-        assert len(names) == len(set(names))
-
-
-# ---------------------------------------------------------------- the session's table
-
-ROLES = cexec.SUBMITTER, cexec.WORKER
-EVERY_PHASE = "greeting chosen idle offered starting running ended over".split()
-NOW = 1000.0
-
-# role, phase: what may come, and where it leads.  All else is an error.
-ALLOWED = {
-    ("submitter", "greeting"): "hello:idle", ("submitter", "idle"): "abort:over ping:idle pong:idle",
-    ("submitter", "offered"): "accepted:running refused:over abort:over ping:offered pong:offered",
-    ("submitter", "running"): "data:running end:running stop:running credit:running ping:running pong:running "
-                              "exit:idle abort:over emptied:running others-wait:running",
-    ("worker", "greeting"): "welcome:chosen bye:over",
-    ("worker", "chosen"): "job:starting bye:over ping:chosen pong:chosen",
-    **{("worker", phase): " ".join("%s:%s" % (name, phase) for name in
-                                   "data end stop credit ping pong signal window".split())
-       for phase in ("starting", "running")},
-    ("worker", "ended"): "data:ended end:ended stop:ended credit:ended ping:ended pong:ended signal:ended window:ended "
-                         "job:starting bye:over",
-}
-BODY = {"welcome": cexec.pack_texts([b"1", b"10.0.0.1"]), "hello": cexec.encode_hello("10.0.0.2", "instance", False),
-        "job": cexec.encode_job(job_of({3: cexec.BOTH})), "refused": b"no", "abort": b"stopped", "data": b"x",
-        "credit": struct.pack(">I", 1), "window": struct.pack(">HH", 24, 80), "ping": b"12345678",
-        "pong": struct.pack(">d", NOW), "exit": cexec.encode_exit(ended())}
-
-
-def session_in(role, phase, descriptors=None):
-    """A session in this phase, with descriptor 3 open both ways unless told otherwise."""
-    session = cexec.Session(role, 60.0, NOW)
-    if phase in ("offered", "starting", "running", "ended"):
-        session.open_streams(descriptors or {3: cexec.BOTH})
-    session.phase = phase
-    return session
-
-
-def wire(name, number=None, body=None, to=None):
-    """A message as bytes.  to: the role that receives it, for whom a stop has a count or not."""
-    number = (3 if name in ("data", "end", "stop", "credit", "emptied") else 0) if number is None else number
-    if name == "stop" and to == "submitter":
-        body = cexec.COUNT.pack(7)
-    kind = getattr(cexec, name.upper().replace("-", "_"))
-    return cexec.frame(kind, number, BODY.get(name, b"") if body is None else body)
-
-
-@pytest.mark.parametrize("role", ROLES)
-@pytest.mark.parametrize("phase", EVERY_PHASE)
-def test_every_message_in_every_phase(role, phase):
-    """S11: what is not in the table is an error."""
-    allowed = dict(entry.split(":") for entry in ALLOWED.get((role, phase), "").split())
-    for name in cexec.MESSAGE_NAMES.values():
-        for parts in [wire(name, to=role)], [bytes([byte]) for byte in wire(name, to=role)]:
-            session = session_in(role, phase)
-            if name == "exit" and session.receiving:
-                session.receiving[3].state = "ended"        # what an exit must come behind
-            if name in allowed:
-                for part in parts:
-                    list(session.receive(part, NOW))
-                assert session.phase == allowed[name], name
-                continue
-            with pytest.raises(cexec.ProtocolError) as caught:
-                for part in parts:
-                    list(session.receive(part, NOW))
-            assert str(caught.value) == "a %s message to a %s in phase %s" % (name, role, phase)
-            assert session.phase == "over"
-
-
-def test_the_table_names_nothing_that_cannot_be():
-    for (role, phase, kind), after in cexec.PHASES.items():
-        assert role in ROLES and {phase, after} <= set(EVERY_PHASE) and kind in cexec.MESSAGE_NAMES
-    assert len(cexec.PHASES) == sum(len(entry.split()) for entry in ALLOWED.values())
-    assert set(cexec.Session.RECEIVED) == set(cexec.MESSAGE_NAMES)
-
-
-def test_after_an_error_nothing_is_taken_any_more():
-    session = session_in("worker", "running")
-    with pytest.raises(cexec.ProtocolError):
-        list(session.receive(wire("job"), NOW))
-    with pytest.raises(cexec.ProtocolError):
-        list(session.receive(wire("ping"), NOW))
-
-
-def test_nothing_behind_the_last_message_is_looked_at():
-    last = cexec.encode_exit(ended(last=True))
-    for message_, phase in (wire("exit", body=last), "running"), (wire("abort"), "idle"), (wire("refused"), "offered"):
-        session = session_in("submitter", phase, {3: cexec.IN})
-        assert len(list(session.receive(message_ + b"\xff" * 100, NOW))) == 1 and session.phase == "over"
-
-
-# ---------------------------------------------------------------- the session's streams
-
-def events_of(session, data, now=NOW):
-    """What the session makes of these bytes, data put together by descriptor and views made bytes."""
-    return [(cexec.MESSAGE_NAMES[kind], number, bytes(body) if isinstance(body, memoryview) else body)
-            for kind, number, body in session.receive(data, now)]
-
-
-def sent(session):
-    """The messages in the outbox, which is emptied."""
-    found = messages_in([bytes(session.outbox)])
-    session.outbox.clear()
-    return [(cexec.MESSAGE_NAMES[kind], number, body) for kind, number, body in found]
-
-
-class Sides:
-    """A submitter and a worker in memory, joined at their outboxes."""
-
-    def __init__(self, descriptors, trip=0.0):
-        self.now, self.trip = NOW, trip
-        self.submitter, self.worker = (cexec.Session(role, 60.0, NOW) for role in ROLES)
-        self.heard = {role: [] for role in ROLES}
-        self.worker.hello("10.0.0.2", "00112233")
-        self.pump()
-        self.submitter.offer(job_of(descriptors), "10.0.0.1")
-        self.pump()
-        self.worker.accept(self.now)
-        self.pump()
-
-    def pump(self):
-        """Carries everything over until both are quiet; half a round trip for each crossing."""
-        while self.submitter.outbox or self.worker.outbox:
-            for one, other in (self.submitter, self.worker), (self.worker, self.submitter):
-                data = bytes(one.outbox)
-                one.outbox.clear()
-                if data:
-                    self.now += self.trip / 2
-                    self.heard[other.role] += events_of(other, data, self.now)
-
-    def data(self, sender, number, body):
-        """Sends data as a carrier would."""
-        buffer = bytearray(cexec.HEAD_SIZE) + body
-        sender.data(buffer, 0, number, len(body))
-        sender.outbox += buffer
-
-    def take(self, role):
-        heard, self.heard[role] = self.heard[role], []
-        return heard
-
-
-def test_a_job_from_hello_to_bye():
-    sides = Sides({0: cexec.IN, 1: cexec.OUT, 2: 1})
-    assert sides.submitter.phase == sides.worker.phase == "running"
-    assert [name for name, _, _ in sides.take("submitter")] == ["hello", "accepted"]
-    assert [name for name, _, _ in sides.take("worker")] == ["welcome", "job"]
-    assert set(sides.submitter.sending) == set(sides.worker.receiving) == {0}
-    assert set(sides.submitter.receiving) == set(sides.worker.sending) == {1}, "a shared one has no stream of its own"
-    sides.data(sides.submitter, 0, b"in")
-    sides.submitter.end(0)
-    sides.pump()
-    sides.data(sides.worker, 1, b"out")
-    sides.worker.end(1)
-    sides.worker.exit(ended(number=37))
-    sides.pump()
-    assert sides.take("worker") == [("data", 0, b"in"), ("end", 0, b"")]
-    assert sides.take("submitter") == [("data", 1, b"out"), ("end", 1, b""), ("exit", 0, ended(number=37))]
-    assert (sides.submitter.phase, sides.worker.phase) == ("idle", "ended")
-    sides.submitter.bye()
-    sides.pump()
-    assert sides.take("worker") == [("bye", 0, b"")] and sides.worker.phase == "over"
-
-
-def test_what_is_late_for_one_job_is_not_the_next_ones():
-    """What precedes the next job message belongs to the one before; each job has streams of its own, with all credit.
-    """
-    sides = Sides({0: cexec.IN, 1: cexec.OUT})
-    sides.data(sides.submitter, 0, b"read")
-    sides.pump()
-    assert sides.take("worker")[-1] == ("data", 0, b"read")
-    sides.worker.end(1)
-    sides.worker.exit(ended(consumed={0: 4}))
-    late = bytearray(cexec.HEAD_SIZE) + b"late"
-    sides.submitter.data(late, 0, 0, 4)
-    sides.submitter.outbox += late
-    for say in (lambda: sides.submitter.signal("INT"), lambda: sides.submitter.stop(1),
-                lambda: sides.submitter.window(24, 80), lambda: sides.submitter.end(0)):
-        say()
-    sides.pump()
-    assert sides.take("submitter")[-1] == ("exit", 0, ended(consumed={0: 4})) and sides.take("worker") == []
-    sides.submitter.offer(job_of({0: cexec.IN, 5: cexec.OUT}), "10.0.0.1")
-    sides.pump()
-    assert [name for name, _, _ in sides.take("worker")] == ["job"], "the welcome is said once"
-    sides.worker.accept(sides.now)
-    assert sides.submitter.may_send(0) == cexec.WINDOW_START and set(sides.worker.sending) == {5}
-    sides.data(sides.submitter, 0, b"next")
-    sides.pump()
-    assert sides.take("worker") == [("data", 0, b"next")]
-    sides.worker.end(5)
-    sides.worker.exit(ended(last=True))
-    sides.pump()
-    assert sides.submitter.phase == "over"
-
-
-def test_a_worker_that_takes_no_more_jobs_says_so():
-    for offered in False, True:
-        sides = Sides({})
-        sides.worker.exit(ended())
-        sides.pump()
-        if offered:
-            sides.submitter.offer(job_of({0: cexec.IN}), "10.0.0.1")
-        sides.worker.abort("no more jobs here")
-        sides.heard["submitter"] = events_of(sides.submitter, bytes(sides.worker.outbox))
-        assert sides.take("submitter") == [("abort", 0, "no more jobs here")] and sides.submitter.phase == "over"
-
-
-@pytest.mark.parametrize("kind, upward, downward", [
-    (cexec.IN, True, False), (cexec.OUT, False, True), (cexec.BOTH, True, True)])
-def test_a_descriptor_is_open_only_the_way_the_job_said(kind, upward, downward):
-    """S9: a worker can neither write to what was not open for writing nor stop what was not open for reading."""
-    for role, receives, sends in ("submitter", downward, upward), ("worker", upward, downward):
-        for name, fine in ("data", receives), ("end", receives), ("stop", sends), ("credit", sends):
-            session = session_in(role, "running", {3: kind})
-            if fine:
-                list(session.receive(wire(name, to=role), NOW))
-            else:
-                with pytest.raises(cexec.ProtocolError):
-                    list(session.receive(wire(name, to=role), NOW))
-            for number in 0, 2, 4, 65535:
-                with pytest.raises(cexec.ProtocolError) as caught:
-                    list(session_in(role, "running", {3: kind}).receive(wire(name, number), NOW))
-                assert str(caught.value) == "a message for descriptor %d, which is not open that way" % number
-
-
-@pytest.mark.parametrize("role", ROLES)
-def test_credit_is_kept_to_the_octet(role):
-    session = session_in(role, "running")
-    full = cexec.frame(cexec.DATA, 3, bytes(cexec.WINDOW_START))
-    assert sum(len(body) for _, _, body in events_of(session, full)) == cexec.WINDOW_START
-    for body in b"x", bytes(1000):
-        beyond = session_in(role, "running")
-        list(beyond.receive(full, NOW))
-        with pytest.raises(cexec.ProtocolError) as caught:
-            list(beyond.receive(cexec.frame(cexec.DATA, 3, body)[:cexec.HEAD_SIZE], NOW))
-        assert str(caught.value) == "data beyond the credit on descriptor 3"
-    assert events_of(session, wire("data", body=b"")) == [], "nothing is not beyond anything"
-
-
-def test_credit_goes_back_when_a_quarter_has_been_consumed():
-    session = session_in("worker", "running")
-    list(session.receive(cexec.frame(cexec.DATA, 3, bytes(cexec.WINDOW_START)), NOW))
-    quarter = cexec.WINDOW_START // 4
-    session.consumed(3, quarter - 1, NOW)
-    assert sent(session) == []
-    session.consumed(3, 1, NOW)
-    assert sent(session) == [("credit", 3, struct.pack(">I", quarter))]
-    list(session.receive(cexec.frame(cexec.DATA, 3, bytes(quarter)), NOW))
-    with pytest.raises(cexec.ProtocolError):
-        list(session.receive(wire("data"), NOW))
-
-
-def test_a_sender_keeps_to_its_credit_and_to_the_longest_message():
-    session = session_in("submitter", "running")
-    assert session.may_send(3) == cexec.WINDOW_START
-    session.data(bytearray(8), 0, 3, cexec.WINDOW_START - 10)
-    assert session.may_send(3) == 10
-    list(session.receive(wire("credit", body=struct.pack(">I", cexec.WINDOW_MAX - 10)), NOW))
-    assert session.may_send(3) == cexec.FRAME_MAX
-    session.end(3)
-    assert session.may_send(3) == 0
-
-
-def test_no_more_credit_than_the_largest_window():
-    session, most = session_in("submitter", "running"), cexec.WINDOW_MAX - cexec.WINDOW_START
-    list(session.receive(wire("credit", body=struct.pack(">I", most)), NOW))
-    with pytest.raises(cexec.ProtocolError) as caught:
-        list(session.receive(wire("credit"), NOW))
-    assert str(caught.value) == "credit beyond %d on descriptor 3" % cexec.WINDOW_MAX
-
-
-@pytest.mark.parametrize("role, name, size", [("worker", name, size) for name in ("credit", "window")
-                                              for size in (0, 3, 5, 8)]
-                                              + [("worker", "stop", 8), ("submitter", "stop", 0)])
-def test_messages_of_the_wrong_length(role, name, size):
-    with pytest.raises(cexec.ProtocolError) as caught:
-        list(session_in(role, "running").receive(wire(name, body=bytes(size)), NOW))
-    assert str(caught.value) == "a %s message of %d bytes" % (name, size)
-
-
-def test_an_end_is_the_end():
-    for after in "data", "end":
-        session = session_in("worker", "running")
-        assert events_of(session, wire("end")) == [("end", 3, b"")]
-        with pytest.raises(cexec.ProtocolError):
-            list(session.receive(wire(after), NOW))
-    session = session_in("submitter", "running")
-    session.end(3)
-    session.end(3)
-    assert sent(session) == [("end", 3, b"")]
-
-
-def test_each_direction_of_a_descriptor_ends_by_itself():
-    sides = Sides({3: cexec.BOTH, 4: cexec.BOTH})
-    sides.submitter.end(3)
-    sides.pump()
-    sides.data(sides.worker, 3, b"still here")
-    sides.data(sides.submitter, 4, b"and here")
-    sides.pump()
-    assert ("data", 3, b"still here") in sides.take("submitter")
-    assert ("data", 4, b"and here") in sides.take("worker")
-
-
-def test_stop_is_answered_by_an_end():
-    sides = Sides({1: cexec.OUT})
-    sides.take("submitter")
-    sides.data(sides.worker, 1, b"under way")
-    sides.submitter.stop(1)
-    sides.submitter.stop(1)
-    assert sent(sides.submitter) == [("stop", 1, b"")]
-    sides.heard["worker"] = events_of(sides.worker, wire("stop", 1))
-    assert sides.worker.may_send(1) == 0
-    sides.pump()
-    assert sides.take("worker") == [("stop", 1, None)]
-    assert sides.take("submitter") == [], "neither the data nor the end is news to one that stopped"
-    assert sides.submitter.receiving[1].state == "ended"
-
-
-def test_a_stop_that_crosses_an_end_brings_no_second_one():
-    """It still brings its count: how much of a file the job has read."""
-    for role, count in ("worker", None), ("submitter", 7):
-        session = session_in(role, "running")
-        session.end(3)
-        assert events_of(session, wire("stop", to=role)) == [("stop", 3, count)]
-        assert sent(session) == [("end", 3, b"")]
-
-
-def test_a_stopped_stream_gives_no_credit_back():
-    session = session_in("worker", "running")
-    session.stop(3, 5)
-    session.consumed(3, cexec.WINDOW_START, NOW)
-    assert sent(session) == [("stop", 3, cexec.COUNT.pack(5))]
-
-
-# ---------------------------------------------------------------- windows and round trips
-
-def fast_transfer(sides, rounds):
-    """The worker sends all it may, and the submitter consumes it at once; the window after each round."""
-    stream, found = sides.submitter.receiving[1], []
-    for _ in range(rounds):
-        while sides.worker.may_send(1):
-            sides.data(sides.worker, 1, bytes(sides.worker.may_send(1)))
-        sides.pump()
-        size = sum(len(body) for name, number, body in sides.take("submitter") if name == "data")
-        for at in range(0, size, 1 << 16):
-            sides.submitter.consumed(1, min(1 << 16, size - at), sides.now)
-        sides.pump()
-        found.append(stream.window)
-    return found
-
-
-def test_a_window_grows_on_a_long_path_up_to_its_cap():
-    sides = Sides({1: cexec.OUT}, trip=0.1)
-    assert sides.submitter.round_trip == pytest.approx(0.1) == sides.worker.round_trip, "each has pinged"
-    windows = fast_transfer(sides, 20)
-    assert windows[-1] == cexec.WINDOW_MAX and windows == sorted(windows)
-
-
-def test_a_window_grows_by_path_and_reader():
-    windows = fast_transfer(Sides({1: cexec.OUT}), 20)
-    assert windows[-1] == cexec.WINDOW_NEAR and windows == sorted(windows)
-    session = session_in("submitter", "running", {1: cexec.OUT})
-    session.round_trip = 0.1
-    for step in range(100):
-        list(session.receive(cexec.frame(cexec.DATA, 1, bytes(1 << 16)), NOW + step))
-        session.consumed(1, 1 << 16, NOW + step)
-    assert session.receiving[1].window == cexec.WINDOW_START
-
-
-def test_all_windows_together_are_bounded():
-    """S23"""
-    session = session_in("submitter", "running", {fd: cexec.OUT for fd in range(200)})
-    session.round_trip = 10.0
-    for step in range(10):
-        for fd, stream in session.receiving.items():
-            size = min(stream.credit, cexec.FRAME_MAX)
-            list(session.receive(cexec.frame(cexec.DATA, fd, bytes(size)), NOW))
-            session.consumed(fd, size, NOW)
-        session.outbox.clear()
-    total = sum(stream.window for stream in session.receiving.values())
-    assert total <= max(cexec.WINDOWS_MAX, 200 * cexec.WINDOW_START)
-
-
-@pytest.mark.parametrize("body", [b"", b"short", b"nine octe", struct.pack(">d", float("nan")),
-                                  struct.pack(">d", float("inf")), struct.pack(">d", float("-inf")),
-                                  struct.pack(">d", NOW + 5)])
-def test_a_pong_that_answers_no_ping_is_no_round_trip(body):
-    session = session_in("submitter", "running")
-    assert events_of(session, wire("pong", body=body)) == []
-    assert session.round_trip is None
-
-
-def test_a_ping_is_answered_with_its_own_octets():
-    session = session_in("worker", "running")
-    assert events_of(session, wire("ping", body=b"the same, and more")) == []
-    assert sent(session) == [("pong", 0, b"the same")]
-
-
-def test_a_flood_of_pings_is_not_answered_without_bound():
-    session = session_in("worker", "running")
-    for _ in range(100):
-        list(session.receive(wire("ping") * 1000, NOW))
-    assert len(session.outbox) <= cexec.CONTROL_MAX
-
-
-def test_credit_does_not_pile_up_for_a_peer_that_never_reads():
-    """And all of it comes when the peer reads again."""
-    session = cexec.Session(cexec.WORKER, 60.0, 0.0)
-    session.phase = cexec.RUNNING
-    numbers = range(3000)
-    session.open_streams({number: cexec.IN for number in numbers})
-    window = session.receiving[0].window
-    given = collections.Counter()
-    for _ in range(20):
-        for number in numbers:
-            session.consumed(number, window, 100.0)
-        assert len(session.outbox) <= cexec.CONTROL_MAX // 2 + 12
-    while session.outbox:
-        for _, number, body, _ in cexec.FrameReader().read(bytes(session.outbox)):
-            given[number] += struct.unpack(">I", body)[0] if body else 0
-        session.outbox.clear()
-        session.repay(100.0)
-    assert given == {number: 20 * window for number in numbers}
-
-
-# ---------------------------------------------------------------- silence
-
-def quiet_until(session, seconds, step=0.25):
-    """Ticks on without a word from the peer; the seconds after which the session gives up, or None."""
-    for count in range(1, int(seconds / step) + 1):
-        if session.tick(NOW + count * step):
-            return count * step
-    return None
-
-
-def test_a_silent_peer_is_pinged_and_lost_in_time():
-    """R7: within the timeout and a look's distance."""
-    session = session_in("submitter", "running")
-    session.timeout = 8.0
-    lost = quiet_until(session, 20)
-    assert 8.0 <= lost <= 8.5
-    assert [name for name, _, _ in sent(session)].count("ping") == 3
-
-
-def test_any_octet_counts_as_life():
-    session = session_in("submitter", "running")
-    session.timeout = 8.0
-    data = wire("ping") * 10
-    for count in range(100):
-        assert not session.tick(NOW + count)
-        list(session.receive(data[count:count + 1], NOW + count))
-
-
-def test_a_session_that_was_paused_waits_for_ever():
-    """R8: until it is continued."""
-    session = session_in("worker", "running")
-    session.timeout = 8.0
-    assert events_of(session, wire("signal", cexec.SIGNALS.index("TSTP"))) == [("signal", 6, "TSTP")]
-    assert quiet_until(session, 100) is None
-    assert events_of(session, wire("signal", cexec.SIGNALS.index("USR1")), NOW + 100)[0][2] == "USR1"
-    assert not session.tick(NOW + 200)
-    assert events_of(session, wire("signal", cexec.SIGNALS.index("CONT")), NOW + 200)[0][2] == "CONT"
-    assert any(session.tick(NOW + 200 + count / 4) for count in range(60))
-
-
-def test_a_process_that_slept_itself_blames_nobody():
-    """R8: its own silence is not the peer's."""
-    session = session_in("submitter", "running")
-    session.timeout = 8.0
-    assert not session.tick(NOW + 1) and not session.tick(NOW + 3600)
-    assert 8.0 <= next(step / 4 for step in range(100) if session.tick(NOW + 3600 + step / 4)) <= 8.5
-
-
-def test_signals_have_numbers_of_their_own_on_the_wire():
-    for number, name in enumerate(("INT", "TERM", "HUP", "QUIT", "USR1", "USR2", "TSTP", "CONT")):
-        session = session_in("worker", "running")
-        assert events_of(session, wire("signal", number)) == [("signal", number, name)]
-        session.signal(name)
-        assert sent(session) == [("signal", number, b"")]
-    for number in 8, 9, 65535:
-        with pytest.raises(cexec.ProtocolError) as caught:
-            list(session_in("worker", "running").receive(wire("signal", number), NOW))
-        assert str(caught.value) == "signal %d, which is not passed on" % number
-
-
-# ---------------------------------------------------------------- fuzzing of the session, seeded
-
-@pytest.mark.parametrize("role", ROLES)
-def test_no_octets_break_a_session(role):
-    """Messages that are mostly right, in an order that is not, from one that holds the key."""
-    chance = seeded(role)
-    names = list(cexec.MESSAGE_NAMES.values())
-    valid = [wire(name, number) for name in names for number in (None, 0, 5)]
-    valid += [wire("job", body=cexec.encode_job(job)) for job in JOBS] + [wire("stop", to="submitter")]
-    likely = {phase: [wire(entry.split(":")[0], to=role) for entry in ALLOWED.get((role, phase), "").split()]
-              for phase in EVERY_PHASE}
-    taken = [0]
-
-    def play(data):
-        session = session_in(role, chance.choice(EVERY_PHASE))
-        for _ in range(6):
-            list(session.receive(chance.choice(likely[session.phase] or valid), NOW))
-            taken[0] += 1
-        list(session.receive(data, NOW))
-        session.tick(NOW + 1)
-        assert len(session.outbox) < 10000
-
-    for _ in range(FUZZ):
-        only_protocol_errors(play, damaged(chance, valid))
-    assert taken[0] > FUZZ
-
-
-# ---------------------------------------------------------------- calls: messages and states
-
-def call_bytes(*arguments, **named):
-    return b"".join(map(bytes, cexec.encode_call(*arguments, **named)))
-
-
-CALL_MESSAGES = [(cexec.CALL, 1, 0, b"", []), (cexec.RETURNED, 2, 17, b"pickle", []),
-                 (cexec.RAISED, 3, 0, b"p" * 5, [b"one" * 30, b"", b"two"]),
-                 (cexec.RETURNED, 2 ** 32 - 1, 2 ** 32 - 1, b"", [b"x" * 64])]
-
-
-def calls_in(parts):
-    reader = cexec.CallReader()
-    return [(kind, number, took, bytes(data), [bytes(each) for each in buffers])
-            for part in parts for kind, number, took, data, buffers in reader.read(part)]
-
-
-def test_messages_of_calls_in_every_cut():
-    data = b"".join(call_bytes(kind, number, text, buffers, took)
-                    for kind, number, took, text, buffers in CALL_MESSAGES)
-    for parts in cuts(data):
-        assert calls_in(parts) == CALL_MESSAGES
-
-
-def test_buffers_of_a_call_begin_where_arrays_like_it():
-    data = call_bytes(cexec.CALL, 1, b"abc", [b"1" * 100, b"2" * 100])
-    (_, _, _, _, buffers), = cexec.CallReader().read(data)
-    assert [data.index(bytes(each)) % cexec.ALIGN for each in buffers] == [0, 0]
-
-
-@pytest.mark.parametrize("data", [
-    cexec.CALL_HEAD.pack(cexec.ENOUGH + 1, 0, 0, 0, 0),
-    cexec.CALL_HEAD.pack(cexec.CALL, 0, 0, 0, cexec.CALL_MAX + 1),
-    cexec.CALL_HEAD.pack(cexec.CALL, cexec.BUFFERS_MAX + 1, 0, 0, 1 << 20),
-    cexec.CALL_HEAD.pack(cexec.CALL, 2, 0, 0, 23) + bytes(23),
-    cexec.CALL_HEAD.pack(cexec.CALL, 1, 0, 0, 16) + struct.pack(">QQ", 1, 0),
-    cexec.CALL_HEAD.pack(cexec.CALL, 1, 0, 0, 16) + struct.pack(">QQ", 0, 2 ** 63)])
-def test_what_is_no_message_of_calls(data):
-    with pytest.raises(cexec.ProtocolError):
-        calls_in([data])
-
-
-@pytest.mark.parametrize("table", [cexec.CALL_STATES, cexec.INTERPRETER_STATES], ids=["call", "interpreter"])
-def test_every_event_of_calls_and_interpreters_has_its_state(table):
-    """What the table does not have is an error that names event and state."""
-    for state in {state for state, _ in table} | set(table.values()):
-        for event in {event for _, event in table}:
-            if (state, event) in table:
-                assert cexec.next_state(table, state, event) == table[state, event]
-            else:
-                with pytest.raises(RuntimeError, match="event %s in state %s" % (event, state.name)):
-                    cexec.next_state(table, state, event)
-
-
-@pytest.mark.parametrize("seconds,trip,most", [(None, 0, 1), (10, 0, 1), (0.1, 0.05, 1), (0.03, 0.02, 2),
-                                               (0.001, 0, 21), (0, 0, 1001), (0, 0.02, 2001)])
-def test_an_interpreter_owes_what_keeps_it_busy(seconds, trip, most):
-    assert cexec.calls_most(seconds, trip) == pytest.approx(most, abs=1)
-
-
-# ---------------------------------------------------------------- TLS over a socket that never blocks
-
-class Pair:
-    """Two ends of one TCP connection on loopback, as TlsConnections: the submitter's (server) and the worker's."""
-
-    def __init__(self, key, buffer=None):
-        self.public, self.private = cexec.load_key(key + ".pub", "public")[0], cexec.load_key(key, "private")[0]
-        with socket.create_server(("127.0.0.1", 0)) as listening:
-            if buffer:
-                listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
-            self.far = socket.socket()
-            if buffer:
-                self.far.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
-            self.far.connect(listening.getsockname())
-            self.near = listening.accept()[0]
-        self.server = cexec.TlsConnection(self.near, cexec.tls_context(self.public, True), True)
-        self.client = cexec.TlsConnection(self.far, cexec.tls_context(self.private, False), False)
-
-    def shake(self):
-        def done():
-            ends = [end.handshake() for end in (self.client, self.server)]
-            assert ends == [True, True]
-        wait_until(done)
-        cexec.check_peer(self.server.tls, self.public)
-        cexec.check_peer(self.client.tls, self.private)
-        return self
-
-    def close(self):
-        self.server.close()
-        self.client.close()
-
-
-@pytest.fixture
-def pair(key):
-    pair = Pair(key)
-    yield pair
-    pair.close()
-
-
-def read_all(connection, size, step=100000):
-    """So many bytes of a TlsConnection."""
-    data, view = bytearray(), memoryview(bytearray(step))
-    while len(data) < size:
-        count = connection.read_into(view)
-        if count is None:
-            assert cexec.wait_for(connection.fileno(), select.POLLIN, 10), "%d of %d bytes came" % (len(data), size)
-        else:
-            assert count, "the end after %d of %d bytes" % (len(data), size)
-            data += view[:count]
-    return bytes(data)
-
-
-@pytest.mark.parametrize("step", [1, 16384, 100000, 1 << 20])
-def test_bytes_arrive_whole_whatever_is_read_at_once(pair, step):
-    """A record larger than the view, many records in one view, a view that is exactly one record."""
-    pair.shake()
-    data = random_octets(30000 if step == 1 else 100000)
-    for at in range(0, len(data), cexec.TLS_PIECE):
-        assert pair.client.send(memoryview(data)[at:at + cexec.TLS_PIECE])
-    assert read_all(pair.server, len(data), step) == data
-    assert pair.server.read_into(memoryview(bytearray(10))) is None
-    assert pair.server.send(memoryview(b"back")) and read_all(pair.client, 4) == b"back"
-
-
-def test_what_the_system_does_not_take_is_sent_later(key):
-    pair, data = Pair(key, 4096).shake(), memoryview(random_octets(3 * MB))
-    rest, taken, found = data, True, bytearray()
-    view = memoryview(bytearray(1 << 16))
-
-    def more():
-        nonlocal rest, taken
-        taken = taken or pair.client.flush()
-        while taken and rest:
-            taken, rest = pair.client.send(rest[:cexec.TLS_PIECE]), rest[cexec.TLS_PIECE:]
-    more()
-    assert not taken, "the buffers are small"
-    while len(found) < len(data):
-        count = pair.server.read_into(view)
-        found += view[:count or 0]
-        more()
-    assert bytes(found) == data
-    pair.close()
-
-
-@pytest.mark.parametrize("end", ["close", "close_notify", "reset"])
-def test_all_that_came_before_the_end_is_read_and_then_the_end(pair, end):
-    pair.shake()
-    pair.client.send(memoryview(b"x" * 50000))
-    if end == "close_notify":
-        with contextlib.suppress(ssl.SSLWantReadError):
-            pair.client.tls.unwrap()
-        pair.client.flush()
-    elif end == "reset":
-        wait_until(lambda: pytest.fail("nothing yet")
-                   if not cexec.wait_for(pair.near.fileno(), select.POLLIN, 0) else 0)
-        data = read_all(pair.server, 50000)
-        pair.far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    pair.client.close()
-    if end != "reset":
-        data = read_all(pair.server, 50000)
-    assert data == b"x" * 50000
-    view = memoryview(bytearray(10))
-
-    def over():
-        try:
-            assert pair.server.read_into(view) == 0
-            return cexec.CLOSED
-        except OSError as error:
-            return cexec.loss_of(error).kind
-    assert wait_until(over) == (cexec.BROKEN if end == "reset" else cexec.CLOSED)
-
-
-def test_bytes_that_are_no_tls_break_behind_what_was_good(pair):
-    pair.shake()
-    pair.client.send(memoryview(b"good"))
-    pair.far.send(b"and this is nothing that TLS has ever seen" * 10)
-    view = memoryview(bytearray(100))
-    assert cexec.wait_for(pair.near.fileno(), select.POLLIN, 10)
-    assert read_all(pair.server, 4, 100) == b"good"
-    with pytest.raises(ssl.SSLError) as caught:
-        assert cexec.wait_for(pair.near.fileno(), select.POLLIN, 0) or pair.server.failure
-        pair.server.read_into(view)
-    assert cexec.loss_of(caught.value).kind is cexec.BROKEN
-    with pytest.raises(ssl.SSLError):
-        pair.server.read_into(view)
-
-
-class NewKeys:
-    """Makes one end of a Pair ask for new keys of TLS: records of 27 bytes without any data."""
-
-    def __init__(self, end):
-        if sys.implementation.name != "cpython" or not sys.platform.startswith("linux"):
-            skip("looks into the ssl module of CPython")
-        import ctypes
-        with open("/proc/self/maps") as file:
-            path = next((line.split()[-1] for line in file if "libssl" in line), None)
-        if not path:
-            skip("the ssl module has its library inside")
-        self.library = ctypes.CDLL(path)
-        self.ssl = ctypes.c_void_p(ctypes.c_void_p.from_address(id(end.tls._sslobj) + 24).value)
-
-    def ask(self, with_answer):
-        assert self.library.SSL_key_update(self.ssl, int(with_answer)) == 1
-        self.library.SSL_do_handshake(self.ssl)
-
-
-def test_new_keys_asked_for_without_end_break_the_connection(key):
-    """S23: TLS answers each such request, which takes 27 bytes."""
-    pair = Pair(key, 4096).shake()
-    keys, view = NewKeys(pair.server), memoryview(bytearray(1 << 16))
-    with pytest.raises(OSError, match="keeps TLS busy"):
-        for _ in range(20000):      # half a megabyte
-            keys.ask(True)
-            if not pair.server.flush():
-                pair.client.read_into(view)
-            pair.client.read_into(view)
-            pair.client.flush()
-    assert pair.client.outgoing.pending < 2 * cexec.TLS_PIECE
-    pair.close()
-
-
-@pytest.mark.parametrize("data", [b"", b"x"])
-def test_records_without_data_end_the_connection(pair, data):
-    """One call reads a few times only; data between many such records is no excuse for more of them than a record
-    takes, and those with a little data are read a few at a time."""
-    pair.shake()
-    keys, view, calls = NewKeys(pair.client), memoryview(bytearray(100)), []
-    for _ in range(40):
-        for _ in range(500 if data else 2600):
-            keys.ask(False)
-        if data:
-            pair.client.tls.write(data)
-    whole, fetch = pair.client.outgoing.read(), pair.server._fetch
-    pair.server._fetch = lambda: calls.append(1) or fetch()
-    sender = threading.Thread(target=lambda: (pair.far.setblocking(True), pair.far.sendall(whole)), daemon=True)
-    sender.start()
-    found, failure = b"", None
-    while failure is None and len(found) < 40:
-        cexec.wait_for(pair.near.fileno(), select.POLLIN, 10)
-        calls.clear()
-        try:
-            count = pair.server.read_into(view)
-            found += view[:count or 0]
-        except OSError as error:
-            failure = str(error)
-        assert len(calls) <= cexec.TlsConnection.FETCHES
-    assert found == data * 40 and bool(failure) == (not data)
-    assert not failure or "keeps TLS busy and sends no data" in failure
-
-
-def test_a_handshake_with_a_stranger_fails_on_both_sides(pair, tmp_path):
-    stranger = str(tmp_path / "other")
-    assert run("ckeygen", stranger).returncode == 0
-    pair.client = cexec.TlsConnection(pair.far, cexec.tls_context(cexec.load_key(stranger, "private")[0], False), False)
-    failed = []
-    for _ in range(10):
-        for end in pair.client, pair.server:
-            try:
-                end.handshake()
-            except ssl.SSLError as error:
-                failed.append(end)
-                assert cexec.loss_of(error).kind is cexec.BROKEN
-        if pair.client in failed and pair.server in failed:
-            return
-    pytest.fail("who failed: %s" % failed)
-
-
-# ---------------------------------------------------------------- the event loop
-
-@pytest.fixture
-def loop():
-    loop = cexec.Loop()
-    yield loop
-    loop.close()
-
-
-def run_loop(loop, seconds=PATIENCE):
-    """Runs the loop until something stops it; a failure if nothing does."""
-    guard = loop.call_later(seconds, lambda: loop.stop("too late"))
-    result = loop.run()
-    guard.cancel()
-    assert result != "too late", "nothing stopped the loop"
-    return result
-
-
-def test_timers_fire_in_order_and_cancelled_ones_never(loop):
-    fired = []
-    for delay in 0.03, 0.01, 0.02, 0.0:
-        loop.call_later(delay, lambda delay=delay: fired.append(delay))
-    cancelled = loop.call_later(0.005, lambda: fired.append("cancelled"))
-    first = loop.call_later(0.015, lambda: second.cancel())
-    second = loop.call_later(0.016, lambda: fired.append("cancelled by another"))
-    cancelled.cancel()
-    cancelled.cancel()
-    loop.call_later(0.04, lambda: loop.stop("over"))
-    assert run_loop(loop) == "over" and fired == [0.0, 0.01, 0.02, 0.03] and first.callback
-
-
-def test_calls_from_threads_wake_the_loop(loop):
-    caller, found = threading.get_ident(), []
-
-    def work():
-        for number in range(1000):
-            loop.call_soon_threadsafe(lambda number=number: found.append((number, threading.get_ident())))
-        loop.call_soon_threadsafe(loop.stop)
-    threading.Thread(target=work, daemon=True).start()
-    run_loop(loop)
-    assert found == [(number, caller) for number in range(1000)]
-
-
-def test_descriptors_are_watched_for_what_is_wanted(loop):
-    reading, writing = os.pipe()
-    seen = []
-
-    def readable():
-        seen.append(os.read(reading, 10))
-        loop.watch(reading)
-        loop.watch(writing, write=writable)
-
-    def writable():
-        seen.append("writable")
-        loop.watch(writing)
-        os.write(writing, b"again")
-        loop.call_later(0.02, loop.stop)
-    loop.watch(reading, read=readable)
-    os.write(writing, b"bytes")
-    run_loop(loop)
-    assert seen == [b"bytes", "writable"], "what is not watched any more is not called"
-    loop.watch(reading)
-    os.close(reading)
-    os.close(writing)
-
-
-def test_a_call_taken_back_in_its_round_is_not_made(loop):
-    pairs, called = [os.pipe() for _ in range(2)], []
-    for number, (reading, writing) in enumerate(pairs):
-        def first(number=number):
-            called.append(number)
-            for fd, _ in pairs:
-                loop.watch(fd)
-            loop.call_later(0.02, loop.stop)
-        loop.watch(reading, read=first)
-        os.write(writing, b"x")
-    run_loop(loop)
-    assert len(called) == 1
-    for fd in itertools.chain(*pairs):
-        os.close(fd)
-
-
-def test_signals_become_calls_and_go_back_to_what_they_were():
-    before, heard = signal.getsignal(signal.SIGUSR1), []
-    waker = signal.set_wakeup_fd(-1)
-    signal.set_wakeup_fd(waker)
-    loop = cexec.Loop()
-    loop.on_signal(signal.SIGUSR1, lambda number: (heard.append(number), loop.stop()))
-    loop.call_later(0.01, lambda: os.kill(os.getpid(), signal.SIGUSR1))
-    run_loop(loop)
-    assert heard == [signal.SIGUSR1]
-    loop.close()
-    assert signal.getsignal(signal.SIGUSR1) == before and signal.set_wakeup_fd(-1) == waker
-
-
-def test_a_descriptor_too_high_for_select_is_watched(loop):
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < 1100:
-        skip("no descriptor above 1024 is allowed here")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1100), hard))
-    reading, writing = os.pipe()
-    high = fcntl.fcntl(reading, fcntl.F_DUPFD, 1050)
-    try:
-        loop.watch(reading, read=lambda: None)
-        loop.watch(reading)
-        loop.watch(high, read=loop.stop)
-        os.write(writing, b"x")
-        run_loop(loop)
-        loop.watch(high)
-    finally:
-        for fd in reading, writing, high:
-            os.close(fd)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-def test_no_call_reaches_a_loop_that_is_closed():
-    loop = cexec.Loop()
-    fds = loop.wake_in, loop.wake_out
-    loop.close()
-    loop.call_soon_threadsafe(lambda: None)
-    for fd in fds:
-        with pytest.raises(OSError):
-            os.fstat(fd)
-
-
-# ---------------------------------------------------------------- the log
-
-FLOOD = """
-import sys, time
-sys.path.insert(0, sys.argv[1])
-import cexec
-log, began = cexec.Log("cservice"), time.monotonic()
-for number in range(20000):
-    log("line %d" % number)
-print(time.monotonic() - began)
-time.sleep(0.1)
-log("the last")
-"""
-
-
-def test_the_log_never_floods():
-    done = run_command(sys.executable, "-c", FLOOD, HERE)
-    lines = done.stderr.decode().splitlines()
-    assert len(lines) <= cexec.Log.BURST + cexec.Log.PER_SECOND * (float(done.stdout) + 1)
-    assert re.search(r"the last \(\d+ lines before this one were dropped\)\Z", lines[-1])
-
-
-@pytest.fixture
-def log(monkeypatch):
-    """A log with a clock of its own, and room for as many lines as come; log.lines has what it wrote."""
-    log = cexec.Log("tool", clock=lambda: log.now)
-    log.now, log.lines = 0.0, []
-    monkeypatch.setattr(cexec.Log, "BURST", 1 << 20)
-    log.bucket = cexec.TokenBucket(0, 1 << 20)
-    monkeypatch.setattr(cexec, "say", lambda prefix, text, fd: log.lines.append(text))
-    monkeypatch.setattr(cexec, "has_room", lambda: True)
-    return log
-
-
-def test_notes_on_one_topic_are_counted_after_the_first(log):
-    """S17: for each topic by itself."""
-    for log.now in range(25):
-        log.note("a", "a%d" % log.now)
-    log.note(("b", "c"), "b")
-    assert log.lines == ["a0", "a10 (and 9 more such since the last note)",
-                         "a20 (and 9 more such since the last note)", "b"]
-
-
-def test_topics_of_strangers_take_bounded_memory(log):
-    """S17: the oldest is forgotten, and the newest ones are still kept back."""
-    for number in range(5 * cexec.TOPICS_MAX):
-        log.note(number, "x")
-    assert len(log.topics) == cexec.TOPICS_MAX
-    log.note(number, "again")
-    log.note(0, "again")
-    assert log.lines.count("again") == 1
-
-
-def test_lost_datagrams_are_noted_by_their_number(log):
-    for log.now, count in (0, 0), (1, 5), (2, 5), (3, 7), (12, 10):
-        log.datagrams_lost(count)
-    assert [line.split(",")[0] for line in log.lines] == ["5 datagrams lost", "3 datagrams lost"]
-
-
-def test_a_line_that_would_have_to_wait_is_dropped_and_counted(log, monkeypatch):
-    """R20: one that must be said as well."""
-    monkeypatch.setattr(cexec, "has_room", lambda: False)
-    log("one")
-    log("two", always=True)
-    monkeypatch.setattr(cexec, "has_room", lambda: True)
-    log("three")
-    assert log.lines == ["three (2 lines before this one were dropped)"]
-
-
-def test_a_call_that_fails_is_reported_and_the_others_are_made():
-    """Also when it fails each time, and comes first."""
-    errors, reached = [], []
-    loop = cexec.Loop(errors.append)
-    reading, writing = os.pipe()
-    os.write(writing, b"x")
-
-    def fail():
-        raise KeyError("broken")
-    loop.watch(reading, read=fail)
-    loop.watch(writing, write=lambda: reached.append("descriptor"))
-    loop.call_later(0, fail)
-    loop.call_later(0.001, lambda: reached.append("timer"))
-    loop.call_soon_threadsafe(fail)
-    loop.call_soon_threadsafe(lambda: reached.append("call"))
-    loop.call_later(0.02, loop.stop)
-    run_loop(loop)
-    assert set(reached) == {"descriptor", "timer", "call"}
-    assert len(errors) >= 3 and {type(error) for error in errors} == {KeyError}
-    loop.close()
-    os.close(reading)
-    os.close(writing)
-
-
-@pytest.mark.parametrize("error", [cexec.Failure("what"), SystemExit(3), KeyboardInterrupt()], ids=repr)
-def test_what_ends_the_program_leaves_the_loop(error):
-    loop = cexec.Loop(lambda error: pytest.fail("kept"))
-
-    def fail():
-        raise error
-    loop.call_soon_threadsafe(fail)
-    with pytest.raises(type(error)):
-        loop.run()
-    loop.close()
-
-
-def test_without_a_listener_an_error_leaves_the_loop(loop):
-    loop.call_soon_threadsafe(lambda: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        loop.run()
-
-
-def test_a_loop_runs_in_any_thread_and_touches_no_signal_unasked():
-    before, results = signal.set_wakeup_fd(-1), []
-
-    def work():
-        loop = cexec.Loop()
-        loop.call_later(0.01, lambda: loop.call_soon_threadsafe(lambda: loop.stop("done")))
-        results.append(loop.run())
-        loop.close()
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(PATIENCE)
-    assert results == ["done"] and signal.set_wakeup_fd(before) == -1
-
-
-def test_a_loop_that_another_thread_made_is_woken_all_the_same():
-    loop, results = cexec.Loop(), []
-    thread = threading.Thread(target=lambda: results.append(loop.run()), daemon=True)
-    thread.start()
-    loop.call_soon_threadsafe(lambda: loop.stop("called"))
-    thread.join(PATIENCE)
-    assert results == ["called"]
-    loop.close()
 
 
 # ---------------------------------------------------------------- sources and sinks of every kind
@@ -6820,1899 +9134,744 @@ def stopped(pid):
     assert stat_fields(pid)[:1] == ["T"]
 
 
-# ---------------------------------------------------------------- slots
-
-@pytest.mark.parametrize("event", cexec.SlotEvent)
-@pytest.mark.parametrize("state", cexec.SlotState)
-def test_every_event_of_a_slot_in_every_state(state, event):
-    """What is not in the table is an error that names slot, state and event, and changes nothing."""
-    slot = cexec.Slot(None, None, None, 0.0)
-    slot.state = state
-    if (state, event) in cexec.SLOTS:
-        slot.move(event)
-        assert slot.state is cexec.SLOTS[state, event]
-    else:
-        with pytest.raises(RuntimeError, match="slot of job none yet: event %s in state %s" % (event.name, state.name)):
-            slot.move(event)
-        assert slot.state is state
-
-
-def test_a_slot_that_leaves_is_free_behind_its_job():
-    """R21: no way leads from LEAVE to another job, but by STAY."""
-    for state in set(cexec.SlotState) - {cexec.SlotState.FREE}:
-        after = cexec.SLOTS[state, cexec.SlotEvent.LEAVE]
-        assert after is (cexec.SlotState.LEAVING if state in cexec.WITH_JOB else cexec.SlotState.FREE)
-    assert (cexec.SlotState.LEAVING, cexec.SlotEvent.JOB) not in cexec.SLOTS
-    assert not [key for key in cexec.SLOTS if key[0] is cexec.SlotState.FREE]
-
-
-# ---------------------------------------------------------------- jobs: the table, avoidance, a diagnosis
-
-STATES, EVENTS = list(cexec.JobState), list(cexec.JobEvent)
-
-
-@pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("event", EVENTS)
-def test_each_event_leads_on_or_is_an_error_with_names(state, event):
-    if (state, event) in cexec.JOBS:
-        assert cexec.next_state(cexec.JOBS, state, event) in STATES and state is not cexec.JobState.DONE
-    else:
-        with pytest.raises(RuntimeError, match="^job 1a2b: event %s in state %s$" % (event.name, state.name)):
-            cexec.next_state(cexec.JOBS, state, event, "job 1a2b")
-
-
-def test_every_state_of_a_job_is_reached_and_left():
-    assert {after for after in cexec.JOBS.values()} == set(STATES)
-    assert {state for state, _ in cexec.JOBS} == set(STATES) - {cexec.JobState.DONE}
-    assert {event for _, event in cexec.JOBS} == set(EVENTS)
-    for state in set(STATES) - {cexec.JobState.DONE}:
-        assert cexec.JOBS[state, cexec.JobEvent.CANCELLED] is cexec.JOBS[state, cexec.JobEvent.FAILED]
-
-
-@pytest.mark.parametrize("committed, losses, retries, signalled, can_rewind, again", [
-    (False, 1, 3, None, True, True), (False, 3, 3, None, True, True), (False, 4, 3, None, True, False),
-    (True, 1, 3, None, True, False), (False, 1, 3, "INT", True, False), (False, 1, 3, None, False, False),
-    (False, 1, 0, None, True, False)])
-def test_when_a_job_whose_worker_was_lost_may_start_again(committed, losses, retries, signalled, can_rewind, again):
-    advice = cexec.why_not_again(committed, losses, retries, signalled, can_rewind)
-    assert bool(advice) is not again and ("had begun" in advice) is committed
-
-
-def test_who_failed_a_job_is_passed_over_ever_longer():
-    avoidance, now, pauses = cexec.Avoidance(), 100.0, []
-    for _ in range(8):
-        pauses.append(avoidance.failed(now, "one", "a"))
-        assert avoidance.passes_over(now, "one", "a", ()) and not avoidance.passes_over(now, "other", "a", ())
-        now += pauses[-1]
-        assert not avoidance.passes_over(now, "one", "a", ())
-    assert pauses == [0.25, 0.5, 1, 2, 4, 8, 8, 8]
-    assert avoidance.wait_until == -math.inf
-
-
-def test_an_address_is_passed_over_after_three_failures():
-    """A13: not where one has succeeded, and not where a job of this submitter runs: a cproxy has many behind it."""
-    avoidance = cexec.Avoidance()
-    for name in "one", "one", "two":
-        avoidance.failed(1.0, name, "a")
-    assert not avoidance.passes_over(1.0, "new", "a", ())
-    avoidance.succeeded("a")
-    for name in "three", "four":
-        avoidance.failed(1.0, name, "a")
-    assert not avoidance.passes_over(1.0, "new", "a", ())
-    avoidance.failed(1.0, "five", "a")
-    assert avoidance.passes_over(1.0, "new", "a", ()) and not avoidance.passes_over(1.0, "new", "b", ())
-    assert not avoidance.passes_over(1.0, "new", "a", {"a"}) and avoidance.passes_over(1.0, "five", "a", {"a"})
-    for number, pause in enumerate([1, 2, 4, 8, 16, 32, 32, 32]):
-        assert avoidance.passes_over(0.9 + pause, "new", "a", ())
-        assert not avoidance.passes_over(1.0 + pause, "new", "a", ())
-        avoidance.failed(1.0, number, "a")
-
-
-@pytest.mark.parametrize("addresses", [1, 2, 3, 6, 10])
-def test_workers_under_ever_new_names_leave_room_for_another(addresses):
-    """R18: they are quicker than the honest one whenever any of them may be asked; it has its turn within a minute."""
-    avoidance, now, names = cexec.Avoidance(), 0.0, itertools.count()
-    while True:
-        now = max(now, avoidance.wait_until)
-        rogue = next((place for place in range(addresses) if not avoidance.passes_over(now, "new", place, ())), None)
-        if rogue is None:
-            break
-        avoidance.failed(now, next(names), rogue)
-        now += 0.02
-    assert now < 60 and next(names) < 8 * addresses + 3
-
-
-def test_a_job_that_failed_often_waits_itself():
-    avoidance = cexec.Avoidance()
-    for number in range(cexec.FAILURES_AT_ONCE):
-        avoidance.failed(1.0, number, number)
-    assert avoidance.wait_until == -math.inf
-    pause = avoidance.failed(1.0, "more", "more")
-    assert 1.0 < avoidance.wait_until < 1.0 + pause
-    avoidance = cexec.Avoidance()
-    for number in range(cexec.REFUSALS_AT_ONCE):
-        avoidance.failed(1.0, number, number, "no such parameter")
-    assert avoidance.wait_until == -math.inf and avoidance.passes_over(1e9, 0, 0, ())
-    assert len(avoidance.refused) == cexec.REFUSALS_AT_ONCE
-    avoidance.failed(1.0, "more", "more", "no")
-    assert avoidance.wait_until > 1.0
-
-
-def a_here(instance, **changes):
-    here = cexec.Here(cexec.BUSY, 4, 4, 1, 2, 0.0, 0.0, 1.0, 9, 3, 0, "10.0.0.7", instance, "host", "2", "3", "", "c",
-                      "", "", (), 0)
-    return here._replace(**changes)
-
-
-def diagnosis(*heard, since=0.0, **changes):
-    facts = cexec.SearchFacts(list(heard), "10.0.0.255:3010", "app.pub", "SHA256:ab", 3010, 4000, "eth0", (), (), None,
-                              "")
-    return cexec.Diagnosis(facts._replace(**changes), since)
-
-
-def heard(name, at=1.0, words=None, **here):
-    return cexec.HeardWorker(at, name, a_here(name, **here) if here else None, words)
-
-
-@pytest.mark.parametrize("workers, line", [
-    ([], "nobody has answered yet, 12 s; cwho --check app.pub finds out why"),
-    ([heard("a", words="busy", state=1)], "waiting: 1 worker, busy, 12 s"),
-    ([heard("a", words="busy", state=1), heard("b", words="busy", state=1)], "waiting: 2 workers, all busy, 12 s"),
-    ([heard("a", words="busy", state=1), heard("b")], "waiting: 2 workers, none free, 12 s"),
-    ([heard("a", words="closed in the handshake")], "a failed: closed in the handshake, 12 s"),
-    ([heard("a", words="could not connect", state=4, port=4000, error="x")], "a could not connect, 12 s"),
-    ([heard("a", at=-1.0, words="busy", state=1)],
-     "nobody has answered yet, 12 s; cwho --check app.pub finds out why")])
-def test_what_a_job_waits_for_in_one_line(workers, line):
-    made = diagnosis(*workers)
-    assert made.waiting(12.2, made) == line
-    assert made.waiting(9.9, made) == line.partition("; cwho")[0].replace("12 s", "10 s")
-
-
-@pytest.mark.parametrize("workers, changes, why, hint", [
-    ([], {}, "nobody answered within 60 s; announced on 10.0.0.255:3010 by eth0, to connect back to TCP port 4000",
-     "is cservice running with this key (SHA256:ab) in this network?"),
-    ([], {"unsent": ["eth0: no"], "unused": ["b: reset"]}, "; could not send: eth0: no; b: reset", "do firewalls pass"),
-    ([heard("a", words="busy", state=1)], {}, "no worker was free within 60 s (busy); ", "=0 waits for ever; cwho"),
-    ([heard("a", words="cannot", state=4)], {}, "none of the workers that answered took the job within", "a firewall"),
-    ([heard("a", words="reset")], {}, "none of the workers that answered took the job within", "-v tells what"),
-    ([], {"last_loss": "worker a: lost"}, "worker a: lost; since then nobody answered", "is cservice running"),
-    ([], {"no_port": cexec.PortTaken("no port", "in use", "name more")}, "within 60 s no port: in use", "name more")])
-def test_why_a_job_got_no_worker(workers, changes, why, hint):
-    found, advice = diagnosis(*workers, **changes).failure(60.0)
-    assert why in found and hint in advice
-
-
-# ---------------------------------------------------------------- choice: a simulated room
-
-INF = math.inf
-RANDOMS = itertools.count()     # what each worker's preamble has of its own
-
-
-class SimulatedJob:
-    """One submitter. start, worker: when and where its job began; extra: what that took beyond packets and handshake;
-    refusals: so many of the workers it chooses refuse the job; way: how much longer a packet takes to it."""
-
-    def __init__(self, room, length, source, refusals, way):
-        self.name, self.length, self.source, self.born = len(room.jobs), length, source, room.now
-        self.selection = cexec.Selection(room.now, room.uniform)
-        self.start = self.worker = self.extra = None
-        self.alarm = self.closes = INF
-        self.busy = room.now
-        self.announced, self.refusals, self.way = 0, refusals, way
-        self.sequence, self.heard = collections.Counter(), []   # heard: when which worker said that it is busy
-
-    @property
-    def nonce(self):
-        return self.name, self.refusals
-
-    @property
-    def connections(self):
-        return self.selection.connections
-
-
-class Crowd:
-    """Workers and submitters that run the real rule over a simulated network. Times are seconds.
-
-    loss: share of datagrams lost; jitter: longest delay until a woken process runs; stalled: workers that connect and
-    then say nothing; handshake: what the worker computes for it; distance: least and greatest way of a packet."""
-
-    def __init__(self, workers, seed=1, slots=4, cores=None, speeds=None, loss=0.0, jitter=0.0, stalled=(),
-                 handshake=0.0006, distance=(0.0001, 0.0005)):
-        self.random = random.Random(seed)
-        self.heap, self.order, self.now = [], itertools.count(), 0.0
-        self.loss, self.jitter, self.stalled, self.handshake = loss, jitter, set(stalled), handshake
-        self.far = [self.random.uniform(*distance) for _ in range(workers)]
-        self.responders = [cexec.Responder(slots, cores or slots, speeds[i] if speeds else 1.0, self.uniform)
-                        for i in range(workers)]
-        self.alarms = [INF] * workers
-        self.jobs, self.peak, self.datagrams, self.waiting = {}, 0, 0, {}
-        self.slots, self.busy_ends = {}, 0      # {(worker, nonce): Slot} of connections under way
-        self.overtaken, self.on_start = [], lambda job: None
-        self.actions = {cexec.ANNOUNCE: self.announce, cexec.HOLD: self.hold, cexec.TAKEN: self.taken,
-                        cexec.HANDSHAKE: self.handshakes, cexec.EVICT: self.evict, cexec.WIN: self.win}
-
-    def way(self, worker, nonce):
-        """How long a packet takes between this worker and the submitter of that search."""
-        return self.far[worker] + self.jobs[nonce[0]].way
-
-    def uniform(self):
-        return 1.0 - self.random.random()
-
-    def call_at(self, when, what, *arguments):
-        heapq.heappush(self.heap, (when, next(self.order), what, arguments))
-
-    def run(self, until):
-        """Go on until this time; or, if it is None, until every job has found its worker."""
-        while self.heap and (self.waiting if until is None else self.heap[0][0] <= until):
-            self.now, _, what, arguments = heapq.heappop(self.heap)
-            what(*arguments)
-        self.now = until or self.now
-
-    def late(self):
-        return self.random.expovariate(20000.0) + (self.random.uniform(0.0001, self.jitter) if self.jitter else 0.0)
-
-    def submit(self, length=0.0, source=None, refusals=0, way=0.0):
-        job = SimulatedJob(self, length, source or len(self.jobs), refusals, way)
-        self.jobs[job.name] = self.waiting[job.name] = job
-        self.pump(job)
-        return job
-
-    def place(self, count, length=0.0, gap=0.2):
-        """count jobs one after the other; those jobs."""
-        done = []
-        for _ in range(count):
-            done.append(self.submit(length))
-            self.run(None)
-            self.run(self.now + gap)
-        return done
-
-    def burst(self, count, length, source=None):
-        """count jobs at once; those jobs, when all have begun."""
-        jobs = [self.submit(length, source) for _ in range(count)]
-        self.run(None)
-        return jobs
-
-    def crowd(self, count, seconds, source=None):
-        """For a while count submitters always wait: who is served is replaced. Those jobs that have begun."""
-        def begun(job):
-            self.submit(self.random.expovariate(1.0), source)
-        end, self.overtaken = self.now + seconds, []
-        for _ in range(count):
-            self.submit(self.random.expovariate(1.0), source)
-        self.on_start = begun
-        self.run(end)
-        self.on_start = lambda job: None
-        return [job for job in self.jobs.values() if job.start and job.length]
-
-    # the submitters
-    def pump(self, job):
-        for action, *what in job.selection.poll(self.now):
-            self.actions[action](job, *what)
-        due = job.selection.next_due()
-        if due is not None and due < job.alarm:
-            job.alarm = due
-            self.call_at(max(due, self.now), self.ring, job)
-
-    def ring(self, job):
-        job.alarm = INF
-        self.pump(job)
-
-    def announce(self, job, *fields):
-        job.announced += 1
-        self.broadcast(job, cexec.Responder.announced, job.nonce, (job.source, 40000),
-                       cexec.Announcement(*fields[:-1], submitter=job.name, wanted=fields[-1]), job.announced, 5000)
-
-    def hold(self, job, seconds):
-        job.sequence["hold"] += 1
-        self.broadcast(job, cexec.Responder.hold, job.nonce, seconds, job.sequence["hold"])
-
-    def taken(self, job, offset):
-        self.broadcast(job, cexec.Responder.taken, job.nonce, offset)
-
-    def handshakes(self, job, who):
-        worker, nonce = who
-        if worker in self.stalled:
-            return
-        job.busy = max(job.busy, self.now) + 0.0004
-        self.call_at(job.busy + self.way(*who), self.went_on, job, who)
-
-    def shaken(self, job, who):
-        if who in self.slots:
-            job.selection.authenticated(self.now, who)
-            self.pump(job)
-
-    def evict(self, job, who, why):
-        self.call_at(self.now + self.way(*who), self.ended, *who)
-
-    def win(self, job, who):
-        worker, nonce = who
-        if job.refusals:
-            job.refusals -= 1
-            self.call_at(self.now + self.way(*who), self.ended, worker, nonce)
-            job.selection = cexec.Selection(self.now, self.uniform)
-            return
-        del self.waiting[job.name]
-        self.overtaken.append(sum(other.born < job.born for other in self.waiting.values()))
-        job.start, job.worker, job.closes = self.now + self.way(*who), worker, self.now + 0.05
-        job.extra = job.start - job.born - 7 * self.way(*who) - 0.0004 - self.handshake
-        self.call_at(job.start, self.began, worker, nonce, job.length)
-        self.on_start(job)
-
-    # the workers
-    def broadcast(self, job, method, *fields):
-        self.datagrams += 1
-        for worker, far in enumerate(self.far):
-            if not self.loss or self.random.random() >= self.loss:
-                self.call_at(self.now + far + job.way + self.late(), self.heard, worker, method, fields)
-
-    def heard(self, worker, method, fields):
-        method(self.responders[worker], self.now, *fields)
-        self.wake(worker)
-
-    def wake(self, worker):
-        responder = self.responders[worker]
-        for slot in responder.due(self.now):
-            self.connect(worker, slot)
-        assert not responder.surplus(self.now)
-        for search in responder.busy_due(self.now):
-            if self.random.random() >= self.loss:
-                self.call_at(self.now + self.way(worker, search.nonce) + self.late(), self.says_busy, worker,
-                             self.jobs[search.nonce[0]])
-        due = responder.next_due()
-        if due is not None and due < self.alarms[worker]:
-            self.alarms[worker] = due
-            self.call_at(max(due, self.now) + (self.late() if self.jitter else 0.0), self.alarmed, worker)
-
-    def says_busy(self, worker, job):
-        job.heard.append((self.now, worker))
-        job.selection.busy(self.now)
-        self.pump(job)
-
-    def alarmed(self, worker):
-        self.alarms[worker] = INF
-        self.wake(worker)
-
-    def connect(self, worker, slot):
-        answer, job = slot.answer, self.jobs[slot.answer.nonce[0]]
-        self.slots[worker, answer.nonce] = slot
-        assert slot.origin.address == (job.source, 5000)
-        if self.now > job.closes or answer.nonce != job.nonce:
-            self.call_at(self.now + 2 * self.way(worker, answer.nonce), self.ended, worker, answer.nonce, True)
-        else:
-            self.call_at(self.now + 2 * self.way(worker, answer.nonce), self.connected, worker, slot)
-            self.call_at(self.now + 3 * self.way(worker, answer.nonce) + self.late(), self.arrived, job, worker, answer)
-
-    def connected(self, worker, slot):
-        if slot.state is cexec.SlotState.CONNECTING:
-            self.responders[worker].connected(self.now, slot)
-
-    def arrived(self, job, worker, answer):
-        if answer.nonce != job.nonce:
-            return self.call_at(self.now + self.way(worker, answer.nonce), self.ended, worker, answer.nonce)
-        job.selection.connected(self.now, (worker, answer.nonce), worker, answer, next(RANDOMS))
-        self.pump(job)
-
-    def ended(self, worker, nonce, refused=False):
-        slot = self.slots.pop((worker, nonce), None)
-        if slot:        # it had not ended by itself, being busy
-            if refused:
-                self.responders[worker].refused(slot)
-            self.responders[worker].move(self.now, slot, cexec.SlotEvent.LEAVE)
-            self.wake(worker)
-
-    def went_on(self, job, who):
-        """GO has come: the handshake follows, or an end that means busy."""
-        worker, nonce = who
-        slot = self.slots.get(who)
-        if slot is None:
-            return
-        if slot.state is cexec.SlotState.CONNECTING:
-            self.connected(worker, slot)
-        if self.responders[worker].go(self.now, slot):
-            self.call_at(self.now + self.way(*who) + self.handshake + self.late(), self.shaken, job, who)
-        else:
-            del self.slots[who]
-            self.busy_ends += 1
-            self.call_at(self.now + self.way(*who), self.gone, job, who)
-        self.wake(worker)
-
-    def gone(self, job, who):
-        job.selection.closed(self.now, who)
-        self.pump(job)
-
-    def began(self, worker, nonce, length):
-        responder, slot = self.responders[worker], self.slots.pop((worker, nonce))
-        responder.start(self.now, slot, cexec.SlotJob(nonce, "", "", 0.0))
-        self.peak = max(self.peak, responder.taken_slots())
-        self.call_at(self.now + length / responder.speed, self.finished, worker, slot)
-
-    def finished(self, worker, slot):
-        for event in cexec.SlotEvent.EXIT, cexec.SlotEvent.LEAVE:
-            self.responders[worker].move(self.now, slot, event)
-        self.wake(worker)
-
-
-def share(values, percent):
-    """The value that percent of values do not exceed."""
-    return sorted(values)[min(len(values) - 1, int(len(values) * percent / 100))]
-
-
-def mean_connections(jobs):
-    return statistics.mean(job.connections for job in jobs)
-
-
-def simulate(workers, jobs=100, warm=20, **world):
-    """Place single jobs on idle workers: dict of the first job's added seconds, then for those after `warm` the median
-    and 95th percentile of these, mean and 99th percentile of the connections, broadcasts per job."""
-    room = Crowd(workers, **world)
-    first = room.place(1)[0]
-    room.place(warm)
-    before = room.datagrams
-    done = room.place(jobs)
-    extra, made = [job.extra for job in done], [job.connections for job in done]
-    return dict(first=first.extra, median=statistics.median(extra), p95=share(extra, 95), mean=statistics.mean(made),
-                p99=share(made, 99), broadcasts=(room.datagrams - before) / jobs,
-                served=sum(job.start is not None for job in done))
-
-
-# ---------------------------------------------------------------- choice: the cluster as a whole
-
-def crowd_of(workers, **world):
-    """A room whose workers know their offset."""
-    room = Crowd(workers, **world)
-    room.place(20)
-    return room
-
-
-def test_an_idle_cluster_starts_a_job_at_once():
-    runs = [simulate(10, seed=seed) for seed in range(4)]
-    assert max(run["first"] for run in runs) < 0.04
-    assert statistics.mean(run["median"] for run in runs) < 0.001
-    assert statistics.mean(run["p95"] for run in runs) < 0.004
-
-
-@heavy
-@pytest.mark.parametrize("workers, world, mean, p99", [
-    (1, {}, 1, 1),
-    (4, {}, 2.6, 4),
-    (4, {"jitter": 0.003}, 3, 4),
-    (4, {"jitter": 0.003, "handshake": 0.012}, 3, 8),
-    (10, {"loss": 0.3}, 3, 10),
-    (100, {}, 2.6, 10),
-    (100, {"loss": 0.3}, 4.5, 20),
+# ---------------------------------------------------------------- terminals: what is typed
+
+@pytest.mark.parametrize("cut", [1, 2, 3, None])
+@pytest.mark.parametrize("data, result, commands", [
+    (b"~.", b"", ["end"]),
+    (b"ls\r~.", b"ls\r", ["end"]),
+    (b"ls\n~.", b"ls\n", ["end"]),
+    (b"a~.", b"a~.", []),
+    (b"~~.", b"~.", []),
+    (b"\r~~~.", b"\r~~.", []),
+    (b"~x", b"~x", []),
+    (b"~\r~.", b"~\r", ["end"]),
+    (b"~\x1als\r~.", b"ls\r", ["suspend", "end"]),
+    (b"\x03~.", b"\x03~.", []),
+    (b"\xc3\xa9\r\x00\xff", b"\xc3\xa9\r\x00\xff", []),
 ])
-def test_few_workers_connect(workers, world, mean, p99):
-    runs = [simulate(workers, 60, seed=seed, **world) for seed in range(1 if workers == 100 else 4)]
-    assert all(run["served"] == 60 for run in runs)
-    assert statistics.mean(run["mean"] for run in runs) <= mean
-    assert statistics.mean(run["p99"] for run in runs) <= p99
-
-
-@heavy
-def test_few_of_very_many_connect_even_for_the_first_job():
-    room = Crowd(1000)
-    jobs = room.place(15)
-    assert jobs[0].connections <= 12 and mean_connections(jobs) <= 3
-    assert max(job.extra for job in jobs) < 0.04
-
-
-def test_the_one_idle_worker_is_found():
-    room = crowd_of(10)
-    hits = 0
-    for _ in range(20):
-        idle = room.random.randrange(10)
-        for worker, responder in enumerate(room.responders):
-            responder.outside = 0.0 if worker == idle else room.random.uniform(2.4, 4.8)
-        jobs = room.place(5, gap=0.4)
-        hits += sum(job.worker == idle for job in jobs)
-    assert hits >= 95
-
-
-def test_the_faster_and_the_freer_machine_is_preferred():
-    fast = crowd_of(10, speeds=[2.0] + 9 * [1.0])
-    assert sum(job.worker == 0 for job in fast.place(40)) >= 38
-    room = crowd_of(4)
-    room.responders[0].most, room.responders[0].cores = 16, 16
-    room.burst(4, 1000.0)
-    room.run(room.now + 0.1)
-    busy = [responder.taken_slots() / responder.cores for responder in room.responders]
-    room.burst(24, 1000.0)
-    assert max(busy) <= 0.25 and room.responders[0].taken_slots() >= 13
-
-
-def test_a_burst_spreads_over_the_workers():
-    most = []
-    for seed in range(5):
-        room = crowd_of(10, seed=seed, slots=8)
-        most.append(max(collections.Counter(job.worker for job in room.burst(40, 1000.0)).values()))
-    assert statistics.mean(most) <= 6
-
-
-@heavy
-@pytest.mark.parametrize("world", [{}, {"loss": 0.3}, {"jitter": 0.003}])
-@pytest.mark.parametrize("source", [None, "one host"])
-def test_slots_are_never_exceeded_and_reused_at_once(world, source):
-    room = crowd_of(10, **world)
-    born = room.now
-    jobs = room.burst(100, 1.0, source)
-    assert room.peak == 4
-    assert max(job.start for job in jobs) - born <= 1.03 * 2
-    assert mean_connections(jobs) <= 1.5
-
-
-def test_a_small_cluster_overrun():
-    room = crowd_of(4, slots=2)
-    born = room.now
-    jobs = room.burst(24, 1.0)
-    assert room.peak == 2 and max(job.start for job in jobs) - born <= 1.03 * 2
-
-
-@heavy
-@pytest.mark.parametrize("source", [None, "one host"])
-def test_nobody_starves(source):
-    room = crowd_of(5)
-    jobs = room.crowd(50, 8, source)
-    assert len(jobs) > 150                      # 20 slots of a mean second each: nearly no gaps
-    assert statistics.mean(room.overtaken) <= 0.5
-    assert max(room.now - job.born for job in room.waiting.values()) < 5
-    assert mean_connections(jobs) <= 1.3
-
-
-@heavy
-@pytest.mark.parametrize("slots", [1, 4])
-def test_submitters_far_away_get_their_share_beside_near_ones(slots):
-    """S4, R16: round trips of 20, 80, 250 ms and two near ones; all of them always have a job to be run."""
-    ways = [0.01, 0.04, 0.125, 0.0, 0.0]
-    for seed in range(2):
-        room, served = Crowd(1, seed=seed, slots=slots), collections.Counter()
-
-        def begun(job):
-            served[job.way, job.source] += 1
-            room.call_at(job.start + 0.3, room.submit, 0.3, job.source, 0, job.way)
-        room.on_start = begun
-        for number in range(slots):
-            for source, way in enumerate(ways, 1):
-                room.submit(0.3, (number, source), 0, way)
-        room.run(40.0)
-        assert room.peak == slots
-        fair = sum(served.values()) / len(served)
-        assert len(served) == slots * len(ways) and min(served.values()) > fair / 3, served
-
-
-@pytest.mark.parametrize("stalled", [3, 9])
-def test_a_worker_that_stalls_in_the_handshake_costs_little(stalled):
-    """R18: it makes room for another."""
-    room = Crowd(10, stalled=range(stalled), slots=100)
-    extra = [job.extra for job in room.place(60)[20:]]
-    assert share(extra, 95) < 0.06 if stalled == 3 else max(extra) < 0.5
-
-
-def test_a_distant_cluster_keeps_its_slow_handshakes():
-    room = Crowd(100, distance=(0.03, 0.06))
-    job = room.submit()
-    room.run(0.6)
-    assert job.start and job.connections <= 100
-
-
-def test_a_winner_that_refuses_is_replaced():
-    room = crowd_of(4)
-    for _ in range(10):
-        job = room.submit(refusals=2)
-        room.run(None)
-        assert job.extra < 0.06
-        room.run(room.now + 0.2)
-    assert not any(responder.slots for responder in room.responders)
-
-
-def test_a_lone_worker_that_lost_its_connection_is_asked_again():
-    room = Crowd(1)
-    room.stalled = {0}
-    job = room.submit()
-    room.run(0.03)
-    room.stalled = set()
-    (who,) = job.selection.candidates
-    job.selection.closed(room.now, who)
-    room.ended(*who)
-    room.run(1.0)
-    assert job.start
-
-
-def test_workers_idle_after_a_pause_do_not_all_connect():
-    room = crowd_of(100)
-    for responder in room.responders:
-        responder.outside = 8.0
-    room.place(30)
-    for responder in room.responders:
-        responder.outside = 0.0
-    room.run(room.now + 3)
-    assert room.place(1)[0].connections <= 20
-
-
-@heavy
-def test_a_cluster_that_was_swamped_remembers_its_size():
-    room = crowd_of(50, slots=1)
-    room.burst(70, 1.0)
-    room.run(room.now + 1.5)
-    assert room.place(1)[0].connections <= 20
-
-
-@heavy
-def test_the_offset_follows_the_load_within_a_few_jobs():
-    last, made = [], []
-    for seed in range(1, 4):
-        room = crowd_of(100, seed=seed)
-        for responder in room.responders:
-            responder.outside = 8.0
-        extra = [job.extra for job in room.place(6)]
-        assert extra[0] < 0.06
-        last.append(extra[-1])
-        for responder in room.responders:
-            responder.outside = 0.0
-        made += [job.connections for job in room.place(12)][2:]
-    assert statistics.mean(last) < 0.005 and statistics.mean(made) <= 8
-
-
-# ---------------------------------------------------------------- choice: one worker
-
-def responder(slots=2, jitter=1.0, **options):
-    """A worker whose random number is always jitter."""
-    return cexec.Responder(slots, 2, 1.0, lambda: jitter, **options)
-
-
-def hears(worker, nonce, now=0.0, source="a", attempt=0, waited=0.0, interval=4.0, flags=0, room="room", port=5000,
-          wanted=1):
-    announcement = cexec.Announcement(attempt, waited, interval, flags, room, wanted)
-    worker.announced(now, nonce, (source, 40000), announcement, attempt, port)
-
-
-def answers(worker, now=1.0):
-    """The nonces of the searches that a slot is offered to; each has an address."""
-    slots = worker.due(now)
-    assert all(slot.origin.address for slot in slots)
-    return [slot.search.nonce for slot in slots]
-
-
-def slot_of(worker, nonce):
-    """The slot that was offered last to this search."""
-    return [slot for slot in worker.slots if slot.search.nonce == nonce][-1]
-
-
-def lose_slot(worker, nonce, refused=False, now=1.0):
-    """The connection comes to nothing."""
-    slot = slot_of(worker, nonce)
-    if refused:
-        worker.refused(slot)
-    worker.move(now, slot, cexec.SlotEvent.LEAVE)
-
-
-def says_go(worker, nonce, now=1.0):
-    """Whether there was a slot for it."""
-    slot = slot_of(worker, nonce)
-    worker.connected(now, slot)
-    return worker.go(now, slot)
-
-
-def win(worker, nonce, now=1.0):
-    """The connection becomes a job; the slot."""
-    slot = slot_of(worker, nonce)
-    assert says_go(worker, nonce, now)
-    worker.start(now, slot, cexec.SlotJob("id", "a", "", 0.0))
-    return slot
-
-
-def give_job(worker, nonce, now=0.0, room="running"):
-    """A job that it has, whoever waits; its slot."""
-    search = cexec.HeardSearch(nonce, now, room)
-    search.origin = cexec.Origin(("running", 40000), 5000)
-    worker.slots.append(cexec.Slot(search, None, search.origin, now))
-    return win(worker, nonce, now)
-
-
-def end_job(worker, slot, now=1.0):
-    for event in cexec.SlotEvent.EXIT, cexec.SlotEvent.LEAVE:
-        worker.move(now, slot, event)
-
-
-def test_a_search_that_was_served_waits_behind_those_that_were_not():
-    """One for many slots lives long: by its age alone it would get each slot that it has just given back."""
-    worker = cexec.Responder(1, 1, 1.0, lambda: 0.5)
-    hears(worker, "many", now=0.0, room="cmap", wanted=9, interval=10.0)
-    answers(worker, 1.0)
-    slot = win(worker, "many", 1.0)
-    hears(worker, "many", now=2.0, room="cmap", wanted=9, attempt=1, interval=10.0)
-    hears(worker, "one", now=0.5, room="cexec", interval=10.0)
-    assert answers(worker, 3.0) == [] and worker.turns_over(3.0) == [slot]
-    worker.turns = 2            # the next offer goes to who has waited longest
-    end_job(worker, slot, 4.0)
-    assert answers(worker, 4.0) == ["one"]
-
-
-def test_an_announcement_is_answered_when_its_timer_fires():
-    worker = responder()
-    hears(worker, "n")
-    assert worker.next_due() == cexec.OFFSET_UNSET and not worker.due(0.0179)
-    (slot,) = worker.due(0.018)
-    assert slot.answer == ("n", 0.0, cexec.OFFSET_UNSET, cexec.OFFSET_UNSET, False)
-    assert worker.slots == [slot] and worker.taken_slots() == 0 and worker.next_due() is None
-
-
-def test_jitter_shortens_the_wait_but_never_below_nothing():
-    worker = responder(jitter=1e-9)
-    hears(worker, "n", now=0.005)
-    assert worker.next_due() == 0.005
-
-
-def test_a_faster_worker_starts_out_as_any_other():
-    worker = cexec.Responder(2, 2, 2.0, lambda: 1.0)
-    hears(worker, "n")
-    assert worker.next_due() == pytest.approx(cexec.OFFSET_UNSET)
-
-
-def test_no_second_connection_for_duplicates_and_replays():
-    """S4: once answered, an announcement is worth nothing."""
-    worker = responder(slots=4)
-    for end in lambda: worker.taken(0.0, "n", None), lambda: win(worker, "n"):
-        for attempt in range(3):
-            hears(worker, "n", attempt=attempt)
-            hears(worker, "n", attempt=attempt)
-        answers(worker, 0.03)
-        end()
-        for attempt in range(20):
-            hears(worker, "n", attempt=attempt)
-        assert worker.next_due() is None
-        worker = responder(slots=4)
-
-
-def test_a_submitter_is_not_called_a_third_time():
-    worker, made = responder(), 0
-    for attempt in range(20):
-        hears(worker, "n", now=0.1 * attempt, attempt=attempt)
-        for nonce in answers(worker, 0.1 * attempt + 0.05):
-            made += 1
-            lose_slot(worker, nonce, True)
-    assert made == 2 and not worker.slots
-
-
-def test_a_taken_that_overtakes_its_announcement_counts():
-    worker = responder()
-    worker.taken(0.0, "n", None)
-    hears(worker, "n")
-    assert worker.next_due() is None
-
-
-def test_a_closed_connection_is_made_for_a_later_attempt():
-    worker = responder()
-    hears(worker, "n", attempt=1)
-    assert answers(worker, 0.04) == ["n"]
-    hears(worker, "n", attempt=2)
-    assert worker.next_due() is None
-    lose_slot(worker, "n")
-    assert not worker.slots
-    hears(worker, "n", attempt=1)
-    assert worker.next_due() is None
-    hears(worker, "n", attempt=3)
-    assert answers(worker) == ["n"]
-
-
-def test_a_hold_begins_the_wait_anew():
-    worker = responder()
-    hears(worker, "n")
-    worker.hold(0.01, "n", 0.015, 1)
-    assert worker.next_due() == 0.025 + cexec.OFFSET_UNSET
-    worker.hold(0.02, "n", 0.015, 1)                     # a copy
-    assert worker.next_due() == 0.025 + cexec.OFFSET_UNSET
-    worker.hold(0.01, "unknown", 0.015, 1)
-
-
-@pytest.mark.parametrize("queued", [False, True])
-def test_all_holds_of_a_search_defer_by_a_second(queued):
-    worker = responder(slots=1)
-    if queued:
-        hears(worker, "busy", interval=10.0)
-        worker.due(0.05)
-    hears(worker, "n", now=0.05, interval=10.0)
-    if queued:
-        worker.due(0.1)
-        lose_slot(worker, "busy", now=0.1)
-    now, sequence = 0.06, 0
-    while not answers(worker, now):
-        worker.hold(now, "n", 0.02, sequence)
-        now, sequence = now + 0.01, sequence + 1
-        assert now < 1.2
-    assert now > 0.9
-
-
-def test_a_wait_whose_load_has_risen_goes_on():
-    worker = responder(slots=4)
-    hears(worker, "a")
-    hears(worker, "b", now=0.001)
-    assert answers(worker, 0.02) == ["a"]
-    used = (1 / 4 + 1 / 2) / 2
-    assert worker.next_due() == pytest.approx(0.001 + cexec.OFFSET_UNSET + cexec.PER_COST * math.log(1 + used))
-
-
-# -- where the submitter is
-
-def place_of(worker, now, nonce="n"):
-    """Whom the worker connects to now; the connection comes to nothing."""
-    slot, = worker.due(now)
-    assert slot.search.nonce == nonce
-    worker.move(now, slot, cexec.SlotEvent.LEAVE)
-    return slot.origin.address
-
-
-def test_copies_from_elsewhere_do_not_displace_the_submitter():
-    """S4: each announcement is copied at once from two hundred addresses, and from the real one with other ports;
-    the worker still connects to the real one, and to another only after two failures."""
-    worker, real, seen = responder(), ("real", 5000), []
-    for attempt in range(6):
-        now = float(attempt)
-        hears(worker, "n", now=now, source="real", attempt=attempt)
-        hears(worker, "n", now=now, source="real", attempt=attempt, port=6000)
-        for copy in range(200):
-            hears(worker, "n", now=now, source=("copy", copy), attempt=attempt)
-            hears(worker, "n", now=now, source=("copy", copy), attempt=attempt, port=6000)
-        seen.append(place_of(worker, now + 0.1))
-    assert [place == real for place in seen] == [True, True, False] * 2
-
-
-def test_a_copy_that_was_heard_first_costs_one_connection():
-    worker = responder()
-    for copy in range(20):
-        hears(worker, "n", source=("copy", copy))           # the real first one was lost
-    hears(worker, "n", now=0.001, source="real", attempt=1)
-    for copy in range(20):
-        hears(worker, "n", now=0.001, source=("copy", copy), attempt=1)
-    assert place_of(worker, 0.1) == ("real", 5000)
-    worker = responder()
-    hears(worker, "n", source="copy")
-    assert place_of(worker, 0.1) == ("copy", 5000)
-    hears(worker, "n", now=0.2, source="real", attempt=1)
-    hears(worker, "n", now=0.2, source="copy", attempt=1)
-    assert place_of(worker, 0.3) == ("real", 5000)
-
-
-def test_a_forged_port_is_given_up_after_its_failure():
-    worker = responder()
-    hears(worker, "n", source="real", port=6000)
-    hears(worker, "n", source="real", attempt=0)
-    assert answers(worker, 0.1) == ["n"] and slot_of(worker, "n").origin.address == ("real", 6000)
-    lose_slot(worker, "n", True)
-    hears(worker, "n", now=0.2, source="real", attempt=1)
-    assert place_of(worker, 0.3) == ("real", 5000)
-
-
-def test_old_announcements_again_change_nothing():
-    worker = responder()
-    hears(worker, "n", attempt=5)
-    for attempt in range(5):
-        hears(worker, "n", now=0.001, source="copy", attempt=attempt, waited=1000.0)
-    assert worker.pending["n"].alternative is None
-    assert place_of(worker, 0.1) == ("a", 5000)
-    for attempt in range(6):
-        hears(worker, "n", now=0.2, source="copy", attempt=attempt)
-    assert worker.next_due() is None
-
-
-def test_a_silent_submitter_is_not_called_for_a_recording():
-    worker = responder()
-    hears(worker, "n", attempt=3, interval=0.1)
-    assert answers(worker, 0.05) == ["n"]
-    lose_slot(worker, "n")
-    hears(worker, "n", now=0.06, attempt=4, interval=0.1)
-    assert worker.due(5.0) == [] and not worker.pending
-    hears(worker, "n", now=5.0, attempt=4)
-    assert worker.next_due() is None
-
-
-def test_no_connection_to_a_port_of_the_system():
-    worker = responder()
-    hears(worker, "n", port=1023)
-    assert worker.next_due() is None
-
-
-def test_a_silent_offer_is_withdrawn_when_heard_elsewhere():
-    worker = responder(slots=1)
-    hears(worker, "n", source="copy")
-    assert answers(worker, 0.1) == ["n"]
-    hears(worker, "n", now=0.1, source="real", attempt=1)
-    hears(worker, "m", now=0.1, source="other")
-    worker.due(1.0)
-    assert not worker.surplus(1.0)
-    slot, = worker.surplus(1.101)
-    worker.move(1.101, slot, cexec.SlotEvent.LEAVE)
-    assert worker.pending["n"].queued               # at once, not with its next announcement
-
-
-# -- slots before GO
-
-def test_an_offer_reserves_a_slot_for_a_second():
-    """S3, S4: whoever is silent takes nothing from who waits."""
-    worker = responder(slots=1)
-    hears(worker, "silent")
-    assert answers(worker, 0.05) == ["silent"]
-    hears(worker, "n", now=0.05, source="b")
-    assert answers(worker, 0.1) == [] and worker.next_due() == 0.05 + cexec.SILENT_PATIENCE
-    assert answers(worker, 0.151) == ["n"]
-    assert says_go(worker, "n", 0.16) and not says_go(worker, "silent", 0.17)
-    assert worker.taken_slots() == 1 and worker.pending["silent"].queued, "it is called again when there is a slot"
-
-
-def test_who_was_too_late_once_gets_the_next_slot():
-    worker = responder(slots=1)
-    hears(worker, "far", source="far", interval=10.0, room="far")
-    assert answers(worker, 0.05) == ["far"]
-    for name in "ab":
-        hears(worker, name, now=0.05, source=name, room=name, interval=10.0)
-    assert answers(worker, 0.2) == ["a"]
-    slot = win(worker, "a", 0.21)
-    assert not says_go(worker, "far", 0.55)
-    end_job(worker, slot, 0.6)
-    assert answers(worker, 0.6) == ["far"] and answers(worker, 1.5) == []
-    assert says_go(worker, "far", 1.55)
-
-
-def test_patience_with_an_offer_is_measured_in_round_trips():
-    worker = responder(slots=1)
-    hears(worker, "far", source="far")
-    slot, = worker.due(0.05)
-    worker.connected(0.14, slot)                   # 90 ms away
-    hears(worker, "n", now=0.06, source="b")
-    assert answers(worker, 0.319) == [] and answers(worker, 0.321) == ["n"]
-
-
-def test_no_order_of_offers_gives_more_slots_than_there_are():
-    worker = responder(slots=2)
-    for name in "abcdef":
-        hears(worker, name, source=name, room=name)
-    for now in range(0, 3000, 20):
-        worker.due(now / 1000)
-    assert len(worker.slots) == 6
-    assert [says_go(worker, name, 3.0) for name in "abcdef"] == [True, True] + [False] * 4
-    assert worker.taken_slots() == 2
-
-
-def test_a_mark_of_silence_decays_and_is_cleared_by_a_go():
-    worker = responder(slots=1)
-    hears(worker, "silent", source="real", port=6000)
-    assert answers(worker, 0.05) == ["silent"]
-    hears(worker, "n", now=0.06, source="b")
-    assert answers(worker, 0.2) == ["n"]
-    assert dict(worker.silent) == {("real", 6000): 0.2}
-    search = worker.slots[0].search
-    assert worker._was_silent(0.201, search) and not worker._was_silent(0.2 + cexec.SILENT_MARK, search)
-    says_go(worker, "silent", 0.3)
-    assert not worker.silent
-
-
-def test_every_third_offer_goes_to_who_has_waited_longest():
-    worker, order = responder(slots=1), []
-    slot = give_job(worker, "first")
-    hears(worker, "marked", source="old", interval=10.0, room="marked")
-    worker.silent["old", 5000] = 0.0
-    for name in "abcdef":
-        hears(worker, name, now=0.001, source=name, room=name, interval=10.0)
-    worker.due(0.1)
+def test_the_escape_character_counts_at_the_beginning_of_a_line(data, result, commands, cut):
+    assert typed(data, cut=cut) == (result, commands)
+    assert typed(data.replace(b"~", b"%"), b"%", cut) == (result.replace(b"~", b"%"), commands)
+    assert typed(data, b"", cut) == (data, [])
+    assert typed(data, b"^", cut) == (data, [])
+
+
+def test_what_is_typed_is_the_jobs_but_for_the_escape(room, terminal):
+    serve_sh(room, "stty -echo; echo ready; exec cat")
+    cexec = terminal.cexec()
+    terminal.wait("ready\r\n")
+    terminal.type("mid~.dle\r")
+    terminal.wait("mid~.dle\r\n")
+    terminal.type("~~one\r")
+    assert terminal.wait("one\r\n") == "~"
+    terminal.type("~")
+    terminal.type(".")
+    assert cexec.wait(PATIENCE) == 111
+    assert terminal.wait("sequence\r\n") == "cexec: the job: ended by the escape "
+
+
+@pytest.mark.parametrize("setting, tilde", [("none", "none"), ("%", "%")])
+def test_the_escape_character_can_be_another_or_none(room, terminal, setting, tilde):
+    serve_sh(room, "stty -echo; echo ready; cat; exit 3")
+    cexec = terminal.cexec("-t", "--escape", setting)
+    terminal.wait("ready\r\n")
+    terminal.type("~.\r")
+    terminal.wait("~.\r\n")
+    if setting == "%":
+        terminal.type("%.")
+        assert cexec.wait(PATIENCE) == 111
+    else:
+        terminal.type("\x04")
+        assert cexec.wait(PATIENCE) == 3
+
+
+# ---------------------------------------------------------------- terminals: what the job finds
+
+def odd_modes(terminal):
+    """Makes the terminal unlike any default, as its user may have it; returns the modes."""
+    modes = terminal.modes()
+    modes[0] |= termios.IXANY
+    modes[0] &= ~termios.IXON
+    modes[3] &= ~termios.ECHOE
+    modes[6][termios.VERASE], modes[6][termios.VINTR] = b"\x08", b"\x07"
+    terminal.set_modes(modes)
+    return terminal.modes()
+
+
+def test_the_job_has_a_terminal_like_the_users(room, terminal):
+    serve_sh(room, "tty; tty <&1; tty <&2; stty size </dev/tty; echo $TERM.$LINES.$COLUMNS; stty -a; exit 7",
+             TERM="vt52", LINES="5", COLUMNS="6")     # the worker's own, which are not the job's
+    modes = odd_modes(terminal)
+    terminal.resize(33, 77)
+    cexec = terminal.cexec(env={"TERM": "xterm-odd"})
+    assert cexec.wait(PATIENCE) == 7
+    assert terminal.modes() == modes
+    names = [terminal.wait("\r\n") for _ in range(3)]
+    assert len(set(names)) == 1 and names[0].startswith("/dev/pts/") and names[0] != terminal.name
+    assert [terminal.wait("\r\n") for _ in range(2)] == ["33 77", "xterm-odd.."]
+    described = terminal.wait("echoke").split()
+    for word in "-ixon", "ixany", "-echoe", "icanon", "isig", "echo", "opost":
+        assert word in described
+    assert "erase = ^H;" in " ".join(described) and "intr = ^G;" in " ".join(described)
+
+
+def test_the_jobs_terminal_has_the_size_of_the_users_at_any_time(room, terminal):
+    terminal.resize(20, 70)
+    cexec = terminal.cexec()
+    time.sleep(0.01)        # wherever its start stands by then, no change is lost
+    terminal.resize(21, 71)
+    serve_sh(room, 'trap "stty size" WINCH; trap "exit 9" INT; stty size; while :; do sleep 0.05; done')
+    terminal.wait("21 71\r\n")
+    for rows in 50, 51, 52:
+        terminal.resize(rows, 100)
+    terminal.wait("52 100\r\n")
+    terminal.type("\x03")
+    assert cexec.wait(PATIENCE) == 9
+
+
+def test_a_signal_key_acts_on_what_runs_in_the_jobs_shell(room, terminal):
+    worker = serve_bash(room)
+    modes = terminal.modes()
+    cexec = terminal.cexec()
+    terminal.wait("there> ")
+    for key, status in ("\x03", 130), ("\x1c", 131):
+        terminal.type("sh -c 'echo $((40+2)); exec sleep 99'\r")
+        terminal.wait("42\r\n")
+        terminal.type(key)
+        terminal.wait("there> ")
+        assert terminal.ask("echo $?") == str(status)
+    terminal.type("sh -c 'echo $((40+2)); exec sleep 99'\r")
+    terminal.wait("42\r\n")
+    terminal.type("\x1a")
+    terminal.wait("Stopped")
+    terminal.wait("there> ")
+    assert "sleep 99" in terminal.ask("jobs")
+    terminal.type("fg\r")
+    terminal.wait("sleep 99'")
+
+    def goes_on():
+        """It has the terminal, which the shell gives it behind the words and before it lets it go on."""
+        (shell,), = [children(handler) for handler in children(worker.pid)]
+        stopped, = children(shell)
+        return stat_fields(stopped)[0] != "T"
+    wait_until(lambda: must(goes_on()))
+    terminal.type("\x03")
+    terminal.wait("there> ")
+    assert terminal.ask("sleep 0 & wait; jobs; echo $?")[-1] == "0"
+    terminal.type("exit 5\r")
+    assert cexec.wait(PATIENCE) == 5
+    assert terminal.modes() == modes
+
+
+def test_a_job_may_close_its_terminal_and_open_it_again(room, terminal):
+    serve_sh(room, "exec <&- >&- 2>&-; sleep 0.2; echo late >/dev/tty; read x </dev/tty; echo got $x >/dev/tty; exit 6")
+    cexec = terminal.cexec()
+    terminal.wait("late\r\n")
+    terminal.type("it\r")
+    terminal.wait("got it\r\n")
+    assert cexec.wait(PATIENCE) == 6
+
+
+def test_who_left_the_session_does_not_keep_the_terminal(room, terminal, tmp_path):
+    need("setsid")
+    serve_sh(room, "cd %s; { setsid sh -c 'echo $$ >pid; exec sleep 60' & }; "
+             "while ! test -s pid; do sleep 0.05; done; echo last; exit 8" % quoted(tmp_path))
+    cexec = terminal.cexec()
+    try:
+        assert cexec.wait(PATIENCE) == 8
+        terminal.wait("last\r\n")
+    finally:
+        with contextlib.suppress(ProcessLookupError):       # on Linux it has ended with its job
+            os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+
+
+# ---------------------------------------------------------------- terminals: beside them
+
+def test_other_streams_are_carried_beside_the_terminal(room, terminal, tmp_path):
+    serve_sh(room, "tty; tty <&1; tty <&5; test -t 2 || echo err >&2; printf 'three\\n' >&3; cat <&4")
+    reading, writing = os.pipe()
+    four, source = os.pipe()
+    os.write(source, b"four\n")
+    os.close(source)
+    with open(str(tmp_path / "errors"), "wb") as errors:
+        five = os.dup(terminal.slave)
+        cexec = terminal.cexec(stderr=errors, places={writing: 3, four: 4, five: 5})
+        for each in writing, four, five:
+            os.close(each)
+    assert cexec.wait(PATIENCE) == 0
+    assert len({terminal.wait("\r\n") for _ in range(3)}) == 1
+    terminal.wait("four\r\n")
+    assert (tmp_path / "errors").read_bytes() == b"err\n"
+    with open(reading, "rb") as three:
+        assert three.read() == b"three\n"
+
+
+def test_standard_input_may_lead_elsewhere(room, terminal, tmp_path):
+    serve_sh(room, "cat; test -t 0 || echo no; tty <&1; exit 2")
+    (tmp_path / "in").write_bytes(b"from the file\n")
+    modes = terminal.modes()
+    with open(str(tmp_path / "in"), "rb") as stdin:
+        cexec = terminal.cexec(stdin=stdin)
+    assert cexec.wait(PATIENCE) == 2
+    assert terminal.wait("/dev/pts/").split() == ["from", "the", "file", "no"]
+    assert terminal.modes() == modes
+
+
+def test_standard_output_may_lead_elsewhere_and_is_exact_there(room, terminal, tmp_path):
+    serve_sh(room, "tty; read x; echo $x; printf 'a\\nb\\r\\n'; exit 3")
+    with open(str(tmp_path / "out"), "wb") as stdout:
+        cexec = terminal.cexec(stdout=stdout)
+    terminal.wait_raw()
+    terminal.type("hello\r")
+    assert cexec.wait(PATIENCE) == 3
+    name, rest = (tmp_path / "out").read_bytes().split(b"\n", 1)
+    assert name.startswith(b"/dev/pts/") and rest == b"hello\na\nb\r\n"
+    terminal.wait("hello\r\n")      # the echo
+
+
+def test_without_t_a_terminal_changes_nothing(room, terminal, tmp_path):
+    serve_sh(room, "test -t 0 || test -t 1 || test -t 2 || cat")
+    data = bytes(range(256)) * 300 + b"\r\n\n\r\x04\x03~.\n~."
+    (tmp_path / "in").write_bytes(data)
+    modes = terminal.modes()
+    with open(str(tmp_path / "in"), "rb") as stdin, open(str(tmp_path / "out"), "wb") as stdout:
+        assert terminal.cexec("--", stdin=stdin, stdout=stdout).wait(PATIENCE) == 0
+    assert (tmp_path / "out").read_bytes() == data and not terminal.shown and terminal.modes() == modes
+
+
+def test_t_without_a_terminal_is_refused(room):
+    done = run("cexec", "-t", room.pub, env=room.settings({}))
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr == (b"cexec: -t: none of standard input, output and error is a terminal\n"
+                           b"  -tt gives the job a terminal all the same\n")
+
+
+@pytest.mark.parametrize("data", [b"", b"hello\n", b"hello", b"~.\n~.\n"])
+def test_tt_forces_a_terminal_and_ends_its_input_as_a_user_would(room, data):
+    serve_sh(room, "tty; tty <&1; stty size; cat; echo end; exit 6")
+    done = run("cexec", "-tt", room.pub, env=room.settings({}), input=data)
+    assert (done.returncode, done.stderr) == (6, b"")
+    lines = done.stdout.replace(b"\r\n", b"\n").split(b"\n")
+    names = [line for line in lines if b"/dev/pts/" in line]
+    assert len(names) == 2 and b"24 80" in done.stdout and done.stdout.endswith(b"end\r\n")
+    assert done.stdout.count(data.rstrip(b"\n").replace(b"\n", b"\r\n")) >= (2 if data else 1)  # echo and cat
+
+
+@pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
+def test_tt_hangs_up_when_the_connection_that_it_writes_to_ends(room, reset):
+    serve_sh(room, "trap 'exit 6' PIPE; while echo much; do :; done; exit 7")
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        near = socket.create_connection(listening.getsockname())
+        far = listening.accept()[0]
+    job = room.start(*program(), "cexec", "-tt", room.pub, env=room.settings({}), stdin=subprocess.PIPE, stdout=near)
+    near.close()
+    assert far.recv(4) == b"much"
+    if reset:
+        far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    far.close()
+    assert (job.complete(), str(job.log)) == (-signal.SIGHUP, "")
+    wait_until(lambda: no_job_left(room))
+
+
+# ---------------------------------------------------------------- terminals: much
+
+def test_ten_megabytes_arrive_complete(room, terminal):
+    lines = 1300000
+    serve_sh(room, "seq %d; exit 3" % lines)
+    cexec = terminal.cexec()
+    assert cexec.wait(60) == 3
+    expected = b"".join(b"%d\r\n" % number for number in range(1, lines + 1))
+    assert len(expected) > 10 << 20
+
+    def holds():
+        assert len(terminal.shown) >= len(expected)
+    wait_until(holds, PATIENCE)
+    assert terminal.shown == expected
+
+
+def test_the_last_words_arrive_however_late_the_user_reads(room, terminal, tmp_path):
+    """They wait in the job's terminal, beyond all credit, when the job has long ended."""
+    size = cexec.WINDOW_START + 2000
+    serve_sh(room, "stty -onlcr; echo $$; while ! test -e %s/go; do sleep 0.05; done;"
+             "head -c %d /dev/zero | tr '\\0' x; exit 3" % (quoted(tmp_path), size))
+    slow = terminal.cexec()
+    pid = int(terminal.wait("\n"))
+    slow.signal(signal.SIGSTOP)
+    (tmp_path / "go").write_text("")
+    wait_gone(pid)
+    slow.signal(signal.SIGCONT)
+    assert slow.wait(PATIENCE) == 3
+
+    def holds():
+        assert terminal.shown.count(b"x") == size
+    wait_until(holds, PATIENCE)
+
+
+def test_an_interrupt_acts_in_the_middle_of_a_flood(room, terminal):
+    serve_bash(room)
+    cexec = terminal.cexec()
+    terminal.wait("there> ")
+    terminal.type("yes 0123456789\r")
+
+    def flooded():
+        assert len(terminal.shown) > 3 << 20
+    wait_until(flooded, PATIENCE)
+    shown = len(terminal.shown)
+    terminal.type("\x03")
+    terminal.wait("there> ")
+    assert len(terminal.shown) - shown < 32 << 20       # a second of it
+    assert terminal.ask("echo $((40+2))") == "42"
+    terminal.type("exit 3\r")
+    assert cexec.wait(PATIENCE) == 3
+
+
+def test_a_long_paste_arrives_complete_in_raw_mode(room, terminal):
+    serve_sh(room, "stty raw -echo; echo ready; head -c 200000 | cksum")
+    data = b"~pasted\r" * 25000
+    cexec = terminal.cexec()
+    terminal.wait("ready\n")
+    terminal.type(data)
+    assert cexec.wait(PATIENCE) == 0
+    terminal.wait(run_command("cksum", input=data).stdout.split(b" ")[0] + b" 200000")
+
+
+# ---------------------------------------------------------------- terminals: modes come back
+
+def lost_worker(room, terminal, worker, cexec, relay):
+    worker.kill()
+
+
+def lost_handler(room, terminal, worker, cexec, relay):
+    os.kill(handler_pid(worker), signal.SIGKILL)
+
+
+def lost_connection(room, terminal, worker, cexec, relay):
+    relay.close()
+
+
+def escape(room, terminal, worker, cexec, relay):
+    terminal.type("\r~.")
+
+
+@pytest.mark.parametrize("end, status", [
+    (lambda room, terminal, worker, cexec, relay: terminal.type("status 7\r"), 7),
+    (lambda room, terminal, worker, cexec, relay: terminal.type("\x07"), 128 + signal.SIGINT),
+    (lambda room, terminal, worker, cexec, relay: cexec.signal(signal.SIGTERM), -signal.SIGTERM),
+    (lambda room, terminal, worker, cexec, relay: cexec.signal(signal.SIGHUP), -signal.SIGHUP),
+    (lambda room, terminal, worker, cexec, relay: cexec.signal(signal.SIGINT), -signal.SIGINT),
+    (lost_worker, 111), (lost_handler, 111), (lost_connection, 111), (escape, 111),
+], ids="exit interrupt TERM HUP INT worker handler connection escape".split())
+def test_the_local_modes_come_back_exactly(room, terminal, end, status):
+    worker = serve_sh(room, "echo $$; read word number; exit $number")
+    relay, modes = room.relay(), odd_modes(terminal)
+    cexec = terminal.cexec(group=relay.group)
+    pid = int(terminal.wait("\r\n"))
+    assert terminal.is_raw()
+    end(room, terminal, worker, cexec, relay)
+    assert cexec.wait(PATIENCE) == status
+    assert terminal.modes() == modes
+    wait_gone(pid)
+
+
+def test_the_modes_come_back_after_a_second_signal(room, terminal):
+    serve_sh(room, "trap 'echo caught' TERM; echo ready; while :; do sleep 0.05; done")
+    modes = odd_modes(terminal)
+    cexec = terminal.cexec()
+    terminal.wait("ready\r\n")
+    cexec.signal(signal.SIGTERM)
+    terminal.wait("caught\r\n")
+    cexec.signal(signal.SIGTERM)
+    assert cexec.wait(PATIENCE) == -signal.SIGTERM
+    assert terminal.modes() == modes
+
+
+def test_nothing_is_changed_while_nobody_answers(room, terminal):
+    modes = odd_modes(terminal)
+    cexec = terminal.cexec(env={"CEXEC_TIMEOUT_ACCEPT": "0.2"})
+    assert cexec.wait(PATIENCE) == 111
+    assert terminal.modes() == modes
+    terminal.wait("cexec: no worker: nobody answered within 0.2 s")
+
+
+def test_modes_come_back_on_another_terminal_too(room, terminal):
+    """As under programs that make a terminal for another one and no session."""
+    serve_sh(room, "echo ready; read x; exit 3")
+    modes = odd_modes(terminal)
+    cexec = terminal.cexec(controlling=False)
+    terminal.wait("ready\r\n")
+    assert terminal.is_raw()
+    terminal.type("\r")
+    assert cexec.wait(PATIENCE) == 3
+    assert terminal.modes() == modes
+
+
+def test_while_a_worker_is_looked_for_keys_are_the_users(room, terminal):
+    first, modes = serve_sh(room, "exec sleep 60"), odd_modes(terminal)
+    cexec = terminal.cexec(env={"CEXEC_TIMEOUT_ACCEPT": "0"})
+    terminal.wait_raw()
+    first.kill()
+    terminal.wait_raw(False)
+    assert terminal.modes() == modes
+    terminal.type("\x07")
+    assert cexec.wait(PATIENCE) == -signal.SIGINT
+    assert terminal.modes() == modes
+
+
+def test_another_workers_job_finds_the_same_terminal(room, terminal):
+    first, modes = serve_sh(room, "exec sleep 60"), odd_modes(terminal)
+    cexec = terminal.cexec()
+    terminal.wait_raw()
+    first.kill()
+    serve_sh(room, "stty size; stty -a; read x; exit 4")
+    terminal.wait("24 300\r\n")
+    described = terminal.wait("echoke").split()
+    for word in "-ixon", "icanon", "isig", "echo", "opost", "icrnl":
+        assert word in described
+    terminal.wait_raw()
+    terminal.type("\r")
+    assert cexec.wait(PATIENCE) == 4
+    assert terminal.modes() == modes
+
+
+def test_what_was_typed_cannot_be_given_to_another_worker(room, terminal, tmp_path):
+    """R3: a job of -t that has been typed to is not started again, even if nothing of it was seen yet."""
+    first = serve_sh(room, "cd %s; stty -echo; >ready; read x; >heard; exec sleep 60" % quoted(tmp_path))
+    cexec = terminal.cexec()
+    terminal.wait_raw()
+    wait_until(lambda: must((tmp_path / "ready").exists()), PATIENCE)
+    terminal.type("secret\r")
+    wait_until(lambda: must((tmp_path / "heard").exists()), PATIENCE)
+    serve_sh(room, "exit 0")
+    first.kill()
+    assert cexec.wait(PATIENCE) == 111
+    terminal.wait("run it again")
+
+
+# ---------------------------------------------------------------- terminals: hung sessions, hang-ups
+
+@pytest.mark.parametrize("lie", ["stop", "emptied"])
+def test_a_worker_cannot_let_go_of_an_idle_terminal(room, terminal, lie):
+    """S9: standard input is a pipe, so the terminal is only written to, whatever the worker says of it."""
+    def lies(session):
+        session.accept(0)
+        number = max(session.receiving)
+        session.outbox += cexec.frame(cexec.STOP, number, bytes(8)) if lie == "stop" else cexec.frame(
+            cexec.EMPTIED, number)
+        for number in session.sending:
+            session.end(number)
+        session.exit(cexec.ExitReport(False, True, 7, 0, "", "", {}))
+
+    with Rogue(room, lies):
+        run = terminal.cexec(stdin=subprocess.DEVNULL)
+        assert run.wait(PATIENCE) == 7, bytes(terminal.shown)
+    assert b"Traceback" not in terminal.shown
+
+
+def test_the_escape_ends_a_hung_session(room, terminal):
+    relay = room.relay()
+    serve_sh(room, "echo $$; exec cat")
+    modes = terminal.modes()
+    cexec = terminal.cexec(group=relay.group, env={"CEXEC_TIMEOUT_PINGPONG": "4"})
+    pid = int(terminal.wait("\r\n"))
+    relay.towards, relay.at, relay.fault = "worker", relay.carried["worker"][-1], "stall"
+    terminal.type("lost\r")
+    terminal.type("~.")
+    terminal.wait("by the escape sequence")
+    assert cexec.wait(PATIENCE) == 111
+    assert terminal.modes() == modes
+    wait_gone(pid)          # once the silence is noticed there
+
+
+def background_jobs(terminal, first=""):
+    """Starts, in the job's shell, jobs of every kind that a terminal's end must reach; their pids.
+
+    first: what one of them does before it sleeps."""
+    for ask in "sleep 61 & sleep 62 | sleep 63 &", "nohup sleep 64 >/dev/null 2>&1 &", "(%s exec sleep 65) &" % first:
+        terminal.ask(ask)
+    terminal.type("sh -c 'echo $((40+2)); exec sleep 66'\r")
+    terminal.wait("42\r\n")
+    terminal.type("\x1a")
+    terminal.wait("Stopped")
+    terminal.wait("there> ")
+    pids = terminal.ask("echo $$ $(jobs -p)")
+    leaders = [int(word) for word in pids.split()]
+    assert len(leaders) == 6, pids
+    terminal.type("sh -c 'echo $((40+2)); exec sleep 67'\r")
+    terminal.wait("42\r\n")
+    everyone = [pid for pid in all_pids() if stat_fields(pid)[3:4] == [str(leaders[0])]]
+    assert len(everyone) >= 8, everyone
+    return everyone
+
+
+def test_a_hang_up_here_ends_the_jobs_session(room, terminal):
+    serve_bash(room)
+    cexec = terminal.cexec()
+    terminal.wait("there> ")
+    pids = background_jobs(terminal)
+    terminal.hang_up()
+    assert cexec.wait(PATIENCE) == -signal.SIGHUP
+    wait_gone(*pids)
+
+
+def test_when_cexec_is_killed_the_jobs_whole_session_ends(room, terminal):
+    """R9: the other groups of its session too."""
+    serve_bash(room)
+    cexec = terminal.cexec()
+    terminal.wait("there> ")
+    pids = background_jobs(terminal, "trap '' HUP TERM;")
+    cexec.kill()
+    wait_gone(*pids)
+
+
+def test_when_the_handler_is_killed_the_jobs_whole_session_ends(room, terminal):
+    worker = serve_bash(room)
+    modes = terminal.modes()
+    cexec = terminal.cexec()
+    terminal.wait("there> ")
+    pids = background_jobs(terminal)
+    os.kill(handler_pid(worker), signal.SIGKILL)
+    wait_gone(*pids)
+    assert cexec.wait(PATIENCE) == 111
+    assert terminal.modes() == modes
+    again = terminal.cexec()
+    terminal.wait("there> ")
+    terminal.type("exit 3\r")
+    assert again.wait(PATIENCE) == 3
+
+
+def test_a_job_that_ends_takes_its_session_with_it(room, terminal):
+    serve_bash(room)
+    cexec = terminal.cexec()
+    terminal.wait("there> ")
+    pids = background_jobs(terminal)
+    terminal.type("\x03")
+    terminal.wait("there> ")
+    terminal.type("exec sh -c 'exit 3'\r")
+    assert cexec.wait(PATIENCE) == 3
+    wait_gone(*pids)
+
+
+def test_whoever_ignores_the_hang_up_goes_on(room, terminal, tmp_path):
+    """nohup cexec KEY: neither it nor its job ends with the terminal."""
+    serve_sh(room, "trap 'echo hung up; exit 1' HUP; echo begun; cat; echo end")
+    reading, writing = os.pipe()
+    with open(str(tmp_path / "out"), "wb") as out:
+        started = terminal.start(shutil.which("sh"), "-c", "trap '' HUP; exec \"$@\"", "sh", *program(), "cexec",
+                                 room.pub,
+                                 stdin=reading, stdout=out, stderr=out)
+    os.close(reading)
+
+    def begun():
+        assert (tmp_path / "out").read_bytes() == b"begun\n"
+    wait_until(begun, PATIENCE)
+    started.signal(signal.SIGHUP)
+    terminal.hang_up()
+    os.write(writing, b"still here\n")
+    os.close(writing)
+    assert started.wait(PATIENCE) == 0
+    assert (tmp_path / "out").read_bytes() == b"begun\nstill here\nend\n"
+
+
+# ---------------------------------------------------------------- terminals: under a shell with job control
+
+def test_cexec_is_suspended_and_goes_on(room, terminal, tmp_path):
+    """R8: for longer than the silence that means a lost worker."""
+    serve_bash(room)
+    shell = terminal.bash(CEXEC_TIMEOUT_PINGPONG="1")
+    modes = terminal.ask("stty -g", "here> ")
+    terminal.type(terminal.line() + "\r")
+    terminal.wait("there> ")
+    counter = tmp_path / "count"
+    terminal.ask("while echo >>%s; do sleep 0.1; done &" % quoted(counter))
+    assert terminal.is_raw()
+    terminal.type("~\x1a")
+    terminal.wait("Stopped")
+    terminal.wait("here> ")
+    assert terminal.ask("stty -g", "here> ") == modes
+    modes = terminal.ask("stty erase ^H -ixon; stty -g", "here> ")      # a change that must last
+    wait_stopped(the_cexec_of(shell))
+    start = counter.stat().st_size
+    terminal.resize(41, 101)
+
+    def goes_on():
+        assert counter.stat().st_size > start + 16      # longer than the silence that means a lost worker
+    wait_until(goes_on, PATIENCE)
+    terminal.type("fg\r")
+    terminal.wait(room.pub)
+    terminal.wait_raw()
+    terminal.type("\r")
+    terminal.wait("there> ")
+    assert terminal.ask("stty size") == "41 101"
+    assert "Running" in terminal.ask("jobs")
+    terminal.type("exit 3\r")
+    terminal.wait("here> ")
+    assert terminal.ask("echo status $?", "here> ") == "status 3"
+    assert terminal.ask("stty -g", "here> ") == modes
+
+
+def test_a_suspended_script_is_suspended_as_a_whole(room, terminal):
+    serve_bash(room)
+    shell = terminal.bash()
+    modes = terminal.ask("stty -g", "here> ")
+    terminal.type("sh -c %s\r" % quoted(terminal.line() + "; echo after $?"))
+    terminal.wait("there> ")
+    script, = children(shell.pid)
+    pid, = children(script)
+    terminal.type("~\x1a")
+    terminal.wait("Stopped")
+    terminal.wait("here> ")
+    wait_stopped(pid)
+    assert terminal.ask("stty -g", "here> ") == modes
+    terminal.type("fg\r")
+    terminal.wait(room.pub)
+    terminal.wait_raw()
+    terminal.type("exit 3\r")
+    terminal.wait("after 3\r\n")
+
+
+def test_where_nobody_could_continue_it_nothing_is_suspended(room, terminal):
+    """The kernel stops no process group that has no shell to continue it; the session must stay usable."""
+    serve_bash(room)
+    modes = terminal.modes()
+    cexec = terminal.cexec()
+    terminal.wait("there> ")
+    terminal.type("~\x1a")
+    assert terminal.ask("echo $((40+2))").endswith("42")
+    assert terminal.is_raw()
+    terminal.type("sh -c 'echo $((40+2)); exec sleep 99'\r")
+    terminal.wait("42\r\n")
+    terminal.type("\x03")
+    terminal.wait("there> ")
+    terminal.type("exit 3\r")
+    assert cexec.wait(PATIENCE) == 3
+    assert terminal.modes() == modes
+
+
+def test_a_signal_while_modes_are_set_changes_no_terminal(monkeypatch):
+    """termios.tcsetattr() is not called again by itself; the terminal would stay as it was before."""
+    calls, real, (master, slave) = [], termios.tcsetattr, os.openpty()
+
+    def interrupted(*words):
+        calls.append(words)
+        if len(calls) % 2:
+            raise termios.error(errno.EINTR, os.strerror(errno.EINTR))
+        real(*words)
+    for module in termios, tty:
+        monkeypatch.setattr(module, "tcsetattr", interrupted)
+    terminal = cexec.LocalTerminal(types.SimpleNamespace(terminal=2), {})
+    terminal.tty = terminal.reading = slave
+    modes = termios.tcgetattr(slave)
+    terminal.raw()
+    assert not termios.tcgetattr(slave)[3] & (termios.ICANON | termios.ISIG | termios.ECHO)
+    terminal.restore()
+    assert termios.tcgetattr(slave) == modes and len(calls) == 4
+    os.close(master)
+    os.close(slave)
+
+
+def test_who_reads_a_terminal_of_t_from_the_background_stops(room, terminal):
+    serve_sh(room, "read x; echo got $x; exit 3")
+    shell = terminal.bash()
+    modes = terminal.ask("stty -g", "here> ")
+    for _ in range(2):
+        terminal.ask(terminal.line() + " &", "here> ")
+        pid = the_cexec_of(shell)
+        wait_stopped(pid)
+        assert sum(map(int, stat_fields(pid)[11:13])) < 2 * os.sysconf("SC_CLK_TCK")     # CPU time: it did not spin
+        terminal.type("fg\r")
+        terminal.wait(room.pub)
+        terminal.wait_raw()
+        terminal.type("it\r")
+        terminal.wait("got it\r\n")
+        terminal.wait("here> ")
+        assert terminal.ask("echo status $?", "here> ").endswith("status 3")
+        assert terminal.ask("stty -g", "here> ") == modes
+
+
+def test_in_the_background_the_terminal_is_left_alone(room, terminal):
+    """None of three is stopped; each that is brought to the front reads what is typed from then on."""
+    worker = serve_sh(room, "read x; echo got $x; exit 3", CONCURRENCY=3)
+    shell = terminal.bash()
     for _ in range(3):
-        end_job(worker, slot, 0.1)
-        name, = answers(worker, 0.1)
-        order.append(name)
-        slot = win(worker, name, 0.1)
-    assert "marked" in order and order != ["marked"] * 3
-
-
-# -- more than one slot wanted
-
-def test_a_copy_that_wants_many_slots_costs_one_connection():
-    """S4: further ones are opened only after an authentic GO."""
-    worker = responder(slots=4)
-    hears(worker, "n", wanted=64)
-    assert answers(worker, 0.1) == ["n"]
-    hears(worker, "n", now=0.1, attempt=1, wanted=64)
-    assert answers(worker, 3.0) == []
-    assert says_go(worker, "n", 3.1)
-    assert answers(worker, 3.1) == ["n"] * 3 and answers(worker, 3.2) == []
-
-
-def test_no_more_connections_are_made_than_are_wanted():
-    worker = responder(slots=8)
-    hears(worker, "n", wanted=3)
-    assert answers(worker, 0.1) == ["n"] and says_go(worker, "n", 0.1)
-    assert answers(worker, 0.1) == ["n"] * 2
-    for slot in list(worker.slots[1:]):
-        worker.connected(0.11, slot)
-        assert worker.go(0.11, slot)
-    for slot in worker.slots:
-        worker.start(0.12, slot, cexec.SlotJob("id", "a", "", 0.0))
-    assert answers(worker, 0.2) == []
-    hears(worker, "n", now=0.2, attempt=1, wanted=2)
-    assert answers(worker, 0.4) == ["n"] * 2
-    worker.taken(0.4, "n", None)
-    hears(worker, "n", now=0.5, attempt=2, wanted=2)
-    assert answers(worker, 0.6) == []
-
-
-def test_slots_are_offered_to_each_submitter_in_turn():
-    worker, order = responder(slots=4), []
-    slots = [give_job(worker, number) for number in range(4)]
-    for name in "ab":
-        hears(worker, name, source=name, room=name, wanted=8, interval=10.0)
-        worker.due(0.1)
-    for slot in slots:
-        end_job(worker, slot, 0.1)
-        name, = answers(worker, 0.1)
-        order.append(name)
-        win(worker, name, 0.1)
-    assert sorted(order) == ["a", "a", "b", "b"]
-
-
-# -- who waits
-
-def test_a_submitter_gives_way_only_to_who_has_fewer_slots_here():
-    worker, slots = responder(slots=2), {}
-    for nonce, room in ("n", "served"), ("m", "other"):
-        hears(worker, nonce, room=room)
-        assert answers(worker, len(slots) + 0.05) == [nonce]
-        slots[room] = win(worker, nonce, len(slots) + 0.05)
-    for nonce, room in ("o", "served"), ("p", "other"):
-        hears(worker, nonce, now=2.0, room=room, interval=1.0)
-    assert worker.waiting() == 0                        # their time has not come
-    worker.due(2.5)
-    assert worker.waiting() == 2 and worker.turns_over(2.5) == []
-    hears(worker, "q", now=2.5, room="new", interval=2.0)
-    worker.due(3.0)
-    assert worker.waiting() == 3 and worker.turns_over(3.0) == [slots["served"]]     # the longest turn
-    worker.taken(3.0, "q", None)
-    assert worker.waiting() == 2 and worker.turns_over(3.0) == []
-    end_job(worker, slots["other"], 3.0)
-    assert worker.turns_over(3.0) == [slots["served"]] and answers(worker, 3.0) == ["p"]  # who has less is first
-    worker.load(9.0, 0.0)
-    assert worker.waiting() == 0                        # not heard for so long
-
-
-def test_no_more_slots_are_given_back_than_others_wait_for():
-    worker = responder(slots=8)
-    for number in range(8):
-        give_job(worker, number, room="many")
-    hears(worker, "one", now=0.5, room="one", source="b")
-    hears(worker, "three", now=0.5, room="three", source="c", wanted=3)
-    worker.due(0.7)
-    assert len(worker.turns_over(0.7)) == 4
-    worker.taken(0.7, "three", None)
-    assert len(worker.turns_over(0.7)) == 1
-
-
-def test_a_stopped_worker_answers_nobody_but_remembers():
-    worker = responder()
-    worker.stopped = True
-    hears(worker, "n", flags=cexec.TELL_BUSY, interval=10.0)
-    assert worker.due(0.1) == [] and worker.waiting() == 1
-    assert says_busy(worker, worker.next_due()) == ["n"]
-    worker.stopped = False
-    assert answers(worker, 5.0) == ["n"]
-
-
-# -- busy is an answer
-
-def full_worker(jitter=1.0):
-    worker = responder(slots=1, jitter=jitter)
-    give_job(worker, "running")
-    return worker
-
-
-def says_busy(worker, now):
-    return [search.nonce for search in worker.busy_due(now)]
-
-
-def test_a_full_worker_that_is_asked_says_once_that_it_is_busy():
-    worker = full_worker()
-    hears(worker, "n", flags=cexec.TELL_BUSY)
-    assert says_busy(worker, 0.1) == [] and worker.due(0.1) == []
-    assert worker.next_due() == 0.1 + cexec.BUSY_SPREAD and says_busy(worker, 1.099) == []
-    assert says_busy(worker, 1.1) == ["n"] and worker.next_due() is None
-    hears(worker, "n", now=2.0, attempt=1, flags=cexec.TELL_BUSY)
-    assert worker.next_due() is None                    # once in four seconds
-    hears(worker, "n", now=6.0, attempt=2, flags=cexec.TELL_BUSY)
-    assert says_busy(worker, worker.next_due()) == ["n"]
-
-
-def test_a_busy_answer_is_dropped_when_not_wanted_or_true():
-    for end in (lambda worker: hears(worker, "n", now=0.2, attempt=1),
-                lambda worker: end_job(worker, slot_of(worker, "running")),
-                lambda worker: worker.taken(0.2, "n", None)):
-        worker = full_worker()
-        hears(worker, "n", flags=cexec.TELL_BUSY)
-        worker.due(0.1)
-        end(worker)
-        assert says_busy(worker, 1.1) == []
-    worker = full_worker()
-    hears(worker, "n")
-    worker.due(0.1)
-    assert worker.next_due() is None                    # was not asked
-
-
-@heavy
-def test_busy_answers_of_one_worker_are_limited():
-    worker, told = full_worker(jitter=1e-9), []
-    for n in range(2500):
-        now = n / 1000
-        hears(worker, n, now=now, source=n, flags=cexec.TELL_BUSY)
-        worker.due(now)
-        told += [now for _ in says_busy(worker, now)]
-    assert 30 <= len(told) and max(sum(then <= when < then + 1 for when in told) for then in told) <= 20
-
-
-def busy_room(workers, seconds, submitters=1, **world):
-    """The jobs that wait in a room where every slot is taken, after so many seconds."""
-    room = Crowd(workers, slots=1, **world)
-    for worker in room.responders:
-        give_job(worker, "running")
-    jobs = [room.submit(0.001) for _ in range(submitters)]
-    room.run(float(seconds))
-    return jobs
-
-
-@heavy
-@pytest.mark.parametrize("workers, world", [(1000, {}), (1000, {"loss": 0.3}), (300, {"jitter": 0.003}), (30, {})])
-def test_of_a_thousand_busy_workers_a_handful_say_so(workers, world):
-    """R16: at most ten datagrams in any second; where a third is lost, some did not hear that it is enough."""
-    loss = world.get("loss")
-    for seed in range(3 if workers < 1000 else 2):
-        job, = busy_room(workers, 12, seed=seed, **world)
-        times = [when for when, _ in job.heard]
-        assert max(sum(then <= when < then + 1 for when in times) for then in times) <= (30 if loss else 10)
-        assert times[0] < 1.1 and times[-1] > 5     # heard at once, and again later
-        assert job.announced < 30
-
-
-@pytest.mark.parametrize("workers", [1, 2, 5])
-def test_a_small_busy_room_is_heard_within_a_second(workers):
-    for seed in range(5):
-        job, = busy_room(workers, 1.3, seed=seed)
-        assert {worker for _, worker in job.heard} == set(range(workers))
-        assert len(job.heard) == workers
-
-
-def test_a_full_worker_remembers_who_has_waited_longest():
-    """By its own ears: what an announcement claims counts for nothing."""
-    worker = responder(slots=1)
-    slot = give_job(worker, "busy")
-    for now, nonce, waited in (0.001, "old", 0.0), (0.002, "middle", 1000.0), (0.003, "young", 100.0):
-        hears(worker, nonce, now=now, waited=waited, interval=10.0)
-        worker.due(0.5)
-    assert worker.next_due() is None
-    end_job(worker, slot, 0.5)
-    assert worker.next_due() <= 0.5
-    (slot,) = worker.due(0.5)
-    assert slot.search.nonce == "old" and slot.answer.queued
-    lose_slot(worker, "old", True, 0.5)
-    worker.taken(0.5, "middle", None)
-    assert answers(worker, 0.5) == ["young"]
-
-
-def test_a_held_queue_waits():
-    worker = responder(slots=1)
-    slot = give_job(worker, "busy")
-    hears(worker, "b", interval=10.0)
-    worker.due(0.05)
-    worker.hold(0.06, "b", 0.015, 1)
-    end_job(worker, slot, 0.06)
-    assert not worker.due(0.07) and worker.next_due() == 0.075 and answers(worker, 0.075) == ["b"]
-
-
-def test_a_submitter_that_fell_silent_is_forgotten():
-    worker = responder(slots=1)
-    for nonce in "ab":
-        hears(worker, nonce, interval=1.0)
-    worker.due(0.05)
-    hears(worker, "b", now=2.0, interval=1.0)     # a replay
-    lose_slot(worker, "a", now=2.0)
-    assert worker.due(2.501) == []
-
-
-@heavy
-def test_memory_is_bounded_under_a_flood():
-    worker = full_worker()
-    hears(worker, "honest", now=0.1, source="honest", interval=4.0)
-    hears(worker, "honest", now=0.12, source="honest", attempt=1, interval=4.0)
-    for n in range(2 * max(cexec.PENDING_MOST, cexec.ANSWERED_MOST)):
-        hears(worker, ("flood", n), now=0.2, source="attacker", interval=4.0)
-        worker.taken(0.2, ("taken", n), None)
-        hears(worker, ("spread", n), now=0.2, source=n)
-    assert "honest" in worker.pending
-    assert len(worker.pending) <= cexec.PENDING_MOST and len(worker.answered) <= cexec.ANSWERED_MOST
-
-
-@heavy
-@pytest.mark.parametrize("claim", [0.0, 1000000.0])
-@pytest.mark.parametrize("source", ["honest", "spread"])
-def test_copies_do_not_displace_a_search_that_goes_on(source, claim):
-    """S4: 310 old announcements a second, by the submitter's own address or by many, of whatever age they claim."""
-    worker, served, copies = full_worker(), 0, itertools.count()
-    now = attempt = 0.0
-    for step in range(12):
-        hears(worker, "honest", now=now, source="honest", attempt=step, room="honest")
-        end = now + min(4.0, 0.02 * 2 ** step)
-        while now < end:
-            number = next(copies)
-            hears(worker, ("copy", number), now=now, source="honest" if source == "honest" else number, waited=claim)
-            now += 1 / 310
-        served += "honest" in worker.pending
-    assert served >= 11
-
-
-def test_dead_submitters_make_room_for_new_ones_of_their_host():
-    worker = responder(slots=1)
-    for n in range(cexec.PER_SOURCE):
-        hears(worker, n)
-    for n in range(10):
-        hears(worker, ("new", n), now=20.0)                 # before any timer has looked for those that are gone
-    assert sum(record.until > 20.0 for record in worker.pending.values()) == 10
-    assert len(worker.pending) == cexec.PER_SOURCE
-
-
-@heavy
-def test_no_more_than_a_thousand_connections_in_a_second():
-    """S4: however many announcements are authentic."""
-    worker = responder(slots=10**6)
-    made = 0
-    for n in range(5000):
-        now = n / 5000
-        hears(worker, n, now=now, source=n)
-        made += len(worker.due(now))
-        worker.slots.clear()
-    assert 900 <= made <= 1100 and worker.next_due() >= now
-
-
-@pytest.mark.parametrize("wild", [math.nan, math.inf, -math.inf, 1e300, -1e300])
-def test_wild_numbers_do_no_harm(wild):
-    worker = responder(slots=1)
-    worker.load(0.0, wild)
-    worker.load(0.001, 0.0)
-    hears(worker, "n", waited=wild, interval=wild)
-    hears(worker, "m", attempt=1 << 32, waited=wild, interval=wild)
-    worker.hold(0.0, "n", wild, 1)
-    for nonce in "abc":
-        worker.taken(0.01, nonce, wild)
-    before = worker.offset
-    worker.taken(0.02, "d", math.nan)
-    assert worker.offset == before
-    low, high = cexec.OFFSET_RANGE
-    assert low <= worker.offset <= high
-    assert math.isfinite(worker.next_due()) and worker.next_due() < 3.0
-    selection = submitter()
-    selection.connected(0.0, "w", "w", cexec.Answer("n", wild, wild, wild, False), 1)
-    selection.authenticated(0.0, "w")
-    offset = dict(selection.poll(0.0)[-2:])[cexec.TAKEN]
-    assert math.isfinite(offset)
-
-
-def test_the_offset_is_taken_over_once_for_each_job():
-    worker = responder()
-    worker.taken(0.0, 1, 0.06)
-    worker.taken(0.001, 2, None)
-    assert worker.offset == 0.06
-    worker.taken(0.002, 2, -0.06)
-    worker.taken(0.003, 1, 0.06)
-    assert worker.offset == -0.06
-
-
-def test_after_a_pause_the_offset_is_near_its_highest():
-    worker = responder()
-    worker.taken(0.0, 1, 0.06)
-    for n in range(2, 12):
-        worker.taken(n, n, -0.06)
-    hears(worker, "soon", now=13.0)
-    assert worker.offset == pytest.approx(-0.06)
-    hears(worker, "late", now=14.0)
-    assert worker.offset == pytest.approx(0.054, abs=0.003)
-    worker.taken(6000.0, 12, -0.06)
-    hears(worker, "much later", now=7000.0)
-    assert worker.offset < 0.04
-
-
-def test_outside_load_is_smoothed():
-    worker = responder()
-    worker.load(0.0, 4.0)
-    assert worker.outside == 4.0
-    worker.load(5.0, 0.0)
-    assert worker.outside == pytest.approx(4 / math.e)
-    hears(worker, "n", now=5.0)
-    assert worker.next_due() > 5.0 + cexec.OFFSET_UNSET + 0.02
-
-
-def test_a_boosted_worker_waits_what_it_was_told():
-    worker = responder(boost=2500, jitter=0.5)
-    worker.load(0.0, 50.0)
-    hears(worker, "n")
-    assert worker.next_due() == 0.0025
-    worker.hold(0.002, "n", 0.015, 1)
-    assert worker.next_due() == 0.0195
-    (slot,) = worker.due(0.0195)
-    assert (slot.answer.cost, slot.answer.waited) == (0.0, 0.0)
-
-
-def test_a_worker_that_was_ratted_out_holds_back_for_a_while():
-    worker = responder()
-    worker.penalise(0.0, 1.0)
-    hears(worker, "n")
-    assert worker.next_due() == cexec.OFFSET_UNSET + cexec.PER_COST * cexec.PENALTY < 0.2
-    hears(worker, "m", now=1.0)
-    assert wait_of(worker, "m") == cexec.OFFSET_UNSET
-    worker.penalise(1.0, 1.0)
-    worker.penalise(1.1, 0)
-    hears(worker, "o", now=1.1)
-    assert wait_of(worker, "o") == cexec.OFFSET_UNSET
-
-
-def wait_of(worker, nonce):
-    return worker.pending[nonce].delay
-
-
-# ---------------------------------------------------------------- choice: one submitter
-
-def submitter(wanted=1):
-    selection = cexec.Selection(0.0, lambda: 0.5, wanted)
-    assert selection.next_due() == 0.0
-    assert selection.poll(0.0, wanted) == [(cexec.ANNOUNCE, 0, 0.0, 0.02, cexec.TELL_BUSY, wanted)]
-    return selection
-
-
-HOLDING = cexec.HOLD, cexec.HOLD_TIME
-
-
-def shakes(who):
-    return cexec.HANDSHAKE, who
-
-
-def evicts(who, why="slower than another"):
-    return cexec.EVICT, who, why
-
-
-def wins(who):
-    return cexec.WIN, who
-
-
-def arrives(selection, now, *names, cost=0.0, queued=False, source=None, offset=0.01, waited=0.002, wanted=1):
-    """Each worker has an address of its own, unless source says another."""
-    for name in names:
-        answer = cexec.Answer("n", cost, offset, waited, queued)
-        selection.connected(now, name, source or name, answer, next(RANDOMS))
-    return selection.poll(now, wanted)
-
-
-def test_four_stalled_handshakes_make_room():
-    """S16: behind a proxy the others wait out of sight, or try again."""
-    selection = submitter()
-    arrives(selection, 0.001, "a", "b", "c", "d", source="proxy")
-    assert evicts("early", "too many others from its address") in arrives(selection, 1.0, "early", source="proxy")
-    actions = arrives(selection, 0.002 + cexec.PATIENCE_MOST, "real", source="proxy")
-    assert evicts("a", "too many others from its address") in actions and shakes("real") in actions
-
-
-def announcements(selection, count):
-    """When the next ones go out, seconds."""
-    times = []
-    for _ in range(count):
-        now = selection.next_due()
-        ((action, attempt, waited, interval, flags, wanted),) = selection.poll(now)
-        times.append(now)
-        assert (action, wanted) == (cexec.ANNOUNCE, 1) and attempt >= len(times) and waited == now
-        assert interval <= 5.0
-    assert not selection.poll(now)
-    return times
-
-
-def test_announcements_slow_down_once_somebody_answered():
-    selection = submitter()
-    selection.busy(0.001)
-    times = announcements(selection, 12)
-    assert times[:4] + [times[-1] - times[-2]] == pytest.approx([0.02, 0.06, 0.14, 0.3, 4.0])
-
-
-def test_unanswered_announcements_come_twice_a_second():
-    """However the dice fall: a network may lose every other one for all."""
-    for chance in 1e-9, 0.5, 1.0:
-        selection = cexec.Selection(0.0, lambda: chance)
-        selection.poll(0.0)
-        times = announcements(selection, 30)
-        assert max(after - before for before, after in zip(times, times[1:])) < 0.501
-    selection.busy(times[-1])
-    later = announcements(selection, 10)
-    assert later[-1] - later[-2] > 2.0
-
-
-def test_announcements_of_many_do_not_stay_in_step():
-    intervals = [cexec.Selection(0.0, lambda: jitter).poll(0.0)[0][3] for jitter in (1e-9, 1.0)]
-    assert intervals == [pytest.approx(0.015), 0.025]
-
-
-def test_the_first_good_worker_wins_and_all_are_told():
-    selection = submitter()
-    assert arrives(selection, 0.001, "a") == [HOLDING, shakes("a")]
-    assert arrives(selection, 0.0011, "b") == [shakes("b")]
-    selection.authenticated(0.003, "b")
-    assert selection.poll(0.003) == [(cexec.TAKEN, 0.01 - 0.001), wins("b"), evicts("a")]
-    assert selection.next_due() == 0.007 and selection.poll(0.007) == [(cexec.TAKEN, 0.01 - 0.001)]
-    told = cexec.TAKEN, 0.01 - 0.001 + 0.002 * math.log(1.5)
-    assert arrives(selection, 0.008, "c", "d") == [evicts("c"), told, evicts("d")]
-    assert selection.next_due() == 0.011 and selection.poll(0.011)[0][0] == cexec.TAKEN
-    assert selection.next_due() is None and selection.poll(1000.0) == []
-
-
-def test_a_cheaper_worker_is_waited_for_but_not_long():
-    for shaken, winner in ((0.0024, "cheap"), (None, "dear")):
-        selection = submitter()
-        arrives(selection, 0.001, "dear", cost=1.0)
-        arrives(selection, 0.001, "cheap", cost=0.0)
-        selection.authenticated(0.002, "dear")
-        assert selection.poll(0.002) == [] and selection.next_due() == 0.0035
-        if shaken:
-            selection.authenticated(shaken, "cheap")
-        assert wins(winner) in selection.poll(shaken or 0.0035)
-
-
-def test_a_worker_that_is_hardly_cheaper_is_not_waited_for():
-    selection = submitter()
-    arrives(selection, 0.001, "a", cost=0.09)
-    arrives(selection, 0.001, "b", cost=0.0)
-    selection.authenticated(0.002, "a")
-    assert wins("a") in selection.poll(0.002)
-
-
-def test_a_good_worker_that_goes_before_the_choice_does_not_win():
-    selection = submitter()
-    arrives(selection, 0.001, "a", cost=1.0)
-    arrives(selection, 0.001, "b")
-    selection.authenticated(0.002, "a")
-    selection.poll(0.002)
-    selection.closed(0.0021, "a")
-    selection.closed(0.0021, "b")
-    selection.authenticated(0.0022, "b")
-    assert selection.poll(0.0035) == [] and selection.next_due() == 0.02
-
-
-def test_a_handshake_that_stalls_keeps_nobody_from_his():
-    """R18: four at once; one of more than 100 ms does not count any more, and may still be the first."""
-    selection = submitter()
-    arrives(selection, 0.001, *"abcde")
-    selection.announce_soon(1000000.0)
-    assert selection.next_due() == 0.101
-    assert selection.poll(0.101) == [shakes("e")]
-    selection.authenticated(0.15, "a")
-    assert wins("a") in selection.poll(0.15)
-
-
-def test_one_address_has_at_most_four_unproven_connections():
-    """S16: whoever fills the places with connections that stall keeps nobody out."""
-    selection = submitter()
-    actions = arrives(selection, 0.001, *range(100), source="stalls")
-    assert [action for action in actions if action[0] == cexec.HANDSHAKE] == [shakes(n) for n in range(4)]
-    assert sum(action[0] == cexec.EVICT for action in actions) == 96
-    assert arrives(selection, 0.002, "honest") == [HOLDING]
-    assert shakes("honest") in selection.poll(0.101)
-
-
-def test_addresses_take_turns():
-    selection = submitter()
-    arrives(selection, 0.001, "a1", "a2", "a3", source="a")
-    arrives(selection, 0.001, "b1", "b2", source="b")
-    arrives(selection, 0.001, "c1", source="c")
-    selection.closed(0.002, "b1")
-    assert selection.poll(0.002) == [shakes("b2")]        # b has none any more, as c
-    selection.closed(0.003, "a1")
-    assert selection.poll(0.003) == [shakes("c1")]
-
-
-def test_a_full_house_makes_room_for_a_new_address():
-    selection = submitter()
-    for n in range(cexec.CANDIDATES):
-        arrives(selection, 0.001, n, source="address %d" % (n % 16))
-    actions = arrives(selection, 0.002, "new")
-    assert [action[0] for action in actions].count(cexec.EVICT) == 1 and "new" in selection.candidates
-    actions = arrives(selection, 0.003, "more", source="address 3")
-    assert [action[1] for action in actions if action[0] == cexec.EVICT] == ["more"]
-    selection = submitter()
-    for n in range(cexec.CANDIDATES):               # an address each: the first one whose handshake has stalled goes
-        arrives(selection, 0.001, n)
-    arrives(selection, 0.002, "early")
-    assert "early" not in selection.candidates
-    actions = arrives(selection, 0.002 + cexec.PATIENCE_MOST, "late")
-    assert evicts(0, "too many others from its address") in actions and "late" in selection.candidates
-
-
-def test_a_search_for_many_takes_each_one_that_has_proven_itself():
-    """All make their handshakes at once, nobody is told to hold or evicted, and the offset is left as it is."""
-    selection = submitter(wanted=100)
-    actions = arrives(selection, 0.001, *range(80), wanted=100)
-    assert actions == [shakes(n) for n in range(cexec.WANTED_MOST)]
-    for n in range(40):
-        selection.authenticated(0.002, n)
-    assert selection.poll(0.002, 100) == [wins(n) for n in range(40)] + [shakes(n) for n in range(64, 80)]
-    for n in range(40, 80):
-        selection.authenticated(0.003, n)
-    assert selection.poll(0.003, 60) == [wins(n) for n in range(40, 80)]
-    assert HOLDING in arrives(selection, 0.004, *range(100, 125), wanted=20)
-    for n in range(100, 125):
-        selection.authenticated(0.005, n)
-    actions = selection.poll(0.005, 20)
-    assert actions == [(cexec.TAKEN, None)] + [wins(n) for n in range(100, 120)] + [
-        evicts(n) for n in range(120, 125)]
-    assert selection.over and selection.poll(0.0091, 50) == [(cexec.TAKEN, None)]
-
-
-def test_one_address_may_have_as_many_as_are_wanted():
-    for wanted in 4, 20, 64, 200:
-        selection = submitter(wanted)
-        actions = arrives(selection, 0.001, *range(300), source="one", wanted=wanted)
-        assert sum(action[0] == cexec.HANDSHAKE for action in actions) == min(wanted, 64)
-        assert len(selection.candidates) == min(wanted, 64)
-
-
-def test_a_second_without_a_new_worker_ends_a_search_that_has_found_some():
-    selection = submitter(wanted=9)
-    arrives(selection, 0.9, "a", wanted=9)
-    selection.authenticated(0.901, "a")
-    assert wins("a") in selection.poll(0.901, 8)
-    assert not selection.over and selection.next_due() <= 0.9 + cexec.ALONE
-    assert selection.poll(0.9 + cexec.ALONE, 8) == [(cexec.TAKEN, None)] and selection.over
-
-
-def test_after_a_second_in_which_nobody_has_come_a_search_goes_on_for_one_slot():
-    selection, now, wanted = submitter(wanted=9), 0.0, []
-    while now < 6.0:
-        now = selection.next_due()
-        wanted += [action[5] for action in selection.poll(now, 9) if action[0] == cexec.ANNOUNCE]
-    assert set(wanted) == {9, 1} and sorted(wanted, reverse=True) == wanted
-    arrives(selection, 6.0, "b", "c", wanted=9)
-    selection.authenticated(6.001, "b")
-    assert selection.poll(6.001, 9) == [(cexec.TAKEN, None), wins("b"), evicts("c")]
-
-
-def test_who_has_said_that_one_is_wanted_begins_anew_for_more():
-    """Workers take such a search to be over when that one has its job."""
-    selection = submitter()
-    arrives(selection, 0.001, "a", wanted=5)
-    selection.authenticated(0.002, "a")
-    assert wins("a") in selection.poll(0.002, 5) and selection.over
-
-
-def test_more_wanted_is_announced_at_once_and_not_too_often():
-    selection = submitter(wanted=2)
-    assert [action for action in arrives(selection, 0.005, "a", wanted=9) if action[0] == cexec.ANNOUNCE] == []
-    assert selection.next_due() == 0.02
-    assert [action[5] for action in selection.poll(0.02, 9)] == [9]
-    assert selection.poll(0.021, 30) == [] and selection.next_due() == 0.04
-    assert [action[5] for action in selection.poll(0.04, 30)] == [30]
-
-
-def test_a_search_that_nobody_needs_at_the_moment_says_nothing():
-    selection = submitter()
-    assert selection.poll(0.02, 0) == [] and selection.next_due() is None
-    arrives(selection, 0.021, "a", wanted=0)
-    assert shakes("a") in selection.poll(0.022, 1)
-
-
-def test_a_copy_of_a_preamble_is_refused():
-    """S16: what was sniffed on the wire opens no second place."""
-    selection = submitter()
-    answer = cexec.Answer("n", 0.0, 0.01, 0.002, False)
-    selection.connected(0.001, "worker", "a", answer, b"random")
-    for n in range(100):
-        selection.connected(0.001, n, "b", answer, b"random")
-    assert list(selection.candidates) == ["worker"] and selection.connections == 1
-    for n in range(2 * cexec.RANDOMS_MOST):
-        selection.connected(0.001, ("more", n), n, answer, n)
-    assert len(selection.randoms) == cexec.RANDOMS_MOST
-
-
-def test_who_is_busy_is_asked_again_some_seconds_later():
-    selection, now, flags, times = submitter(), 0.0, [], []
-    selection.busy(0.01)
-    while now < 30.0:
-        now = selection.next_due()
-        for action, _, _, _, flag, _ in selection.poll(now):
-            times.append(now)
-            flags.append(flag)
-            if flag and now > 2.0:
-                selection.busy(now + 0.5)
-    asked = [when for when, flag in zip(times, flags) if flag]
-    assert max(when for when in asked if when < 2.0) < 1.01 + cexec.AGAIN_MOST
-    gaps = [after - before for before, after in zip(asked, asked[1:])]
-    assert any(cexec.BUSY_AGAIN <= gap <= cexec.BUSY_AGAIN + 2 * cexec.AGAIN_MOST for gap in gaps) and 0 in flags
-
-
-def test_enough_busy_answers_are_stopped_at_once():
-    selection = submitter()
-    for n in range(cexec.BUSY_ENOUGH - 1):
-        selection.busy(0.005)
-        assert selection.poll(0.005) == []
-    selection.busy(0.006)
-    ((action, _, _, _, flags, _),) = selection.poll(0.006)
-    assert (action, flags) == (cexec.ANNOUNCE, 0)
-
-
-def test_connections_are_bounded():
-    selection = submitter()
-    actions = arrives(selection, 0.001, *range(1, 1001))
-    assert actions.count(HOLDING) == 1
-    assert sum(action[0] == cexec.EVICT for action in actions) == 1000 - cexec.CANDIDATES
-
-
-def test_the_offset_of_the_next_job():
-    def after(cost, offset, waited, connections, queued=False):
-        selection = submitter()
-        for n in range(connections):
-            arrives(selection, 0.001, n, cost=cost, offset=offset, waited=waited, queued=queued)
-        selection.authenticated(0.002, 0)
-        return dict(action for action in selection.poll(0.002) if len(action) == 2)[cexec.TAKEN]
-    assert after(0.0, 0.01, 0.006, 1) == 0.007
-    assert after(0.0, 0.01, 0.04, 2) == 0.0
-    assert after(1.0, -0.02, 0.08, 2) == -cexec.PER_COST
-    assert after(0.0, 0.01, 0.0, 4) == 0.01 + 0.002 * math.log(2)
-    assert after(0.0, 0.01, 0.006, 1, queued=True) is None
-
-
-# ---------------------------------------------------------------- choice: any order of events
-
-@pytest.mark.parametrize("seed", range(4))
-def test_no_order_of_events_confuses_a_worker(seed):
-    """Slots are counted right, times are numbers, memory is bounded."""
-    chance = random.Random(seed)
-    worker, now, states = cexec.Responder(3, 2, 1.0, lambda: 1.0 - chance.random()), 0.0, cexec.SlotState
-    for _ in range(5000):
-        now += chance.expovariate(50.0)
-        nonce, what = chance.randrange(40) + int(now / 2), chance.randrange(12)
-        if what < 4:
-            hears(worker, nonce, now=now, source=chance.randrange(12), attempt=chance.randrange(9), waited=0.1,
-                  interval=chance.choice((0.02, 4.0)), flags=chance.randrange(2), room=chance.randrange(1, 5),
-                  port=chance.choice((80, 5000, 6000)), wanted=chance.choice((1, 1, 5)))
-        elif what == 4:
-            worker.hold(now, nonce, chance.uniform(-0.001, 2), chance.randrange(9))
-        elif what == 5:
-            worker.taken(now, nonce, chance.choice((None, 0.01)))
-        elif what == 7:
-            worker.stopped = chance.random() < 0.2
-        elif worker.slots:
-            slot = chance.choice(worker.slots)
-            if slot.state is states.CONNECTING and what < 9:
-                worker.connected(now, slot)
-            elif slot.state is states.ASKED and what < 10:
-                worker.go(now, slot)
-            elif slot.state in (states.HANDSHAKE, states.IDLE) and what < 10:
-                worker.start(now, slot, cexec.SlotJob("id", "a", "", 0.0))
-            elif slot.state in (states.RUNNING, states.LEAVING) and what < 10:
-                worker.move(now, slot, cexec.SlotEvent.EXIT)
-            else:
-                if slot.state is states.CONNECTING and what == 11:
-                    worker.refused(slot)
-                worker.move(now, slot, cexec.SlotEvent.LEAVE)
-        for slot in worker.due(now):
-            assert slot.origin.address[1] >= 5000
-        for slot in worker.surplus(now):
-            worker.move(now, slot, cexec.SlotEvent.LEAVE)
-        for search in worker.busy_due(now):
-            assert worker.is_full() and search.origin.source
-        due = worker.next_due()
-        assert due is None or due < now + 5.0
-        assert worker.taken_slots() <= 3 and states.FREE not in [slot.state for slot in worker.slots]
-        assert len(worker.turns_over(now)) <= 3 and len(worker.slots) <= 3 + cexec.LAPSED_MOST
-        assert not set(worker.pending) & set(worker.answered)
-        assert all(search.credit > 0 and not search.over for search in worker.pending.values())
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_no_order_of_events_confuses_a_submitter(seed):
-    chance = random.Random(seed)
-    selection, now, shaking = cexec.Selection(0.0, lambda: 1.0 - chance.random()), 0.0, set()
-    for step in range(4000):
-        now += chance.expovariate(200.0)
-        what, known = chance.randrange(8), list(selection.candidates)
-        if what < 4:
-            answer = cexec.Answer("n", chance.uniform(-3, 3), 0.0, 0.001, False)
-            selection.connected(now, step, chance.randrange(40), answer, chance.choice((step, step - 1)))
-        elif what == 4 and known:
-            selection.closed(now, chance.choice(known))
-        elif what == 5:
-            selection.busy(now)
-        elif what == 6 and shaking and step > 3000:
-            selection.authenticated(now, chance.choice(sorted(shaking)))
-        for action, *fields in selection.poll(now):
-            if action == cexec.HANDSHAKE:
-                shaking.add(fields[0])
-        shaking &= set(selection.candidates)
-        assert len(selection.candidates) <= cexec.CANDIDATES
-        due = selection.next_due()
-        assert due is None or due < now + 6.0
-    assert selection.over and selection.taken and not selection.candidates
-
-
-# ---------------------------------------------------------------- batch
-
-class SimulatedRoom:
-    """A Batch whose jobs run on workers that take so long and fail as they are told, in simulated seconds.
-
-    workers: {instance: (slots, seconds a job takes, fails(number of the job, how many ran there before))}
-    """
-
-    def __init__(self, workers, count, joins={}, **options):
-        self.workers = workers
-        self.joins = joins                  # {instance: when}
-        self.now, self.ends, self.waiting = 0.0, [], []
-        self.ran = collections.Counter()
-        self.told, self.delivered, self.results = [], [], {}
-        self.batch = cexec.Batch(100, working=lambda: {end[2] for end in self.ends}, serving=self.there, **options)
-        for _ in range(count):
-            job = cexec.BatchJob()
-            self.batch.add(job)
-            self.start(job)
-        self.batch.complete()
-        while self.batch.going and self.now < 10000:
-            self.give()
-            self.step()
-
-    def there(self):
-        return {each for each in self.workers if self.joins.get(each, 0) <= self.now}
-
-    def start(self, job):
-        run = object()
-        self.batch.start(job, run)
-        self.waiting.append((job, run))
-
-    def give(self):
-        for instance in sorted(self.there()):
-            for job, run in list(self.waiting):
-                busy = sum(end[2] == instance for end in self.ends)
-                if busy < self.workers[instance][0] and self.batch.may_run(job, instance, self.now):
-                    self.waiting.remove((job, run))
-                    self.ran[instance] += 1
-                    failed = self.workers[instance][2](job.number, self.ran[instance])
-                    self.ends.append((self.now + self.workers[instance][1], job.number, instance, job, run, failed))
-
-    def step(self):
-        if not self.ends:
-            self.now += 0.25
-            return
-        self.ends.sort(key=lambda end: end[:2])
-        if self.waiting and self.ends[0][0] > self.now + 0.25:
-            self.now += 0.25
-            return
-        self.now, _, instance, job, run, failed = self.ends.pop(0)
-        line = self.batch.workers.add(instance, instance, failed, self.now)
-        self.told += [line] if line else []
-        outcome = cexec.FAILED if failed else cexec.SUCCEEDED
-        decision = self.batch.ended(job, run, outcome, instance, self.now)
-        if decision is cexec.AGAIN:
-            self.start(job)
-        elif decision is cexec.COUNTS:
-            self.results[job.number] = outcome
-            self.batch.settle(job, failed)
-            self.delivered += [each.number for each in self.batch.deliverable(job)]
-
-    def failed(self):
-        return sum(outcome is cexec.FAILED for outcome in self.results.values())
-
-
-def never(number, before):
-    return False
-
-
-def always(number, before):
-    return True
-
-
-GOOD, FAST_AND_BAD = (2, 1.0, never), (2, 0.01, always)
-
-
-def test_a_worker_that_fails_all_jobs_gets_few_of_them():
-    """Three and some trials, where it would have had nearly all; a line says so once."""
-    room = SimulatedRoom({"bad": FAST_AND_BAD, "good": GOOD, "other": GOOD}, 300)
-    assert room.ran["bad"] <= 10 and room.failed() == room.ran["bad"], room.ran
-    assert len(room.told) == 1 and re.match(
-        r"worker bad: \d+ jobs failed there in a row, and elsewhere 0 of \d+: it gets only a trial", room.told[0])
-    room = SimulatedRoom({"bad": FAST_AND_BAD, "good": GOOD, "other": GOOD}, 300, again=3)
-    assert room.failed() == 0 and room.now < 90
-
-
-@heavy
-def test_a_worker_that_goes_bad_is_found_out():
-    room = SimulatedRoom({"a": (2, 1.0, lambda number, before: before > 20), "b": GOOD}, 300)
-    assert room.failed() < 25 and len(room.told) == 1, (room.failed(), room.told)
-    room = SimulatedRoom({"a": (2, 1.0, lambda number, before: 20 < before < 31), "b": GOOD}, 600)
-    assert room.ran["a"] > 150 and room.failed() < 15, room.ran
-
-
-@heavy
-@pytest.mark.parametrize("fails", [
-    always, lambda number, before: 100 < number < 250, lambda number, before: number % 3 == 0,
-    lambda number, before: number < 40, lambda number, before: number % 20 < 4])
-def test_inputs_that_fail_everywhere_hold_nobody_back(fails):
-    """Bad stretches, a bad third and all of them: no worker is accused and none waits for long."""
-    workers = {each: (2, 1.0, fails) for each in "abcd"}
-    room = SimulatedRoom(workers, 400)
-    assert room.told == [] and room.now < 60, (room.now, room.told)
-    assert room.failed() == sum(fails(number, 0) for number in range(1, 401))
-    room = SimulatedRoom({"a": (4, 0.5, fails)}, 100)
-    assert room.told == [] and room.now < 14, "a room of one worker"
-
-
-def test_what_is_run_again_goes_elsewhere_as_long_as_it_can():
-    """To one that serves or joins within ten seconds; otherwise to the same one, then."""
-    bad_for_one = (1, 1.0, lambda number, before: number == 1)
-    room = SimulatedRoom({"a": bad_for_one, "b": (1, 30.0, never)}, 3, again=1)
-    assert room.failed() == 0 and room.ran["b"] == 2
-    room = SimulatedRoom({"a": (1, 1.0, lambda number, before: before == 1)}, 1, again=1)
-    assert room.failed() == 0 and 10 < room.now < 13
-    room = SimulatedRoom({"a": (1, 1.0, always), "b": (1, 1.0, never)}, 1, again=1, joins={"b": 6})
-    assert room.failed() == 0 and room.ran["b"] == 1 and room.now < 9
-    room = SimulatedRoom({"a": (1, 1.0, always), "b": (1, 1.0, always)}, 1, again=3)
-    assert room.failed() == 1 and sum(room.ran.values()) == 4 and len(room.ran) == 2
-
-
-def test_a_batch_delivers_in_order_or_as_jobs_end():
-    slow = {"a": (4, 1.0, never), "b": (1, 7.3, never)}
-    assert SimulatedRoom(slow, 30).delivered == list(range(1, 31))
-    room = SimulatedRoom(slow, 30, ordered=False)
-    assert sorted(room.delivered) == list(range(1, 31)) != room.delivered
-
-
-def test_a_batch_takes_as_many_jobs_as_may_run():
-    batch = cexec.Batch(2)
-    jobs = [cexec.BatchJob() for _ in range(3)]
-    for job in jobs[:2]:
-        assert batch.wants_job()
-        batch.add(job)
-        batch.start(job, object())
-    assert not batch.wants_job() and batch.wants_job(held_back=1) and not batch.wants_job(cexec.HELD_BACK_MAX)
-    assert batch.ended(jobs[1], jobs[1].runs[0], cexec.SUCCEEDED, "a", 0.0) is cexec.COUNTS
-    batch.settle(jobs[1])
-    assert batch.wants_job() and list(batch.deliverable(jobs[1])) == [] and batch.unfinished() == [jobs[0]]
-    batch.complete()
-    assert not batch.wants_job() and not batch.is_over()
-    batch.settle(jobs[0])
-    assert list(batch.deliverable(jobs[0])) == jobs[:2] and batch.is_over() and not batch.jobs
-    with pytest.raises(RuntimeError):
-        jobs[0].happens(cexec.START)
-
-
-def test_of_two_runs_the_first_to_end_with_0_counts():
-    """A failure counts when the other one has ended too; a twin uses up no --again; --halt sees what counts."""
-    def batch_of_one(**options):
-        batch, job = cexec.Batch(2, **options), cexec.BatchJob()
-        batch.add(job)
-        batch.start(job, "one")
-        batch.complete()
-        assert batch.twin_wanted(lambda run: None) is None and batch.twin_wanted(lambda run: 1.0) is job
-        batch.start(job, "two")
-        assert batch.twin_wanted(lambda run: 1.0) is None
-        return batch, job
-    batch, job = batch_of_one()
-    assert batch.ended(job, "two", cexec.SUCCEEDED, "b", 0.0) is cexec.COUNTS and job.runs == ["one"]
-    for outcome in cexec.FAILED, cexec.LOST:
-        batch, job = batch_of_one(again=1, halt=True)
-        assert batch.ended(job, "two", outcome, "b", 0.0) is cexec.WAIT and batch.state is cexec.COMPLETE
-        assert batch.twin_wanted(lambda run: 1.0) is None, "one twin is enough"
-        assert batch.ended(job, "one", cexec.FAILED, "a", 0.0) is cexec.AGAIN and job.tries == 1
-        batch.start(job, "three")
-        assert batch.ended(job, "three", cexec.FAILED, "a", 0.0) is cexec.COUNTS and batch.state is cexec.COMPLETE
-        batch.settle(job, failed=True)
-        assert batch.state is cexec.STOPPING and batch.is_over()
-    batch, job = batch_of_one(again=5)
-    batch.stop()
-    batch.forget(job, "two")
-    assert batch.ended(job, "one", cexec.FAILED, "a", 0.0) is cexec.COUNTS, "nothing runs again"
-
-
-def test_the_summary_names_workers_whose_failures_are_not_spread():
-    records = cexec.WorkerRecords()
-    for instance, name, failures in ("i", "a", 0), ("j", "b", 3), ("k", "b", 1), ("l", "c", 1):
-        for number in range(4):
-            records.add(instance, name, number < failures, 0.0)
-    assert records.spread_text() == "4 of 8 on b, 1 of 4 on c"
-    for number in range(4):
-        records.add("i", "a", True, 0.0)
-    assert records.spread_text() == ""
+        terminal.ask(terminal.line("--") + " &", "here> ")
+    worker.log.wait(": start from ", count=3)
+    for _ in range(2):      # one line for the shell each time, which they must not take
+        assert terminal.ask("sleep 0.6; echo $((40+2))", "here> ").endswith("42")
+    assert [stat_fields(pid)[0] for pid in cexecs_of(shell)] == ["S"] * 3
+    assert "Stopped" not in terminal.ask("jobs", "here> ")
+    for number in 1, 2, 3:
+        terminal.type("fg %%%d\r" % number)
+        terminal.wait(room.pub)
+        terminal.type("it\r")
+        terminal.wait("got it\r\n")
+        terminal.wait("here> ")
+        assert terminal.ask("echo status $?", "here> ").endswith("status 3")
+
+
+def test_an_unread_terminal_in_the_background_costs_nothing(room, terminal):
+    worker = serve_sh(room, "exit 4")
+    terminal.bash()
+    terminal.ask(terminal.line("--") + "; echo status $?", "here> ")
+    terminal.type("(%s; echo back $?) &\r" % terminal.line("--"))
+    terminal.wait("back 4")
+    worker.log.wait("end, status 4", count=2)
+
+
+@pytest.mark.parametrize("kind", ["-n", "-tn"])
+def test_an_empty_standard_input_leaves_what_is_there(shell, kind):
+    reading, writing = os.pipe()
+    os.write(writing, b"kept")
+    done = run("cexec", *kind.replace("tn", "tt -n").split(), shell.pub, "RUN=cat; echo end", env=shell.settings({}),
+               stdin=reading)
+    assert (done.returncode, done.stderr) == (0, b"") and done.stdout.strip() == b"end"
+    assert os.read(reading, 10) == b"kept"
+    os.close(reading)
+    os.close(writing)
+
+
+def test_in_the_background_it_touches_no_terminal_of_others(room, terminal):
+    """C19."""
+    serve_bash(room)
+    shell = terminal.bash()
+    modes = terminal.ask("stty -g", "here> ")
+    terminal.type(terminal.line() + "\r")
+    terminal.wait("there> ")
+    terminal.type("~\x1a")
+    terminal.wait("here> ")
+    pid = the_cexec_of(shell)
+    for _ in range(2):
+        wait_stopped(pid)
+        terminal.ask("bg", "here> ")
+        wait_stopped(pid)
+        assert terminal.ask("stty -g", "here> ").startswith(modes)      # what follows tells of the stop
+    terminal.ask("kill -HUP %1; fg", "here> ")
+    wait_gone(pid)
+    assert terminal.ask("stty -g", "here> ") == modes
+
+
+def test_without_a_terminal_of_its_own_the_job_stops_with_cexec(room, terminal):
+    """R8: and goes on with it."""
+    serve_sh(room, "echo $$; exec sleep 60")
+    shell = terminal.bash()
+    terminal.type(terminal.line("--") + " </dev/null\r")
+    terminal.wait(room.pub)
+    terminal.wait("\r\n")
+    job = int(terminal.wait("\r\n"))
+    terminal.type("\x1a")
+    terminal.wait("Stopped")
+    terminal.wait("here> ")
+    wait_stopped(the_cexec_of(shell))
+    wait_stopped(job)
+    terminal.type("fg\r")
+
+    def holds():
+        assert stat_fields(job)[:1] == ["S"]
+    wait_until(holds, PATIENCE)
+    terminal.type("\x03")
+    terminal.wait("here> ")
+    assert terminal.ask("echo status $?", "here> ") == "status 130"
+    wait_gone(job)
 
 
 # ---------------------------------------------------------------- the choice, with real workers
@@ -9006,7 +10165,7 @@ def test_workers_that_stop_behind_the_handshake_are_not_there(room, monkeypatch)
             over.set()
             impostor.announce()
             rogue.join()
-    assert type(failure) is cexec.NoWorker and "none of the workers that answered took the job" in failure.why, failure
+    assert type(failure) is cexec.NoWorker and "; 127.0.0.1: " in failure.why, failure
     assert made.proven_at - began > 0.1 and made.heard_at < made.proven_at
 
 
@@ -9282,100 +10441,6 @@ def test_a_stopped_worker_among_two_costs_nothing(room):
             assert (done.returncode, done.stdout) == (0, b"awake\n")
     finally:
         frozen.signal(signal.SIGCONT)
-
-
-# ---------------------------------------------------------------- jobs, end to end: helpers
-
-RUN_SHELL = "sh", "-c", 'eval "$PEER_RUN"'      # a worker whose jobs do what the submitter's RUN=... says
-MB = 1 << 20
-
-
-@pytest.fixture
-def shell(room):
-    """A room with one worker that runs the shell text of RUN=...; .worker is its process."""
-    room.worker = room.serve(*RUN_SHELL, CONCURRENCY=64)
-    return room
-
-
-def python_job(code):
-    """The pairs that make a shell worker run Python code, without a shell in between."""
-    return "RUN=exec '%s' -IS -c \"$PEER_CODE\"" % sys.executable, "CODE=" + code
-
-
-PLACER = """
-import fcntl, os, sys
-wanted = [pair.split("=") for pair in sys.argv[1].split(",") if pair]
-high = {int(to): fcntl.fcntl(int(at), fcntl.F_DUPFD, 200) for to, at in wanted if at}
-for to, at in high.items():
-    os.dup2(at, to)
-for to in [int(to) for to, at in wanted if not at]:
-    os.close(to)
-os.closerange(max([2, *high]) + 1, 300)
-os.execv(sys.argv[2], sys.argv[2:])
-"""
-
-
-def placed(fds, *argv):
-    """(argv, pass_fds) to run a command with these descriptors, {number there: number here, or None for closed}."""
-    words = ",".join("%d=%s" % (to, "" if at is None else at) for to, at in fds.items())
-    return [sys.executable, "-ISc", PLACER, words, *argv], [at for at in fds.values() if at is not None]
-
-
-def start_placed(room, fds, *pairs, env=None, **popen):
-    """Starts a job whose cexec has just these descriptors beside the standard ones."""
-    argv, pass_fds = placed(fds, *program(), "cexec", room.pub, *pairs)
-    return room.start(*argv, env=room.settings(env), pass_fds=pass_fds, **popen)
-
-
-class Reader(threading.Thread):
-    """Reads a descriptor to its end in a thread; .data has it all after done()."""
-
-    def __init__(self, fd):
-        super().__init__(daemon=True)
-        self.fd, self.data = fd, bytearray()
-        self.start()
-
-    def run(self):
-        while True:
-            part = os.read(self.fd, MB)
-            if not part:
-                return os.close(self.fd)
-            self.data += part
-
-    def done(self, seconds=60):
-        self.join(seconds)
-        assert not self.is_alive(), "no end of data after %d bytes" % len(self.data)
-        return bytes(self.data)
-
-
-class Writer(threading.Thread):
-    """Writes bytes to a descriptor in a thread, then closes it."""
-
-    def __init__(self, fd, data):
-        super().__init__(daemon=True)
-        self.fd, self.data = fd, memoryview(data)
-        self.start()
-
-    def run(self):
-        try:
-            while self.data:
-                self.data = self.data[os.write(self.fd, self.data[:MB]):]
-        except BrokenPipeError:
-            pass
-        os.close(self.fd)
-
-
-def pipe_in(data):
-    """The reading end of a pipe that a thread fills."""
-    reading, writing = os.pipe()
-    Writer(writing, data)
-    return reading
-
-
-def random_octets(size):
-    """Random enough for comparing, and made quickly."""
-    block = os.urandom(min(size, 4 * MB))
-    return b"".join(block[number:] + block[:number] for number in range(-(-size // len(block) if size else 0)))[:size]
 
 
 # ---------------------------------------------------------------- room: held streams
@@ -9732,7 +10797,7 @@ def floods(session):
             session.tls.getpeername()
 
 
-def test_a_flood_of_new_keys_ends_the_connection_and_holds_up_nobody(room):
+def test_a_flood_of_new_keys_ends_the_connection(room):
     """S11, R18: timers go on meanwhile."""
     with Rogue(room, floods), room_here(room) as (loop, pool):
         ticks = []
@@ -9947,146 +11012,953 @@ def test_a_closed_standard_error_takes_no_line():
     assert done.stdout == b"False\n"
 
 
-# ---------------------------------------------------------------- the tools by every name
+# ---------------------------------------------------------------- many jobs on one connection
 
-NAMES = "ckeygen", "cexec", "cmap", "cservice", "cwho", "crat", "cproxy", "demo", "completion"
-VERSION_LINE = "%s (cexec) " + cexec.VERSION + "\n"
+class Wide(cexec.HeldStreams):
+    """What a job reads on 0, 3 and 5 and writes on 1, 2, 4 and 5, held here."""
 
+    def __init__(self, inputs):
+        super().__init__(cexec.HeldInput(inputs[0]))
+        self.more = {number: cexec.Spool(self.budget) for number in (4, 5)}
+        self.descriptors = {0: cexec.IN, 1: cexec.OUT, 2: cexec.OUT, 3: cexec.IN, 4: cexec.OUT, 5: cexec.BOTH}
+        self.sources.update({number: cexec.HeldInput(inputs[number]) for number in (3, 5)})
+        self.sinks.update({number: cexec.HeldOutput(self, number, spool) for number, spool in self.more.items()})
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_tool_is_its_name_or_the_first_argument(tmp_path, tools, name):
-    """C1."""
-    expected = (VERSION_LINE % name).encode()
-    for link in name, name + ".py":
-        if link != "cexec.py":
-            (tmp_path / link).symlink_to(tools / "cexec.py")
-            assert run_command(sys.executable, tmp_path / link, "--version").stdout == expected
-            assert run_command(tmp_path / link, "--version").stdout == expected, "run by itself, through sh"
-    assert run(name, "--version").stdout == expected
-    assert run_command(tools / "cexec.py", name, "--version").stdout == expected
+    def outputs(self):
+        return {1: bytes(self.output), 2: bytes(self.errors), 4: bytes(self.more[4]), 5: bytes(self.more[5])}
 
-
-@pytest.mark.parametrize("argv, words", [
-    ((), ""), (("-x",), "cexec.py: -x: unknown option\n"),
-    (("", "cexec"), "cexec.py: an empty word: no such tool\n"),
-    (("unknown",), "cexec.py: unknown: no such tool\n"),
-    (("cmpa", "app.pub"), "cexec.py: cmpa: no such tool; did you mean cmap?\n")])
-def test_no_tool_is_wrong_usage(argv, words):
-    """C1."""
-    done = run(*argv)
-    assert (done.returncode, done.stdout, done.stderr.decode()) == (2, b"", words + cexec.overview())
-    assert len(done.stderr.splitlines()) < 20 and all(name in done.stderr.decode() for name in NAMES)
+    def close(self):
+        super().close()
+        for spool in getattr(self, "more", {}).values():
+            spool.clear()
 
 
-def test_help_is_a_word_too(tmp_path, tools):
-    """Unless a key is called so."""
-    for argv, text in (("help",), cexec.overview()), (("help", "cmap"), cexec.usage("cmap")), (
-            ("cwho", "help"), cexec.usage("cwho")):
-        done = run(*argv)
-        assert (done.returncode, done.stdout.decode(), done.stderr) == (0, text, b"")
-    (tmp_path / "help.pub").touch()
-    assert b"help" in run("cwho", "help", cwd=str(tmp_path)).stderr
+class InTurn:
+    """Jobs that a Pool of this process runs one after another, on connections that it keeps.
+
+    ended: [(status or Failure, outputs, ExitReport or None)].  steps: what the Pool traces.
+    at: {number of a job: what to call when it has started}.
+    """
+
+    def __init__(self, room, retries=3):
+        self.room, self.retries, self.ended, self.steps, self.at = room, retries, [], [], {}
+
+    def run(self, jobs, done=None):
+        """jobs: (shell text, inputs or None, signal or None) of each.  done(): called behind each; may add to jobs."""
+        with room_here(self.room, keep=True, trace=self.steps.append) as (loop, pool):
+            def submit():
+                number = len(self.ended)
+                text, inputs, name = jobs[number]
+                streams = Wide(inputs) if inputs else cexec.HeldStreams(cexec.HeldInput(b"data"))
+
+                def event(words, always=False):
+                    if "started on" in words and number in self.at:
+                        self.at.pop(number)()
+                    if "started on" in words and name:
+                        loop.call_soon_threadsafe(lambda: pool.signal(submission, name))
+                submission = cexec.Submission(streams, [(b"DO", text.encode())], self.retries, over, event)
+                pool.submit(submission)
+
+            def over(status, failure, submission):
+                streams = submission.streams
+                outputs = streams.outputs() if isinstance(streams, Wide) else {1: bytes(streams.output)}
+                streams.close()
+                self.ended.append((failure or status, outputs, submission.report))
+                if done:
+                    done()
+                if len(self.ended) == len(jobs):
+                    loop.stop()
+                else:
+                    loop.call_soon_threadsafe(submit)
+            submit()
+            loop.run()
+
+    def connections(self):
+        return len([step for step in self.steps if " was chosen: " in step])
 
 
-@pytest.mark.parametrize("option", ["-h", "--help"])
-def test_help_for_all(option):
-    done = run(option)
-    assert (done.returncode, done.stdout.decode(), done.stderr) == (0, cexec.overview(), b"")
-    for name in NAMES:
-        done = run(name, option)
-        assert (done.returncode, done.stdout.decode(), done.stderr) == (0, cexec.usage(name), b"")
+ECHO = "cat; cat <&3 >&4; cat <&5 >&5; echo $CEXEC_JOB >&2; exit %d"
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_help_names_every_setting_and_fits_a_terminal(name):
-    text = cexec.usage(name)
-    assert re.match(r"usage: (cexec\.py )?%s " % name, text)
-    assert re.search(r"\nExit status:\n(  .*\n)+\nExample:\n(  .*\n)+\Z", text)
-    assert re.search(r"\n  \$ (.*[ (])?%s " % name, text.partition("\nExample:")[2])
-    for setting in cexec.SETTINGS:
-        if name in setting.tools:
-            assert setting.option in text and all(variable in text for variable in setting.names)
-    assert max(map(len, text.splitlines())) <= 80
+def test_two_hundred_jobs_over_one_connection(room, forker):
+    """Every byte of every descriptor, every status, and signals between them."""
+    worker, random_bytes = forked_worker(forker, room, CONCURRENCY=1), random.Random(10)
+    jobs = []
+    for number in range(200):
+        if number % 10 == 9:
+            jobs.append(("exec sleep 60", None, ("INT", "TERM", "HUP", "USR1")[number // 10 % 4]))
+        else:
+            sizes = {0: number * 97, 3: number % 7, 5: number * 31}
+            inputs = {at: bytes(random_bytes.getrandbits(8) for _ in range(size)) for at, size in sizes.items()}
+            jobs.append((ECHO % number, inputs, None))
+    jobs[150][1][0] = jobs[151][1][5] = random_octets(3 * MB)
+    turn = InTurn(room)
+    turn.run(jobs)
+    names = set()
+    for number, ((text, inputs, name), (status, outputs, report)) in enumerate(zip(jobs, turn.ended)):
+        if name:
+            assert (status, report.name) == (128 + getattr(signal, "SIG" + name), name), number
+        else:
+            names.add(outputs.pop(2))
+            assert status == number and outputs == {1: inputs[0], 4: inputs[3], 5: inputs[5]}, number
+    assert len(names) == 180 and turn.connections() == 1
+    drained(worker)
 
 
-def test_help_shows_what_matters_first():
-    for name, tool in cexec.TOOLS.items():
-        options = [option for option, *_ in cexec.options_of(name)]
-        first = [option for option in tool.first if option in options]
-        assert options[:len(first)] == first and sorted(options) == sorted(set(options))
-        assert set(tool.first) - set(options) <= {"-n", "--jobs"}, "of options that come"
+HELD_UP = 'until [ -e %s ]; do sleep 0.01; done'
 
 
-def test_help_that_cannot_be_printed():
-    for name in NAMES:
-        with open("/dev/full", "wb") as full:
-            assert run(name, "--help", stdout=full).returncode == 255
-        argv, _ = placed({1: None}, *program(), name, "--help")
-        assert run_command(*argv).returncode == 255
+def hold_up(worker, path, words, act):
+    """What is called when a job that waits for path has started: acts, and lets it go once the log has the words."""
+    def go():
+        act()
+        wait_until(lambda: assert_contains(worker.errors, words))
+        path.touch()
+    return go
 
 
-def test_the_version():
-    done = run("--version")
-    assert (done.returncode, done.stdout.decode(), done.stderr) == (0, "cexec %s\n" % cexec.VERSION, b"")
+@pytest.mark.parametrize("status", [0, 1])
+def test_the_vetos_first_word_is_told_where_it_counts(room, forker, status):
+    worker = forked_worker(forker, room, "--if", "exit %d" % status, CONCURRENCY=1)
+    if status:
+        wait_until(lambda: assert_contains(worker.errors, b"--if: no new jobs for the time being"))
+    else:
+        assert_serving(forker, room)
+    drained(worker)
+    assert b"takes jobs again" not in worker.errors.data and (b"--if" in worker.errors.data) == bool(status)
 
 
-# ---------------------------------------------------------------- completion by the shells
+@pytest.mark.parametrize("how", ["drain", "veto"])
+def test_a_drain_and_a_veto_end_a_connection_behind_its_job(room, forker, how, tmp_path):
+    veto, go, turn = tmp_path / "veto", tmp_path / "go", InTurn(room)
+    options = ("--if", "test ! -e %s" % quoted(veto)) if how == "veto" else ()
+    worker = forked_worker(forker, room, *options, CONCURRENCY=1, patch={"Veto.EVERY": 0.0, "Daemon.LOOK": 0.05})
+    others = []
 
-COMPLETED = [
-    ("cexec --timeout-a", "--timeout-accept"), ("cmap --cut l", "lines"), ("cexec.py cma", "cmap"),
-    ("cexec.py cservice --scr", "--scratch"), ("ckeygen -std", "-stdin"), ("cexec.py completion zs", "zsh")]
+    def next_worker():
+        """Behind the third job there is somebody again who takes the fourth."""
+        if len(turn.ended) == 3:
+            if how == "veto":
+                veto.unlink()
+            else:
+                assert worker.wait() == 0
+                others.append(forked_worker(forker, room, CONCURRENCY=1))
+    if how == "veto":
+        turn.at[2] = hold_up(worker, go, b"--if: no new jobs for the time being", veto.touch)
+    else:
+        turn.at[2] = hold_up(worker, go, b"no new jobs, 1 running", lambda: worker.signal(signal.SIGTERM))
+    cat = [("cat", None, None)] * 2
+    turn.run(cat + [(HELD_UP % quoted(go) + "; cat", None, None)] + cat, next_worker)
+    assert [(status, outputs[1]) for status, outputs, _ in turn.ended] == [(0, b"data")] * 5
+    assert turn.connections() == 2
+    drained((others or [worker])[0])
+    log = worker.errors.wait_end()
+    if how == "veto":
+        assert b"--if: takes jobs again" in log
+    assert (log.count(b": start from "), len(others)) == ((5, 0) if how == "veto" else (3, 1))
 
 
-@pytest.mark.parametrize("typed, found", COMPLETED)
-def test_bash_completes(tools, typed, found):
+def test_a_drain_ends_an_idle_connection_at_once(room, forker):
+    """The worker goes, though its submitter might have had more jobs, and though it does nothing itself."""
+    worker = forked_worker(forker, room, patch={"Handler.IDLE": 60.0})
+    with Impostor(room) as impostor:
+        peer = impostor.employ()
+        peer.sendall(a_job({}, timeout=60.0))
+        wait_until(lambda: assert_contains(worker.errors, b"end, status 0"))
+        worker.signal(signal.SIGTERM)
+        said = b""
+        while message("ABORT", 0, b"no more jobs here") not in said:
+            said += peer.recv(1 << 16)
+        peer.close()
+        assert worker.wait() == 0       # long before the time that it leaves a slow submitter for the last words
+
+
+def test_who_waits_gets_the_slot_behind_the_job_in_hand(room, forker):
+    """Half a second, as long as others wait, is what one submitter keeps a slot for."""
+    worker, turn, others = forked_worker(forker, room, CONCURRENCY=1), InTurn(room), []
+    turn.at[2] = lambda: others.append(forker.submit("cexec", room.pub, "DO=cat", input=b"other",
+                                                     env=room.settings({})))
+    jobs = [("cat; sleep 0.05", None, None)] * 5
+
+    def more():
+        if others and others[0].alive():
+            jobs.append(jobs[0])
+    turn.run(jobs, more)
+    assert others[0].result() == (0, b"other", "")
+    assert {(status, outputs[1]) for status, outputs, _ in turn.ended} == {(0, b"data")}
+    assert turn.connections() == 2 and len([1 for _, _, report in turn.ended if report.last]) <= 1
+    drained(worker)
+
+
+@pytest.mark.parametrize("retries", [0, 3])
+def test_a_connection_that_breaks_loses_one_job_only(room, forker, tmp_path, retries):
+    worker, turn = forked_worker(forker, room, CONCURRENCY=1), InTurn(room, retries)
+    breaks = '[ -e %s ] || { >%s; printf half; head -c 1 >/dev/null; kill -9 $PPID; sleep 60; }; cat' % (
+        quoted(tmp_path / "once"), quoted(tmp_path / "once"))
+    turn.run([(breaks if number == 9 else "cat", None, None) for number in range(15)])
+    results = [(status, outputs[1]) for status, outputs, _ in turn.ended]
+    broken = results[9]
+    del results[9]
+    assert results == [(0, b"data")] * 14
+    if retries:
+        assert broken == (0, b"data")
+    else:
+        assert isinstance(broken[0], cexec.Failure) and broken[0].what == "worker 127.0.0.1"
+    assert turn.connections() == 2
+    drained(worker)
+
+
+# ---------------------------------------------------------------- unread input
+
+LOOPS = {0: 'while read -r line; do echo "<$line>"; %s; done <list',
+         3: 'while read -r line <&3; do echo "<$line>"; %s; done 3<list'}
+READS = {"nothing": ":", "four bytes": "dd bs=1 count=4 status=none%s; echo", "all": "cat%s"}
+
+
+@pytest.mark.parametrize("number", LOOPS)
+@pytest.mark.parametrize("what", READS)
+def test_a_loop_over_a_file_is_as_with_a_local_command(shell, tmp_path, number, what):
+    """C12: A4: what the job has not read stays there, on every descriptor."""
+    (tmp_path / "list").write_bytes(b"".join(b"line %d of some length\n" % count for count in range(5)))
+    text = READS[what].replace("%s", " <&3" if number else "")
+    words = " ".join(map(shlex.quote, [*program(), "cexec", shell.pub, "RUN=" + text]))
+    local, there = (run_command("sh", "-c", LOOPS[number] % job, env=shell.settings({}), cwd=str(tmp_path))
+                    for job in ("sh -c " + shlex.quote(text), words))
+    assert (there.returncode, there.stdout, there.stderr) == (local.returncode, local.stdout, b"")
+    assert local.stdout.count(b"<") == {"nothing": 5, "four bytes": 5, "all": 1}[what]
+
+
+@pytest.mark.parametrize("end, status, offset", [
+    ("exit 3", 3, 14), ("kill -9 $$", 137, 14), ("kill -INT $$", 130, 14), ("kill -9 $PPID; sleep 60", 111, 10)])
+@pytest.mark.parametrize("size", [1 << 12, 1000192, 1 << 22])
+@pytest.mark.parametrize("number", [0, 3])
+def test_the_offset_of_a_file_after_every_end_of_a_job(shell, tmp_path, number, size, end, status, offset):
+    """A4: behind what the job has read; after a lost worker where it was.  Sizes: what the job's pipe takes, what is
+    sent and not written to the pipe when the job ends, more than is ever sent."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(256)) * (size >> 8))
+    fd = os.open(str(path), os.O_RDONLY)
+    os.lseek(fd, 10, os.SEEK_SET)
+    with open(os.devnull, "rb") as null:
+        text = "dd bs=1 count=4 status=none <&%d; %s %s" % (number, "sleep 0.3;" * (size == 1000192), end)
+        argv, pass_fds = placed({0: fd if number == 0 else null.fileno(), **({3: fd} if number else {})}, *program(),
+                                "cexec", shell.pub, "RUN=" + text)
+        done = run_command(*argv, stdin=null, pass_fds=pass_fds, env=shell.settings({"CEXEC_RETRIES": 0}))
+    assert done.returncode == status and (status == 111 or done.stdout == bytes(range(10, 14))), done.stderr
+    assert os.lseek(fd, 0, os.SEEK_CUR) == offset
+    os.close(fd)
+
+
+def test_a_second_start_reads_the_file_from_where_it_was(shell, tmp_path):
+    """A4, R3: nothing that the lost worker read counts."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(256)) * 16)
+    once = tmp_path / "once"
+    text = "[ -e {0} ] || {{ >{0}; head -c 1000 >/dev/null; kill -9 $PPID; sleep 60; }}; dd bs=1 count=4 status=none"
+    with open(str(path), "rb", 0) as file:
+        file.seek(100)
+        done = shell.cexec("RUN=" + text.format(quoted(once)), stdin=file)
+        assert (done.returncode, done.stdout) == (0, bytes(range(100, 104))), done.stderr
+        assert os.lseek(file.fileno(), 0, os.SEEK_CUR) == 104
+    assert b"; it starts again elsewhere\n" in done.stderr
+
+
+LISTS = {
+    "pipe": "printf 'a\\nb\\nc\\n' | while read -r x; do echo $x; %s; done",
+    "process substitution": "exec 3< <(printf 'a\\nb\\nc\\n'); while read -r x <&3; do echo $x; %s; done",
+    "file": "while read -r x; do echo $x; %s; done < list",
+    "file on 3": "while read -r x <&3; do echo $x; %s; done 3< list",
+    "file opened both ways": "exec 3<> list; while read -r x <&3; do echo $x; %s; done",
+    "fifo opened both ways": "mkfifo f; exec 3<> f; cat list >&3; "
+                             "for n in 1 2 3; do read -r x <&3; echo $x; %s; done",
+    "inherited twice": "printf 'a\\nb\\nc\\n' | while read -r x; do echo $x; %s 5<&0 6<&0; done",
+    "both": "while read -r x; do echo $x; while read -r y <&3; do echo $y; %s; done 3< <(echo 1; echo 2); done"
+            " < <(printf 'a\\nb\\nc\\n')",
+}
+
+
+def in_bash(shell, tmp_path, script, env=None, command="CEXEC", **popen):
+    """Runs a script in bash, in the test's folder, with $C for cexec and its key."""
     need("bash")
-    script = ('eval "$("$0" completion bash)"; COMP_WORDS=(%s); COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); _cexec; '
-              'echo "${COMPREPLY[*]}"; complete -p cmap >&2' % typed)
-    done = run_command("bash", "--norc", "-c", script, tools / "cexec.py")
-    assert done.stdout.decode() == found + "\n" and b"_cexec cmap" in done.stderr
+    (tmp_path / "list").write_bytes(b"a\nb\nc\n")
+    env = dict(shell.settings(env), C=" ".join(map(shlex.quote, [*program(), "cexec", shell.pub])))
+    return run_command("bash", "-c", script.replace("%s", "eval \"$C\" $WORDS"), env=env, cwd=str(tmp_path), **popen)
 
 
-@pytest.mark.parametrize("typed, found", [("cmap --cut = b", "bytes"), ("cexec --group ", ""), ("cmap --log ", "")])
-def test_bash_knows_what_a_value_is(tools, typed, found):
-    need("bash")
-    script = ('eval "$("$0" completion bash)"; COMP_WORDS=(%s); COMP_CWORD=${#COMP_WORDS[@]}; '
-              '[ "%s" ] && COMP_CWORD=$((COMP_CWORD - 1)); _cexec; echo "${COMPREPLY[*]}"' % (typed, found))
-    assert run_command("bash", "--norc", "-c", script, tools / "cexec.py").stdout.decode() == found + "\n"
+@needs_linux
+@pytest.mark.parametrize("kind, job", [
+    *itertools.product(sorted(LISTS), ["true", "exec <&-; sleep 0.05"]),
+    *itertools.product(["file", "pipe"], ["sleep 0.05", "exit 3"])])
+def test_a_loop_loses_nothing_to_jobs_that_read_nothing(shell, tmp_path, kind, job):
+    """C13."""
+    done = in_bash(shell, tmp_path, LISTS[kind], env={"WORDS": shlex.quote("RUN=" + job)})
+    assert done.stdout.split() == (list(b"a 1 2 b 1 2 c 1 2".split()) if kind == "both" else b"a b c".split())
+    assert done.stderr == b""
 
 
-@pytest.mark.parametrize("typed, found", COMPLETED[:-1])
-def test_fish_completes(tools, tmp_path, typed, found):
-    need("fish")
-    script = "%s completion fish | source; complete -C %r" % (quoted(tools / "cexec.py"), typed)
-    done = run_command("fish", "--no-config", "-c", script, env={"HOME": tmp_path})
-    assert [line.split("\t")[0] for line in done.stdout.decode().splitlines()] == [found], done.stderr
+@needs_linux
+@pytest.mark.parametrize("read, rest", [("read -r x; echo $x", b"a\nb\nc\n"), ("head -c 3; echo", b"a\nb\n\nc\n"),
+                                        ("cat", b"a\nb\nc\n"), ("sleep 0.2; read -r x; echo $x", b"a\nb\nc\n"),
+                                        ("exec 7<&0; (read -r x <&7; echo $x) & wait", b"a\nb\nc\n"),
+                                        ("exec 7<&0 </dev/null; read -r x <&7; echo $x", b"a\nb\nc\n")])
+@pytest.mark.parametrize("kind", ["pipe", "file"])
+def test_what_follows_the_bytes_that_a_job_has_read_stays(shell, tmp_path, kind, read, rest):
+    where = {"pipe": "cat list | { %s; cat; }", "file": "{ %s; cat; } < list"}[kind]
+    done = in_bash(shell, tmp_path, where, env={"WORDS": shlex.quote("RUN=" + read)})
+    assert (done.stdout, done.stderr) == (rest, b"")
 
 
-@pytest.mark.parametrize("typed, found", COMPLETED + [("cmap --cut=b", "--cut=bytes")])
-def test_zsh_completes(tools, tmp_path, typed, found):
-    need("zsh")
-    leader, follower = pty.openpty()
-    shell = Process(["zsh", "-f", "-i"], env={"HOME": tmp_path, "TERM": "dumb"}, stdin=follower, stdout=follower,
-                    stderr=follower, start_new_session=True)
-    os.close(follower)
-    told = b""
-    os.write(leader, b"autoload -Uz compinit; compinit -D -u; bindkey '^I' complete-word; PS1=; "
-             b"eval \"$(%s completion zsh)\"; echo RE''ADY\n" % quoted(tools / "cexec.py").encode())
+@needs_linux
+@pytest.mark.parametrize("job, there", [
+    ("for n in 1 2 3; do read -r x <&3; done; echo d >&3", b"a\nb\nc\nd\n"),
+    ("head -c 6 <&3; echo d >&3", b"a\nb\nc\nd\n"),
+    ("echo d >&3", b"d\nb\nc\n"),
+    ("for n in 1 2 3; do read -r x <&3; done; echo d >&3; read -r x <&3", b"a\nb\nc\nd\n")])
+def test_a_file_open_both_ways_is_written_behind_what_was_read(shell, tmp_path, job, there):
+    """C12: as locally, also at once after the last byte of what it was given."""
+    done = in_bash(shell, tmp_path, "exec 3<> list; %s >&2; cat list", env={"WORDS": shlex.quote("RUN=" + job)})
+    assert done.stdout == there, done.stderr
+
+
+@needs_linux
+@pytest.mark.parametrize("job", ["read -r x <&3; echo d >&3", "echo d >&3; read -r x <&3"])
+def test_a_job_that_writes_amid_its_input_is_told(shell, tmp_path, job):
+    """Where its reading had come, or was to begin, is not known then."""
+    done = in_bash(shell, tmp_path, "exec 3<> list; %s; echo $?", env={"WORDS": shlex.quote("RUN=" + job)})
+    assert done.stdout == b"111\n" and b"descriptor 3: the job has read and written it by turns" in done.stderr
+
+
+@needs_linux
+def test_a_shared_socket_is_not_shut_down_by_a_job(shell):
+    """Nor by one that ends: the next job may still write there."""
+    near, far = socket.socketpair()
+    high = fcntl.fcntl(far.fileno(), fcntl.F_DUPFD, 100)
+    for script in ":", "exec 3>&-; sleep 0.1", "echo answer >&3":
+        assert start_placed(shell, {3: high}, "RUN=" + script).complete() == 0
+    assert near.recv(100) == b"answer\n"
+    for side in near, far:
+        side.close()
+    os.close(high)
+
+
+@needs_linux
+def test_two_that_read_one_pipe_are_told(shell, tmp_path):
+    """The manual says that they need -n, or a pipe each."""
+    done = in_bash(shell, tmp_path, "cat list - | { %s & job=$!; until [ -e on ]; do sleep 0.02; done; sleep 0.5; "
+                   "head -c 6 >/dev/null; >go; wait $job; echo $?; }",
+                   env={"WORDS": shlex.quote("RUN=cd %s; >on; while [ ! -e go ]; do sleep 0.02; done; read x" %
+                                             quoted(tmp_path))}, stdin=subprocess.PIPE, input=None)
+    assert done.stdout == b"111\n" and b"another program reads it too" in done.stderr
+
+
+@needs_linux
+def test_an_open_file_that_the_job_does_not_read_costs_a_page(room, tmp_path):
+    """A 10 MB file that some program has leaked cost 1 MB with each job."""
+    worker = room.serve("true")
+    (tmp_path / "big").write_bytes(bytes(10 * MB))
+    with open(str(tmp_path / "big"), "rb") as big, open("/dev/zero", "rb") as zero:
+        assert start_placed(room, {5: big.fileno(), 6: zero.fileno()}).complete() == 0
+    worker.log.wait(" end, status 0")
+    sizes = [int(size) for size in re.findall(r" (\d+) bytes in", str(worker.log))]
+    assert sizes[0] <= 8192
+
+
+@needs_linux
+def test_an_open_file_that_the_job_reads_late_arrives_whole(shell, tmp_path, hundred):
+    with open(str(hundred[0]), "rb") as big:
+        job = start_placed(shell, {5: big.fileno()}, "RUN=sleep 0.3; sha256sum <&5", stdout=LINES)
+        assert job.complete(60) == 0
+    assert str(job.out).split()[0] == hashlib.sha256(hundred[1]).hexdigest()
+
+
+# ---------------------------------------------------------------- pool: who dies or lies, and when
+
+@pytest.fixture(scope="module")
+def network(namespaces):
+    """Three hosts that the matrix shares: sub, one, two."""
+    net = Net()
     try:
-        while b"READY\r\n" not in told:
-            told += os.read(leader, 4096)
-        os.write(leader, typed.encode() + b"\t")
-        while found.encode() not in told.rpartition(b"READY\r\n")[2]:
-            told += os.read(leader, 4096)
+        for number, name in enumerate(("sub", "one", "two")):
+            net.host(name, "10.99.0.%d/24" % (number + 1))
+        net.forker = Forker(**net.place("sub"))
+        yield net
     finally:
-        shell.kill()
-        os.close(leader)
+        net.end()
 
 
-def test_completion_of_another_shell_is_wrong_usage():
-    for argv in (), ("tcsh",), ("bash", "zsh"):
-        done = run("completion", *argv)
-        assert (done.returncode, done.stdout) == (2, b"") and b"completion bash|zsh|fish" in done.stderr
+WAIT = 'while [ ! -e "$PEER_GO" ]; do sleep 0.05; done'
+INPUT = b"first\n" + bytes(range(256)) * 100
+
+# What a job does up to each moment, what of it is visible then, and the status it would end with.  Where nothing is
+# visible yet a second start goes through at once.
+MOMENTS = {
+    "before output": ('echo $$ >>"$PEER_PIDS"; [ $(wc -l <"$PEER_PIDS") -gt 1 ] || { %s; }; cat' % WAIT, b"", 0),
+    "mid-stream": ('echo $$ >>"$PEER_PIDS"; read line; echo "$line"; %s; cat' % WAIT, b"first\n", 0),
+    "after the end of data": ('echo $$ >>"$PEER_PIDS"; cat; exec >&-; %s; exit 7' % WAIT, INPUT, 7),
+}
+
+
+class Case:
+    """One job of the matrix, run up to its moment."""
+
+    def __init__(self, cluster, moment, place):
+        self.cluster, self.moment = cluster, moment
+        self.script, self.visible, self.status = MOMENTS[moment]
+        self.pids, self.go = place / ("pids " + moment), place / ("go " + moment)
+        self.cexec = cluster.submit("DO=" + self.script, "PIDS=%s" % self.pids, "GO=%s" % self.go, input=INPUT)
+
+    def arrive(self):
+        self.job, = wait_for_lines(self.pids)
+        self.id = re.search("CEXEC_JOB=([0-9a-f]{16})", proc(self.job, "environ")).group(1)
+        self.cexec.out.wait(len(self.visible))
+        if self.moment == "after the end of data":
+            self.cexec.out.wait_end()
+        self.handler = int(stat_fields(self.job)[1])
+
+    def victim(self, who):
+        return {"handler": self.handler, "cexec": self.cexec.pid, "job": self.job}[who]
+
+    def told(self, first, verdict):
+        """What crat has of this job: whether its first worker was ratted out, and how the last one completed it."""
+        if first:
+            self.cluster.crat.out.wait("10.99.0.1 rats out 10.99.0.2 for app.pub job %s" % self.id)
+        if verdict is not None:
+            self.cluster.crat.out.wait("for app.pub exit code %d job %s" % (verdict, self.id))
+        expected = bool(first) + (verdict is not None)
+        assert len(self.cluster.crat.out.having(self.id)) == expected, str(self.cluster.crat.out)
+
+    # -- the promised results
+    def goes_on(self, words=None):
+        """The fault is no fault: once the job is let go it ends as it would have."""
+        assert self.cexec.alive()
+        self.go.touch()
+        assert self.cexec.result() == (self.status, INPUT, ""), self.moment
+        assert len(pids_in(self.pids)) == 1
+        self.told(False, self.status)
+
+    def is_replaced(self, words):
+        """Started again with the same input, and one line says so."""
+        status, output, errors = self.cexec.result()
+        assert (status, output) == (self.status, INPUT), (self.moment, errors)
+        assert re.match(MOVED % (r"10\.99\.0\.2", words) + r"\Z", errors), errors
+        assert len(pids_in(self.pids)) == 2
+        self.told(True, self.status)
+
+    def is_lost(self, words):
+        """One line and a hint, a temporary failure, what was shown stays shown once, and no second start."""
+        status, output, errors = self.cexec.result()
+        assert (status, output) == (111, self.visible), (self.moment, errors)
+        assert re.match(TROUBLE % (r"10\.99\.0\.2", words), errors), errors
+        assert len(pids_in(self.pids)) == 1
+        self.told(True, None)
+
+    def is_killed(self, words=None):
+        """As a local program that died of SIGKILL."""
+        assert self.cexec.result() == (128 + signal.SIGKILL, self.visible, ""), self.moment
+        assert len(pids_in(self.pids)) == 1
+        self.told(False, 128 + signal.SIGKILL)
+
+    def is_silent(self, words=None):
+        """cexec itself was killed."""
+        assert self.cexec.wait() == -signal.SIGKILL
+        self.told(False, None)
+
+
+class Cluster:
+    """Worker one has as many slots as the matrix has moments; two comes when the jobs are there."""
+    ADDRESS = {"one": "10.99.0.2", "two": "10.99.0.3"}
+
+    def __init__(self, network, key):
+        self.network, self.key, self.workers = network, key, {}
+        self.crat = network.tool("sub", "crat", "app.pub", cwd=os.path.dirname(key), stdout=LINES)
+        self.serve("one")
+
+    def serve(self, host):
+        worker = self.network.tool(host, "cservice", self.key, *DOER, env={"CONCURRENCY": len(MOMENTS)})
+        self.workers[host] = worker
+        return worker.ready()
+
+    def submit(self, *pairs, **options):
+        env = {"CEXEC_TIMEOUT_PINGPONG": 1, "CEXEC_TIMEOUT_ACCEPT": 15, MARK: self.network.mark}
+        env.update(options.pop("env", {}))
+        return self.network.forker.submit("cexec", self.key + ".pub", *pairs, env=env, **options)
+
+    def serves_in_all_slots(self, host, path):
+        """As many jobs as there are slots, each of which ends when all have started."""
+        script = 'echo $$ >>"$PEER_PIDS"; until [ $(wc -l <"$PEER_PIDS") -ge %d ]; do sleep 0.02; done' % len(MOMENTS)
+        jobs = [self.submit("DO=" + script, "PIDS=%s" % path, env={"CEXEC_ACCEPT_SERVER": self.ADDRESS[host]})
+                for _ in MOMENTS]
+        assert [job.result() for job in jobs] == [(0, b"", "")] * len(MOMENTS)
+
+    def end(self):
+        for process in [self.crat, *self.workers.values()]:
+            process.end()
+
+
+@pytest.fixture
+def cluster(network, key):
+    cluster = Cluster(network, key)
+    yield cluster
+    cluster.end()
+
+
+RESETS = b"""table inet faulty {
+    chain input { type filter hook input priority 0; meta l4proto tcp reject with tcp reset; }
+}"""
+
+
+CLOSED = r"(the connection was closed|the connection broke: .*|the channel broke: .*)"
+SILENT = "silent for 1 seconds"
+NOTICED = 5                 # seconds from a peer's silence to the job's end, with that timeout, on a slow machine
+AGAIN, LOST, ON, DEAD, SILENCE = Case.is_replaced, Case.is_lost, Case.goes_on, Case.is_killed, Case.is_silent
+
+# (who, what): results before output, mid-stream, after the end of data; why cexec says it lost the worker; whether the
+# job is killed at once by its worker; the worker's words about each job, None when the daemon itself is the victim.
+MATRIX = {
+    ("handler", "KILL"): (AGAIN, LOST, LOST, CLOSED, "its handler was killed; the job ends"),
+    ("handler", "STOP"): (AGAIN, LOST, LOST, CLOSED, "its handler was killed; the job ends"),
+    ("daemon", "KILL"): (AGAIN, LOST, LOST, "gave the job up: the worker was killed", None),
+    ("daemon", "STOP"): (ON, ON, ON, None, "end, status"),
+    ("cexec", "KILL"): (SILENCE, SILENCE, SILENCE, None, "submitter lost: .*; the job ends"),
+    ("cexec", "STOP"): (AGAIN, LOST, LOST, CLOSED, "submitter lost: silent for 1 seconds; the job ends"),
+    ("job", "KILL"): (DEAD, DEAD, DEAD, None, "end, signal 9"),
+    ("job", "STOP"): (ON, ON, ON, None, "end, status"),
+    ("link", "down"): (AGAIN, LOST, LOST, SILENT, "submitter lost: silent for 1 seconds; the job ends"),
+    ("link", "reset"): (AGAIN, LOST, LOST, CLOSED, "submitter lost: .*; the job ends"),
+}
+
+
+def strike(cluster, cases, who, what):
+    """Does the harm, and what follows until its effect is there."""
+    network, one = cluster.network, cluster.workers["one"]
+    if what == "down":
+        network.unplug("sub")
+    elif what == "reset":
+        need("nft")
+        network.run("one", "nft", "-f", "-", input=RESETS)
+    else:
+        pids = [one.pid] if who == "daemon" else [case.victim(who) for case in cases]
+        for pid in pids:
+            os.kill(pid, getattr(signal, "SIG" + what))
+
+
+def mend(cluster, cases, who, what):
+    """Undoes what can be undone, after the worker or cexec has seen it."""
+    network, one = cluster.network, cluster.workers["one"]
+    if what == "down":
+        assert_gone(*[case.job for case in cases], seconds=NOTICED)
+        for case in cases[1:]:
+            case.cexec.wait()
+        network.plug("sub")
+    elif what == "reset":
+        assert_gone(*[case.job for case in cases], seconds=NOTICED)
+        network.run("one", "nft", "delete table inet faulty")
+    elif (who, what) == ("cexec", "STOP"):
+        assert_gone(*[case.job for case in cases], seconds=NOTICED)
+        for case in cases:
+            case.cexec.signal(signal.SIGCONT)
+    elif what == "STOP" and who != "handler":       # which its daemon does not leave stopped
+        longer_than_the_timeout()
+        for pid in [one.pid] if who == "daemon" else [case.job for case in cases]:
+            os.kill(pid, signal.SIGCONT)
+
+
+def longer_than_the_timeout():
+    """That silence which is none costs nothing shows only after the time has passed."""
+    time.sleep(1.5)
+
+
+@LINUX_ONLY
+@pytest.mark.parametrize("who, what", MATRIX)
+def test_fault_matrix(cluster, who, what, tmp_path):
+    """R1, R2, R4, R7, R9, R10, R11: each fault at each moment, with what is promised for it."""
+    *results, words, logged = MATRIX[who, what]
+    one = cluster.workers["one"]
+    cases = [Case(cluster, moment, tmp_path) for moment in MOMENTS]
+    for case in cases:
+        case.arrive()
+    cluster.serve("two")
+    strike(cluster, cases, who, what)
+    mend(cluster, cases, who, what)
+    for case, result in zip(cases, results):
+        result(case, words)
+    assert_gone(*[case.job for case in cases])
+    if (who, what) == ("daemon", "KILL"):
+        one.wait()
+        assert_gone(*[case.handler for case in cases])
+        one = cluster.serve("one")
+    assert_no_handlers(one)
+    cluster.serves_in_all_slots("one", tmp_path / "all")
+    if logged:
+        pattern = re.compile(r"job [0-9a-f]{16}: %s" % logged)
+        wait_until(lambda: must(sum(bool(pattern.search(line)) for line in list(one.log.lines)) >= len(cases)))
+    assert "Traceback" not in str(one.log) and "Error" not in str(one.log)
+
+
+# ---------------------------------------------------------------- pool: the connection is there, the job is not
+
+# A worker's time limits that no setting changes, shortened.
+HURRY = {"SubmitterConnection.GO": 1.0, "Handler.PATIENCE": 1.0}
+
+
+def stalled_before_welcome(forker, room):
+    """(worker, submitter, relay, handler): the worker has got the word to go on, and nothing more."""
+    worker = forked_worker(forker, room, patch=HURRY, CONCURRENCY=1)
+    relay = room.relay(fault="stall", at=cexec.GO_SIZE, towards="worker", connections=1)
+    job = forker.submit("cexec", room.pub, "DO=cat", input=b"data", env=room.settings({}, relay.group))
+
+    def handler():
+        assert len(children(worker.pid)) == 1 and relay.carried["worker"][:1] == [cexec.GO_SIZE]
+        return children(worker.pid)[0]
+    return worker, job, relay, wait_until(handler)
+
+
+@LINUX_ONLY
+@pytest.mark.parametrize("who, what", [("handler", "KILL"), ("handler", "STOP"), ("daemon", "KILL"), ("daemon", "STOP"),
+                                       ("cexec", "KILL"), ("cexec", "STOP"), ("link", "down")])
+def test_fault_before_the_welcome(room, forker, who, what):
+    worker, cexec, relay, handler = stalled_before_welcome(forker, room)
+    if who != "link":
+        victim = {"handler": handler, "daemon": worker.pid, "cexec": cexec.pid}[who]
+        os.kill(victim, getattr(signal, "SIG" + what))
+    if what == "STOP" and who != "cexec" or who == "daemon":
+        second = room.serve(*DOER)
+    if who == "cexec" and what == "STOP":
+        assert_gone(handler)
+        cexec.signal(signal.SIGCONT)
+    if who == "cexec" and what == "KILL":
+        assert cexec.wait() == -signal.SIGKILL
+    else:
+        assert cexec.result() == (0, b"data", "")
+    if what == "STOP" and who != "cexec":
+        with contextlib.suppress(ProcessLookupError):       # a stopped handler is killed
+            os.kill(victim, signal.SIGCONT)
+        second.stop()
+    assert_gone(handler)
+    if (who, what) != ("daemon", "KILL"):
+        assert_serving(forker, room)
+        drained(worker)
+
+
+# ---------------------------------------------------------------- pool: a network that changes or cuts the stream
+
+class Sweep:
+    """Jobs through a relay, each with the fault at another place; several at once."""
+    LANES, BOUND = 4, 15        # jobs at once; seconds, of which a stalled stream takes up a few
+    ENDED = re.compile(TROUBLE % (r"127\.0\.0\.1", ".+"))
+
+    def __init__(self, room, forker, fault):
+        self.room, self.forker, self.fault, self.trouble, self.statuses = room, forker, fault, [], []
+        self.input = bytes(range(256)) * 8
+
+    def job(self, relay):
+        env = {"CEXEC_RETRIES": 0, "CEXEC_TIMEOUT_PINGPONG": 1}
+        return quick(self.forker, self.room, "DO=cat", input=self.input, env=env, group=relay.group)
+
+    def length(self):
+        """Bytes that an undisturbed job moves towards each side."""
+        relay = self.room.relay()
+        assert self.job(relay) == (0, self.input, "")
+        return {towards: max(relay.carried[towards]) for towards in relay.carried}
+
+    def places(self, count):
+        """(towards, byte, bit), evenly spread over both streams."""
+        found = []
+        for towards, length in self.length().items():
+            found += [(towards, length * i // (count // 2), i % 8) for i in range(count // 2)]
+        return found
+
+    def run(self, count):
+        places = self.places(count)
+        lanes = [threading.Thread(target=self._lane, args=(places[i::self.LANES],)) for i in range(self.LANES)]
+        for lane in lanes:
+            lane.start()
+        for lane in lanes:
+            lane.join()
+        assert len(self.statuses) == len(places) or self.trouble
+        assert not self.trouble, "\n".join(self.trouble[:10])
+
+    def _lane(self, places):
+        for towards, at, bit in places:
+            relay = Relay(free_port(), self.room.port, fault=self.fault, towards=towards, at=at, bit=bit, connections=1)
+            began = time.monotonic()
+            try:
+                self._judge(*self.job(relay))
+                assert time.monotonic() - began < self.BOUND
+            except Exception as error:
+                self.trouble.append("%s at byte %d bit %d towards the %s, after %.1f s: %s: %s" % (
+                    self.fault, at, bit, towards, time.monotonic() - began, type(error).__name__, error))
+            finally:
+                relay.close()
+
+    def _judge(self, status, output, errors):
+        """All of it and no word, or a beginning of it, the temporary failure and its line."""
+        self.statuses.append(status)
+        if status == 0:
+            assert (output, errors) == (self.input, "")
+        else:
+            assert status == 111 and self.input.startswith(output) and self.ENDED.match(errors), (status, errors)
+
+
+PLACES = int(os.environ.get("CEXEC_TEST_PLACES", 60))       # where a stream is harmed
+
+
+@LINUX_ONLY
+@pytest.mark.parametrize("fault", ["flip", "cut", "reset"])
+def test_a_stream_harmed_at_many_places(room, forker, fault):
+    """S10, R1: the output is whole, or it is a beginning of it and the status is 111."""
+    workers = [room.serve(*DOER, CONCURRENCY=16) for _ in range(3)]
+    sweep = Sweep(room, forker, fault)
+    sweep.run(PLACES)
+    # Up to the job's start another connection takes over; after it nothing can be saved; the last bytes do not matter.
+    assert {0, 111} == set(sweep.statuses)
+    assert_serving(forker, room)
+    for worker in workers:
+        assert "Traceback" not in str(worker.log) and "handler:" not in str(worker.log), str(worker.log)
+
+
+# ---------------------------------------------------------------- pool: lost jobs start again
+
+REPLACED = 'echo $$ >>"$PEER_PIDS"; if [ $(wc -l <"$PEER_PIDS") = 1 ]; then %s; kill -9 $PPID; sleep 60; fi; cat'
+
+
+def lose_the_first(cluster, path, before, given, **env):
+    """(status, output, errors) of a job that kills its first handler after `before`.  given: input or stdin."""
+    cluster.serve("two")
+    command = [*cluster.network.inside("sub"), *program(), "cexec", cluster.key + ".pub", "DO=" + REPLACED % before]
+    env = {"CEXEC_TIMEOUT_ACCEPT": 15, MARK: cluster.network.mark, **env}
+    done = run_command(*command, "PIDS=%s" % path, env=env, **given)
+    assert_gone(*pids_in(path))
+    return done.returncode, done.stdout, done.stderr.decode()
+
+
+BIG = bytes(range(256)) * 12288      # 3 MiB: more than the handler's pipe takes
+NEAR_ALL = "head -c 2500000 >/dev/null"
+READ_ONE = "head -c 1 >/dev/null"    # whoever has got a byte is known to the daemon by its group
+
+
+@LINUX_ONLY
+@pytest.mark.parametrize("kind, env", [
+    ("file", {}), ("file", {"CEXEC_REPLAY": "0"}), ("file at an offset", {}), ("pipe", {}),
+    ("pipe", {"CEXEC_REPLAY": "3"})])
+def test_the_input_of_a_lost_job_is_given_again(cluster, tmp_path, kind, env):
+    """R3: a file by seeking, a pipe from what was kept."""
+    (tmp_path / "big").write_bytes(BIG)
+    with open(str(tmp_path / "big"), "rb", 0) as file:
+        file.seek(1000 if kind == "file at an offset" else 0)
+        given = dict(input=BIG) if kind == "pipe" else dict(stdin=file)
+        result = lose_the_first(cluster, tmp_path / "pids", NEAR_ALL, given, **env)
+    assert result[:2] == (0, BIG[1000:] if kind == "file at an offset" else BIG), result[2]
+    assert re.match(MOVED % (r"10\.99\.0\.\d", CLOSED) + r"\Z", result[2]), result[2]
+    assert len(pids_in(tmp_path / "pids")) == 2
+
+
+@LINUX_ONLY
+@pytest.mark.parametrize("before, env, output", [
+    (NEAR_ALL, {"CEXEC_REPLAY": "1"}, b""),             # more than may be remembered
+    (READ_ONE, {"CEXEC_RETRIES": "0"}, b""),
+    ("printf x; sleep 0.3", {}, b"x"),                  # somebody may have read it
+    ("exec >&-; sleep 0.3", {}, b""),                   # an end counts as much as an byte
+    ("exec <&-; sleep 0.3", {}, b""),                   # and so does an input that nobody reads any more
+], ids=["the input is too long", "turned off", "after an byte", "after a close", "after an input's close"])
+def test_a_job_that_may_not_start_again_is_lost(cluster, tmp_path, before, env, output):
+    """R3, R4, R5: too much input, none of the retries, or something to be seen already."""
+    status, out, errors = lose_the_first(cluster, tmp_path / "pids", before, dict(input=BIG), **env)
+    assert (status, out) == (111, output)
+    assert re.match(TROUBLE % (r"10\.99\.0\.\d", CLOSED), errors), errors
+    assert len(pids_in(tmp_path / "pids")) == 1
+
+
+@LINUX_ONLY
+def test_a_job_that_loses_every_worker_ends(cluster, tmp_path):
+    """R2: CEXEC_RETRIES of them."""
+    cluster.serve("two")
+    job = cluster.submit('DO=echo $$ >>"$PEER_PIDS"; read line; kill -9 $PPID; sleep 60',
+                         "PIDS=%s" % (tmp_path / "pids"), env={"CEXEC_RETRIES": 1})
+    status, output, errors = job.result()
+    lost = r"10\.99\.0\.\d", CLOSED
+    assert (status, output) == (111, b"") and re.match(MOVED % lost + TROUBLE % lost, errors), errors
+    assert len(pids_in(tmp_path / "pids")) == 2
+
+
+def test_a_lone_worker_gets_its_job_again_soon(room, forker, tmp_path):
+    """Another worker is preferred, but where there is none the same one will do."""
+    room.serve(*DOER)
+    began = time.monotonic()
+    result = quick(forker, room, "DO=" + REPLACED % READ_ONE, "PIDS=%s" % (tmp_path / "pids"), input=b"data")
+    assert result[:2] == (0, b"data") and re.match(MOVED % (r"127\.0\.0\.1", CLOSED) + r"\Z", result[2]), result[2]
+    assert time.monotonic() - began < 10
+
+
+# ---------------------------------------------------------------- pool: workers that fail, refuse and dawdle
+
+@LINUX_ONLY
+def test_a_chosen_worker_that_does_not_start_the_job_is_replaced(shared_room, private_key):
+    """R18: after a second; here after a part of it."""
+    room, forker = shared_room
+    assert cexec.START_PATIENCE == 1.0
+    with Impostor(room) as impostor:
+        job, heard = submit_and_hear(forker, room, impostor, "DO=cat", input=b"data",
+                                     patch={"START_PATIENCE": 0.2})
+        idle = impostor.apply(heard, private_key)
+        idle.sendall(OWN_HELLO)
+        assert idle.recv(1 << 16)
+        worker = forked_worker(forker, room)
+        status, output, errors = job.result()
+        assert (status, output) == (0, b"data")
+        assert re.match(MOVED % (r"127\.0\.0\.1", "did not start the job") + r"\Z", errors), errors
+        worker.signal(signal.SIGTERM)
+        assert worker.wait() == 0
+
+
+@LINUX_ONLY
+@pytest.mark.parametrize("said, gaps", [(message("REFUSED", 0, b"no"), (0.25, 0.5)), (b"", (0.25, 0.5))],
+                         ids=["refuses", "fails"])
+def test_a_worker_is_passed_over_for_a_while(shared_room, private_key, said, gaps):
+    """R18: a quarter of a second, which doubles each time."""
+    room, forker = shared_room
+    with Impostor(room) as impostor:
+        job, heard = submit_and_hear(forker, room, impostor)
+        offered = []
+        while len(offered) < 3:
+            with contextlib.suppress(OSError):
+                worker = impostor.apply(heard, private_key)
+                worker.sendall(OWN_HELLO)
+                if worker.recv(1 << 16):
+                    offered.append(time.monotonic())
+                    worker.sendall(said)
+                worker.close()
+            heard = impostor.hear() if len(offered) < 3 else None
+        job.signal(signal.SIGKILL)
+        job.wait()
+    for one, two, gap in zip(offered, offered[1:], gaps):
+        assert gap <= two - one < gap + 1
+
+
+@LINUX_ONLY
+def test_a_worker_stopped_before_its_first_job_is_not_lost(shared_room, private_key):
+    room, forker = shared_room
+    with Impostor(room) as impostor:
+        job, heard = submit_and_hear(forker, room, impostor, "DO=cat", input=b"data")
+        leaving = impostor.apply(heard, private_key)
+        leaving.sendall(OWN_HELLO + message("ABORT", 0, b"told to stop"))
+        assert leaving.recv(1 << 16) == b""
+        worker = forked_worker(forker, room)
+        assert job.result() == (0, b"data", "")
+        drained(worker)
+
+
+@contextlib.contextmanager
+def lone_handler(*command):
+    """(a Handler without a network, the daemon's end of its link), its first job on its way."""
+    settings = types.SimpleNamespace(user=None, limits=[], allow=[], python=False)
+    daemon = types.SimpleNamespace(settings=settings, log=Listed(), path=command[0], command=command, environment={},
+                                   scratch=None, folder=None, program=None)
+    link, far = socket.socketpair()
+    slot = cexec.Slot(None, None, cexec.Origin(("127.0.0.1", 3010), 5000), 0.0)
+    slot.state = cexec.SlotState.HANDSHAKE
+    handler = cexec.Handler(daemon, None, link, slot)
+    handler.local, handler.remote = ("127.0.0.1", 5000), "127.0.0.1"
+    session = cexec.Session(cexec.WORKER, 60.0, 0.0)
+    session.phase = cexec.CHOSEN
+    handler.channel = types.SimpleNamespace(session=session, tick=int, flush=int, reset_streams=int, closed=False,
+                                            consumed=int, source_ready=int)
+    try:
+        yield handler, far
+    finally:
+        handler.loop.close()
+        handler.link.close()
+        far.close()
+
+
+def test_a_handler_told_to_leave_says_so_before_its_job():
+    with lone_handler("/bin/true") as (handler, far):
+        far.sendall(b"LEAVE\n")
+        handler.link.read()
+        session = handler.channel.session
+        assert session.phase is cexec.OVER and session.outbox == message("ABORT", 0, b"no more jobs here")
+        assert far.recv(99) == b"LEAVE\n" and handler.slot.state is cexec.SlotState.FREE
+        assert handler.timer.when <= time.monotonic() + handler.LINGER
+
+
+@pytest.mark.parametrize("call", ["socketpair", "pipe", "dup", "set_terminal", "spawn"])
+def test_whatever_may_fail_does_so_before_the_command_is_started(monkeypatch, call):
+    """R5, R6: then the job is refused, and nothing of it is left; once there is a process there is no refusal."""
+    def fails(*arguments, **named):
+        raise OSError(errno.EMFILE, "Too many open files")
+    with lone_handler("/bin/sleep", "600") as (handler, far):
+        monkeypatch.setattr({"socketpair": socket, "pipe": os, "dup": os}.get(call, cexec), call, fails)
+        before, had = len(os.listdir("/dev/fd")), set(children(os.getpid()))
+        kinds = {0: cexec.IN, 1: cexec.OUT, 3: cexec.BOTH, 4: cexec.TTY}
+        handler._start(cexec.Job("0123456789abcdef", kinds, [], 60.0, (24, 80, b"dumb", {})))
+        session = handler.channel.session
+        assert session.phase is cexec.OVER and b"Too many open files" in session.outbox
+        assert [line.split()[0] for line in far.recv(999).splitlines()] == [b"JOB", b"LINE", b"FAILED", b"LEAVE"]
+        assert len(os.listdir("/dev/fd")) == before
+        assert set(children(os.getpid())) <= had
+
+
+@LINUX_ONLY
+@pytest.mark.parametrize("count, most", [(3, 1 << 20), (200, 1 << 17), (1000, 1 << 14)])
+def test_what_the_system_holds_for_a_job_is_bounded(count, most):
+    """S23: 16 MiB in pipes and sockets, and no more than 1024 of them."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit[1] < 8192:
+        skip("too few descriptors")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (8192, limit[1]))
+    try:
+        with lone_handler("/bin/true") as (handler, far):
+            kinds = {number: (cexec.IN, cexec.OUT, cexec.BOTH)[number % 3] for number in range(count)}
+            ends = cexec.JobEnds(handler.loop, handler.channel, job_of(kinds))
+            sizes = [fcntl.fcntl(end, cexec.F_GETPIPE_SZ) for fd, end in ends.ends.items() if kinds[fd] != cexec.BOTH]
+            assert sizes and max(sizes) <= most
+            for each in (*ends.sinks.values(), *ends.sources.values()):
+                assert count < 32 or each.enlarged, "it will not grow"
+            ends.close()
+            with pytest.raises(OSError, match="more than the 1024 that a job may have"):
+                cexec.JobEnds(handler.loop, handler.channel, job_of(dict.fromkeys(range(1025), cexec.OUT)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+
+
+def test_a_handlers_lines_go_through_the_daemon():
+    """So the limit of the log is one for all of them."""
+    with lone_handler("/bin/true") as (handler, far):
+        handler.log("a line of words")
+        assert far.recv(99) == b"LINE a line of words\n" and handler.daemon.log == []
+        handler.link.close()
+        handler.log("last words")
+        assert handler.daemon.log == ["last words"]
+
+
+def test_a_link_carries_whole_messages(loop):
+    one, two = socket.socketpair()
+    heard, count = [], 10000
+    near, far = cexec.Link(loop, one, lambda *words: heard.append(words)), cexec.Link(loop, two, print)
+    for number in range(count):         # more than the system takes at once
+        far.send("LINE", "number %d" % number)
+    assert far.unsent
+
+    def look():
+        if len(heard) == count:
+            far.close()
+        if heard[-1:] == [("END", "")]:
+            return loop.stop()
+        loop.call_later(0.002, look)
+    look()
+    run_loop(loop)
+    assert heard == [("LINE", "number %d" % number) for number in range(count)] + [("END", "")]
+    near.send("EXIT")                   # to nobody
+    assert not near.open
+
+
+def test_what_a_peer_said_is_no_message_of_a_link(loop):
+    one, two = socket.socketpair()
+    heard = []
+    near, far = cexec.Link(loop, one, lambda *words: heard.append(words)), cexec.Link(loop, two, print)
+    far.send("LINE", "a\nLEAVE \x1b[2J\udcff")
+    near.read()
+    assert heard == [("LINE", "a\\nLEAVE \\x1b[2J\\udcff")]
 
 
 # ---------------------------------------------------------------- refusals
@@ -10569,6 +12441,164 @@ def test_an_input_that_the_job_closes_is_closed_here(shell):
     os.close(writing)
     job.stdin.close()
     assert job.complete() == 0
+
+
+# ---------------------------------------------------------------- any descriptor, any job
+
+DESCRIPTOR_SECONDS = float(os.environ.get("CEXEC_TEST_DESCRIPTORS", 4))     # how long cases are made up
+
+
+class AnyInput:
+    """A descriptor of some kind with so much in it: what jobs do with it, here or elsewhere, leaves `state()`."""
+    KINDS = ["pipe", "live pipe", "shared flags", "large pipe", "fifo", "fifo both ways", "socket", "live socket",
+             "file", "file both ways", "null"]
+    ENDLESS = ["live pipe", "live socket", "fifo both ways"]        # a job must not wait for their end
+
+    def __init__(self, kind, now, later, place):
+        self.kind, self.peer, self.path = kind, None, place / "any" / "file"
+        self.path.parent.mkdir(exist_ok=True)
+        if kind == "null":
+            self.fd = os.open(os.devnull, os.O_RDONLY)
+        elif kind.startswith("file"):
+            self.path.write_bytes(b"skipped" + now + later)
+            self.fd = os.open(str(self.path), os.O_RDWR if "both" in kind else os.O_RDONLY)
+            os.lseek(self.fd, 7, os.SEEK_SET)
+        elif "socket" in kind:
+            (self.fd, self.peer) = (side.detach() for side in socket.socketpair())
+        elif kind == "fifo both ways":
+            os.mkfifo(str(self.path))
+            self.fd = self.peer = os.open(str(self.path), os.O_RDWR)
+        else:
+            self.fd, self.peer = ends_of("fifo" if kind == "fifo" else "pipe", self.path.parent)
+            os.set_blocking(self.fd, kind != "shared flags")
+            if kind == "large pipe":
+                fcntl.fcntl(self.fd, cexec.F_SETPIPE_SZ, 1 << 20)
+        self.feeder = threading.Thread(target=self._feed, args=(now, later), daemon=True)
+        self.feeder.start()
+        if not later:
+            self.feeder.join(PATIENCE)
+
+    def _feed(self, now, later):
+        if self.peer is not None:
+            write_all(self.peer, now)
+            time.sleep(0.05 if later else 0)
+            write_all(self.peer, later)
+            if self.kind == "socket":
+                with socket.socket(fileno=os.dup(self.peer)) as side:
+                    side.shutdown(socket.SHUT_WR)
+            elif self.kind not in self.ENDLESS:
+                os.close(self.peer)
+
+    def state(self):
+        """(what is left to be read, what the jobs wrote); closes it."""
+        self.feeder.join(PATIENCE)
+        os.set_blocking(self.fd, False)
+        left, written = b"", b""
+        with contextlib.suppress(BlockingIOError):
+            while not left or part:
+                part = os.read(self.fd, 1 << 16)
+                left += part
+                if not part:
+                    break
+        if "socket" in self.kind:
+            os.set_blocking(self.peer, False)
+            with contextlib.suppress(BlockingIOError, ConnectionResetError):
+                written = os.read(self.peer, 1 << 16)
+        if "file" in self.kind:
+            written = self.path.read_bytes()
+        if self.kind in self.ENDLESS and self.peer != self.fd or self.kind == "socket":
+            os.close(self.peer)
+        os.close(self.fd)
+        for path in self.path.parent.iterdir():
+            path.unlink()
+        return left, written
+
+
+def made_up(chance):
+    """A case: (kind, bytes there, bytes that come later, number, [job's script], whether a worker is lost, retries)."""
+    kind = chance.choice(AnyInput.KINDS)
+    most = 200000 if kind == "large pipe" else 60000
+    size = chance.choice([0, 1, 10, 4095, 4096, 4097, 30000, most])
+    data = b"".join(b"line %d\n" % number for number in range(size // 6 + 1))[:size]
+    at = chance.choice([size, size, size, chance.randrange(size + 1)]) if kind not in (
+        "file", "null", "shared flags") else size
+    number, jobs, place = chance.choice([0, 3, 7]), [], 0
+    for _ in range(chance.choice([1, 1, 2, 3])):
+        rest = size - place
+        # Who has read all of a copy gets more, and what is on its way then is gone.
+        part = rest if kind in ("file", "null") else min(cexec.COPY_MAX, at - place if at > place else rest)
+        line = data[place:].find(b"\n") + 1
+        ways = ["nothing", "nothing", "close", "bytes", "half"] + ["line"] * (0 < line < part) + (
+            ["all"] if kind not in AnyInput.ENDLESS else []) + ["write"] * (kind in ("socket", "file both ways"))
+        way = chance.choice(ways)
+        taken = {"bytes": chance.randrange(max(1, min(part, 50))), "half": part // 2, "all": rest, "line": line}.get(
+            way, 0) if kind != "null" else 0
+        script = {"nothing": ":", "close": "exec %d<&-", "all": "cat <&%d", "line": 'read -r x <&%d; echo "$x"',
+                  "write": "echo answer >&%d"}.get(way, "head -c %s <&%%d" % taken)
+        fd, before = number, ""
+        if chance.random() < 0.2:
+            fd, before = 8, "exec 8<&%d %d<&-; " % (number, number) if way != "write" else "exec 8>&%d; " % number
+        script = before + script.replace("%d", str(fd))
+        script = chance.choice(["%s", "%s", "%s", "sleep 0.05; %s", "(exec 9<&%d; (%%s) & wait)" % number,
+                                "%s; sleep 0.05", "%s; exit 3"]) % script
+        jobs.append(script)
+        place += taken if way != "write" or kind == "socket" else rest + 7
+        if way == "write" and kind != "socket":
+            break
+    lost = chance.random() < 0.15 and "write" not in jobs[0]
+    return kind, data[:at], data[at:], number, jobs, lost, chance.choice([0, 3]) if lost else 3
+
+
+def carried_out(case, place, command, env=None):
+    """What a case comes to, each job run as the command of its script: ([(status, output) of each job], what is left,
+    what was written)."""
+    kind, now, later, number, jobs = case[:5]
+    given, results = AnyInput(kind, now, later, place), []
+    for job in jobs:
+        high = fcntl.fcntl(given.fd, fcntl.F_DUPFD, 100)        # where it will not be inherited a second time
+        argv, pass_fds = placed({number: high}, *command(job))
+        with open(os.devnull, "rb") as null:
+            done = run_command(*argv, pass_fds=pass_fds, stdin=null, env=env)
+        os.close(high)
+        results.append((done.returncode, done.stdout, done.stderr))
+    return [results, *given.state()]
+
+
+def shown_short(result):
+    """The results of carried_out(), long bytes as their number and a hash."""
+    def short(data):
+        return "%d bytes %s" % (len(data), hashlib.md5(data).hexdigest()[:4]) if len(data) > 300 else data
+    return [[(status, *map(short, outputs)) for status, *outputs in result[0]], *map(short, result[1:])]
+
+
+@heavy
+@needs_linux
+def test_any_job_uses_any_descriptor_as_a_local_command(shell, tmp_path):
+    """Cases are made up from a seed for a while; each must come to the same here and through the room."""
+    began, count = time.monotonic(), 0
+    need("sh")
+    signal.alarm(math.ceil(DEADLINE + DESCRIPTOR_SECONDS))
+    while count < 3 or time.monotonic() - began < DESCRIPTOR_SECONDS:
+        seed = "%s descriptors %d" % (SEED, count)
+        case = made_up(random.Random(seed))
+        lost, retries = case[5:]
+        local = carried_out(case, tmp_path, lambda job: [shutil.which("sh"), "-c", job])
+        trouble = "[ -e %s ] || { >%s; kill -9 $PPID; sleep 9; }; " % ((quoted(tmp_path / "lost"),) * 2) if lost else ""
+        (tmp_path / "lost").exists() and (tmp_path / "lost").unlink()
+        found = carried_out(case, tmp_path, lambda job: [
+            *program(), "cexec", shell.pub, "RUN=" + trouble + job], shell.settings({"CEXEC_RETRIES": retries}))
+        if lost:        # which is told
+            assert "the job may have run there in part" in found[0][0][2].decode() or retries == 0, (seed, found[0])
+            found[0][0] = found[0][0][:2] + (b"",)
+        if retries == 0:
+            assert found[0][0][0] == 111, (seed, case, found)
+            case = case[:4] + (case[4][1:],) + case[5:]
+            local = carried_out(case, tmp_path, lambda job: [shutil.which("sh"), "-c", job])
+            local[0].insert(0, found[0][0])
+        assert found == local, "%s: %s, %d bytes and %d, as descriptor %d, jobs %s, lost %s, retries %d\n%s\n%s" % (
+            (seed, case[0], len(case[1]), len(case[2])) + case[3:] + (shown_short(found), shown_short(local)))
+        count += 1
+    print("%d cases" % count)
 
 
 # ---------------------------------------------------------------- much data
@@ -11115,735 +13145,6 @@ def test_a_job_tells_its_status_after_its_outputs_end(shell):
     assert (done.returncode, done.stdout, done.stderr) == (9, b"", b"")
 
 
-# ---------------------------------------------------------------- the worker's log, drain and end
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_worker_that_is_told_to_stop_lets_jobs_finish(shell, number):
-    """R21, C6: and takes no new one."""
-    job = shell.submit("RUN=echo ready; exec cat", stdin=subprocess.PIPE, stdout=LINES)
-    job.out.wait("ready")
-    shell.worker.signal(number)
-    shell.worker.log.wait("%s: no new jobs, 1 running; again to kill them" % number.name)
-    assert shell.cexec("RUN=true", env={"CEXEC_TIMEOUT_ACCEPT": 0.3}).returncode == 111
-    assert shell.worker.alive() and job.alive()
-    job.stdin.write(b"to the end\n")
-    job.stdin.close()
-    assert job.complete() == 0 and job.out.lines == ["ready", "to the end"]
-    assert shell.worker.complete() == 0
-
-
-def test_a_drain_in_a_burst_kills_and_starts_nothing(room, forker, tmp_path):
-    """R21: at whatever moment; what was started before the line about it runs to its end."""
-    for number in range(6):
-        worker = forked_worker(forker, room, CONCURRENCY=4)
-        jobs = [forker.submit("cexec", room.pub, "DO=sleep 0.3; echo done",
-                              env=room.settings({"CEXEC_RETRIES": 0, "CEXEC_TIMEOUT_ACCEPT": 1})) for _ in range(6)]
-        time.sleep(0.04 * number)       # no matter how fast it all is: each moment is as good
-        worker.signal(signal.SIGTERM)
-        assert worker.wait() == 0
-        before, _, after = worker.errors.wait_end().decode().partition(": no new jobs, ")
-        started = before.count(": start from ")
-        assert "start from" not in after and "the job ends" not in after
-        assert (before + after).count(": end, status 0") == started
-        assert int(after.partition(" ")[0]) == after.count(": end, status 0")
-        results = [job.result()[:2] for job in jobs]
-        assert results.count((0, b"done\n")) == started and results.count((111, b"")) == 6 - started
-
-
-def test_a_second_stop_kills_the_jobs(shell):
-    """C6."""
-    job = stubborn_job(shell)
-    shell.worker.signal(signal.SIGTERM)
-    shell.worker.log.wait("again to kill them")
-    shell.worker.signal(signal.SIGTERM)
-    assert job.complete() == 111
-    assert job.log.lines[0] == "cexec: worker 127.0.0.1: gave the job up: the worker was told to stop"
-    assert shell.worker.complete() == 0
-    no_job_left(shell)
-
-
-def test_sighup_changes_nothing(shell):
-    shell.worker.signal(signal.SIGHUP)
-    assert shell.cexec("RUN=echo here").stdout == b"here\n"
-    shell.worker.signal(signal.SIGHUP)
-    assert shell.worker.alive() and shell.worker.stop() == 0
-
-
-def test_the_owners_veto_is_asked_first_and_again(room, tmp_path):
-    """C7: A command that hangs is no yes."""
-    allowed = tmp_path / "allowed"
-    worker = impatient(room, {"Veto.EVERY": 0.3}, "--if", "test -e %s" % quoted(allowed), room.key, "cat")
-    assert who(room).stdout.decode().splitlines()[1].split()[2] == "vetoed"
-    done = room.cexec(env={"CEXEC_TIMEOUT_ACCEPT": 2})
-    assert done.returncode == 111, done.stderr
-    assert b"no worker was free within 2 s (vetoed: --if ended with 1)" in done.stderr, done.stderr
-    allowed.touch()
-    assert room.cexec(input=b"now").stdout == b"now"
-    worker.log.wait("--if: takes jobs again")
-    allowed.unlink()
-    worker.log.wait("--if: no new jobs for the time being")
-    assert worker.stop() == 0
-    hanging = impatient(room, {"Veto.EVERY": 0.3}, "--if", "sleep 600", room.key, "cat")
-    assert objects(who(room, "--json"))[0]["state"] == "vetoed"
-    assert hanging.stop() == 0       # and nothing is left of the command
-
-
-def test_a_worker_without_its_command_answers_nobody(room, tmp_path):
-    command = tmp_path / "command"
-
-    def make(text="#!/bin/sh\nexec cat\n"):
-        command.write_text(text)
-        command.chmod(0o755)
-
-    make()
-    worker = room.serve(command)
-    command.unlink()
-    done = room.cexec(input=b"x", env={"CEXEC_TIMEOUT_ACCEPT": 2.5})
-    assert done.returncode == 111 and b"(cannot run: COMMAND is missing)" in done.stderr, done.stderr
-    assert done.stderr.count(b"cexec: 127.0.0.1 refused the job") == 1
-    make()
-    worker.log.wait("there again, takes jobs again")
-    assert len(worker.log.having("refused to")) == len(worker.log.having("missing or not executable")) == 1
-    assert room.cexec(input=b"x").stdout == b"x"
-    make("#!/no/such/interpreter\n")
-    other = room.serve("cat")
-    for _ in range(3):
-        assert room.cexec(input=b"x").stdout == b"x"
-    assert other.alive() and worker.stop() == 0 and len(worker.log.having("refused to")) < 3
-
-
-def test_a_worker_that_only_loopback_reaches_says_so(net, key):
-    net.host("anna", "10.99.0.1/24")
-    worker = net.tool("anna", "cservice", key, "cat", env={"GROUP": ""}).ready()
-    assert " on eth0, " in worker.log.wait("ready")
-    worker.stop()
-    net.run("anna", "ip", "link", "set", "eth0", "down")
-    worker = net.tool("anna", "cservice", key, "cat", env={"GROUP": ""}).ready()
-    worker.log.wait("warning: nobody on another machine is heard: no network interface but loopback is up")
-
-
-STAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d cservice: "
-
-
-def test_the_log_of_a_worker(room):
-    worker = room.serve(*RUN_SHELL, CONCURRENCY=3)
-    fingerprint = re.escape(cexec.load_key(room.pub, "public")[0].fingerprint)
-    done = room.cexec("RUN=cat; echo $CEXEC_JOB; exit 5", input=b"0123456789")
-    identity = done.stdout.decode().strip()[10:]
-    worker.log.wait("end, ")
-    assert worker.stop() == 0
-    root = [r"warning: jobs run as root; --user NAME gives them another user's rights"] if os.geteuid() == 0 else []
-    wanted = [r"ready: key %s, group %s, 3 slots, command \S*/sh" % (fingerprint, re.escape(room.group))] + root + [
-        r"job %s: start from 127\.0\.0\.1, pid \d+" % identity,
-        r"job %s: end, status 5, \d+\.\d{3} s, 10 bytes in, 27 out" % identity,
-        r"SIGTERM: no new jobs, 0 running; again to kill them", r"done"]
-    assert len(worker.log.lines) == len(wanted), str(worker.log)
-    for line, pattern in zip(worker.log.lines, wanted):
-        assert re.match(STAMP + pattern + "$", line), (line, pattern)
-
-
-def test_a_signal_that_ended_a_job_is_in_the_log(shell):
-    assert shell.cexec("RUN=kill -KILL $$").returncode == 137
-    shell.worker.log.wait("end, signal 9, ")
-
-
-def test_a_worker_goes_on_when_nobody_reads_its_log(room):
-    """R20: the lines are dropped."""
-    reading, writing = os.pipe()
-    fill(writing)
-    worker = room.tool("cservice", room.key, *RUN_SHELL, stderr=writing, env={"CONCURRENCY": 8})
-    jobs = statuses(room, [(b"RUN", b"exit %d # %s" % (number, b"x" * 100)) for number in range(30)])
-    assert len(jobs) == 30
-    os.close(writing)
-    os.close(reading)
-    assert room.cexec("RUN=true").returncode == 0 and worker.alive()
-
-
-def fill(fd):
-    """Fills a pipe to its brim."""
-    os.set_blocking(fd, False)
-    try:
-        while True:
-            os.write(fd, bytes(4096))
-    except BlockingIOError:
-        os.set_blocking(fd, True)
-
-
-# ---------------------------------------------------------------- cservice: the log file, and the background
-
-@pytest.fixture
-def home(room, tmp_path):
-    """A function that runs cservice with these arguments in a home of its own; what serves at the end is stopped."""
-    def call(*arguments, **env):
-        return run("cservice", *arguments, env=room.settings(dict({"HOME": tmp_path, "TMPDIR": tmp_path}, **env)),
-                   cwd=str(tmp_path))
-    yield call
-    call("--stop", "--now", room.key)
-
-
-def log_text(home_folder, key):
-    path, = (home_folder / ".local" / "state" / "cexec").glob("*-%s.log" % os.path.basename(key))
-    assert path.name.startswith(socket.gethostname()) and stat.S_IMODE(path.stat().st_mode) == 0o600
-    return path.read_text()
-
-
-def test_a_cservice_in_the_background_is_ready_when_it_returns(room, home, tmp_path):
-    """C10: Its lines go on in a log file that is named, and it keeps its folder."""
-    done = home("-d", room.key, "sh", "-c", "pwd")
-    assert done.returncode == 0 and b"ready: " in done.stderr and b"serves in the background; log: " in done.stderr
-    assert room.cexec().stdout.decode() == "%s\n" % tmp_path
-    path = done.stderr.decode().partition("; log: ")[2].partition(";")[0]
-    assert path.startswith(str(tmp_path))
-    wait_until(lambda: must(re.search("ready: .*\n(.*\n)*.* start from ", log_text(tmp_path, room.key))))
-    stopped = home("--stop", room.key)
-    assert (stopped.returncode, stopped.stderr) == (0, b"cservice: takes no new job, 0 running\n")
-    assert log_text(tmp_path, room.key).endswith(" done\n")
-    wait_until(lambda: must(not room.left()))
-
-
-@pytest.mark.parametrize("arguments, words", [
-    (["none", "cat"], "no key none"), (["{key}", "no such command"], "command not found"),
-    (["--log", ".", "{key}", "cat"], "cannot write the log"), (["{pub}", "cat"], "submitting half"),
-    (["--group=nodevice:10.255.255.1", "{key}", "cat"], "nodevice")])
-def test_a_failed_background_ends_as_the_foreground_would(room, home, arguments, words):
-    """With the same words and the same status."""
-    arguments = [word.format(key=room.key, pub=room.pub) for word in arguments]
-    done, foreground = home("-d", *arguments), home(*arguments)
-    assert (done.returncode, done.stderr) == (foreground.returncode, foreground.stderr)
-    assert done.returncode and words in done.stderr.decode() and not room.left()
-
-
-@LINUX_ONLY
-def test_the_background_keeps_nothing_of_its_starter(room, home, as_root):
-    """Neither descriptor nor session: an ssh that started it returns."""
-    reading, writing = os.pipe()
-    done = run_command(*program(), "cservice", "-d", room.key, "cat", env=room.settings({"HOME": "/dev/null"}),
-                       stdin=subprocess.DEVNULL, stdout=writing)
-    assert done.returncode == 2 and b"cannot make the folder" in done.stderr
-    log = tempfile.mkdtemp() + "/log"
-    room.undo.append(lambda: shutil.rmtree(os.path.dirname(log)))
-    done = run_command(*program(), "cservice", "-d", "--log", log, room.key, "cat", env=room.settings({}),
-                       stdin=subprocess.DEVNULL, stdout=writing)
-    os.close(writing)
-    assert done.returncode == 0 and os.read(reading, 1) == b""
-    os.close(reading)
-    pid, = room.left()
-    assert {fd: place for fd, place in open_fds(pid).items() if fd < 3} == {0: "/dev/null", 1: "/dev/null", 2: log}
-    assert stat_fields(pid)[3] == str(pid)
-
-
-@pytest.mark.parametrize("kind", ["link", "folder", "fifo", "other"])
-def test_a_log_is_a_regular_file_of_ones_own(room, tmp_path, request, kind):
-    path = tmp_path / "log"
-    if kind == "link":
-        path.symlink_to(tmp_path / "victim")
-    elif kind == "folder":
-        path.mkdir()
-    elif kind == "fifo":
-        os.mkfifo(str(path))
-    else:
-        request.getfixturevalue("as_root")
-        path.touch()
-        os.chown(str(path), 65534, 65534)
-    done = run("cservice", "--log", path, room.key, "cat", env=room.settings({}))
-    assert done.returncode == 2 and b"cservice: cannot write the log %s: " % os.fsencode(str(path)) in done.stderr
-    assert b"--log FILE names another" in done.stderr and not (tmp_path / "victim").exists()
-
-
-def test_the_foreground_logs_to_the_file_once_ready(room, tmp_path):
-    path = tmp_path / "log"
-    path.write_text("before\n")
-    path.chmod(0o644)
-    worker = room.tool("cservice", "--log", path, room.key, "cat").ready()
-    assert room.cexec(input=b"x").stdout == b"x"
-    wait_until(lambda: must("end, status 0" in path.read_text()))
-    assert worker.stop() == 0 and not worker.log.having("start from") and worker.log.having("ready: ")
-    assert path.read_text().startswith("before\n") and "ready: " in path.read_text()
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-
-
-@pytest.mark.parametrize("user", [(), ("--user", "nobody")], ids=["own", "other"])
-def test_a_full_log_becomes_its_predecessor(room, tmp_path, request, user):
-    """No line is lost, whoever writes it; a handler that has the jobs' rights goes on in the old file."""
-    if user:
-        request.getfixturevalue("as_root")
-        tmp_path.chmod(0o755)
-    path, old = tmp_path / "log", tmp_path / "log.1"
-    worker = impatient(room, {"LOG_MOST": 900}, *user, "--log", str(path), room.key, "true")
-    for number in range(9):
-        assert room.cexec().returncode == 0
-    worker.stop()
-    assert old.exists() and path.stat().st_size < 1800 and old.stat().st_size >= 900
-    ends = (old.read_text() + path.read_text()).count("end, status 0")
-    assert 2 <= ends <= 9 and path.read_text().endswith("done\n")
-
-
-def test_a_log_that_is_moved_by_several_at_once_loses_nothing(tmp_path, monkeypatch):
-    """Eight processes write to it; each line is in one of the files that it became."""
-    code = ("import sys, os, signal; sys.path.insert(0, %r); import cexec\n"
-            "cexec.LOG_MOST = 4000; kept = os.replace; number = iter(range(1000))\n"
-            # One that finds another at it does not wait, and may drop a line, which it counts; here it does wait.
-            "lock = cexec.fcntl.lockf; cexec.fcntl.lockf = lambda fd, how: lock(fd, how & ~cexec.fcntl.LOCK_NB)\n"
-            "os.replace = lambda old, new: kept(old, '%%s.%%d.%%d' %% (old, os.getpid(), next(number)))\n"
-            "log = cexec.Log('tool', file=cexec.LogFile('log')); log.settle()\n"
-            "log.bucket = cexec.TokenBucket(1e9, 1e9)\n"
-            "pids = [os.fork() for _ in range(3)]\n"
-            "for each in range(200): log('line %%d of %%d' %% (each, os.getpid()))\n" % HERE)
-    reading, writing = os.pipe()
-    subprocess.run([sys.executable, "-c", code], cwd=str(tmp_path), check=True, stdout=writing)
-    os.close(writing)
-    assert os.read(reading, 1) == b""       # the last of them has ended
-    os.close(reading)
-    files = list(tmp_path.iterdir())
-    lines = [line for file in files for line in file.read_text().splitlines()]
-    assert len(files) > 5 and len(lines) == len(set(lines)) == 8 * 200
-
-
-def test_a_journal_puts_its_own_time(room):
-    """JOURNAL_STREAM counts only for the very file that standard error is, and is no business of jobs."""
-    reading, writing = os.pipe()
-    status = os.fstat(writing)
-    stream = "%d:%d" % (status.st_dev, status.st_ino)
-    for value, pattern in (stream, b"cservice: ready"), ("1:2", STAMP.encode() + b"ready"):
-        worker = room.tool("cservice", room.key, "env", stderr=writing, env={"JOURNAL_STREAM": value})
-        assert re.match(pattern, os.read(reading, 4000))
-        assert b"JOURNAL" not in room.cexec().stdout
-        worker.stop()
-        os.read(reading, 4000)
-    os.close(reading)
-    os.close(writing)
-
-
-@LINUX_ONLY
-def test_ps_shows_a_cservice_by_its_key(room, tools):
-    for argv in [tools / "cservice"], [sys.executable, CEXEC, "cservice"]:
-        worker = room.start(*argv, "--group=%s" % room.group, room.key, "cat").ready()
-        assert command_line(worker.pid) == "cservice " + room.key
-        assert "GROUP" not in command_line(worker.pid)
-        worker.stop()
-
-
-# ---------------------------------------------------------------- cservice: told to stop, and its neighbours
-
-def test_stop_lets_running_jobs_finish_and_waits_for_them(room):
-    """C10."""
-    worker = room.serve(*RUN_SHELL)
-    job = room.submit("RUN=echo ready; exec cat", stdin=subprocess.PIPE, stdout=LINES)
-    job.out.wait("ready")
-    stop = room.tool("cservice", "--stop", room.key)
-    stop.log.wait("takes no new job, 1 running; once more, or with --now, ends them")
-    worker.log.wait("--stop: no new jobs, 1 running")
-    assert room.cexec("RUN=true", env={"CEXEC_TIMEOUT_ACCEPT": 0.3}).returncode == 111
-    assert stop.alive() and worker.alive()
-    job.stdin.close()
-    assert job.complete() == 0 and worker.complete() == 0 and stop.complete() == 0
-
-
-@pytest.mark.parametrize("again", [["--stop"], ["--stop", "--now"]])
-def test_a_second_stop_or_now_ends_the_jobs(room, again):
-    worker = room.serve(*RUN_SHELL)
-    job = room.submit("RUN=trap '' TERM HUP; echo ready; sleep 1000", stdout=LINES)
-    job.out.wait("ready")
-    stops = []
-    for options in ([["--stop"]] if "--now" not in again else []) + [again]:
-        stops.append(room.tool("cservice", *options, room.key))
-        stops[-1].log.wait("1 running")
-    assert job.complete() == 111 and worker.complete() == 0
-    assert [stop.complete() for stop in stops] == [0] * len(stops)
-    no_job_left(room)
-
-
-def test_stop_reaches_every_cservice_of_the_key_and_no_other(room, tmp_path):
-    other = str(tmp_path / "other")
-    assert run("ckeygen", other).returncode == 0
-    workers, stranger = [room.serve("cat") for _ in range(3)], room.serve("cat", key=other)
-    assert run("cservice", "--stop", room.pub, env=room.settings({})).returncode == 0
-    assert [worker.complete() for worker in workers] == [0, 0, 0] and stranger.alive()
-    done = run("cservice", "--stop", room.key, env=room.settings({}))
-    assert done.returncode == 0 and b"no cservice of this user serves the key SHA256:" in done.stderr
-
-
-@LINUX_ONLY
-def test_stop_is_not_taken_in_by_another_user(room, as_root):
-    """An abstract name belongs to whoever takes it first: the user at its other end counts."""
-    address = cexec.CONTROL_NAME % (0, cexec.load_key(room.key)[0].fingerprint.partition(":")[2], "trap")
-    code = ("import os, socket, sys; os.setuid(65534); trap = socket.socket(socket.AF_UNIX)\n"
-            "trap.bind(chr(0) + sys.argv[1]); trap.listen(); print('ready', flush=True)\n"
-            "assert trap.accept()[0].recv(99) == b''\n")
-    trap = room.start(sys.executable, "-c", code, address, stdout=LINES)
-    trap.out.wait("ready")
-    done = run("cservice", "--stop", room.key, env=room.settings({}))
-    assert done.returncode == 0 and b"no cservice of this user" in done.stderr and trap.complete() == 0
-
-
-@LINUX_ONLY
-def test_a_cservice_is_not_stopped_by_another_user(room, as_root):
-    worker = room.serve("cat")
-    mark = cexec.CONTROL_NAME % (0, cexec.load_key(room.key)[0].fingerprint.partition(":")[2], "")
-    with open("/proc/net/unix", errors="replace") as file:
-        address, = {line.rpartition("@")[2].strip() for line in file if "@" + mark in line}
-    code = ("import os, socket, sys; os.setuid(65534); peer = socket.socket(socket.AF_UNIX)\n"
-            "peer.connect(chr(0) + sys.argv[1])\n"
-            "try: peer.send(b'now'); print(peer.recv(99))\n"
-            "except OSError: print(b'')\n")
-    assert run_command(sys.executable, "-c", code, address).stdout == b"b''\n"
-    assert room.cexec(input=b"x").stdout == b"x" and worker.alive()
-
-
-@LINUX_ONLY
-def test_a_cservice_of_a_service_manager_is_left_to_it(room):
-    worker = room.start("sh", "-c", 'SYSTEMD_EXEC_PID=$$ exec "$@"', "sh", *program(), "cservice", room.key, "cat",
-                        env=room.settings({})).ready()
-    child = room.start("sh", "-c", 'SYSTEMD_EXEC_PID=$$; export SYSTEMD_EXEC_PID; "$@" & wait', "sh", *program(),
-                       "cservice", room.key, "cat", env=room.settings({}))
-    child.ready()
-    done = run("cservice", "--stop", "--now", room.key, env=room.settings({}))
-    assert done.returncode == 2 and b"cservice: not stopped: it runs as the unit " in done.stderr
-    assert b"systemctl stop " in done.stderr and b"takes no new job, 0 running" in done.stderr
-    assert worker.alive() and child.complete() == 0
-
-
-@LINUX_ONLY
-def test_a_stop_that_gets_no_answer_is_no_success(room):
-    worker = room.serve("cat")
-    held = [connection for _ in range(cexec.CONTROLLERS_MAX)
-            for connection in cexec.controls(cexec.load_key(room.key)[0])]
-    done = run("cservice", "--stop", room.key, env=room.settings({}))
-    assert done.returncode == 111 and b"does not answer: " in done.stderr, done.stderr
-    for connection in held:
-        connection.close()
-    done = run("cservice", "--stop", room.key, env=room.settings({}))
-    assert done.returncode == 0 and worker.wait() == 0
-
-
-def test_elsewhere_the_control_socket_is_in_a_users_folder(monkeypatch, key):
-    """Where there are no abstract sockets: type, owner and mode of the folder are checked."""
-    monkeypatch.setattr(cexec, "LINUX", False)
-    place = tempfile.mkdtemp(dir="/tmp")        # the address of a socket is short
-    monkeypatch.setattr(cexec, "CONTROL_FOLDER", place + "/%d")
-    loaded, loop, told = cexec.load_key(key)[0], cexec.Loop(), []
-    control = cexec.ControlSocket(loop, loaded, "one", "", lambda now: told.append(now) or 3)
-    gone = cexec.ControlSocket(loop, loaded, "two", "", None)
-    gone.close()
-    peer, = cexec.controls(loaded)
-    peer.sendall(b"now\n")
-    run_loop_until(loop, lambda: told)
-    assert told == [True] and peer.recv(99) == b"running 3\n"
-    assert not os.path.exists(gone.address) and cexec.controls(loaded, own=control.address) == []
-    control.end()
-    control.close()
-    assert peer.recv(99) == b"" and cexec.controls(loaded) == []
-    folder = cexec.control_folder()
-    os.chmod(folder, 0o755)
-    with pytest.raises(OSError, match="alone"):
-        cexec.control_folder()
-    os.rmdir(folder)
-    os.symlink(place, folder)
-    with pytest.raises(OSError, match="alone"):
-        cexec.control_folder()
-    assert "alone" in cexec.ControlSocket(loop, loaded, "three", "", None).problem      # and the worker serves
-    loop.close()
-    shutil.rmtree(place)
-
-
-def run_loop_until(loop, holds, seconds=PATIENCE):
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        loop.call_later(0.01, lambda: None)
-        loop.step()
-
-
-@LINUX_ONLY
-def test_ready_warns_of_another_cservice_of_the_key(room, tmp_path):
-    other = str(tmp_path / "other")
-    assert run("ckeygen", other).returncode == 0
-    first, stranger, second = room.serve("cat"), room.serve("cat", key=other), room.serve("cat")
-    second.log.wait("warning: another cservice of this key runs on this machine")
-    assert not first.log.having("another cservice") + stranger.log.having("another cservice")
-
-
-@LINUX_ONLY
-def test_ready_warns_of_another_users_cservice(room, as_root):
-    """Not even for a name whose owner takes no connection."""
-    fingerprint = cexec.load_key(room.key)[0].fingerprint.partition(":")[2]
-    code = ("import os, socket, sys, time; os.setuid(65534)\n"
-            "traps = [socket.socket(socket.AF_UNIX) for _ in range(3)]\n"
-            "[(trap.bind(chr(0) + name), trap.listen(0)) for trap, name in zip(traps, sys.argv[1:])]\n"
-            "ends = [socket.socket(socket.AF_UNIX) for _ in range(9)]\n"
-            "[(end.setblocking(False), end.connect_ex(chr(0) + sys.argv[1])) for end in ends]\n"
-            "print('ready', flush=True); time.sleep(1000)\n")
-    room.start(sys.executable, "-c", code, cexec.CONTROL_NAME % (0, fingerprint, "full"),
-               cexec.CONTROL_NAME % (0, fingerprint, "forged"), "x", stdout=LINES).out.wait("ready")
-    worker = room.serve("cat")
-    assert worker.stop() == 0 and not worker.log.having("another cservice")
-    room.start(sys.executable, "-c", code, "y", cexec.CONTROL_NAME % (65534, fingerprint, "true"), "z",
-               stdout=LINES).out.wait("ready")
-    room.serve("cat").log.wait("warning: another cservice of this key runs on this machine")
-
-
-@LINUX_ONLY
-@pytest.mark.parametrize("group, warned", [
-    ("127.0.0.1:%d", True), ("[::1]:%d", True), ("127.255.255.255:%d", False), ("lo:224.0.1.87:%d", False)])
-def test_ready_warns_of_a_single_address_of_many(room, tmp_path, group, warned):
-    other = str(tmp_path / "other")
-    assert run("ckeygen", other).returncode == 0
-    workers = [room.serve("cat", key=each, group=group % room.port) for each in (room.key, other)]
-    words = "only the one that was started last hears"
-    if warned:
-        workers[1].log.wait(words)
-    assert not workers[0].log.having(words) and all(worker.stop() == 0 for worker in workers)
-    assert len(workers[1].log.having(words)) == int(warned)
-
-
-@LINUX_ONLY
-@pytest.mark.parametrize("address, warned", [("192.0.2.1", True), ("127.0.0.1", False), ("127.255.255.255", False)])
-def test_a_group_of_another_machine_is_told(room, address, warned):
-    """A worker with what a submitter would set, the address of one worker, hears nobody."""
-    worker = room.serve("cat", group="%s:%d" % (address, room.port))
-    if warned:
-        worker.log.wait("warning: %s is no address of this machine" % address)
-    assert worker.stop() == 0 and bool(worker.log.having("no address of this machine")) == warned
-
-
-def test_the_veto_says_how_its_command_ended(room):
-    worker = impatient(room, {"Daemon.VETO_EVERY": 0.3}, "--if", "no-such-command", room.key, "cat")
-    worker.log.wait("--if: no new jobs for the time being (--if ended with 127)")
-    assert objects(who(room, "--json"))[0]["error"] == "--if ended with 127"
-    hanging = impatient(room, {"Daemon.VETO_EVERY": 0.3}, "--if", "sleep 600", room.key, "cat")
-    hanging.log.wait("(--if ended by SIGKILL)")
-
-
-# ---------------------------------------------------------------- cservice: a folder for each job
-
-def scratch_worker(room, place, *options, command=RUN_SHELL, **env):
-    return room.tool("cservice", "--scratch", *options, room.key, *command, env=dict({"TMPDIR": place}, **env)).ready()
-
-
-def test_each_job_has_an_empty_folder_that_goes_with_it(room, tmp_path):
-    """C8: As working directory, TMPDIR and PWD; CEXEC_DIR is where cservice stands."""
-    scratch_worker(room, tmp_path, CONCURRENCY=1)
-    found = [room.cexec("RUN=pwd; echo $TMPDIR; echo $PWD; echo $CEXEC_DIR; stat -c '%a %u' .; ls -A; touch x .y"
-                        ).stdout.decode().splitlines() for _ in range(2)]
-    for folder, temporary, pwd, start, mode in found:
-        assert folder == temporary == pwd and folder.startswith(str(tmp_path)) and start == os.getcwd()
-        assert mode == "700 %d" % os.geteuid()
-    assert found[0][0] != found[1][0] and os.listdir(str(tmp_path)) == []
-
-
-HARD_TO_REMOVE = """
-mkdir -p a/b/c d; touch a/b/c/x; ln -s %s/precious a/link; ln -s %s/precious link; ln %s/precious/file hard
-mkfifo fifo; chmod 000 a/b; chmod 555 a d; mkdir -- ..x -rf ' '; chmod 0 .""".strip()
-
-
-@pytest.mark.parametrize("way", ["job ends", "cexec killed", "wall", "refused", "kept"])
-def test_the_folder_goes_however_the_job_ends(room, tmp_path, way):
-    """C8: Links are not followed, and what a job has made unwritable is no hindrance."""
-    user = ["--user", "nobody"] if os.geteuid() == 0 else []
-    place, precious = tmp_path / "place", tmp_path / "precious"
-    for folder in place, precious:
-        folder.mkdir()
-        folder.chmod(0o777)
-    (precious / "file").write_text("kept")
-    (precious / "file").chmod(0o666)
-    for folder in [precious, *list(precious.parents)[:-2]]:
-        with contextlib.suppress(PermissionError):
-            folder.chmod(folder.stat().st_mode | 0o055)
-    limits = ["--limit", "wall=1"] if way == "wall" else []
-    command = RUN_SHELL if way != "refused" else [str(place / "command")]
-    if way == "refused":
-        (place / "interpreter").symlink_to("/bin/sh")
-        (place / "command").write_text("#!%s\n" % (place / "interpreter"))
-        (place / "command").chmod(0o755)
-    worker = scratch_worker(room, place, *user, *limits, command=command, CONCURRENCY=1)
-    text = HARD_TO_REMOVE.replace("%s", quoted(tmp_path))
-    if os.geteuid() == 0:
-        text = text.replace("ln %s/precious/file hard" % quoted(tmp_path), "")      # protected_hardlinks
-    if way == "refused":
-        (place / "interpreter").unlink()
-        assert room.cexec(env={"CEXEC_TIMEOUT_ACCEPT": 1}).returncode == 111
-        (place / "command").unlink()
-    elif way == "cexec killed":
-        job = room.submit("RUN=%s; echo ready; exec sleep 1000" % text, stdout=LINES)
-        job.out.wait("ready")
-        job.kill()
-    elif way == "kept":
-        done = run("cmap", "--lines", room.pub, "--", input=b"1\n2\n3\n", env=room.settings({})) and run(
-            "cmap", "--lines", "--set", "RUN=ls -A; touch {}", room.pub, input=b"1\n2\n3\n", env=room.settings({}))
-        assert (done.returncode, done.stdout) == (0, b"")
-    else:
-        done = room.cexec("RUN=%s; %s" % (text, "exec sleep 1000" if way == "wall" else "exit 7"))
-        assert done.returncode == (143 if way == "wall" else 7), done.stderr
-    wait_until(lambda: must(os.listdir(str(place)) == []))
-    assert os.listdir(str(precious)) == ["file"] and (precious / "file").read_text() == "kept"
-    assert worker.alive() and not worker.log.having("is left")
-
-
-def test_a_folder_that_its_job_has_removed_is_not_missed(room, tmp_path):
-    worker = scratch_worker(room, tmp_path)
-    assert room.cexec('RUN=rmdir "$TMPDIR"').returncode == 0
-    assert worker.stop() == 0 and not worker.log.having("is left") and os.listdir(str(tmp_path)) == []
-
-
-@heavy
-def test_a_slot_does_not_wait_for_ever_for_a_folder_to_go(room, tmp_path):
-    """What takes too long is told, and goes on, also when its handler has gone and nobody waits for it any more."""
-    worker = impatient(room, {"Scratch.WAIT": 0.0, "KILL_GRACE": 0.0}, "--scratch", room.key, *RUN_SHELL,
-                       TMPDIR=tmp_path)
-    assert room.cexec("RUN=mkdir $(seq 9000)").returncode == 0
-    worker.log.wait("is not removed after 0 s; the next start tries again")
-    wait_until(lambda: must(os.listdir(str(tmp_path)) == []))
-
-
-@LINUX_ONLY
-def test_a_handler_that_is_killed_leaves_no_folder(room, tmp_path):
-    worker = scratch_worker(room, tmp_path)
-    job = room.submit("RUN=touch x; echo ready; exec sleep 1000", stdout=LINES)
-    job.out.wait("ready")
-    os.kill(only_handler(worker), signal.SIGKILL)
-    job.wait()
-    wait_until(lambda: must(os.listdir(str(tmp_path)) == []))
-
-
-@LINUX_ONLY
-def test_the_next_start_removes_what_a_killed_daemon_has_left(room, tmp_path):
-    """And no folder that somebody holds, or that is another user's, a file, a link or of another key."""
-    first = scratch_worker(room, tmp_path)
-    job = room.submit("RUN=touch x; echo ready; exec sleep 1000", stdout=LINES)
-    job.out.wait("ready")
-    handler = only_handler(first)
-    os.kill(first.pid, signal.SIGSTOP)      # whichever is killed first, the other one would clean up
-    for pid in handler, first.pid:
-        os.kill(pid, signal.SIGKILL)
-    job.wait()
-    for pid, line in room.left().items():       # nobody is there any more to end it
-        if line == "sleep 1000":
-            os.kill(pid, signal.SIGKILL)
-    left, = tmp_path.iterdir()
-    start = left.name[:-16]
-    (tmp_path / (start + "file")).touch()
-    (tmp_path / (start + "link")).symlink_to(tmp_path)
-    (tmp_path / "cexec-job-00000000-x").mkdir()
-    running = scratch_worker(room, tmp_path)
-    second = room.submit("RUN=echo $PWD; exec sleep 1000", stdout=LINES)
-    held = second.out.wait("cexec-job")
-    scratch_worker(room, tmp_path)
-    wait_until(lambda: must(not left.exists()))
-    assert sorted(str(path) for path in tmp_path.iterdir()) == sorted(
-        [held] + [str(tmp_path / name) for name in (start + "file", start + "link", "cexec-job-00000000-x")])
-    assert running.alive()
-
-
-def test_a_folder_that_cannot_be_made_is_found_at_the_start(room, tmp_path):
-    done = run("cservice", "--scratch", room.key, "cat", env=room.settings({"TMPDIR": tmp_path / "none"}))
-    assert done.returncode == 2 and b"cservice: --scratch: jobs cannot have a folder in " in done.stderr
-    if os.geteuid() == 0:
-        tmp_path.chmod(0o700)
-        done = run("cservice", "--scratch", "--user", "nobody", room.key, "cat",
-                   env=room.settings({"TMPDIR": tmp_path}))
-        assert done.returncode == 2 and b"TMPDIR names another place" in done.stderr
-
-
-def test_a_folder_that_cannot_be_made_sends_jobs_elsewhere(room, tmp_path):
-    """It is a refusal that is not final."""
-    place = tmp_path / "place"
-    place.mkdir()
-    worker = scratch_worker(room, place, "--boost", "0")
-    place.rmdir()
-    room.serve("sh", "-c", "echo elsewhere", BOOST=400000)
-    done = room.cexec()
-    assert done.stdout == b"elsewhere\n" and worker.log.wait("refused to") and b"place" in done.stderr, done.stderr
-
-
-def test_an_argument_relative_to_the_folder_is_warned_about(room, tmp_path):
-    (tmp_path / "job.sh").write_text("echo here")
-    for argument, warned in ("job.sh", True), ("--file=job.sh", True), (tmp_path / "job.sh", False), ("none", False):
-        worker = room.tool("cservice", "--scratch", room.key, "sh", argument, cwd=str(tmp_path)).ready()
-        worker.stop()
-        assert len(worker.log.having("warning: %s is in this folder, and jobs" % "job.sh")) == warned, str(worker.log)
-
-
-def test_depth_and_number_cost_the_removal_nothing(tmp_path):
-    """Neither the stack nor descriptors: it is flat."""
-    top = tmp_path / "top"
-    code = ("import os\nfor number in range(3000):\n    os.mkdir('x' * 200)\n    os.chdir('x' * 200)\n"
-            "open('deep', 'w').close()\nos.chmod('.', 0)\n")
-    top.mkdir()
-    for number in range(500):
-        (top / ("f%d" % number)).touch()
-        (top / ("d%d" % number)).mkdir()
-    subprocess.run([sys.executable, "-c", code], cwd=str(top), check=True)
-    fd = os.open(str(top), os.O_RDONLY)
-    assert cexec.remove_folder(str(top), fd) is None and not top.exists()
-    os.close(fd)
-
-
-@LINUX_ONLY
-def test_what_is_mounted_in_a_folder_is_not_entered(tmp_path, as_root):
-    need("unshare", "mount")
-    top, precious = tmp_path / "top", tmp_path / "precious"
-    for folder in top / "deep" / "mount", precious:
-        folder.mkdir(parents=True)
-    (precious / "file").touch()
-    code = ("import sys, os; sys.path.insert(0, %r); import cexec; os.chdir(sys.argv[1])\n"
-            "print(cexec.remove_folder('top', os.open('top', os.O_RDONLY)))" % HERE)
-    done = run_command("unshare", "-m", "sh", "-c", 'mount --bind precious top/deep/mount && exec "$@"', "sh",
-                       sys.executable, "-c", code, tmp_path, cwd=str(tmp_path))
-    if b"unshare" in done.stderr or b"mount" in done.stderr:
-        skip("no mounts here")
-    assert b"busy" in done.stdout and (precious / "file").exists()
-
-
-# ---------------------------------------------------------------- cservice: the parameters that it takes
-
-@pytest.mark.parametrize("names, words", [
-    ("", ""), ("N=3", ""), ("N=xy", ""), ("N=3 W=any*[thing]", ""), ("W=", ""), ("N=34", "N=34 is not allowed here"),
-    ("N=X", "N=X is not allowed here, only N=[0-9] or N=x?"), ("N=3 N=3", "the parameter N was given twice"),
-    ("M=3", "the parameter M is not allowed here, only N, W"), ("n=3", "the parameter n is not allowed here")])
-def test_parameters_that_are_not_allowed(names, words):
-    """The pattern is for the whole value, in which case counts; several for a NAME are alternatives."""
-    allowed = cexec.parse_allowed("N=[0-9]\nN=x?\nW=*")
-    pairs = [tuple(word.encode().split(b"=")) for word in names.split()]
-    assert cexec.refusal_of(pairs, allowed).startswith(words) and bool(words) == bool(cexec.refusal_of(pairs, allowed))
-    assert cexec.refusal_of([(b"W", b"a/b\n\xff")], allowed) == ""
-    assert cexec.refusal_of([(b"N", b"3\n")], allowed) != ""
-
-
-def test_a_parameter_that_is_not_allowed_starts_no_command(room, tmp_path):
-    """C9."""
-    worker = room.tool("cservice", "--allow", "RUN=touch [a-z]*", "--allow=N=[0-9]", room.key, "sh", "-c",
-                       'cd "$1" && eval "$PEER_RUN"', "sh", tmp_path).ready()
-    assert room.cexec("RUN=touch it", "N=3").returncode == 0
-    done = room.cexec("RUN=ls", "N=3", env={"CEXEC_TIMEOUT_ACCEPT": 3})
-    assert done.returncode in (2, 111) and b"RUN=ls is not allowed here, only RUN=touch [a-z]*" in done.stderr
-    assert os.listdir(str(tmp_path)) == ["it"] and worker.log.wait("refused to 127.0.0.1: RUN=ls is not allowed")
-
-
-@pytest.mark.parametrize("value", ["x\nLEAVE", "x\nSTAY\nLINE forged", "x\nGROUP 7 forged", "x\n\n\xff\nBOGUS"])
-def test_a_refused_value_with_line_ends_is_one_line_of_the_log(room, value):
-    """S11, S14: a handler tells its daemon what a submitter sent, and none of that is taken for an event."""
-    worker = room.tool("cservice", "--allow", "RUN=a*", room.key, "true").ready()
-    assert room.cexec("RUN=" + value).returncode == 2
-    assert room.cexec("RUN=a").returncode == 0
-    assert worker.stop() == 0
-    lines = str(worker.log).splitlines()
-    assert not [line for line in lines if "internal error" in line]
-    assert len([line for line in lines if "refused to 127.0.0.1: RUN=x\\n" in line]) == 1
-
-
-def test_an_option_that_is_a_list_may_be_given_several_times():
-    """The second one adds to the first: a restriction must not be silently void."""
-    assert settings_of("cexec", "--reject-server", "10.0.0.1", "--reject-servers=10.0.0.2").reject_servers == (
-        "10.0.0.1", "10.0.0.2")
-    assert settings_of("cexec", "--accept-server=::1", "--accept-server", "10.0.0.1").accept_server == (
-        "::1", "10.0.0.1")
-    assert settings_of("cservice", "--limit", "wall=3", "--limit=cpu=5").limits == [("wall", 3), ("cpu", 5)]
-    assert settings_of("cexec", "--listen-ports", "4000", "--listen-port=4002").listen_ports == [
-        (4000, 4000), (4002, 4002)]
-    assert settings_of("cservice", "--allow", "A=1", "--allow", "B=*", "--allow", "A=2").allow == {
-        "A": ["1", "2"], "B": ["*"]}
-
-
 # ---------------------------------------------------------------- other interpreters
 
 def pairs_of_pythons():
@@ -11904,2013 +13205,6 @@ def test_a_cluster_of_three_hosts_encodes_sound(net, tools, tmp_path):
                            stdout=output)
         assert (done.returncode, done.stderr) == (0, b"")
         assert (tmp_path / "output.ogg").read_bytes() == local
-
-
-# ---------------------------------------------------------------- the Python API
-
-@pytest.fixture
-def api(shell):
-    """A cexec.Room for the worker of `shell`; nothing of it may be left at the end."""
-    before = threading.active_count()
-    with cexec.Room(shell.pub, group=shell.group, timeout_accept=20) as made:
-        yield made
-    wait_until(lambda: equal(threading.active_count(), before))
-
-
-def equal(one, two):
-    assert one == two
-
-
-def nap(number):
-    """(names of a job that says `ready` and sleeps, what wait_until takes to see that all of those have ended)"""
-    mark = "%d.%d" % (os.getpid(), number)
-    return {"RUN": "echo ready; exec sleep 1000", "NAP": mark}, lambda: equal(marked("PEER_NAP=" + mark), [])
-
-
-@pytest.mark.parametrize("text", [
-    "exit 0", "exit 1", "exit 255", "kill -TERM $$", "kill -KILL $$", "kill -USR1 $$", "echo out; echo err >&2; exit 3",
-    "cat; cat >&2", "wc -c", "exec <&-; exit 4", "exec >&- 2>&-; exit 5"])
-def test_run_is_as_subprocess_runs_it(api, text):
-    """C36."""
-    local = subprocess.run(["sh", "-c", text], input=b"some\n" * 100, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    found = api.run(b"some\n" * 100, {"RUN": text})
-    assert found[:3] == (local.returncode, local.stdout, local.stderr)
-    assert found.worker == "127.0.0.1" and 0 < found.seconds < 60
-
-
-def test_check_and_timeout_are_those_of_subprocess(api):
-    """C36."""
-    assert api.run(names={"RUN": "exit 0"}, check=True).status == 0
-    with pytest.raises(cexec.JobError, match="^the job ended with status 7 on 127.0.0.1$") as caught:
-        api.run(names={"RUN": "echo out; exit 7"}, check=True)
-    assert caught.value.result[:2] == (7, b"out\n")
-    names, all_ended = nap(1)
-    with pytest.raises(subprocess.TimeoutExpired) as caught:
-        api.run(names=names, timeout=2)
-    assert caught.value.output in (b"ready\n", b"") and caught.value.timeout == 2
-    wait_until(all_ended)
-    assert api.run(b"x", {"RUN": "cat"}, timeout=60).stdout == b"x"
-
-
-def test_a_room_takes_every_kind_of_input(api, tmp_path):
-    path = tmp_path / "input"
-    path.write_bytes(b"0123456789")
-    reading, writing = os.pipe()
-    os.write(writing, b"piped")
-    os.close(writing)
-    near, far = socket.socketpair()
-    far.send(b"sent")
-    far.close()
-    cat = {"RUN": "cat"}
-    with open(str(path), "rb", buffering=0) as file, open(reading, "rb") as pipe, near:
-        file.seek(4)
-        inputs = [b"", b"bytes", bytearray(b"array"), memoryview(b"view"), path, str(path), file, pipe, near]
-        found = [result.stdout for result in api.map(inputs, cat)]
-        assert found == [b"", b"bytes", b"array", b"view", b"0123456789", b"0123456789", b"456789", b"piped", b"sent"]
-        assert file.tell() == 4
-        future = api.submit(file, {"RUN": "sleep 0.2; cat"})
-    assert future.result().stdout == b"456789"      # it was closed here meanwhile
-    for wrong, error in [(5, TypeError), (None, TypeError), ([1], TypeError), (tmp_path / "none", FileNotFoundError),
-                         (tmp_path, cexec.Failure)]:
-        with pytest.raises(error):
-            api.run(wrong, cat)
-    for names in {"A B": 1}, {"": 1}, {"A": "x\0"}:
-        with pytest.raises(ValueError, match="environment variable"):
-            api.run(names=names)
-    with pytest.raises(cexec.Failure, match="^NAME=VALUE: "):
-        api.run(path, {"A": "x" * 70000})
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGHUP, signal.SIGUSR1])
-def test_signals_to_a_process_are_as_those_to_a_local_one(api, number):
-    names, all_ended = nap(2)
-    local = subprocess.Popen(["sh", "-c", names["RUN"]], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE)
-    with local, api.popen(names) as process:
-        found = []
-        for each in local, process:
-            assert each.stdout.readline() == b"ready\n" and each.poll() is None
-            with pytest.raises(subprocess.TimeoutExpired):
-                each.wait(0.05)
-            each.send_signal(number)
-            found += [each.wait(), each.poll()]
-            each.send_signal(number)        # it has ended: nothing happens
-    assert found == [-number] * 4 and process.status == -number
-    wait_until(all_ended)
-    with pytest.raises(ValueError, match="signal SEGV cannot be sent"):
-        process.send_signal(signal.SIGSEGV)
-
-
-def both(api, text):
-    """The same job here and there."""
-    return (subprocess.Popen(["sh", "-c", text], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE),
-            api.popen({"RUN": text}))
-
-
-def status_of(process):
-    return process.status if isinstance(process, cexec.Process) else process.returncode
-
-
-@pytest.mark.parametrize("text", ["cat; head -c 1000000 /dev/zero >&2", "exit 3", "exec <&-; sleep 0.1; echo late",
-                                  "head -c 10", "exec >&-; cat >&2"])
-def test_communicate_with_much_data_and_closed_pipes(api, text):
-    data, found = random_octets(5 * MB), []
-    for process in both(api, text):
-        with process:
-            outputs = process.communicate(data)
-        found.append((status_of(process), *outputs))
-    assert found[0] == found[1]
-
-
-def test_communicate_loses_nothing_to_its_timeout(api, tmp_path):
-    go, data = tmp_path / "go", random_octets(3 * MB)
-    with api.popen({"RUN": "until [ -e '%s' ]; do sleep 0.02; done; cat; echo end >&2" % go}) as process:
-        process.stdin.write(b"first ")
-        for _ in range(2):
-            with pytest.raises(subprocess.TimeoutExpired):
-                process.communicate(data, timeout=0.1)
-        go.touch()
-        assert process.communicate(timeout=60) == (b"first " + data, b"end\n")
-        assert process.communicate() == (b"first " + data, b"end\n")
-
-
-def test_a_reader_that_goes_ends_the_job_and_its_writer(api):
-    found = []
-    for process in both(api, "exec yes"):
-        with process:
-            assert process.stdout.readline() == b"y\n"
-        found.append(status_of(process))
-    assert found == [-signal.SIGPIPE] * 2
-    for process in both(api, "exec sleep 1000"):
-        with pytest.raises(ZeroDivisionError), process:
-            if isinstance(process, subprocess.Popen):
-                process.kill()      # for which `with` there would wait
-            1 / 0
-        assert status_of(process) == -signal.SIGKILL
-
-
-def test_map_takes_its_inputs_lazily_and_yields_in_order(room):
-    """C37."""
-    jobs, slots, taken, most = 1500, 4, 0, 0
-    room.serve("cat", CONCURRENCY=slots)
-
-    def inputs():
-        nonlocal taken
-        for taken in range(1, jobs + 1):
-            yield b"%d" % taken
-    with cexec.Room(room.pub, group=room.group) as api:
-        for number, result in enumerate(api.map(inputs()), 1):
-            assert result.stdout == b"%d" % number
-            most = max(most, taken - number)
-    assert number == jobs and most <= slots + 2 * cexec.AHEAD
-
-
-def test_map_yields_what_is_ready_however_slowly_inputs_come(api):
-    """C37: The first result of an iterator that has no second input yet; what an iterator raises, at once."""
-    more = threading.Event()
-
-    def inputs():
-        yield b"1"
-        assert more.wait(PATIENCE), "the second input is asked for, and nobody waits for it"
-        raise ValueError("no second")
-    results = api.map(inputs(), {"RUN": "cat"})
-    assert next(results).stdout == b"1"
-    more.set()
-    with pytest.raises(ValueError, match="no second"):
-        next(results)
-    more.clear()
-    blocked = api.map(inputs(), {"RUN": "cat"})
-    assert next(blocked).stdout == b"1"
-    blocked.close()
-    more.set()
-
-
-def test_results_have_the_names_of_subprocess(api):
-    with pytest.raises(cexec.JobError) as caught:
-        api.run(b"in", {"RUN": "cat; echo err >&2; exit 3"}, check=True)
-    error = caught.value
-    assert (error.returncode, error.stdout, error.stderr) == (3, b"in", b"err\n") and error.result.returncode == 3
-    with api.popen({"RUN": "exit 4"}) as process:
-        assert process.returncode is None
-        process.communicate()
-    assert process.returncode == process.status == 4
-
-
-def test_map_takes_inputs_while_its_first_job_runs(api, tmp_path):
-    """All the others wait for the last one."""
-    text = 'read x; cd %s; [ "$x" = wait ] || touch go; until [ -e go ]; do sleep 0.05; done' % quoted(tmp_path)
-    assert [result.status for result in api.map([b"wait\n"] * 19 + [b"go\n"], {"RUN": text})] == [0] * 20
-
-
-def test_a_map_that_is_dropped_or_fails_ends_its_jobs(api):
-    names, all_ended = nap(3)
-    names["RUN"] = 'read x; [ "$x" = sleep ] || exit "$x"; ' + names["RUN"]
-    inputs = [b"0\n"] + [b"sleep\n"] * 9
-    results = api.map(inputs, names)
-    assert next(results).status == 0
-    results.close()
-    wait_until(all_ended)
-    results = api.map([b"3\n"] + inputs, names, check=True)
-    with pytest.raises(cexec.JobError):
-        next(results)
-    wait_until(all_ended)
-    results = api.map(iter([b"0\n", b"sleep\n", None]), names)
-    with pytest.raises(TypeError):
-        list(results)
-    wait_until(all_ended)
-    assert list(api.map([])) == []
-
-
-def test_cancelled_futures_end_their_jobs(api):
-    names, all_ended = nap(4)
-    running = [api.submit(names=names) for _ in range(4)]
-    wait_until(lambda: equal(len(marked("PEER_NAP=" + names["NAP"])), 4))
-    assert [future.cancel() for future in running] == [True] * 4 and all(future.cancelled() for future in running)
-    wait_until(all_ended)
-    future = api.submit(b"x", {"RUN": "cat"})
-    assert future.result().stdout == b"x" and not future.cancel()
-
-
-def test_many_threads_use_one_room_while_a_worker_is_killed(room):
-    """2,000 jobs in eight threads; half of the way one of two workers is gone, and the results are the same."""
-    script = 'read x; echo "$x" "$PEER_T"'
-    lost, _ = [room.serve("sh", "-c", script, CONCURRENCY=8) for _ in range(2)]
-    failed, half = [], threading.Event()
-
-    def thread(number):
-        try:
-            inputs = (b"%d\n" % each for each in range(250))
-            for each, result in enumerate(api.map(inputs, {"T": number})):
-                assert result[:3] == (0, b"%d %d\n" % (each, number), b"")
-                if each == 125:
-                    half.set()
-        except BaseException as error:
-            failed.append(error)
-            raise
-    with cexec.Room(room.pub, group=room.group) as api:
-        threads = [threading.Thread(target=thread, args=(number,)) for number in range(8)]
-        for each in threads:
-            each.start()
-        assert half.wait(DEADLINE)
-        lost.kill()
-        for each in threads:
-            each.join()
-    assert failed == []
-
-
-def test_rooms_that_are_closed_leave_nothing(shell):
-    def left():
-        gc.collect()
-        return len(open_fds(os.getpid())), threading.active_count(), len(gc.get_objects())
-
-    def use():
-        with cexec.Room(shell.pub, group=shell.group) as api:
-            assert api.run(b"x", {"RUN": "cat"}).stdout == b"x"
-    for _ in range(3):
-        use()
-    before = left()
-    for _ in range(97):
-        use()
-    after = left()
-    assert after[:2] == before[:2] and after[2] < before[2] + 97
-
-
-def test_a_room_that_is_closed_ends_its_jobs_and_takes_no_more(shell):
-    names, all_ended = nap(5)
-    api = cexec.Room(shell.pub, group=shell.group)
-    future, process = api.submit(names=names), api.popen(names)
-    assert process.stdout.readline() == b"ready\n"
-    api.close()
-    api.close()
-    for call in future.result, process.wait, process.poll:
-        with pytest.raises(cexec.Failure, match="^the job: its Room was closed$"):
-            call()
-    assert process.stdout.read() == b""
-    process.kill()
-    with process:
-        pass
-    for call in api.run, api.submit, api.popen, lambda: next(api.map([b""])):
-        with pytest.raises(cexec.Failure, match="^this Room: it is closed$"):
-            call()
-    wait_until(all_ended)
-    with cexec.Room(shell.pub, group=shell.group) as api:       # closed in its own thread
-        future = api.submit(names={"RUN": "exit 0"})
-        future.add_done_callback(lambda future: api.close())
-        assert future.result().status == 0
-    with cexec.Room(shell.pub):
-        pass            # never used: no thread
-
-
-def test_an_error_in_a_rooms_thread_ends_jobs_only(api):
-    names, all_ended = nap(6)
-    future, process = api.submit(names=names), api.popen(names)
-    assert process.stdout.readline() == b"ready\n"
-    api._thread.call(lambda: {}["missing"])
-    with pytest.raises(cexec.Failure, match="^internal error: KeyError: 'missing'$") as caught:
-        future.result()
-    assert isinstance(caught.value.__cause__, KeyError)
-    with pytest.raises(cexec.Failure, match="^internal error"), process:
-        process.wait()
-    wait_until(all_ended)
-    assert api.run(b"x", {"RUN": "cat"}).stdout == b"x"
-
-
-def test_a_room_without_workers_fails_in_time(key):
-    with cexec.Room(key, group="127.255.255.255:%d" % free_port(), timeout_accept=1) as api:
-        began = time.monotonic()
-        futures = [api.submit() for _ in range(3)]
-        with api.popen() as process, pytest.raises(cexec.Failure, match="^no worker: nobody answered within 1 s"):
-            process.communicate(b"x")
-        for future in futures:
-            with pytest.raises(cexec.Failure, match="^no worker: nobody answered within 1 s"):
-                future.result()
-        with pytest.raises(cexec.Failure, match="^no worker"):
-            list(api.map([b""] * 100))
-        assert time.monotonic() - began >= 2
-    with cexec.Room(key, group="nodevice0:224.0.1.87") as api, pytest.raises(cexec.Failure, match="nodevice0"):
-        api.run()
-
-
-def test_the_settings_of_a_room(key, monkeypatch):
-    monkeypatch.setenv("GROUP", "10.1.2.3")
-    given = cexec.room_settings({"group": None, "reject_servers": ["10.0.0.1", "10.0.0.2"], "retries": 5})
-    assert (given.group.address, given.retries) == ("10.1.2.3", 5)
-    assert sorted(given.reject_servers) == ["10.0.0.1", "10.0.0.2"]
-    assert cexec.room_settings({"group": "10.1.2.4:99"}).group.port == 99
-    for name in "concurrency", "groups", "self":
-        with pytest.raises(TypeError, match="a Room has no setting '%s'; it has: .*timeout_accept" % name):
-            cexec.room_settings({name: 1})
-    with pytest.raises(cexec.Failure, match="^CEXEC_TIMEOUT_ACCEPT=soon: not accepted"):
-        cexec.Room(key, timeout_accept="soon")
-    with pytest.raises(cexec.Failure, match="no key /nowhere"):
-        cexec.Room("/nowhere")
-
-
-def run_script(room, text, *arguments, python=sys.executable, options=()):
-    """Runs a program that imports cexec and has the path of the key; it must say nothing on standard error."""
-    place = os.path.dirname(compiled_for(python)[-1])       # where its bytecode is
-    text = "import sys; sys.path.insert(0, %r)\n" % place + text
-    done = run_command(python, "-IS", *options, "-c", text, room.pub, *arguments, env=room.settings({}))
-    assert (done.returncode, done.stderr) == (0, b""), done.stderr.decode()
-    return done.stdout.decode()
-
-
-def test_the_import_alone_does_nothing(room):
-    """C35."""
-    found = run_script(room, """
-import gc, os, signal, threading
-def state():
-    return ([signal.getsignal(number) for number in range(1, signal.NSIG)], signal.set_wakeup_fd(-1), gc.isenabled(),
-            threading.active_count(), os.listdir("/dev/fd"), sys.path[:], sys.flags, sys.excepthook, os.umask(0o22),
-            dict(os.environ), sys.dont_write_bytecode)
-os.umask(0o22)
-before = state()
-import cexec
-print(before == state(), sorted(cexec.__all__))
-print([name for name in ("ssl", "threading", "subprocess", "concurrent", "asyncio") if name in sys.modules])
-""")
-    assert found == "True %r\n['threading']\n" % sorted(cexec.__all__)
-
-
-EVERYTHING = """
-import gc, subprocess, cexec
-with cexec.Room(sys.argv[1]) as room:
-    assert room.run(b"x", {"RUN": "cat"}).stdout == b"x"
-    assert [each.status for each in room.map([b""] * 20, {"RUN": "exit 2"})] == [2] * 20
-    dropped = room.map([b""] * 20, {"RUN": "exit 0"})
-    next(dropped)
-    del dropped
-    room.submit(names={"RUN": "sleep 1000"}).cancel()
-    with room.popen({"RUN": "cat; echo err >&2"}) as process:
-        assert process.communicate(b"data") == (b"data", b"err\\n")
-    for call, error in [(lambda: room.run(sys.executable, {"RUN": "exit 1"}, check=True), cexec.JobError),
-                        (lambda: room.run(names={"RUN": "sleep 1000"}, timeout=0.5), subprocess.TimeoutExpired),
-                        (lambda: room.run("/nowhere"), FileNotFoundError)]:
-        try:
-            call()
-        except error:
-            pass
-    with room.popen({"RUN": "sleep 1000"}) as process:
-        process.kill()
-    left = room.submit(names={"RUN": "sleep 1000"})
-assert isinstance(left.exception(), cexec.Failure)
-del room, process, left
-gc.collect()
-import os, threading
-print(threading.active_count(), len(os.listdir("/dev/fd")))
-"""
-
-
-def test_nothing_is_left_for_python_to_warn_of(shell):
-    """By every Python that is here."""
-    for version, python in interpreters().items():
-        found = run_script(shell, EVERYTHING, python=python, options=("-X", "dev", "-W", "error"))
-        assert found == "1 4\n", version
-
-
-def test_a_room_that_is_dropped_is_warned_of_and_closed(shell):
-    api = cexec.Room(shell.pub, group=shell.group)
-    future = api.submit(names={"RUN": "sleep 1000"})
-    with pytest.warns(ResourceWarning, match="unclosed <cexec.Room"):
-        del api
-    with pytest.raises(cexec.Failure, match="closed"):
-        future.result()
-
-
-def test_a_forked_child_makes_a_room_of_its_own(shell):
-    found = run_script(shell, """
-import os, warnings, cexec
-warnings.simplefilter("ignore", DeprecationWarning)
-with cexec.Room(sys.argv[1]) as room:
-    room.run(names={"RUN": "exit 0"})
-    child = os.fork()
-    if not child:
-        try:
-            room.run()
-        except cexec.Failure as failure:
-            print(failure)
-        room.close()
-        with cexec.Room(sys.argv[1]) as own:
-            print(own.run(b"of its own", {"RUN": "cat"}).stdout)
-        sys.stdout.flush()
-        os._exit(0)
-    os.waitpid(child, 0)
-    print(room.run(b"of the parent", {"RUN": "cat"}).stdout)
-""")
-    assert found == "this Room: it belongs to another process\nb'of its own'\nb'of the parent'\n"
-
-
-def test_asyncio_awaits_its_jobs(shell):
-    found = run_script(shell, """
-import asyncio, cexec
-async def main():
-    asyncio.get_running_loop().slow_callback_duration = 60     # a busy machine is nothing to warn of
-    with cexec.Room(sys.argv[1]) as room:
-        jobs = [asyncio.wrap_future(room.submit(b"%d" % number, {"RUN": "cat"})) for number in range(20)]
-        print(b" ".join(result.stdout for result in await asyncio.gather(*jobs)))
-        try:
-            await asyncio.wait_for(asyncio.wrap_future(room.submit(names={"RUN": "sleep 1000"})), 0.5)
-        except asyncio.TimeoutError:
-            print("timeout")
-asyncio.run(main())
-""", options=("-X", "dev", "-W", "error"))
-    assert found == "%r\ntimeout\n" % b" ".join(b"%d" % number for number in range(20))
-
-
-def test_the_api_is_documented(tmp_path):
-    for name in cexec.__all__:
-        public = getattr(cexec, name)
-        assert public.__doc__, name
-        for method in vars(cexec.CallExecutor if name == "Executor" else public).values():
-            if isinstance(method, types.FunctionType) and not method.__name__.startswith("_") and name != "Result":
-                assert method.__doc__, (name, method.__name__)
-    done = run_command(sys.executable, "-m", "pydoc", CEXEC, cwd=str(tmp_path))
-    text = done.stdout.decode()
-    assert "class Room(" in text and "class PoolThread" not in text and "popen(self" in text
-    manual = document("cexec.1").replace("\\-", "-")
-    assert ".Sh PYTHON" in manual
-    for name in ("Room", "Result", "JobError", "Failure", "run", "submit", "map", "popen", "communicate", "Executor",
-                 "InterpreterDied"):
-        assert re.search(r"\b%s\b" % name, manual[manual.index(".Sh PYTHON"):]), name
-
-
-def test_the_example_of_a_room_runs_as_it_stands(room, tmp_path):
-    room.serve("tr", "a-z", "A-Z")
-    shutil.copy(room.pub, str(tmp_path / "app.pub"))
-    text = "".join(re.findall("^    .*\n", inspect.getdoc(cexec.Room), re.M))
-    done = run_command(sys.executable, "-c", "import cexec\n" + textwrap.dedent(text), cwd=str(tmp_path),
-                       env=room.settings({"PYTHONPATH": os.path.dirname(compiled_for(sys.executable)[-1])}))
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"b'HELLO'\n", b"")
-
-
-# ---------------------------------------------------------------- Executor: helpers
-
-PROBE = '''
-import atexit, os, pickle, random, signal, subprocess, sys, threading, time
-class Odd(Exception):
-    def __init__(self, code, where):
-        super().__init__("%s at %s" % (code, where))
-        self.code = code
-class Own(BaseException):
-    pass
-def raise_it(error): raise error
-def raise_odd(): raise Odd("E42", "step five")
-def boom(where): raise ValueError("cannot be made " + where)
-class Argument:
-    def __reduce__(self): return boom, ("there",)
-class Answer:
-    def __reduce__(self): return boom, ("here",)
-def answer(): return Answer()
-def local(): return lambda: 1
-def chain(locked):
-    try:
-        {}["inner"]
-    except KeyError as inner:
-        error = ValueError("outer")
-        error.code = 7
-        if locked: error.lock = threading.Lock()
-        if hasattr(error, "add_note"): error.add_note("a note")
-        raise error from inner
-def same(value): return value
-def square(number): return number * number
-class Array:
-    def __init__(self, data): self.data = data
-    def __reduce_ex__(self, protocol): return Array, (pickle.PickleBuffer(self.data),)
-def poke(array):
-    memoryview(array.data)[0] = 7
-    return array
-def sleep(seconds, value=None):
-    time.sleep(seconds)
-    return value
-def where(seconds=0):
-    time.sleep(seconds)
-    return os.getpid()
-def touch(path, seconds=0):
-    with open(path, "a") as file: file.write("x")
-    time.sleep(seconds)
-def say(text, error=""):
-    print(text, end="")
-    sys.stderr.write(error)
-def setup(value):
-    global STATE
-    STATE = value
-def state(): return STATE, os.getpid()
-def fail_setup(): raise RuntimeError("no licence here")
-def setup_or_fail():
-    if os.environ.get("PROBE_BAD") == "raise": raise RuntimeError("bad machine")
-    if os.environ.get("PROBE_BAD") == "exit": os._exit(3)
-def end(how):
-    if how == "exit": os._exit(37)
-    if how == "abort": os.abort()
-    os.kill(os.getpid(), how)
-def deep():
-    result = []
-    for _ in range(200000): result = [result]
-    return result
-'''
-
-
-@pytest.fixture(scope="session")
-def probe(tmp_path_factory):
-    """A module of this side's, with functions to call."""
-    folder = tmp_path_factory.mktemp("probe")
-    (folder / "cexec_probe.py").write_text(PROBE)
-    sys.path.insert(0, str(folder))
-    yield __import__("cexec_probe")
-    sys.path.remove(str(folder))
-
-
-def serve_python(room, *command, **env):
-    return room.tool("cservice", "--python", room.key, *command, env=env).ready()
-
-
-@pytest.fixture(scope="module")
-def calls(tmp_path_factory):
-    """A Room with a worker of two slots for calls, for many tests; with a key of its own, which no test stops."""
-    key = str(tmp_path_factory.mktemp("calls") / "py")
-    assert run("ckeygen", key).returncode == 0
-    room = Room(key)
-    room.worker = serve_python(room, CONCURRENCY=2)
-    yield room
-    room.end()
-
-
-def executor(room, *arguments, **named):
-    named.setdefault("timeout_accept", 20)
-    return cexec.Executor(room.pub, *arguments, group=room.group, **named)
-
-
-@pytest.fixture
-def pool(calls, probe):
-    with executor(calls) as made:
-        yield made
-
-
-@pytest.fixture(params=["room", "processes"])
-def either(request, calls, probe):
-    """Makes an Executor: the room's, or the standard one, which promises the same."""
-    import multiprocessing
-
-    def make(*arguments, **named):
-        if request.param == "room":
-            return executor(calls, *arguments, **named)
-        return concurrent.futures.ProcessPoolExecutor(
-            *arguments or (2,), mp_context=multiprocessing.get_context("fork"), **named)
-    yield make
-    for process in multiprocessing.active_children():       # 3.8 leaves some where the shutdown did not wait
-        process.kill()
-        process.join()
-
-
-def run_program(room, folder, text, *argv, python=sys.executable, files={}, env=None, status=0, **options):
-    """Runs script.py, with these files beside it; what it prints."""
-    for name, content in dict(files, **{"script.py": text}).items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    shutil.copy(room.pub, str(folder / "py.pub"))
-    place = os.path.dirname(compiled_for(python)[-1])
-    done = run_command(python, *(argv or ["script.py"]), cwd=str(folder),
-                       env=room.settings(dict(env or {}, PYTHONPATH=place)), **options)
-    assert done.returncode == status, (done.stdout + done.stderr).decode()
-    return (done.stdout + done.stderr).decode()
-
-
-# ---------------------------------------------------------------- Executor: the contract, beside ProcessPoolExecutor
-
-def test_calls_return_what_they_return(either, probe):
-    """C38."""
-    with either() as pool:
-        assert pool.submit(pow, 2, exp=5).result(30) == 32 if sys.version_info >= (3, 8) else True
-        assert [future.result(30) for future in [pool.submit(probe.square, n) for n in range(300)]] == [
-            n * n for n in range(300)]
-
-
-def test_map_gives_results_in_order(either, probe):
-    with either() as pool:
-        assert list(pool.map(probe.square, range(500))) == [n * n for n in range(500)]
-        assert list(pool.map(pow, [1, 2, 3], [4, 5, 6], chunksize=7)) == [1, 32, 729]
-        assert list(pool.map(pow, [1], [])) == []
-        with pytest.raises(ValueError):
-            pool.map(probe.square, [1], chunksize=0)
-        with pytest.raises(concurrent.futures.TimeoutError):
-            list(pool.map(probe.sleep, [1.5], timeout=0.1))
-
-
-def test_map_raises_what_a_call_raised_in_its_turn(either, probe):
-    with either() as pool:
-        results = pool.map(int, ["1", "two", "3"])
-        assert next(results) == 1
-        with pytest.raises(ValueError, match="two"):
-            next(results)
-
-
-@pytest.mark.parametrize("error", [ValueError("plain"), OSError(2, "words"), SystemExit(3), KeyboardInterrupt("five"),
-                                   StopIteration(4), UnicodeDecodeError("utf-8", b"x", 0, 1, "why")],
-                         ids=lambda error: type(error).__name__)
-def test_what_a_call_raises_is_its_futures_exception(either, probe, error):
-    """C38."""
-    with either() as pool:
-        future = pool.submit(probe.raise_it, error)
-        found = future.exception(30)
-        assert type(found) is type(error) and found.args == error.args
-        assert type(found).__name__ in str(found.__cause__) and "raise_it" in str(found.__cause__)
-        assert pool.submit(probe.square, 3).result(30) == 9
-
-
-def test_an_exception_keeps_chain_notes_and_attributes(either, probe):
-    with either() as pool:
-        error = pool.submit(probe.chain, False).exception(30)
-        assert (type(error), error.args, error.code) == (ValueError, ("outer",), 7)
-        assert all(text in str(error.__cause__) for text in ("KeyError: 'inner'", "ValueError: outer", '{}["inner"]'))
-        assert getattr(error, "__notes__", ["a note"]) == ["a note"]
-
-
-def test_what_cannot_be_pickled_fails_its_own_call(either, probe):
-    """At each of the four moments."""
-    with either() as pool:
-        before = [pool.submit(probe.same, n) for n in range(5)]
-        bad = [pool.submit(probe.same, (n for n in [1])), pool.submit(probe.local)]
-        if not isinstance(pool, concurrent.futures.ProcessPoolExecutor):      # which an answer like this breaks
-            bad += [pool.submit(probe.same, probe.Argument()), pool.submit(probe.answer), pool.submit(probe.raise_odd),
-                    pool.submit(probe.chain, True), pool.submit(probe.deep)]
-        after = [pool.submit(probe.same, n) for n in range(5)]
-        words = [repr(future.exception(30)) + str(future.exception().__cause__) for future in bad]
-        assert all(isinstance(future.exception(), Exception) for future in bad)
-        for text, word in zip(words[2:], ["cannot be made there", "cannot be made here", "E42 at step five", "outer"]):
-            assert word in text
-        assert [future.result(30) for future in before + after] == [*range(5)] * 2
-
-
-def test_a_call_that_waits_can_be_cancelled(either, probe, tmp_path):
-    with either(1) as pool:
-        first = pool.submit(probe.sleep, 0.5)
-        futures = [pool.submit(probe.touch, str(tmp_path / "no")) for _ in range(20)]
-        assert all(future.cancel() for future in futures[5:])
-        assert all(future.cancelled() for future in futures[5:])
-        assert first.result(30) is None and [future.result(30) for future in futures[:5]] == [None] * 5
-        assert (tmp_path / "no").read_text() == "x" * 5
-
-
-def test_after_shutdown_nothing_new_begins(either, probe):
-    pool = either()
-    futures = [pool.submit(probe.square, n) for n in range(20)]
-    pool.shutdown(wait=True)
-    assert all(future.done() for future in futures)
-    with pytest.raises(RuntimeError, match="after shutdown"):
-        pool.submit(probe.square, 1)
-    pool.shutdown()
-
-
-@pytest.mark.skipif(sys.version_info < (3, 9), reason="ProcessPoolExecutor has it from 3.9 on")
-def test_shutdown_cancels_what_has_not_begun(either, probe):
-    pool = either(1)
-    futures = [pool.submit(probe.sleep, 0.3) for _ in range(20)]
-    wait_until_running(futures[0])
-    pool.shutdown(wait=True, cancel_futures=True)
-    assert futures[0].result() is None and futures[-1].cancelled()
-
-
-def wait_until_running(future):
-    def running():
-        assert future.running() or future.done()
-    wait_until(running)
-
-
-def test_an_initializer_runs_once_in_each_interpreter(either, probe):
-    with either(2, initializer=probe.setup, initargs=("made",)) as pool:
-        found = {future.result(30) for future in [pool.submit(probe.state) for _ in range(50)]}
-    assert {value for value, _ in found} == {"made"} and len(found) <= 2
-
-
-def test_callbacks_may_use_the_pool(either, probe):
-    """They submit, raise, and shut it down."""
-    pool, seen, over = either(), [], threading.Event()
-
-    def again(future):
-        seen.append(future.result())
-        if len(seen) < 20:
-            pool.submit(probe.same, len(seen)).add_done_callback(again)
-        else:
-            over.set()
-            pool.shutdown(wait=False)
-    pool.submit(probe.same, 0).add_done_callback(again)
-    assert over.wait(PATIENCE) and seen == [*range(20)]
-
-
-# ---------------------------------------------------------------- Executor: what is its own
-
-def test_the_example_of_an_executor_runs_as_it_stands(calls, tmp_path):
-    text = "".join(re.findall("^    .*\n", inspect.getdoc(cexec.Executor).partition("key:")[0], re.M))
-    assert run_program(calls, tmp_path, "import cexec, math\n" + textwrap.dedent(text)).split() == [
-        str(math.sqrt(n)) for n in range(5)]
-
-
-def test_an_executor_says_what_it_cannot_take(calls, probe):
-    for named, error in (({"mp_context": None}, TypeError), ({"max_workers": 0}, ValueError),
-                         ({"max_tasks_per_child": 0}, ValueError), ({"initializer": 3}, TypeError),
-                         ({"nonsense": 3}, TypeError)):
-        with pytest.raises(error):
-            executor(calls, **named)
-    assert executor(calls)._max_workers == 256 and executor(calls, 3)._max_workers == 3
-    assert isinstance(executor(calls), concurrent.futures.Executor)
-
-
-def test_what_is_changed_after_submit_is_not_what_runs(pool, probe):
-    data, futures = [0], []
-    for number in range(100):
-        data[0] = number
-        futures.append(pool.submit(sum, data))
-    assert [future.result(30) for future in futures] == [*range(100)]
-
-
-def test_a_call_that_raises_stop_iteration_ends_no_map(pool, probe):
-    """It would look as if all was done."""
-    results = pool.map(probe.raise_it, [StopIteration("early")] * 3)
-    with pytest.raises(RuntimeError, match="StopIteration"):
-        next(results)
-
-
-def test_arrays_are_writable_there_and_here(pool, probe):
-    """Whatever their size; what could not be written stays so."""
-    for size in (10, 70000, 200000, 1 << 20, 5 << 20):
-        array = pool.submit(probe.poke, probe.Array(bytearray(size))).result(30)
-        view = memoryview(array.data)
-        assert not view.readonly and view[0] == 7 and len(view) == size
-        assert memoryview(pool.submit(probe.same, probe.Array(bytes(size))).result(30).data).readonly
-
-
-def test_map_takes_inputs_as_results_are_taken(pool, probe):
-    taken = []
-
-    def source():
-        for number in itertools.count():
-            taken.append(number)
-            yield number
-    results = pool.map(probe.square, source(), buffersize=8)
-    assert [next(results) for _ in range(20)] == [n * n for n in range(20)] and 20 <= len(taken) <= 29
-    results.close()
-    count = len(taken)
-    assert pool.submit(probe.square, 3).result(30) == 9 and len(taken) == count
-
-
-def test_a_callback_that_would_wait_for_ever_is_told_so(pool, probe):
-    """All results come by the thread that it runs in."""
-    told, over = [], threading.Event()
-
-    def wait(future):
-        for ask in (lambda: pool.submit(probe.square, 2).result(), lambda: pool.submit(probe.square, 2).exception(),
-                    lambda: list(pool.map(probe.square, range(3)))):
-            try:
-                ask()
-            except cexec.Failure as error:
-                told.append(error)
-        told.append(future.result())
-        over.set()
-    pool.submit(probe.sleep, 0.2, "its own").add_done_callback(wait)
-    assert over.wait(30) and told[3] == "its own"
-    assert all("cannot wait for a call" in str(error) and error.hint for error in told[:3])
-
-
-def test_threads_may_share_the_results_of_a_map(pool, probe):
-    """Each result goes to one of them; who waits when it is closed hears of the end."""
-    results, found = pool.map(probe.same, range(2000)), [[], [], []]
-    threads = [threading.Thread(target=each.extend, args=(results,)) for each in found]
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join(60)
-    assert sorted(sum(found, [])) == [*range(2000)]
-    results = pool.map(probe.sleep, [1] * 20)
-    waiting = threading.Thread(target=list, args=(results,))
-    waiting.start()
-    time.sleep(0.1)
-    results.close()
-    waiting.join(30)
-    assert not waiting.is_alive()
-
-
-def test_map_takes_few_of_large_inputs(pool, probe, monkeypatch):
-    """All of them together need no more memory than so many bytes, and one for each slot."""
-    monkeypatch.setattr(cexec, "MAP_BYTES", 1 << 20)
-    taken = []
-    for number, result in zip(range(60), pool.map(len, (taken.append(n) or bytes(1 << 18) for n in itertools.count()))):
-        assert result == 1 << 18 and len(taken) - number < 20
-    assert len(taken) >= 60
-
-
-def test_a_map_from_which_nobody_takes_is_completed(calls, probe, tmp_path):
-    with executor(calls) as pool:
-        pool.map(probe.touch, [str(tmp_path / "all")] * 40, buffersize=3)
-        kept = pool.map(probe.square, range(40), buffersize=3)
-        large = pool.map(len, (bytes(1 << 22) for _ in range(40)))
-    assert list(large) == [1 << 22] * 40
-    assert (tmp_path / "all").read_text() == "x" * 40
-    assert list(kept) == [n * n for n in range(40)]
-
-
-def test_a_shutdown_that_cancels_ends_maps_too(calls, probe):
-    pool = executor(calls, 1)
-    results = pool.map(probe.sleep, [0.2] * 50)
-    next(results)
-    pool.shutdown(wait=True, cancel_futures=True)
-    with pytest.raises(concurrent.futures.CancelledError):
-        list(results)
-
-
-def test_a_call_that_cannot_come_back_or_be_run_says_why(pool, probe):
-    error = pool.submit(probe.raise_odd).exception(30)
-    assert "Odd: E42 at step five" in str(error) and "raise_odd" in str(error.__cause__)
-
-
-def test_calls_and_commands_that_meet_say_what_serves_there(calls, room):
-    """A worker of calls refuses a command for good, so nobody waits; one of commands ends before it takes a call."""
-    done = calls.cexec()
-    assert done.returncode == 2 and b"cservice --python serves here: calls of cexec.Executor" in done.stderr
-    room.serve("false")
-    with executor(room) as made:
-        error = made.submit(abs, -1).exception(60)
-    assert isinstance(error, cexec.InterpreterDied) and "is it cservice --python that serves there?" in str(error)
-
-
-def test_a_call_for_which_nobody_answers_fails_as_a_job_does(room):
-    with executor(room, timeout_accept=0.3) as made:
-        error = made.submit(abs, -1).exception(30)
-    assert isinstance(error, cexec.NoWorker) and "nobody answered within 0.3 s" in str(error) and error.hint
-
-
-@pytest.mark.parametrize("how,words", [("exit", "status 37"), (signal.SIGKILL, "signal 9 (KILL)"),
-                                       (signal.SIGSEGV, "signal 11 (SEGV)"), ("abort", "(ABRT)")])
-def test_a_call_whose_interpreter_dies_fails_alone(pool, probe, how, words):
-    """C40."""
-    futures = [pool.submit(probe.end if n == 7 else probe.same, how) for n in range(30)]
-    errors = [future.exception(60) for future in futures]
-    assert [n for n, error in enumerate(errors) if error] == [7]
-    assert isinstance(errors[7], cexec.InterpreterDied) and words in str(errors[7]) and "127.0.0.1" in str(errors[7])
-
-
-def test_an_initializer_that_fails_tells_each_call_why(calls, probe):
-    with executor(calls, initializer=probe.fail_setup) as pool:
-        errors = [future.exception(60) for future in [pool.submit(probe.square, n) for n in range(5)]]
-    assert len(set(map(id, errors))) == 5
-    for error in errors:
-        assert "no licence here" in str(error) and "127.0.0.1" in str(error) and "fail_setup" in str(error.__cause__)
-
-
-def test_interpreters_are_replaced_after_so_many_calls(calls, probe):
-    with executor(calls, 1, max_tasks_per_child=3) as pool:
-        pids = [future.result(60) for future in [pool.submit(probe.where) for _ in range(7)]]
-    assert [len(list(group)) for _, group in itertools.groupby(pids)] == [3, 3, 1]
-
-
-def test_idle_interpreters_serve_again(pool, probe):
-    first = pool.submit(probe.where).result(30)
-    time.sleep(1.3)         # a connection without a job would have ended
-    assert pool.submit(probe.where).result(30) == first
-
-
-def test_a_call_sent_ahead_goes_to_a_slot_that_is_free(calls, probe):
-    """A long call keeps none of the many that were sent behind it."""
-    with executor(calls, 2) as pool:
-        assert list(pool.map(probe.square, range(2000)))[-1] == 1999 ** 2
-        long = pool.submit(probe.sleep, 1.5, "long")
-        short = [pool.submit(probe.square, n) for n in range(500)]
-        assert [future.result(60) for future in short] == [n * n for n in range(500)]
-        assert not long.done() and long.result(30) == "long"
-
-
-def test_a_call_behind_a_long_one_gets_an_interpreter_of_its_own(calls, probe):
-    """Also where there is none yet beside the busy one."""
-    with executor(calls, 2) as pool:
-        for number in range(20):        # one interpreter, which is known for quick calls
-            assert pool.submit(probe.square, number).result(30) == number ** 2
-        long, short = pool.submit(probe.sleep, 10, "long"), pool.submit(probe.square, 3)
-        assert short.result(30) == 9 and not long.done()
-
-
-def test_large_arguments_and_results_pass_whole(pool, probe):
-    data = random_octets(3 << 20)
-    assert pool.submit(probe.same, data).result(60) == data
-    assert pool.submit(probe.same, {"a": bytearray(data), "b": [data, data[:70000]]}).result(60)["a"] == data
-    view = pickle_buffer(bytearray(data))
-    assert bytes(pool.submit(bytes, view).result(60)) == data
-
-
-def pickle_buffer(data):
-    import pickle
-    return pickle.PickleBuffer(data)
-
-
-def test_a_pool_belongs_to_the_process_that_made_it(calls, tmp_path):
-    told = run_program(calls, tmp_path, """
-import cexec, gc, os, sys, time, warnings
-warnings.simplefilter("ignore")
-def work(number):
-    time.sleep(0.01)
-    return number
-if __name__ == "__main__":
-    with cexec.Executor("py.pub", max_workers=2) as pool:
-        futures = [pool.submit(work, number) for number in range(60)]
-        futures[0].result(30)
-        for way in range(3):
-            child = os.fork()
-            if not child:
-                try:
-                    pool.submit(work, 1)
-                except RuntimeError as error:
-                    assert "another process" in str(error), error
-                sys.stdout = open(os.devnull, "w")
-                gc.collect()
-                sys.exit(0) if way else os._exit(0)
-            assert os.waitpid(child, 0)[1] == 0
-        print([future.result(30) for future in futures] == list(range(60)))
-""")
-    assert told == "True\n"
-
-
-@pytest.mark.parametrize("end", ["del pool", "pool.shutdown(wait=False)", "pass"])
-def test_a_pool_that_is_dropped_completes_its_calls(calls, tmp_path, end):
-    told = run_program(calls, tmp_path, """
-import cexec, sys
-def work(number):
-    print("done", number)
-if __name__ == "__main__":
-    pool = cexec.Executor("py.pub")
-    for number in range(5): pool.submit(work, number)
-    %s
-""" % end)
-    assert sorted(told.split("\n")) == ["", *("done %d" % number for number in range(5))]
-
-
-@pytest.mark.parametrize("text", ["list(pool.map(time.sleep, [30] * 500))",
-                                  "futures = [pool.submit(time.sleep, 30) for _ in range(9)]; futures[0].result()",
-                                  """import asyncio
-    async def main():
-        with pool: await asyncio.get_running_loop().run_in_executor(pool, time.sleep, 30)
-    asyncio.run(main())"""], ids=["map", "futures", "coroutine"])
-def test_ctrl_c_ends_a_program_with_many_calls(calls, tmp_path, text):
-    (tmp_path / "script.py").write_text("""
-import cexec, sys, time
-if __name__ == "__main__":
-    pool = cexec.Executor(sys.argv[1], max_workers=2)
-    pool.submit(abs, -1).result()
-    print("ready", file=sys.stderr, flush=True)
-    %s
-""" % text)
-    process = calls.start(sys.executable, str(tmp_path / "script.py"), calls.pub, preexec_fn=lambda: signal.signal(
-        signal.SIGINT, signal.default_int_handler),
-        env=calls.settings({"PYTHONPATH": os.path.dirname(compiled_for(sys.executable)[-1])})).ready()
-    time.sleep(0.3)
-    process.signal(signal.SIGINT)
-    status = process.complete()
-    assert status in (-signal.SIGINT, 130, 1) and "KeyboardInterrupt" in str(process.log)
-    calls.processes.remove(process)
-
-
-def test_nobody_answers_and_each_call_says_so(key, probe):
-    with cexec.Executor(key + ".pub", group="127.255.255.255:%d" % free_port(), timeout_accept=0.5) as pool:
-        futures = [pool.submit(probe.square, number) for number in range(3)]
-        for future in futures:
-            assert isinstance(future.exception(30), cexec.Failure) and "nobody answered" in str(future.exception())
-
-
-def test_asyncio_and_executor(pool, probe):
-    import asyncio
-
-    async def main():
-        loop = asyncio.get_running_loop()
-        return await asyncio.gather(*(loop.run_in_executor(pool, probe.square, n) for n in range(20)))
-    assert asyncio.run(main()) == [n * n for n in range(20)]
-
-
-# ---------------------------------------------------------------- Executor: what calls do to their process
-
-def test_what_calls_print_comes_in_lines_before_the_result(calls, tmp_path):
-    """C41."""
-    told = run_program(calls, tmp_path, """
-import cexec, os, subprocess, sys
-def talk(number):
-    print("a print", number)
-    os.write(1, b"descriptor 1\\n")
-    sys.stderr.write("an error\\n")
-    subprocess.run(["echo", "a child"])
-    print("no end", end="")
-    return number
-if __name__ == "__main__":
-    sys.stderr = sys.stdout
-    with cexec.Executor("py.pub") as pool:
-        for number in range(3):
-            pool.submit(talk, number).result(30)
-            print("; result", number)
-""")
-    for number in range(3):
-        part, _, told = told.partition("; result %d\n" % number)
-        assert sorted(part.split("\n")) == sorted(["a print %d" % number, "descriptor 1", "an error", "a child",
-                                                   "no end"])
-
-
-def test_an_interpreter_gives_back_what_stands_behind_a_long_call():
-    """The submitter may have given it to others: else it could run twice."""
-    import pickle
-    ends = [move_high(end) for end in (*os.pipe(), *os.pipe())]
-    setup = {"main": None, "argv": None, "shadowed": [], "python": (3, 8), "initializer": None, "buffers": []}
-    tasks = [(abs, (-1,), {}), (time.sleep, (0.3,), {}), (abs, (-2,), {}), (abs, (-3,), {})]
-    messages = [cexec.encode_call(cexec.SETUP, 0, pickle.dumps(setup)),
-                *(cexec.encode_call(cexec.CALL, number, pickle.dumps(task)) for number, task in enumerate(tasks, 1))]
-
-    def place():
-        os.dup2(ends[0], cexec.CALLS)
-        os.dup2(ends[3], cexec.ANSWERS)
-    interpreter = subprocess.Popen([sys.executable, "-c", "import cexec; cexec.serve_calls()"], preexec_fn=place,
-                                   close_fds=False, stdin=subprocess.DEVNULL,
-                                   env=dict(os.environ, PYTHONPATH=os.path.dirname(CEXEC)))
-    try:
-        os.write(ends[1], b"".join(part for message in messages for part in message))
-        reader, answers = cexec.CallReader(), []
-        while len(answers) < 5:
-            answers += [(kind, number) for kind, number, *_ in reader.read(os.read(ends[2], 1 << 16))]
-        assert answers == [(cexec.READY, 0), (cexec.RETURNED, 1), (cexec.DROPPED, 4), (cexec.DROPPED, 3),
-                           (cexec.RETURNED, 2)]
-    finally:
-        interpreter.kill()
-        interpreter.wait()
-        for end in ends:
-            os.close(end)
-
-
-def move_high(fd):
-    return cexec.move_descriptor(fd, 20)
-
-
-def test_calls_behind_longer_ones_run_once(calls, probe, tmp_path):
-    """They are given to others just when the longer one may end."""
-    with executor(calls, 2) as pool:
-        list(pool.map(probe.square, range(1000)))
-        futures = [pool.submit(probe.touch, str(tmp_path / "once"), 0 if number % 10 else 0.1 + number % 7 / 100)
-                   for number in range(400)]
-        for future in futures:
-            future.result(60)
-    assert len((tmp_path / "once").read_text()) == 400
-
-
-def test_a_call_behind_one_that_prints_much_runs_once(calls, tmp_path):
-    """What was printed is on its way for long, and then the submitter does not know yet that the next one has begun."""
-    assert run_program(calls, tmp_path, """
-import cexec, sys, time
-def talk():
-    for _ in range(300): print("x" * 99999)
-def begin(number):
-    print("begun", number)
-    time.sleep(0.1)
-class Slow:
-    text = ""
-    def write(self, text):
-        time.sleep(0.001)
-        self.text += text.replace("x", "")
-    def flush(self): pass
-if __name__ == "__main__":
-    said, sys.stdout = sys.stdout, Slow()
-    with cexec.Executor("py.pub", max_workers=2) as pool:
-        list(pool.map(abs, range(1000)))
-        futures = [pool.submit(talk), *(pool.submit(begin, number) for number in range(20))]
-        for future in futures: future.result(60)
-    print(sys.stdout.text.count("begun"), file=said, flush=True)
-""") == "20\n"
-
-
-def test_results_do_not_wait_for_those_who_print_on(calls, tmp_path):
-    """Quick calls that all print, and a thread that one has left behind; each print is there before its result."""
-    assert run_program(calls, tmp_path, """
-import cexec, io, sys, threading, time
-def talk(number):
-    print("call", number)
-    return number
-def chatter():
-    while True:
-        print("more", flush=True)
-        time.sleep(0.0005)
-def leave(): threading.Thread(target=chatter, daemon=True).start()
-if __name__ == "__main__":
-    said, sys.stdout = sys.stdout, io.StringIO()
-    with cexec.Executor("py.pub", max_workers=1) as pool:
-        began = time.monotonic()
-        for number in pool.map(talk, range(2000)):
-            if number % 100 == 0: assert "call %d\\n" % number in sys.stdout.getvalue()
-        pool.submit(leave).result(30)
-        for number in range(20): assert pool.submit(talk, number).result(30) == number
-        print(time.monotonic() - began < 40, file=said, flush=True)
-""") == "True\n"
-
-
-def test_megabytes_of_print_pass_and_wait_for_who_reads(calls, tmp_path):
-    told = run_program(calls, tmp_path, """
-import cexec, sys
-def talk():
-    for _ in range(200): print("x" * 20000)
-    print("y" * 200000)
-    return "result"
-if __name__ == "__main__":
-    with cexec.Executor("py.pub") as pool: print(pool.submit(talk).result(60))
-""")
-    assert told == ("x" * 20000 + "\n") * 200 + "y" * 200000 + "\nresult\n"
-
-
-def test_standard_input_is_empty_and_may_be_closed(calls, tmp_path):
-    told = run_program(calls, tmp_path, """
-import cexec, os, subprocess, sys
-def ask(): return input()
-def rest(): return sys.stdin.read()
-def child(): return subprocess.run(["cat"], stdout=subprocess.PIPE).stdout
-def close(number): os.close(number); open(os.devnull)
-def close_files(): sys.stdout.close(); sys.stdin.close(); sys.stderr.close()
-def write_to_0():
-    try: os.write(0, b"rubbish")
-    except OSError: pass
-def say(text): print(text)
-if __name__ == "__main__":
-    with cexec.Executor("py.pub", max_workers=1) as pool:
-        print(type(pool.submit(ask).exception(30)).__name__, [pool.submit(each).result(30) for each in (rest, child)])
-        for number in range(3): pool.submit(close, number).result(30)
-        pool.submit(write_to_0).result(30)
-        pool.submit(close_files).result(30)
-        pool.submit(say, "still here").result(30)
-        print(pool.submit(rest).result(30) == "", pool.submit(child).result(30))
-""")
-    assert told == "EOFError ['', b'']\nstill here\nTrue b''\n"
-
-
-def test_a_script_may_put_its_own_kind_of_file_in_the_place_of_standard_output(calls, tmp_path):
-    """As those do that copy what is printed into a log: an object that can write and flush, and nothing else."""
-    assert run_program(calls, tmp_path, """
-import cexec, sys
-class Tee(list):
-    def __init__(self, file): self.file = file
-    def write(self, text): return self.file.write(text)
-    def flush(self): self.file.flush()
-sys.stdout = Tee(sys.stdout)
-def say(text): print(text)
-if __name__ == "__main__":
-    with cexec.Executor("py.pub", max_workers=1) as pool:
-        for text in "first", "second": pool.submit(say, text).result(30)
-""") == "first\nsecond\n"
-
-
-def test_a_timer_that_a_call_has_left_behind_ends_no_interpreter(calls, tmp_path):
-    assert run_program(calls, tmp_path, """
-import cexec, os, signal, sys, time
-def late(*_):
-    print("late")
-    raise TimeoutError("late")
-def leave():
-    signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, 0.2)
-    return os.getpid()
-class Printed:
-    text = ""
-    def write(self, text): self.text += text
-    def flush(self): pass
-if __name__ == "__main__":
-    said, sys.stdout, sys.stderr = sys.stdout, Printed(), Printed()
-    with cexec.Executor("py.pub", max_workers=1) as pool:
-        first = pool.submit(leave).result(30)
-        until = time.monotonic() + 30
-        while "late" not in sys.stdout.text and time.monotonic() < until: time.sleep(0.02)
-        print(pool.submit(os.getpid).result(30) == first, file=said, flush=True)
-""") == "True\n"
-
-
-def test_what_calls_leave_behind_holds_nobody_up(calls, tmp_path):
-    """Children with the inherited descriptors, forks that come back, threads, a daemon."""
-    told = run_program(calls, tmp_path, """
-import cexec, os, subprocess, threading, time, warnings
-warnings.simplefilter("ignore")
-def child(): return subprocess.Popen(["sleep", "40"]).pid > 1
-def come_back(): return os.fork() > 0
-def thread(): threading.Thread(target=time.sleep, args=(0.5,)).start(); return True
-def daemonise():
-    if os.fork() == 0:
-        os.setsid()
-        os.closerange(0, 5000)
-        if os.fork(): os._exit(0)
-        time.sleep(40)
-    return True
-if __name__ == "__main__":
-    began = time.time()
-    with cexec.Executor("py.pub", max_workers=2) as pool:
-        for each in (child, come_back, thread, daemonise) * 2: assert pool.submit(each).result(30) is True
-        assert list(pool.map(abs, range(100))) == list(range(100))
-    print(time.time() - began < 20)
-""")
-    assert told == "True\n"
-
-
-def test_calls_use_pools_of_their_own(calls, tmp_path):
-    run_program(calls, tmp_path, """
-import concurrent.futures, math, multiprocessing, warnings
-import cexec
-warnings.simplefilter("ignore")
-def two(number): return 2 * number
-def inner(count):
-    with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
-        assert list(pool.map(two, range(count))) == [2 * n for n in range(count)]
-    with concurrent.futures.ThreadPoolExecutor(2) as pool: return list(pool.map(math.sqrt, range(count)))[1]
-if __name__ == "__main__":
-    with cexec.Executor("py.pub", max_workers=2) as pool: assert list(pool.map(inner, [4, 5])) == [1.0, 1.0]
-""")
-
-
-def test_threads_of_a_call_import_at_once_and_after_it(calls, tmp_path):
-    run_program(calls, tmp_path, """
-import cexec, os, sys, threading, time
-def load():
-    found = []
-    def load_one(name): found.append(__import__(name))
-    threads = [threading.Thread(target=load_one, args=(name,)) for name in "one two three one".split()]
-    for thread in threads: thread.start()
-    for thread in threads: thread.join()
-    return len(found)
-def later(path):
-    def work():
-        time.sleep(0.2)
-        import four
-        with open(path, "w") as file: file.write(four.V)
-    threading.Thread(target=work).start()
-if __name__ == "__main__":
-    with cexec.Executor("py.pub", max_workers=1) as pool:
-        assert pool.submit(load).result(30) == 4
-        pool.submit(later, os.path.abspath("made")).result(30)
-        while not os.path.exists("made"): pool.submit(time.sleep, 0.05).result(30)
-""", files={"one.py": "import time; time.sleep(0.1); import two", "three.py": "",
-            "two.py": "import time; time.sleep(0.1); import three", "four.py": "V = 'four'"})
-
-
-def test_random_numbers_differ_between_interpreters(calls, tmp_path):
-    told = run_program(calls, tmp_path, """
-import cexec, os, random, time, uuid
-def draw(_): time.sleep(0.02); return os.getpid(), random.random(), uuid.uuid4().hex
-if __name__ == "__main__":
-    with cexec.Executor("py.pub") as pool: found = list(pool.map(draw, range(60)))
-    print(len({number for _, number, _ in found}), len({name for *_, name in found}))
-""")
-    assert told == "60 60\n"
-
-
-# ---------------------------------------------------------------- Executor: code goes along
-
-SCRIPT = """
-import cexec, os, sys
-import helper
-CACHE = {}
-def work(number):
-    CACHE[number] = 1
-    return helper.double(number) + 1, len(CACHE), __name__, os.path.basename(__file__), sys.argv[1:]
-class Thing:
-    def __init__(self, value): self.value = value
-    def __eq__(self, other): return type(self) is type(other) and self.value == other.value
-def wrap(thing): return Thing(thing.value + 1)
-if __name__ == "__main__":
-    with cexec.Executor("py.pub", max_workers=1) as pool:
-        found = [future.result(30) for future in [pool.submit(work, number) for number in range(20)]]
-        assert found == [(2 * n + 1, n + 1, "__mp_main__", "script.py", ["an", "argument"]) for n in range(20)], found
-        assert pool.submit(wrap, Thing(4)).result(30) == Thing(5)
-    assert CACHE == {}
-    print("OK")
-"""
-HELPER = {"helper.py": "def double(number):\n    return 2 * number  # the line in question\n"}
-
-
-def test_the_script_is_run_once_in_each_interpreter(calls, tmp_path):
-    """With its arguments and globals; its classes come back as its own."""
-    assert run_program(calls, tmp_path, SCRIPT, "script.py", "an", "argument", files=HELPER) == "OK\n"
-
-
-def test_python_dash_m_and_relative_imports(calls, tmp_path):
-    assert run_program(calls, tmp_path, "", "-m", "pack.run", files={
-        "pack/__init__.py": "", "pack/other.py": "def double(n): return 2 * n\n", "pack/sub/__init__.py": "",
-        "pack/sub/deep.py": "from .. import other\ndef one(): return other.double(1) - 1\n",
-        "pack/run.py": """
-from . import other
-from .sub.deep import one
-import cexec
-def work(n): return other.double(n) + one()
-if __name__ == "__main__":
-    with cexec.Executor("py.pub") as pool: print(list(pool.map(work, range(3))), pool.submit(other.double, 4).result())
-"""}) == "[1, 3, 5] 8\n"
-
-
-def test_a_zip_file_as_a_program(calls, tmp_path):
-    import zipfile
-    with zipfile.ZipFile(str(tmp_path / "app.pyz"), "w") as file:
-        file.writestr("__main__.py", "import start\ndef own(n): return n + 100\n"
-                                     "if __name__ == '__main__': start.main(own)\n")
-        file.writestr("part/__init__.py", "")
-        file.writestr("part/inner.py", "def double(n):\n    return 2 * n + 0  # a line in a zip\n")
-        file.writestr("start.py", """
-import cexec
-from part import inner
-def main(own):
-    with cexec.Executor("py.pub") as pool:
-        print(list(pool.map(inner.double, range(3))), pool.submit(own, 1).result(30))
-        print("a line in a zip" in str(pool.submit(inner.double, None).exception(30).__cause__))
-""")
-    assert run_program(calls, tmp_path, "", "app.pyz") == "[0, 2, 4] 101\nTrue\n"
-
-
-@pytest.mark.parametrize("argv", [["-c", None], ["-"], ["-i", "-"]],
-                         ids=lambda argv: argv[0])
-def test_a_main_without_source_is_named_and_the_rest_works(calls, tmp_path, argv):
-    text = """
-import cexec, math
-def f(n): return n + 1
-
-pool = cexec.Executor("py.pub")
-print(pool.submit(math.factorial, 5).result(30), repr(pool.submit(f, 1).exception(30)))
-pool.shutdown()
-"""
-    options = {} if argv == ["-c", None] else {"input": text.encode()}
-    told = run_program(calls, tmp_path, "", *(word or text for word in argv), **options,
-                       files={"cloudpickle.py": "raise ImportError('not here')"})
-    assert "120 " in told and "__main__" in told and "cloudpickle" in told
-
-
-CLOUDPICKLE = '''"""A stand-in for cloudpickle: functions by their code."""
-import marshal, pickle, types, io
-SPACE = {"__builtins__": __builtins__, "__name__": "__main__"}
-def make(code, name): return types.FunctionType(marshal.loads(code), SPACE, name)
-class Pickler(pickle.Pickler):
-    def reducer_override(self, value):
-        if isinstance(value, types.FunctionType) and value.__module__ == "__main__":
-            return make, (marshal.dumps(value.__code__), value.__name__)
-        return NotImplemented
-def dumps(value, protocol=None, buffer_callback=None):
-    file = io.BytesIO()
-    Pickler(file, protocol, buffer_callback=buffer_callback).dump(value)
-    return file.getvalue()
-'''
-BY_VALUE = """
-import cexec
-f = lambda n: n + 1
-pool = cexec.Executor("py.pub")
-print(*[repr(future.exception(30) or future.result()) for future in [pool.submit(f, 1)]])
-pool.shutdown()
-"""
-
-
-def test_cloudpickle_takes_what_has_no_source(calls, tmp_path):
-    assert run_program(calls, tmp_path, "", "-c", BY_VALUE, files={"cloudpickle.py": CLOUDPICKLE}) == "2\n"
-
-
-def test_what_code_by_value_gives_and_raises_goes_back_so(calls, tmp_path):
-    """Prompts and notebooks define classes and functions that are in no module of the worker."""
-    assert run_program(calls, tmp_path, "", "-c", """
-import cexec
-def give(): return lambda n: n + 1
-def fail(): raise ValueError(lambda n: n + 2)
-with cexec.Executor("py.pub") as pool:
-    print(pool.submit(give).result(30)(1), pool.submit(fail).exception(30).args[0](1))
-""", files={"cloudpickle.py": CLOUDPICKLE}) == "2 3\n"
-
-
-def test_all_of_a_script_shares_one_state(calls, tmp_path):
-    """Lambdas and closures too, which cloudpickle would give a copy of its variables; classes stay the same ones."""
-    assert run_program(calls, tmp_path, """
-import cexec, enum, sys
-class Color(enum.Enum): RED = 1
-COUNT = [0]
-def count():
-    COUNT[0] += 1
-    return COUNT[0]
-def adder(step):
-    def add(): return step + count()
-    return add
-if __name__ == "__main__":
-    with cexec.Executor("py.pub", max_workers=1) as pool:
-        print(*[pool.submit(each).result(30) for each in (count, lambda: count(), adder(100), lambda: COUNT[0])], COUNT)
-        print(pool.submit(lambda color: (color is Color.RED, Color.RED), Color.RED).result(30)[1] is Color.RED,
-              pool.submit(lambda: lambda: count()).result(30)())
-""", files={"cloudpickle.py": CLOUDPICKLE}) == "1 2 103 3 [0]\nTrue 1\n"
-
-
-def test_what_is_behind_the_guard_goes_along_by_value(calls, tmp_path):
-    """Each call finds the variables as they were when it was submitted; a function may call itself."""
-    assert run_program(calls, tmp_path, """
-import cexec
-if __name__ == "__main__":
-    def fall(number): return fall(number - 1) + step if number else 0
-    with cexec.Executor("py.pub", max_workers=1) as pool:
-        futures = []
-        for step in range(3): futures.append(pool.submit(lambda: (step, fall(2))))
-        print(*[future.result(30) for future in futures])
-""", files={"cloudpickle.py": CLOUDPICKLE}) == "(0, 0) (1, 2) (2, 4)\n"
-
-
-def test_a_function_behind_the_guard_is_told_apart(calls, tmp_path):
-    told = run_program(calls, tmp_path, """
-import cexec
-def same(value): return value
-if __name__ == "__main__":
-    def hidden(): pass
-    class Hidden: pass
-    with cexec.Executor("py.pub") as pool:
-        for future in pool.submit(hidden), pool.submit(same, Hidden()):
-            assert isinstance(future.exception(30), AttributeError)
-            print(future.exception())
-""")
-    assert told.count('must not be defined behind: if __name__ == "__main__":') == 2
-    assert "'hidden'" in told and "'Hidden'" in told
-
-
-def test_a_module_that_looks_at_main_finds_the_script(calls, tmp_path):
-    """It is run when something of it is first wanted, by whatever way."""
-    assert run_program(calls, tmp_path, """
-import cexec, looks
-MARK = "of the script"
-if __name__ == "__main__":
-    with cexec.Executor("py.pub") as pool: print(pool.submit(looks.mark).result(30))
-""", files={"looks.py": "import __main__\ndef mark(): return getattr(__main__, 'MARK', None)\n"}) == "of the script\n"
-
-
-def test_processes_that_a_call_starts_do_not_look_for_the_script(calls, tmp_path):
-    """multiprocessing's spawn would run it, and it is not on the worker."""
-    assert run_program(calls, tmp_path, """
-import concurrent.futures, math, multiprocessing, os
-import cexec
-def roots():
-    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(math.sqrt, [4]))
-if __name__ == "__main__":
-    with cexec.Executor("py.pub") as pool:
-        os.unlink(__file__)
-        print(pool.submit(roots).result(60))
-""") == "[2.0]\n"
-
-
-def test_what_is_only_compiled_says_so(calls, tmp_path):
-    """A module without source that the script imports, and a script that is such itself."""
-    program = """
-import cexec, bare
-def work(): return bare.work()
-if __name__ == "__main__":
-    with cexec.Executor("py.pub") as pool: print(pool.submit(work).exception(30), pool.submit(abs, -1).result(30))
-"""
-    import py_compile
-    for name, text in ("bare", "def work(): return 1"), ("whole", program):
-        (tmp_path / (name + ".py")).write_text(text)
-        py_compile.compile(str(tmp_path / (name + ".py")), str(tmp_path / (name + ".pyc")))
-        (tmp_path / (name + ".py")).unlink()
-    told = run_program(calls, tmp_path, program)
-    assert "'bare' on worker 127.0.0.1: it is compiled, or has no source" in told and told.endswith(" 1\n")
-    told = run_program(calls, tmp_path, program, "whole.pyc", files={"cloudpickle.py": "raise ImportError('not here')"})
-    assert "no source" in told and told.endswith(" 1\n")
-
-
-def test_code_by_value_crosses_no_minor_version(calls, tmp_path):
-    mine = "%d.%d" % sys.version_info[:2]
-    others = [version for version in interpreters() if version != mine]
-    if not others:
-        skip("one version of Python only")
-    told = run_program(calls, tmp_path, "", "-c", BY_VALUE, files={"cloudpickle.py": CLOUDPICKLE},
-                       python=interpreters()[others[0]])
-    assert "Python " + mine in told and "Python " + others[0] in told
-
-
-def test_other_versions_of_python_at_the_submitter(calls, tmp_path):
-    """The oldest and the newest, beside the one that runs the worker."""
-    known = sorted(interpreters(), key=lambda version: int(version.partition(".")[2]))
-    for version in {known[0], known[-1]}:
-        (tmp_path / version).mkdir()
-        assert run_program(calls, tmp_path / version, SCRIPT, "script.py", "an", "argument", files=HELPER,
-                           python=interpreters()[version]) == "OK\n"
-
-
-def test_a_call_that_fails_where_nothing_can_be_imported_any_more_fails_alone(calls, tmp_path):
-    assert run_program(calls, tmp_path, """
-import cexec, sys, threading, time
-def spoil():
-    threading.Thread(target=time.sleep, args=(300,)).start()
-    sys.path.clear(), sys.meta_path.clear()
-    raise ValueError("spoilt")
-if __name__ == "__main__":
-    with cexec.Executor("py.pub", max_workers=1) as pool:
-        print(repr(pool.submit(spoil).exception(30)), pool.submit(abs, -1).result(30))
-""") == "ValueError('spoilt') 1\n"
-
-
-def test_the_modules_of_a_package_that_was_sent_can_be_listed(calls, tmp_path):
-    """Packages find their plugins so."""
-    files = {"plugs/__init__.py": "import pkgutil\ndef names(): return NAMES\n"
-                                  "NAMES = [each.name for each in pkgutil.walk_packages(__path__, 'plugs.')]\n",
-             "plugs/one.py": "", "plugs/data/x.py": "", "plugs/two/__init__.py": "",
-             "plugs/two/three.py": "", "plugs/text": ""}
-    assert run_program(calls, tmp_path, """
-import cexec, plugs
-if __name__ == "__main__":
-    with cexec.Executor("py.pub") as pool: print(pool.submit(plugs.names).result(30) == plugs.names(), *plugs.NAMES)
-""", files=files) == "True plugs.one plugs.two plugs.two.three\n"
-
-
-def test_a_missing_guard_is_named(calls, tmp_path):
-    told = run_program(calls, tmp_path, """
-import cexec
-def f(n): return 2 * n
-with cexec.Executor("py.pub") as pool: print("result", list(pool.map(f, range(4))))
-""", status=1)
-    assert 'if __name__ == "__main__"' in told and told.count("result [") == 0
-
-
-def test_a_script_that_fails_there_tells_each_call_that_needs_it(calls, tmp_path):
-    told = run_program(calls, tmp_path, """
-import cexec
-if __name__ == "__mp_main__": raise RuntimeError("no data.csv on this machine")
-def f(n): return n
-if __name__ == "__main__":
-    with cexec.Executor("py.pub") as pool:
-        errors = [future.exception(30) for future in [pool.submit(f, n) for n in range(5)]]
-        print(sum("no data.csv on this machine" in repr(error) for error in errors), pool.submit(abs, -3).result(30))
-""")
-    assert told == "5 3\n"
-
-
-def test_a_pool_in_the_body_of_a_module_that_is_being_imported(calls, tmp_path):
-    """Also where results are objects of that very module."""
-    assert run_program(calls, tmp_path, "import body; print([each.n for each in body.R])", files={"body.py": """
-import cexec, os
-class Number:
-    def __init__(self, n): self.n = n
-def square(n): return Number(n * n)
-if "CEXEC_JOB" not in os.environ:
-    with cexec.Executor("py.pub") as pool:
-        R = [future.result(25) for future in [pool.submit(square, n) for n in range(4)]]
-"""}) == "[0, 1, 4, 9]\n"
-
-
-MODULES = {
-    "space/inner/mod.py": "from ..other import two\ndef f(n): return n * two()\n",
-    "space/other.py": "def two(): return 2\n",
-    "virtual.py": "import sys, types\nmoves = types.ModuleType('virtual.moves'); moves.one = 1\n"
-                  "sys.modules['virtual.moves'] = moves\n__path__ = []\n",
-    "user.py": "from virtual.moves import one\nimport space.inner.mod as m\ndef f(n): return m.f(n) + one\n",
-    "latin.py": "# -*- coding: latin-1 -*-\nW = 'gr\u00fc\u00df'\ndef f(n): return W\n".encode("latin-1"),
-    "bom.py": b"\xef\xbb\xbfW = 'gr\xc3\xbc\xc3\x9f'\ndef f(n): return W\n",
-    "crlf.py": b"W = '''a\r\nb'''\r\ndef f(n): return W\r\n", "feed.py": b"\x0cW = 1\n\x0c\ndef f(n): return W\n",
-    "no_end.py": b"def f(n):\n    return 5\n# no line end",
-    "broken.py": "def f(n): return 1\nimport os\n"
-                 "if 'CEXEC_JOB' in os.environ: raise ValueError('fails while imported')\n",
-    "speedy/__init__.py": "try: from ._fast import f\nexcept ImportError: from ._slow import f\n"
-                          "try: import no_such_module_anywhere\nexcept ModuleNotFoundError: pass\n"
-                          "import importlib.util\nHAVE = [importlib.util.find_spec(n) is not None for n in "
-                          "('no_such_module_anywhere', 'speedy._slow', 'speedy.absent')]\n"
-                          "def have(n): return HAVE\n",
-    "speedy/_slow.py": "def f(n): return 'slow', n\n",
-    "speedy/_fast" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so"): b"\x7fELF not really",
-    "colorsys.py": "def f(n): return 'my own colours'\n",
-    "data/__init__.py": "import pkgutil\ndef f(n): return pkgutil.get_data('data', 'words.txt')\n"
-                        "def r(n):\n    import importlib.resources as r\n"
-                        "    if not hasattr(r, 'files'): return 'a'\n"
-                        "    return r.files('data').joinpath('more', 'a.txt').read_text()\n",
-    "data/words.txt": "words", "data/more/a.txt": "a",
-    "itself.py": "import sys\nclass Lazy:\n    def f(self, n): return n + 1\nsys.modules[__name__] = Lazy()\n",
-    "uses.py": "import itself\ndef f(n): return itself.f(n)\n",
-    "round/__init__.py": "from . import one\nf = one.f\n",
-    "round/one.py": "from . import two\ndef f(n): return two.g(n)\n",
-    "round/two.py": "from . import one\ndef g(n): return n - 1\n",
-    "line.py": "def f(n):\n    return n / 0  # the line that failed\n"}
-
-
-def test_modules_of_every_kind_come_from_the_submitter(calls, tmp_path):
-    """C39."""
-    told = run_program(calls, tmp_path, """
-import sys
-import cexec
-import bom, crlf, data, feed, latin, line, no_end, round, space.inner.mod, speedy, user, uses, os
-import colorsys
-def absent(n):
-    try: import no_such_package.sub
-    except ModuleNotFoundError as error: return error.name
-def compiled(n):
-    import speedy._fast
-if __name__ == "__main__":
-    import broken
-    with cexec.Executor("py.pub", max_workers=1) as pool:
-        for module in bom, crlf, data, feed, latin, no_end, round, space.inner.mod, speedy, user, uses:
-            assert pool.submit(module.f, 3).result(30) == module.f(3), module
-        assert pool.submit(speedy.have, 0).result(30) == speedy.HAVE == [False, True, False]
-        assert sys.version_info[:2] == (3, 9) or pool.submit(data.r, 0).result(30) == "a"
-        assert pool.submit(absent, 0).result(30) == "no_such_package"
-        error = pool.submit(compiled, 0).exception(30)
-        assert isinstance(error, ModuleNotFoundError) and "127.0.0.1" in str(error) and "compiled" in str(error), error
-        assert "fails while imported" in repr(pool.submit(broken.f, 0).exception(30))
-        assert "the line that failed" in str(pool.submit(line.f, 1).exception(30).__cause__)
-        assert pool.submit(colorsys.f, 0).result(30) == "my own colours"
-    print("OK")
-""", files=MODULES)
-    assert told == "OK\n", told
-
-
-def test_a_package_brings_along_what_has_been_imported_of_it(calls, tmp_path):
-    """At a distance one question for each module takes long."""
-    files = {"many/m%d.py" % number: "from .m%d import f\n" % (number + 1) for number in range(30)}
-    files.update({"many/__init__.py": "def asked(): import cexec; return cexec.CallLoop.current.asked\n",
-                  "many/m30.py": "def f(): return 'the last'\n", "many/late.py": "V = 'late'\n"})
-    assert run_program(calls, tmp_path, """
-import cexec, many.m0
-def late():
-    import many.late
-    return many.late.V
-if __name__ == "__main__":
-    with cexec.Executor("py.pub", max_workers=1) as pool:
-        print(pool.submit(many.m0.f).result(30), pool.submit(many.asked).result(30), pool.submit(late).result(30),
-              pool.submit(many.asked).result(30))
-""", files=files) == "the last 1 late 2\n"
-
-
-def test_the_code_of_today_runs_and_no_stale_namesake(key, tmp_path):
-    """A module that is edited between two pools; an old one of its name in the worker's folder and on its path."""
-    room = Room(key)
-    (tmp_path / "worker").mkdir()
-    (tmp_path / "worker" / "edited.py").write_text("def f(): return 'stale'\n")
-    room.tool("cservice", "--python", room.key, cwd=str(tmp_path / "worker"),
-              env={"PYTHONPATH": str(tmp_path / "worker")}).ready()
-    try:
-        told = run_program(room, tmp_path, """
-import cexec, importlib, sys
-sys.dont_write_bytecode = True
-if __name__ == "__main__":
-    for number in (1, 22, 333):
-        with open("edited.py", "w") as file: file.write("def f(): return %d\\n" % number)
-        importlib.invalidate_caches()
-        import edited
-        importlib.reload(edited)
-        with cexec.Executor("py.pub", max_workers=2) as pool:
-            print(*[pool.submit(edited.f).result(30) for _ in range(3)])
-""")
-        assert told == "1 1 1\n22 22 22\n333 333 333\n"
-    finally:
-        room.end()
-
-
-# ---------------------------------------------------------------- Executor: what a worker may ask for
-
-def test_a_worker_gets_the_sources_it_may_and_nothing_else(tmp_path, monkeypatch):
-    """C39: Paths, links, parents, files beside and above, endless requests."""
-    import pickle
-    for name, text in {"pack/__init__.py": "", "pack/a.txt": "data", "pack/sub/b.txt": "more", "secret.txt": "secret",
-                       "pack2/__init__.py": "", "pack2/a.txt": "other", "loose.py": "x = 1"}.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    (tmp_path / "pack" / "link").symlink_to(tmp_path / "secret.txt")
-    (tmp_path / "pack" / "up").symlink_to(tmp_path)
-    (tmp_path / "linked.py").symlink_to("/etc/hostname")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    library = cexec.SourceLibrary(None)
-
-    def ask(kind, name, more=""):
-        return pickle.loads(library.answer(kind, name, more))
-    assert ask("data", "pack", "a.txt") is None                # not sent yet
-    before = set(sys.modules)
-    assert ask("module", "pack")[0] == cexec.THERE_SIDE and ask("module", "pack")[5] == {}
-    assert ask("module", "loose")[3] == b"x = 1"
-    assert set(sys.modules) == before
-    assert ask("data", "pack", "a.txt") == b"data" and ask("data", "pack", "sub/b.txt") == b"more"
-    assert ask("folder", "pack") == {"__init__.py": False, "a.txt": False, "sub": True, "link": False, "up": False}
-    for more in ("../secret.txt", "/etc/passwd", "link", "up/secret.txt", "sub/../../secret.txt", "./a.txt", "a.txt/",
-                 "sub//b.txt", "..", "a.txt\0", "sub", ""):
-        assert ask("data", "pack", more) is None, more
-    for more in ("..", "up", "/", "sub/.."):
-        assert ask("folder", "pack", more) is None, more
-    assert ask("data", "pack2", "a.txt") is None and ask("data", "loose", "a.txt") is None
-    for name in ("../secret", "/etc/passwd", "pack/a.txt", "pack..a", "", ".", "pack.", "secret.txt", "etc.passwd",
-                 "pack.link", "pack.up.loose", "__main__", "a" * 5000):
-        assert ask("module", name)[0] == cexec.MISSING, name
-    assert ask("nonsense", "pack") is None
-    monkeypatch.setattr(cexec, "SENT_MAX", library.bytes_sent + 10)
-    assert ask("data", "pack", "a.txt") == b"data" and ask("module", "pack2")[0] == cexec.THERE_SIDE
-    assert [ask("data", "pack", "a.txt") for _ in range(3)] == [b"data", None, None]
-    monkeypatch.setattr(cexec, "QUESTIONS_MAX", library.questions)
-    assert ask("module", "pack")[0] == cexec.MISSING
-
-
-READY = cexec.encode_ready((3, 11))
-BROKEN_INTERPRETERS = {     # [(kind, number, body)] that an interpreter says, and what is said of it
-    "ready with nothing": ([(cexec.READY, 0, b"")], "another version"),
-    "ready with one text": ([(cexec.READY, 0, READY[:5])], "does not say what it is"),
-    "ready with three texts": ([(cexec.READY, 0, READY + cexec.pack_texts([b"x"]))], "does not say what it is"),
-    "ready without numbers": ([(cexec.READY, 0, cexec.pack_texts([b"1", b"three.x"]))], "does not say what it is"),
-    "ready with one number": ([(cexec.READY, 0, cexec.pack_texts([b"1", b"3"]))], "does not say what it is"),
-    "ready cut short": ([(cexec.READY, 0, READY[:-1])], "a list cut short"),
-    "ready twice": ([(cexec.READY, 0, READY)] * 2, "out of place"),
-    "a result too early": ([(cexec.RETURNED, 1, b"")], "out of place"),
-    "a question of two texts": ([(cexec.WANTED, 1, cexec.pack_texts([b"module", b"x"]))], "cut short"),
-    "a question of noise": ([(cexec.WANTED, 1, b"\xff" * 9)], "a list cut short"),
-    "questions without end": ([(cexec.WANTED, n, cexec.encode_question("module", "json", "")) for n in range(9999)],
-                              "out of place"),
-    "an answer to no call": ([(cexec.READY, 0, READY), (cexec.RETURNED, 99, b"")], "no call"),
-    "a call left out": ([(cexec.READY, 0, READY), (cexec.DROPPED, 1, b"")], "no call"),
-    "a kind of the other side": ([(cexec.CALL, 0, b"")], "out of place"),
-    "an unknown kind": ([(99, 0, b"")], "no Executor sends"),
-}
-
-
-def breaks(messages):
-    """What a Rogue does that speaks as this interpreter."""
-    def treat(session):
-        said = b"".join(b"".join(cexec.encode_call(kind, number, body)) for kind, number, body in messages)
-        session.accept(0)
-        session.outbox += cexec.frame(cexec.CREDIT, cexec.CALLS, struct.pack(">I", 3 << 20))    # scripts are long
-        session.tls.sendall(session.outbox)
-        session.outbox.clear()
-        session.tls.settimeout(10)
-        with contextlib.suppress(OSError):
-            heard, part = b"", b"-"
-            while part and cexec.CALL_HEAD.pack(cexec.CALL, 0, 1, 0, 0)[:8] not in heard:   # it has been given a call
-                part = session.tls.recv(1 << 16)
-                heard += part
-            session.tls.sendall(cexec.frame(cexec.DATA, cexec.ANSWERS, said))
-            while session.tls.recv(1 << 16):
-                pass
-    return treat
-
-
-@pytest.mark.parametrize("lie", BROKEN_INTERPRETERS)
-def test_an_interpreter_that_makes_no_sense_is_a_clear_error(room, lie):
-    """And the threads of the pool live on."""
-    messages, words = BROKEN_INTERPRETERS[lie]
-    with Rogue(room, breaks(messages), ["%016x" % n for n in range(999)]), executor(room, retries=1) as pool:
-        for _ in range(2):
-            error = pool.submit(abs, -1).exception(60)
-            assert isinstance(error, cexec.Failure) and error.what == "interpreter on 127.0.0.1", error
-            assert words in error.why
-
-
-@pytest.mark.parametrize("lie", ["ready with one text", "a question of two texts", "a call left out"])
-def test_calls_of_an_interpreter_that_breaks_run_elsewhere(room, probe, lie):
-    serve_python(room, CONCURRENCY=2, BOOST=100000)
-    with Rogue(room, breaks(BROKEN_INTERPRETERS[lie][0])) as rogue, executor(room) as pool:
-        assert [future.result(60) for future in [pool.submit(probe.square, n) for n in range(40)]] == [
-            n * n for n in range(40)]
-    assert rogue.asked
-
-
-# ---------------------------------------------------------------- Executor: workers
-
-def test_a_call_that_ends_its_worker_fails_after_its_retries(key, tmp_path):
-    """Those sent behind it are not to blame."""
-    room = Room(key)
-    serve_python(room, CONCURRENCY=2)
-    try:
-        told = run_program(room, tmp_path, """
-import cexec, os, signal, time
-def poison():
-    time.sleep(0.2)
-    os.kill(os.getppid(), signal.SIGKILL)
-    time.sleep(60)
-def f(n):
-    time.sleep(0.001)
-    return n
-if __name__ == "__main__":
-    with cexec.Executor("py.pub", max_workers=2, retries=1) as pool:
-        list(pool.map(f, range(300)))
-        bad, good = pool.submit(poison), [pool.submit(f, n) for n in range(200)]
-        print(type(bad.exception(60)).__name__, [future.result(60) for future in good] == list(range(200)))
-""")
-        assert told == "Failure True\n"
-    finally:
-        room.end()
-
-
-def test_a_worker_for_commands_and_one_for_calls_say_so(room, probe, calls):
-    room.serve("cat")
-    with executor(room, timeout_accept=3) as pool:
-        error = pool.submit(probe.square, 2).exception(60)
-        assert isinstance(error, (cexec.CallError, cexec.Failure)), error
-    done = calls.cexec(timeout=30, env={"CEXEC_TIMEOUT_ACCEPT": "1"})
-    assert done.returncode in (2, 111) and b"serves here: calls of cexec.Executor" in done.stderr
-
-
-def test_a_python_that_cannot_serve_is_told_at_the_start(key):
-    for python, words in (("/bin/true", "true"), ("no-such-python", "command not found")):
-        done = run("cservice", "--python", key, python, env={"GROUP": "127.255.255.255:%d" % free_port()})
-        assert done.returncode == 2 and words in done.stderr.decode(), done.stderr
-
-
-@heavy
-def test_a_worker_runs_from_a_zip_or_compiled(key, tmp_path):
-    """Its interpreters are the same program; one of another version cannot run what is compiled, and says so."""
-    import py_compile, zipfile
-    py_compile.compile(CEXEC, str(tmp_path / "cexec.pyc"))
-    with zipfile.ZipFile(str(tmp_path / "cexec.zip"), "w") as file:
-        file.write(CEXEC, "__main__.py")
-    for name in "cexec.zip", "cexec.pyc":
-        room = Room(key)
-        room.start(sys.executable, str(tmp_path / name), "cservice", "--python", key, env=room.settings({})).ready(30)
-        try:
-            with executor(room) as pool:
-                assert pool.submit(abs, -1).result(60) == 1
-        finally:
-            room.end()
-    for version in set(interpreters()) - {"%d.%d" % sys.version_info[:2]}:
-        done = run_command(sys.executable, str(tmp_path / "cexec.pyc"), "cservice", "--python", key,
-                           interpreters()[version])
-        assert done.returncode == 2 and b"Python %s, " % version.encode() in done.stderr
-        assert b"compiled for another one" in done.stderr
-
-
-@pytest.mark.parametrize("limit,text,words", [
-    ("wall=1", "time.sleep(30)", "its limit of wall"),
-    ("cpu=2", "[0 for _ in iter(int, 1)]", "XCPU")])
-def test_a_limit_ends_the_call_and_not_the_pool(key, tmp_path, limit, text, words):
-    """wall counts from the call's start: an idle interpreter lives on."""
-    room = Room(key)
-    serve_python(room, CSERVICE_LIMIT=limit, CONCURRENCY=1)
-    try:
-        told = run_program(room, tmp_path, """
-import cexec, os, time
-def bad(): %s
-if __name__ == "__main__":
-    with cexec.Executor("py.pub") as pool:
-        first = pool.submit(os.getpid).result(30)
-        time.sleep(1.3)
-        print(pool.submit(os.getpid).result(30) == first, pool.submit(bad).exception(60),
-              pool.submit(abs, -2).result(30))
-""" % text)
-        assert told.startswith("True ") and words in told and told.endswith(" 2\n"), told
-    finally:
-        room.end()
-
-
-def test_calls_run_as_another_user(key, tmp_path):
-    """Who cannot read the key; where calls can, `ready` warns."""
-    python = "/usr/bin/python3"
-    if os.geteuid() or not os.path.exists(python):
-        skip("another user takes root, and a Python that all can read")
-    room = Room(key)
-    worker = room.start(sys.executable, CEXEC, "cservice", "--python", "--user", "nobody", room.key, python,
-                        env=room.settings({})).ready()        # as source, which a Python of any version reads
-    warned = serve_python(room, GROUP="127.255.255.255:%d" % free_port())
-    try:
-        assert run_program(room, tmp_path, """
-import cexec, os, sys
-if __name__ == "__main__":
-    with cexec.Executor("py.pub") as pool:
-        print(pool.submit(os.getuid).result(30) != 0, pool.submit(os.access, sys.argv[1], os.R_OK).result(30))
-""", "script.py", room.key) == "True False\n"
-        assert warned.log.wait("calls can read") and not worker.log.having("calls can read")
-    finally:
-        room.end()
-
-
-def test_an_interpreter_is_replaced_at_half_of_its_cpu(key, tmp_path):
-    room = Room(key)
-    serve_python(room, CSERVICE_LIMIT="cpu=2", CONCURRENCY=1)
-    try:
-        told = run_program(room, tmp_path, """
-import cexec, os, time
-def burn():
-    end = time.process_time() + 0.4
-    while time.process_time() < end: pass
-    return os.getpid()
-if __name__ == "__main__":
-    with cexec.Executor("py.pub") as pool:
-        print(len({future.result(60) for future in [pool.submit(burn) for _ in range(6)]}))
-""")
-        assert int(told) >= 2
-    finally:
-        room.end()
-
-
-def test_one_bad_machine_does_not_break_the_room(key, probe):
-    """Its initializer fails, or its interpreter dies at the start: calls run on the others."""
-    for bad in {"PROBE_BAD": "raise"}, {"PROBE_BAD": "exit"}:
-        room = Room(key)
-        serve_python(room, CONCURRENCY=1, **bad)
-        serve_python(room, CONCURRENCY=1)
-        try:
-            with executor(room, 2, initializer=probe.setup_or_fail) as pool:
-                assert [future.result(60) for future in [pool.submit(probe.square, n) for n in range(40)]] == [
-                    n * n for n in range(40)]
-        finally:
-            room.end()
-
-
-def test_executors_share_a_room(key, probe):
-    """The second one starts within the length of a call and half a second, and no interpreter is started in vain."""
-    room = Room(key)
-    worker = serve_python(room, CONCURRENCY=2)
-    try:
-        with executor(room) as one, executor(room) as other:
-            first = one.map(probe.sleep, [0.2] * 40)
-            next(first)
-            began = time.monotonic()
-            assert other.submit(probe.square, 3).result(30) == 9
-            assert time.monotonic() - began < 10
-            assert len(list(other.map(probe.sleep, [0.05] * 20))) == 20 and len(list(first)) == 39
-        assert jobs_in_all(worker)[0] < 12
-    finally:
-        room.end()
-
-
-def test_a_drain_ends_interpreters_after_the_call_in_hand(key, probe):
-    """Nothing is killed; what was sent ahead runs elsewhere."""
-    room = Room(key)
-    worker = serve_python(room, CONCURRENCY=2)
-    try:
-        with executor(room, retries=0) as pool:
-            results = pool.map(probe.sleep, [0.02] * 200, range(200))
-            found = [next(results) for _ in range(30)]
-            serve_python(room, CONCURRENCY=2)
-            worker.signal(signal.SIGTERM)
-            found += results
-        assert found == list(range(200)) and worker.complete() == 0
-        assert not worker.log.having("killed") and not worker.log.having("lost")
-    finally:
-        room.end()
-
-
-def test_an_idle_interpreter_counts_as_a_free_slot(key, probe):
-    """cwho shows it so, and who else comes gets it."""
-    room = Room(key)
-    serve_python(room, CONCURRENCY=1)
-
-    def shown(running, state):
-        row = json.loads(run("cwho", "--json", room.pub, env=room.settings({})).stdout)
-        assert (row["running"], row["free"], row["state"]) == (running, 1 - running, state)
-    try:
-        with executor(room) as pool, executor(room) as other:
-            assert pool.submit(probe.square, 2).result(30) == 4
-            wait_until(lambda: shown(0, "free"))
-            busy = pool.submit(probe.sleep, 3)
-            wait_until(lambda: shown(1, "busy"))
-            assert other.submit(probe.square, 4).result(30) == 16 and busy.result(30) is None
-    finally:
-        room.end()
-
-
-def test_chaos_costs_time_and_no_result(key, probe, tmp_path):
-    """C40: Workers are killed, frozen, drained and started again while calls run: every result once, and right."""
-    room, seed = Room(key), int(os.environ.get("CEXEC_TEST_SEED", "1"))
-    print("CEXEC_TEST_SEED=%d" % seed)
-    chance, count = random.Random(seed), int(os.environ.get("CEXEC_TEST_CALLS", "2000"))
-    workers = [serve_python(room, CONCURRENCY=1) for _ in range(3)]
-    try:
-        with executor(room, retries=50, timeout_pingpong=2) as pool:
-            results = pool.map(probe.sleep, [0.001] * count, range(count))
-            found = []
-            for number, result in enumerate(results):
-                found.append(result)
-                if number % (count // 6) == count // 12:
-                    how, victim = chance.choice(["kill", "stop", "freeze"]), workers.pop(0)
-                    if how == "freeze":
-                        for pid in [victim.pid, *room.left()]:
-                            if command_line(pid).startswith(command_line(victim.pid)[:20]) and pid == victim.pid:
-                                os.kill(pid, signal.SIGSTOP)
-                    elif how == "kill":
-                        victim.signal(signal.SIGKILL)
-                    else:
-                        victim.signal(signal.SIGTERM)
-                    workers.append(serve_python(room, CONCURRENCY=1))
-            assert found == list(range(count))
-    finally:
-        room.end()
 
 
 # ---------------------------------------------------------------- cmap
@@ -15182,2060 +14476,733 @@ def test_slots_fill_as_they_come_and_not_by_a_timer(room, tmp_path):
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-# ---------------------------------------------------------------- demo
+# ---------------------------------------------------------------- the worker's log, drain and end
 
-class Stage:
-    """A directory that holds only cexec.py, beside one for temporary files."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_worker_that_is_told_to_stop_lets_jobs_finish(shell, number):
+    """R21, C6: and takes no new one."""
+    job = shell.submit("RUN=echo ready; exec cat", stdin=subprocess.PIPE, stdout=LINES)
+    job.out.wait("ready")
+    shell.worker.signal(number)
+    shell.worker.log.wait("%s: no new jobs, 1 running; again to kill them" % number.name)
+    assert shell.cexec("RUN=true", env={"CEXEC_TIMEOUT_ACCEPT": 0.3}).returncode == 111
+    assert shell.worker.alive() and job.alive()
+    job.stdin.write(b"to the end\n")
+    job.stdin.close()
+    assert job.complete() == 0 and job.out.lines == ["ready", "to the end"]
+    assert shell.worker.complete() == 0
 
-    def __init__(self, tmp_path):
-        self.place, self.temporary = tmp_path / "place", tmp_path / "tmp"
-        self.place.mkdir()
-        self.temporary.mkdir()
-        shutil.copy(CEXEC, str(self.place))
-        self.mark = "demo.%s" % tmp_path
-        self.options = {"cwd": str(self.place), "env": {"TMPDIR": self.temporary, "STAGE": self.mark}}
 
-    def demo(self, *command, **options):
-        return run_command(sys.executable, "cexec.py", "demo", *command, **dict(self.options, **options))
+def test_a_drain_in_a_burst_kills_and_starts_nothing(room, forker, tmp_path):
+    """R21: at whatever moment; what was started before the line about it runs to its end."""
+    for number in range(6):
+        worker = forked_worker(forker, room, CONCURRENCY=4)
+        jobs = [forker.submit("cexec", room.pub, "DO=sleep 0.3; echo done",
+                              env=room.settings({"CEXEC_RETRIES": 0, "CEXEC_TIMEOUT_ACCEPT": 1})) for _ in range(6)]
+        time.sleep(0.04 * number)       # no matter how fast it all is: each moment is as good
+        worker.signal(signal.SIGTERM)
+        assert worker.wait() == 0
+        before, _, after = worker.errors.wait_end().decode().partition(": no new jobs, ")
+        started = before.count(": start from ")
+        assert "start from" not in after and "the job ends" not in after
+        assert (before + after).count(": end, status 0") == started
+        assert int(after.partition(" ")[0]) == after.count(": end, status 0")
+        results = [job.result()[:2] for job in jobs]
+        assert results.count((0, b"done\n")) == started and results.count((111, b"")) == 6 - started
 
-    def clean(self):
-        assert sorted(os.listdir(str(self.place))) == ["cexec.py"]
-        assert os.listdir(str(self.temporary)) == []
-        wait_until(self._nobody)
 
-    def _nobody(self):
-        assert [command_line(pid) for pid in marked("STAGE=" + self.mark)] == []
+def test_a_second_stop_kills_the_jobs(shell):
+    """C6."""
+    job = stubborn_job(shell)
+    shell.worker.signal(signal.SIGTERM)
+    shell.worker.log.wait("again to kill them")
+    shell.worker.signal(signal.SIGTERM)
+    assert job.complete() == 111
+    assert job.log.lines[0] == "cexec: worker 127.0.0.1: gave the job up: the worker was told to stop"
+    assert shell.worker.complete() == 0
+    no_job_left(shell)
 
+
+def test_sighup_changes_nothing(shell):
+    shell.worker.signal(signal.SIGHUP)
+    assert shell.cexec("RUN=echo here").stdout == b"here\n"
+    shell.worker.signal(signal.SIGHUP)
+    assert shell.worker.alive() and shell.worker.stop() == 0
+
+
+def test_the_owners_veto_is_asked_first_and_again(room, tmp_path):
+    """C7: A command that hangs is no yes."""
+    allowed = tmp_path / "allowed"
+    worker = impatient(room, {"Veto.EVERY": 0.3}, "--if", "test -e %s" % quoted(allowed), room.key, "cat")
+    assert who(room).stdout.decode().splitlines()[1].split()[2] == "vetoed"
+    done = room.cexec(env={"CEXEC_TIMEOUT_ACCEPT": 2})
+    assert done.returncode == 111, done.stderr
+    assert b"no worker was free within 2 s (vetoed: --if ended with 1)" in done.stderr, done.stderr
+    allowed.touch()
+    assert room.cexec(input=b"now").stdout == b"now"
+    worker.log.wait("--if: takes jobs again")
+    allowed.unlink()
+    worker.log.wait("--if: no new jobs for the time being")
+    assert worker.stop() == 0
+    hanging = impatient(room, {"Veto.EVERY": 0.3}, "--if", "sleep 600", room.key, "cat")
+    assert objects(who(room, "--json"))[0]["state"] == "vetoed"
+    assert hanging.stop() == 0       # and nothing is left of the command
+
+
+def test_a_worker_without_its_command_answers_nobody(room, tmp_path):
+    command = tmp_path / "command"
+
+    def make(text="#!/bin/sh\nexec cat\n"):
+        command.write_text(text)
+        command.chmod(0o755)
+
+    make()
+    worker = room.serve(command)
+    command.unlink()
+    done = room.cexec(input=b"x", env={"CEXEC_TIMEOUT_ACCEPT": 2.5})
+    assert done.returncode == 111 and b"(cannot run: COMMAND is missing)" in done.stderr, done.stderr
+    assert done.stderr.count(b"cexec: 127.0.0.1 refused the job") == 1
+    make()
+    worker.log.wait("there again, takes jobs again")
+    assert len(worker.log.having("refused to")) == len(worker.log.having("missing or not executable")) == 1
+    assert room.cexec(input=b"x").stdout == b"x"
+    make("#!/no/such/interpreter\n")
+    other = room.serve("cat")
+    for _ in range(3):
+        assert room.cexec(input=b"x").stdout == b"x"
+    assert other.alive() and worker.stop() == 0 and len(worker.log.having("refused to")) < 3
+
+
+def test_a_worker_that_only_loopback_reaches_says_so(net, key):
+    net.host("anna", "10.99.0.1/24")
+    worker = net.tool("anna", "cservice", key, "cat", env={"GROUP": ""}).ready()
+    assert " on eth0, " in worker.log.wait("ready")
+    worker.stop()
+    net.run("anna", "ip", "link", "set", "eth0", "down")
+    worker = net.tool("anna", "cservice", key, "cat", env={"GROUP": ""}).ready()
+    worker.log.wait("warning: nobody on another machine is heard: no network interface but loopback is up")
+
+
+STAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d cservice: "
+
+
+def test_the_log_of_a_worker(room):
+    worker = room.serve(*RUN_SHELL, CONCURRENCY=3)
+    fingerprint = re.escape(cexec.load_key(room.pub, "public")[0].fingerprint)
+    done = room.cexec("RUN=cat; echo $CEXEC_JOB; exit 5", input=b"0123456789")
+    identity = done.stdout.decode().strip()[10:]
+    worker.log.wait("end, ")
+    assert worker.stop() == 0
+    root = [r"warning: jobs run as root; --user NAME gives them another user's rights"] if os.geteuid() == 0 else []
+    wanted = [r"ready: key %s, group %s, 3 slots, command \S*/sh" % (fingerprint, re.escape(room.group))] + root + [
+        r"job %s: start from 127\.0\.0\.1, pid \d+" % identity,
+        r"job %s: end, status 5, \d+\.\d{3} s, 10 bytes in, 27 out" % identity,
+        r"SIGTERM: no new jobs, 0 running; again to kill them", r"done"]
+    assert len(worker.log.lines) == len(wanted), str(worker.log)
+    for line, pattern in zip(worker.log.lines, wanted):
+        assert re.match(STAMP + pattern + "$", line), (line, pattern)
+
+
+def test_a_signal_that_ended_a_job_is_in_the_log(shell):
+    assert shell.cexec("RUN=kill -KILL $$").returncode == 137
+    shell.worker.log.wait("end, signal 9, ")
+
+
+def test_a_worker_goes_on_when_nobody_reads_its_log(room):
+    """R20: the lines are dropped."""
+    reading, writing = os.pipe()
+    fill(writing)
+    worker = room.tool("cservice", room.key, *RUN_SHELL, stderr=writing, env={"CONCURRENCY": 8})
+    jobs = statuses(room, [(b"RUN", b"exit %d # %s" % (number, b"x" * 100)) for number in range(30)])
+    assert len(jobs) == 30
+    os.close(writing)
+    os.close(reading)
+    assert room.cexec("RUN=true").returncode == 0 and worker.alive()
+
+
+def fill(fd):
+    """Fills a pipe to its brim."""
+    os.set_blocking(fd, False)
+    try:
+        while True:
+            os.write(fd, bytes(4096))
+    except BlockingIOError:
+        os.set_blocking(fd, True)
+
+
+# ---------------------------------------------------------------- cservice: the log file, and the background
 
 @pytest.fixture
-def stage(tmp_path):
-    return Stage(tmp_path)
+def home(room, tmp_path):
+    """A function that runs cservice with these arguments in a home of its own; what serves at the end is stopped."""
+    def call(*arguments, **env):
+        return run("cservice", *arguments, env=room.settings(dict({"HOME": tmp_path, "TMPDIR": tmp_path}, **env)),
+                   cwd=str(tmp_path))
+    yield call
+    call("--stop", "--now", room.key)
 
 
-def test_the_demo_in_an_empty_directory(stage, tmp_path):
-    """C24."""
-    data = random_octets(4000000)
-    (tmp_path / "in").write_bytes(data)
-    with open(str(tmp_path / "in"), "rb") as source:
-        done = stage.demo("tr", "a-z", "A-Z", stdin=source)
-    upper = bytes(byte - 32 if 97 <= byte <= 122 else byte for byte in range(256))
-    assert done.returncode == 0 and done.stdout == data.translate(upper)
-    stage.clean()
-    told = done.stderr.decode()
-    assert all(line.startswith("demo: ") for line in told.splitlines()) and "Traceback" not in told
-    for words in ("$ ckeygen app", "$ cservice app tr a-z A-Z", "$ crat app.pub", "$ cexec app.pub",
-                  "completed by 127.0.0.1 for app.pub exit code 0"):
-        assert words in told
+def log_text(home_folder, key):
+    path, = (home_folder / ".local" / "state" / "cexec").glob("*-%s.log" % os.path.basename(key))
+    assert path.name.startswith(socket.gethostname()) and stat.S_IMODE(path.stat().st_mode) == 0o600
+    return path.read_text()
 
 
-def test_the_demo_ends_as_its_job_did(stage):
-    """C24."""
-    done = stage.demo("sh", "-c", "exit 37")
-    assert (done.returncode, done.stdout) == (37, b"")
-    stage.clean()
+def test_a_cservice_in_the_background_is_ready_when_it_returns(room, home, tmp_path):
+    """C10: Its lines go on in a log file that is named, and it keeps its folder."""
+    done = home("-d", room.key, "sh", "-c", "pwd")
+    assert done.returncode == 0 and b"ready: " in done.stderr and b"serves in the background; log: " in done.stderr
+    assert room.cexec().stdout.decode() == "%s\n" % tmp_path
+    path = done.stderr.decode().partition("; log: ")[2].partition(";")[0]
+    assert path.startswith(str(tmp_path))
+    wait_until(lambda: must(re.search("ready: .*\n(.*\n)*.* start from ", log_text(tmp_path, room.key))))
+    stopped = home("--stop", room.key)
+    assert (stopped.returncode, stopped.stderr) == (0, b"cservice: takes no new job, 0 running\n")
+    assert log_text(tmp_path, room.key).endswith(" done\n")
+    wait_until(lambda: must(not room.left()))
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["none", "cat"], "no key none"), (["{key}", "no such command"], "command not found"),
+    (["--log", ".", "{key}", "cat"], "cannot write the log"), (["{pub}", "cat"], "submitting half"),
+    (["--group=nodevice:10.255.255.1", "{key}", "cat"], "nodevice")])
+def test_a_failed_background_ends_as_the_foreground_would(room, home, arguments, words):
+    """With the same words and the same status."""
+    arguments = [word.format(key=room.key, pub=room.pub) for word in arguments]
+    done, foreground = home("-d", *arguments), home(*arguments)
+    assert (done.returncode, done.stderr) == (foreground.returncode, foreground.stderr)
+    assert done.returncode and words in done.stderr.decode() and not room.left()
+
+
+@LINUX_ONLY
+def test_the_background_keeps_nothing_of_its_starter(room, home, as_root):
+    """Neither descriptor nor session: an ssh that started it returns."""
+    reading, writing = os.pipe()
+    done = run_command(*program(), "cservice", "-d", room.key, "cat", env=room.settings({"HOME": "/dev/null"}),
+                       stdin=subprocess.DEVNULL, stdout=writing)
+    assert done.returncode == 2 and b"cannot make the folder" in done.stderr
+    log = tempfile.mkdtemp() + "/log"
+    room.undo.append(lambda: shutil.rmtree(os.path.dirname(log)))
+    done = run_command(*program(), "cservice", "-d", "--log", log, room.key, "cat", env=room.settings({}),
+                       stdin=subprocess.DEVNULL, stdout=writing)
+    os.close(writing)
+    assert done.returncode == 0 and os.read(reading, 1) == b""
+    os.close(reading)
+    pid, = room.left()
+    assert {fd: place for fd, place in open_fds(pid).items() if fd < 3} == {0: "/dev/null", 1: "/dev/null", 2: log}
+    assert stat_fields(pid)[3] == str(pid)
+
+
+@pytest.mark.parametrize("kind", ["link", "folder", "fifo", "other"])
+def test_a_log_is_a_regular_file_of_ones_own(room, tmp_path, request, kind):
+    path = tmp_path / "log"
+    if kind == "link":
+        path.symlink_to(tmp_path / "victim")
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(str(path))
+    else:
+        request.getfixturevalue("as_root")
+        path.touch()
+        os.chown(str(path), 65534, 65534)
+    done = run("cservice", "--log", path, room.key, "cat", env=room.settings({}))
+    assert done.returncode == 2 and b"cservice: cannot write the log %s: " % os.fsencode(str(path)) in done.stderr
+    assert b"--log FILE names another" in done.stderr and not (tmp_path / "victim").exists()
+
+
+def test_the_foreground_logs_to_the_file_once_ready(room, tmp_path):
+    path = tmp_path / "log"
+    path.write_text("before\n")
+    path.chmod(0o644)
+    worker = room.tool("cservice", "--log", path, room.key, "cat").ready()
+    assert room.cexec(input=b"x").stdout == b"x"
+    wait_until(lambda: must("end, status 0" in path.read_text()))
+    assert worker.stop() == 0 and not worker.log.having("start from") and worker.log.having("ready: ")
+    assert path.read_text().startswith("before\n") and "ready: " in path.read_text()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("user", [(), ("--user", "nobody")], ids=["own", "other"])
+def test_a_full_log_becomes_its_predecessor(room, tmp_path, request, user):
+    """No line is lost, whoever writes it; a handler that has the jobs' rights goes on in the old file."""
+    if user:
+        request.getfixturevalue("as_root")
+        tmp_path.chmod(0o755)
+    path, old = tmp_path / "log", tmp_path / "log.1"
+    worker = impatient(room, {"LOG_MOST": 900}, *user, "--log", str(path), room.key, "true")
+    for number in range(9):
+        assert room.cexec().returncode == 0
+    worker.stop()
+    assert old.exists() and path.stat().st_size < 1800 and old.stat().st_size >= 900
+    ends = (old.read_text() + path.read_text()).count("end, status 0")
+    assert 2 <= ends <= 9 and path.read_text().endswith("done\n")
+
+
+def test_a_log_that_is_moved_by_several_at_once_loses_nothing(tmp_path, monkeypatch):
+    """Eight processes write to it; each line is in one of the files that it became."""
+    code = ("import sys, os, signal; sys.path.insert(0, %r); import cexec\n"
+            "cexec.LOG_MOST = 4000; kept = os.replace; number = iter(range(1000))\n"
+            # One that finds another at it does not wait, and may drop a line, which it counts; here it does wait.
+            "lock = cexec.fcntl.lockf; cexec.fcntl.lockf = lambda fd, how: lock(fd, how & ~cexec.fcntl.LOCK_NB)\n"
+            "os.replace = lambda old, new: kept(old, '%%s.%%d.%%d' %% (old, os.getpid(), next(number)))\n"
+            "log = cexec.Log('tool', file=cexec.LogFile('log')); log.settle()\n"
+            "log.bucket = cexec.TokenBucket(1e9, 1e9)\n"
+            "pids = [os.fork() for _ in range(3)]\n"
+            "for each in range(200): log('line %%d of %%d' %% (each, os.getpid()))\n" % HERE)
+    reading, writing = os.pipe()
+    subprocess.run([sys.executable, "-c", code], cwd=str(tmp_path), check=True, stdout=writing)
+    os.close(writing)
+    assert os.read(reading, 1) == b""       # the last of them has ended
+    os.close(reading)
+    files = list(tmp_path.iterdir())
+    lines = [line for file in files for line in file.read_text().splitlines()]
+    assert len(files) > 5 and len(lines) == len(set(lines)) == 8 * 200
+
+
+def test_a_journal_puts_its_own_time(room):
+    """JOURNAL_STREAM counts only for the very file that standard error is, and is no business of jobs."""
+    reading, writing = os.pipe()
+    status = os.fstat(writing)
+    stream = "%d:%d" % (status.st_dev, status.st_ino)
+    for value, pattern in (stream, b"cservice: ready"), ("1:2", STAMP.encode() + b"ready"):
+        worker = room.tool("cservice", room.key, "env", stderr=writing, env={"JOURNAL_STREAM": value})
+        assert re.match(pattern, os.read(reading, 4000))
+        assert b"JOURNAL" not in room.cexec().stdout
+        worker.stop()
+        os.read(reading, 4000)
+    os.close(reading)
+    os.close(writing)
+
+
+@LINUX_ONLY
+def test_ps_shows_a_cservice_by_its_key(room, tools):
+    for argv in [tools / "cservice"], [sys.executable, CEXEC, "cservice"]:
+        worker = room.start(*argv, "--group=%s" % room.group, room.key, "cat").ready()
+        assert command_line(worker.pid) == "cservice " + room.key
+        assert "GROUP" not in command_line(worker.pid)
+        worker.stop()
+
+
+# ---------------------------------------------------------------- cservice: told to stop, and its neighbours
+
+def test_stop_lets_running_jobs_finish_and_waits_for_them(room):
+    """C10."""
+    worker = room.serve(*RUN_SHELL)
+    job = room.submit("RUN=echo ready; exec cat", stdin=subprocess.PIPE, stdout=LINES)
+    job.out.wait("ready")
+    stop = room.tool("cservice", "--stop", room.key)
+    stop.log.wait("takes no new job, 1 running; once more, or with --now, ends them")
+    worker.log.wait("--stop: no new jobs, 1 running")
+    assert room.cexec("RUN=true", env={"CEXEC_TIMEOUT_ACCEPT": 0.3}).returncode == 111
+    assert stop.alive() and worker.alive()
+    job.stdin.close()
+    assert job.complete() == 0 and worker.complete() == 0 and stop.complete() == 0
+
+
+@pytest.mark.parametrize("again", [["--stop"], ["--stop", "--now"]])
+def test_a_second_stop_or_now_ends_the_jobs(room, again):
+    worker = room.serve(*RUN_SHELL)
+    job = room.submit("RUN=trap '' TERM HUP; echo ready; sleep 1000", stdout=LINES)
+    job.out.wait("ready")
+    stops = []
+    for options in ([["--stop"]] if "--now" not in again else []) + [again]:
+        stops.append(room.tool("cservice", *options, room.key))
+        stops[-1].log.wait("1 running")
+    assert job.complete() == 111 and worker.complete() == 0
+    assert [stop.complete() for stop in stops] == [0] * len(stops)
+    no_job_left(room)
+
+
+def test_stop_reaches_every_cservice_of_the_key_and_no_other(room, tmp_path):
+    other = str(tmp_path / "other")
+    assert run("ckeygen", other).returncode == 0
+    workers, stranger = [room.serve("cat") for _ in range(3)], room.serve("cat", key=other)
+    assert run("cservice", "--stop", room.pub, env=room.settings({})).returncode == 0
+    assert [worker.complete() for worker in workers] == [0, 0, 0] and stranger.alive()
+    done = run("cservice", "--stop", room.key, env=room.settings({}))
+    assert done.returncode == 0 and b"no cservice of this user serves the key SHA256:" in done.stderr
+
+
+@LINUX_ONLY
+def test_stop_is_not_taken_in_by_another_user(room, as_root):
+    """An abstract name belongs to whoever takes it first: the user at its other end counts."""
+    address = cexec.CONTROL_NAME % (0, cexec.load_key(room.key)[0].fingerprint.partition(":")[2], "trap")
+    code = ("import os, socket, sys; os.setuid(65534); trap = socket.socket(socket.AF_UNIX)\n"
+            "trap.bind(chr(0) + sys.argv[1]); trap.listen(); print('ready', flush=True)\n"
+            "assert trap.accept()[0].recv(99) == b''\n")
+    trap = room.start(sys.executable, "-c", code, address, stdout=LINES)
+    trap.out.wait("ready")
+    done = run("cservice", "--stop", room.key, env=room.settings({}))
+    assert done.returncode == 0 and b"no cservice of this user" in done.stderr and trap.complete() == 0
+
+
+@LINUX_ONLY
+def test_a_cservice_is_not_stopped_by_another_user(room, as_root):
+    worker = room.serve("cat")
+    mark = cexec.CONTROL_NAME % (0, cexec.load_key(room.key)[0].fingerprint.partition(":")[2], "")
+    with open("/proc/net/unix", errors="replace") as file:
+        address, = {line.rpartition("@")[2].strip() for line in file if "@" + mark in line}
+    code = ("import os, socket, sys; os.setuid(65534); peer = socket.socket(socket.AF_UNIX)\n"
+            "peer.connect(chr(0) + sys.argv[1])\n"
+            "try: peer.send(b'now'); print(peer.recv(99))\n"
+            "except OSError: print(b'')\n")
+    assert run_command(sys.executable, "-c", code, address).stdout == b"b''\n"
+    assert room.cexec(input=b"x").stdout == b"x" and worker.alive()
+
+
+@LINUX_ONLY
+def test_a_cservice_of_a_service_manager_is_left_to_it(room):
+    worker = room.start("sh", "-c", 'SYSTEMD_EXEC_PID=$$ exec "$@"', "sh", *program(), "cservice", room.key, "cat",
+                        env=room.settings({})).ready()
+    child = room.start("sh", "-c", 'SYSTEMD_EXEC_PID=$$; export SYSTEMD_EXEC_PID; "$@" & wait', "sh", *program(),
+                       "cservice", room.key, "cat", env=room.settings({}))
+    child.ready()
+    done = run("cservice", "--stop", "--now", room.key, env=room.settings({}))
+    assert done.returncode == 2 and b"cservice: not stopped: it runs as the unit " in done.stderr
+    assert b"systemctl stop " in done.stderr and b"takes no new job, 0 running" in done.stderr
+    assert worker.alive() and child.complete() == 0
+
+
+@LINUX_ONLY
+def test_a_stop_that_gets_no_answer_is_no_success(room):
+    worker = room.serve("cat")
+    held = [connection for _ in range(cexec.CONTROLLERS_MAX)
+            for connection in cexec.controls(cexec.load_key(room.key)[0])]
+    done = run("cservice", "--stop", room.key, env=room.settings({}))
+    assert done.returncode == 111 and b"does not answer: " in done.stderr, done.stderr
+    for connection in held:
+        connection.close()
+    done = run("cservice", "--stop", room.key, env=room.settings({}))
+    assert done.returncode == 0 and worker.wait() == 0
+
+
+def test_elsewhere_the_control_socket_is_in_a_users_folder(monkeypatch, key):
+    """Where there are no abstract sockets: type, owner and mode of the folder are checked."""
+    monkeypatch.setattr(cexec, "LINUX", False)
+    place = tempfile.mkdtemp(dir="/tmp")        # the address of a socket is short
+    monkeypatch.setattr(cexec, "CONTROL_FOLDER", place + "/%d")
+    loaded, loop, told = cexec.load_key(key)[0], cexec.Loop(), []
+    control = cexec.ControlSocket(loop, loaded, "one", "", lambda now: told.append(now) or 3)
+    gone = cexec.ControlSocket(loop, loaded, "two", "", None)
+    gone.close()
+    peer, = cexec.controls(loaded)
+    peer.sendall(b"now\n")
+    run_loop_until(loop, lambda: told)
+    assert told == [True] and peer.recv(99) == b"running 3\n"
+    assert not os.path.exists(gone.address) and cexec.controls(loaded, own=control.address) == []
+    control.end()
+    control.close()
+    assert peer.recv(99) == b"" and cexec.controls(loaded) == []
+    folder = cexec.control_folder()
+    os.chmod(folder, 0o755)
+    with pytest.raises(OSError, match="alone"):
+        cexec.control_folder()
+    os.rmdir(folder)
+    os.symlink(place, folder)
+    with pytest.raises(OSError, match="alone"):
+        cexec.control_folder()
+    assert "alone" in cexec.ControlSocket(loop, loaded, "three", "", None).problem      # and the worker serves
+    loop.close()
+    shutil.rmtree(place)
+
+
+def run_loop_until(loop, holds, seconds=PATIENCE):
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        loop.call_later(0.01, lambda: None)
+        loop.step()
+
+
+@LINUX_ONLY
+def test_ready_warns_of_another_cservice_of_the_key(room, tmp_path):
+    other = str(tmp_path / "other")
+    assert run("ckeygen", other).returncode == 0
+    first, stranger, second = room.serve("cat"), room.serve("cat", key=other), room.serve("cat")
+    second.log.wait("warning: another cservice of this key runs on this machine")
+    assert not first.log.having("another cservice") + stranger.log.having("another cservice")
+
+
+@LINUX_ONLY
+def test_ready_warns_of_another_users_cservice(room, as_root):
+    """Not even for a name whose owner takes no connection."""
+    fingerprint = cexec.load_key(room.key)[0].fingerprint.partition(":")[2]
+    code = ("import os, socket, sys, time; os.setuid(65534)\n"
+            "traps = [socket.socket(socket.AF_UNIX) for _ in range(3)]\n"
+            "[(trap.bind(chr(0) + name), trap.listen(0)) for trap, name in zip(traps, sys.argv[1:])]\n"
+            "ends = [socket.socket(socket.AF_UNIX) for _ in range(9)]\n"
+            "[(end.setblocking(False), end.connect_ex(chr(0) + sys.argv[1])) for end in ends]\n"
+            "print('ready', flush=True); time.sleep(1000)\n")
+    room.start(sys.executable, "-c", code, cexec.CONTROL_NAME % (0, fingerprint, "full"),
+               cexec.CONTROL_NAME % (0, fingerprint, "forged"), "x", stdout=LINES).out.wait("ready")
+    worker = room.serve("cat")
+    assert worker.stop() == 0 and not worker.log.having("another cservice")
+    room.start(sys.executable, "-c", code, "y", cexec.CONTROL_NAME % (65534, fingerprint, "true"), "z",
+               stdout=LINES).out.wait("ready")
+    room.serve("cat").log.wait("warning: another cservice of this key runs on this machine")
+
+
+@LINUX_ONLY
+@pytest.mark.parametrize("group, warned", [
+    ("127.0.0.1:%d", True), ("[::1]:%d", True), ("127.255.255.255:%d", False), ("lo:224.0.1.87:%d", False)])
+def test_ready_warns_of_a_single_address_of_many(room, tmp_path, group, warned):
+    other = str(tmp_path / "other")
+    assert run("ckeygen", other).returncode == 0
+    workers = [room.serve("cat", key=each, group=group % room.port) for each in (room.key, other)]
+    words = "only the one that was started last hears"
+    if warned:
+        workers[1].log.wait(words)
+    assert not workers[0].log.having(words) and all(worker.stop() == 0 for worker in workers)
+    assert len(workers[1].log.having(words)) == int(warned)
+
+
+@LINUX_ONLY
+@pytest.mark.parametrize("address, warned", [("192.0.2.1", True), ("127.0.0.1", False), ("127.255.255.255", False)])
+def test_a_group_of_another_machine_is_told(room, address, warned):
+    """A worker with what a submitter would set, the address of one worker, hears nobody."""
+    worker = room.serve("cat", group="%s:%d" % (address, room.port))
+    if warned:
+        worker.log.wait("warning: %s is no address of this machine" % address)
+    assert worker.stop() == 0 and bool(worker.log.having("no address of this machine")) == warned
+
+
+def test_the_veto_says_how_its_command_ended(room):
+    worker = impatient(room, {"Daemon.VETO_EVERY": 0.3}, "--if", "no-such-command", room.key, "cat")
+    worker.log.wait("--if: no new jobs for the time being (--if ended with 127)")
+    assert objects(who(room, "--json"))[0]["error"] == "--if ended with 127"
+    hanging = impatient(room, {"Daemon.VETO_EVERY": 0.3}, "--if", "sleep 600", room.key, "cat")
+    hanging.log.wait("(--if ended by SIGKILL)")
+
+
+# ---------------------------------------------------------------- cservice: a folder for each job
+
+def scratch_worker(room, place, *options, command=RUN_SHELL, **env):
+    return room.tool("cservice", "--scratch", *options, room.key, *command, env=dict({"TMPDIR": place}, **env)).ready()
+
+
+def test_each_job_has_an_empty_folder_that_goes_with_it(room, tmp_path):
+    """C8: As working directory, TMPDIR and PWD; CEXEC_DIR is where cservice stands."""
+    scratch_worker(room, tmp_path, CONCURRENCY=1)
+    found = [room.cexec("RUN=pwd; echo $TMPDIR; echo $PWD; echo $CEXEC_DIR; stat -c '%a %u' .; ls -A; touch x .y"
+                        ).stdout.decode().splitlines() for _ in range(2)]
+    for folder, temporary, pwd, start, mode in found:
+        assert folder == temporary == pwd and folder.startswith(str(tmp_path)) and start == os.getcwd()
+        assert mode == "700 %d" % os.geteuid()
+    assert found[0][0] != found[1][0] and os.listdir(str(tmp_path)) == []
+
+
+HARD_TO_REMOVE = """
+mkdir -p a/b/c d; touch a/b/c/x; ln -s %s/precious a/link; ln -s %s/precious link; ln %s/precious/file hard
+mkfifo fifo; chmod 000 a/b; chmod 555 a d; mkdir -- ..x -rf ' '; chmod 0 .""".strip()
+
+
+@pytest.mark.parametrize("way", ["job ends", "cexec killed", "wall", "refused", "kept"])
+def test_the_folder_goes_however_the_job_ends(room, tmp_path, way):
+    """C8: Links are not followed, and what a job has made unwritable is no hindrance."""
+    user = ["--user", "nobody"] if os.geteuid() == 0 else []
+    place, precious = tmp_path / "place", tmp_path / "precious"
+    for folder in place, precious:
+        folder.mkdir()
+        folder.chmod(0o777)
+    (precious / "file").write_text("kept")
+    (precious / "file").chmod(0o666)
+    for folder in [precious, *list(precious.parents)[:-2]]:
+        with contextlib.suppress(PermissionError):
+            folder.chmod(folder.stat().st_mode | 0o055)
+    limits = ["--limit", "wall=1"] if way == "wall" else []
+    command = RUN_SHELL if way != "refused" else [str(place / "command")]
+    if way == "refused":
+        (place / "interpreter").symlink_to("/bin/sh")
+        (place / "command").write_text("#!%s\n" % (place / "interpreter"))
+        (place / "command").chmod(0o755)
+    worker = scratch_worker(room, place, *user, *limits, command=command, CONCURRENCY=1)
+    text = HARD_TO_REMOVE.replace("%s", quoted(tmp_path))
+    if os.geteuid() == 0:
+        text = text.replace("ln %s/precious/file hard" % quoted(tmp_path), "")      # protected_hardlinks
+    if way == "refused":
+        (place / "interpreter").unlink()
+        assert room.cexec(env={"CEXEC_TIMEOUT_ACCEPT": 1}).returncode == 111
+        (place / "command").unlink()
+    elif way == "cexec killed":
+        job = room.submit("RUN=%s; echo ready; exec sleep 1000" % text, stdout=LINES)
+        job.out.wait("ready")
+        job.kill()
+    elif way == "kept":
+        done = run("cmap", "--lines", room.pub, "--", input=b"1\n2\n3\n", env=room.settings({})) and run(
+            "cmap", "--lines", "--set", "RUN=ls -A; touch {}", room.pub, input=b"1\n2\n3\n", env=room.settings({}))
+        assert (done.returncode, done.stdout) == (0, b"")
+    else:
+        done = room.cexec("RUN=%s; %s" % (text, "exec sleep 1000" if way == "wall" else "exit 7"))
+        assert done.returncode == (143 if way == "wall" else 7), done.stderr
+    wait_until(lambda: must(os.listdir(str(place)) == []))
+    assert os.listdir(str(precious)) == ["file"] and (precious / "file").read_text() == "kept"
+    assert worker.alive() and not worker.log.having("is left")
+
+
+def test_a_folder_that_its_job_has_removed_is_not_missed(room, tmp_path):
+    worker = scratch_worker(room, tmp_path)
+    assert room.cexec('RUN=rmdir "$TMPDIR"').returncode == 0
+    assert worker.stop() == 0 and not worker.log.having("is left") and os.listdir(str(tmp_path)) == []
 
 
 @heavy
-def test_the_demo_has_a_text_and_a_command_of_its_own(stage):
-    leader, follower = pty.openpty()
-    done = stage.demo(stdin=follower)
-    os.close(follower)
-    os.close(leader)
-    assert (done.returncode, done.stdout) == (0, cexec.DEMO_TEXT.upper())
-    told = done.stderr.decode()
-    assert "| cmap --lines app.pub\ndemo: %s\n" % b" ".join(cexec.Demo.INPUTS).decode().upper() in told
-    assert re.search(r"\ndemo: ==> 8 jobs of half a second each took [0-9.]+ s: [0-9.]+ times as fast", told)
-    assert len(told.splitlines()) + len(done.stdout.splitlines()) <= 25, "or its results drown"
-    stage.clean()
-
-
-@pytest.mark.parametrize("kind, given", [
-    *itertools.product(["pipe", "file"], [b"", b"a", b"ab\n" * 100000]), ("/dev/null", b""), ("closed", b"")])
-def test_the_demos_job_reads_standard_input_or_the_text(stage, tmp_path, kind, given):
-    (tmp_path / "in").write_bytes(b"skipped" + given)
-    command = [*program(), "demo"]
-    with open("/dev/null" if kind == "/dev/null" else str(tmp_path / "in"), "rb") as file:
-        file.seek(7)
-        options = {"input": given} if kind == "pipe" else {"stdin": file}
-        if kind == "closed":
-            command = ["sh", "-c", 'exec "$@" <&-', "sh"] + command
-        done = run_command(*command, **dict(stage.options, **options))
-    assert (done.returncode, done.stdout) == (0, given.upper() or cexec.DEMO_TEXT.upper())
-    stage.clean()
-
-
-@pytest.mark.parametrize("way", ["standard input", "zip", "no umask", "64 descriptors", "strict"])
-def test_the_demo_runs_wherever_the_program_comes_from(stage, tmp_path, way):
-    argv, before = [sys.executable, "cexec.py"], ""
-    if way == "zip":
-        subprocess.run([sys.executable, "-c", "import sys, zipfile; zipfile.ZipFile(sys.argv[2], 'w').write("
-                        "sys.argv[1], '__main__.py')", CEXEC, str(tmp_path / "cexec.pyz")], check=True)
-        argv = [sys.executable, str(tmp_path / "cexec.pyz")]
-    elif way == "standard input":
-        argv, before = [sys.executable, "-"], "exec < cexec.py; "
-    elif way == "no umask":
-        before = "umask 0777; "
-    elif way == "64 descriptors":
-        before = "ulimit -n 64; "
-    else:
-        argv[1:1] = ["-bb", "-X", "dev", "-W", "error::BytesWarning"]
-    done = run_command("sh", "-c", before + 'exec "$@"', "sh", *argv, "demo", **stage.options)
-    assert (done.returncode, done.stdout) == (0, cexec.DEMO_TEXT.upper()), done.stderr.decode()
-    assert b"Traceback" not in done.stderr
-    if way != "standard input":
-        assert b"BytesWarning" not in done.stderr
-    stage.clean()
-
-
-def test_a_tool_of_the_demo_that_ends_at_once_is_named(stage):
-    (stage.temporary / "openssl.cnf").write_text(POLICY % "MaxProtocol = TLSv1.2")
-    env = dict(stage.options["env"], OPENSSL_CONF=stage.temporary / "openssl.cnf")
-    done = stage.demo(env=env)
-    assert done.returncode == 111
-    assert b"demo: worker 1: cservice: no encrypted channel" in done.stderr
-    assert b"demo: worker 1 did not get ready: it ended with status 2\n" in done.stderr
-    (stage.temporary / "openssl.cnf").unlink()
-    stage.clean()
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_demo_that_is_interrupted_leaves_nothing(stage, number):
-    demo = Process([sys.executable, "cexec.py", "demo", "sleep", "100"], **stage.options)
-    demo.log.wait("$ cexec app.pub")
-    wait_until(lambda: must("sleep 100" in map(command_line, marked("STAGE=" + stage.mark))))
-    demo.signal(number)
-    assert demo.complete() == 128 + number and "Traceback" not in str(demo.log)
-    stage.clean()
-
-
-def test_the_demo_reads_a_relative_command_where_the_user_stands(stage):
-    (stage.place / "own").write_text("#!/bin/sh\necho own\n")
-    (stage.place / "own").chmod(0o755)
-    assert stage.demo("./own").stdout == b"own\n"
-    (stage.place / "own").unlink()
-    stage.clean()
-
-
-# ---------------------------------------------------------------- documents agree with the code
-
-def document(name):
-    path = os.path.join(HERE, name)
-    if not os.path.exists(path):
-        skip("%s is not beside the tests" % name)
-    with open(path, encoding="utf-8") as file:
-        return file.read()
-
-
-def test_the_man_page_names_every_tool_setting_and_option():
-    text = document("cexec.1").replace("\\-", "-").replace("\\&", "")
-    for name in cexec.TOOLS:
-        assert re.search(r"\b%s\b" % name, text), name
-    for setting in cexec.SETTINGS:
-        for name in setting.names:
-            assert re.search(r"\b%s\b" % name, text), name
-        assert re.search(r"\bFl %s\b" % setting.option[1:], text), setting.option
-    for option in list(cexec.FLAGS) + ["-stdin", "--help", "--version"]:
-        assert re.search(r"\bFl %s\b" % option[1:], text), option
-    statuses = text[text.index(".Sh EXIT STATUS"):text.index(".Sh OUTPUT FORMATS")]
-    for status in 0, 1, 2, 101, 102, 103, 104, 111, 126, 127, 255:
-        assert re.search(r"\b%d\b" % status, statuses), status
-
-
-def test_the_man_page_is_clean():
-    need("mandoc")
-    document("cexec.1")
-    done = run_command("mandoc", "-T", "lint", "-W", "warning", os.path.join(HERE, "cexec.1"))
-    assert (done.returncode, done.stdout) == (0, b"")
-
-
-def test_every_numbered_claim_has_a_test_that_names_it():
-    """PROMISES, SECURITY and RELIABILITY in the man page: each, as .It S1, stands in the docstring of a test."""
-    claims = re.findall(r"(?m)^\.It ([SRC][0-9]+)$", document("cexec.1"))
-    named = {name for node in ast.walk(ast.parse(document("test_cexec.py")))
-             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
-             for name in re.findall(r"\b[SRC][0-9]+\b", ast.get_docstring(node) or "")}
-    assert claims and len(set(claims)) == len(claims)
-    assert set(claims) ^ named == set()
-
-
-def test_the_readme_has_the_two_commands_and_the_example():
-    text = document("README.md")
-    for words in ("python3 cexec.py demo", "python3 test_cexec.py", "ckeygen distributed_ogg",
-                  "cservice distributed_ogg oggenc -o- -", "cexec distributed_ogg.pub < input.wav > output.ogg"):
-        assert words in text, words
-
-
-# What stands in README.md for a console is run as it stands: `$` is a submitter's prompt, `alpha$` a worker's.
-
-CONSOLES = re.compile(r"^(?:#+ (?P<head>[^\n]*)|\*\*(?P<bold>[^*]+)\*\*[^\n]*|"
-                      r"```(?P<kind>console|sh|ini|python)\n(?P<text>.*?)^```)$", re.M | re.S)
-README_NEEDS = "rsync", "git", "sftp", "tar", "parallel", "xargs", "make", "socat", "gzip", "xz", "oggenc", "rrsync"
-STUBS = {
-    "ssh": '#!/bin/sh\n[ "$1" != -n ] || shift\ncd "$ROOM_PLACE/$1" && shift && exec sh -c "$*"\n',
-    "scp": '#!/bin/bash\nexec cp "${@:1:$#-1}" "$ROOM_PLACE/${!#%%:*}/${!##*:}"\n',
-}
-READ_EVAL = 'while IFS= read -r -d "" -u "$0" text; do eval "$text"; printf "\\0%d\\0" "$?"; done'
-
-
-def readme_blocks(*kinds):
-    """[(title, text)] of the blocks of these kinds, each under the nearest heading or bold words before it."""
-    found, title = [], ""
-    for match in CONSOLES.finditer(document("README.md")) if os.path.exists(os.path.join(HERE, "README.md")) else ():
-        title = match["head"] or match["bold"] or title
-        if match["kind"] in kinds:
-            found.append((title.strip(". "), match["text"]))
-    return found
-
-
-def shown_pattern(lines):
-    """A pattern for output as the README shows it: what holds a digit, but for a status, the hosts' names and
-    spaces may differ, and `...` stands for any lines."""
-    text = re.escape("\n".join(lines)).replace("\\\n", "\n")
-    text = re.sub(r"(?m)^\\\.\\\.\\\.$", "(?s:.*)", text)
-    text = re.sub(r"(?:\\ )+", " +", text)
-    text = re.sub(r"(status \+)?[0-9a-f]*(?:\\[.:-])?[0-9](?:[0-9a-f:T]|\\[.:-])*",
-                  lambda found: found[0] if found[1] else "[0-9a-f.:T-]+", text)
-    text = re.sub(r"\b(alpha|beta|gamma)\b", r"\\S+", text).replace(" +on +eth[0-9a-f.:T-]+", "(?: on [^,]*)?")
-    return re.sub(r"\b(worker|slot|job)s?\b", r"\1s?", text)
-
-
-def make_readme_inputs(place):
-    """The files that the README speaks of, for the submitter and in alpha's folder."""
-    import wave
-    here, there = place / "gamma", place / "alpha"
-    for name in "input bell choir drum flute harp organ rain tuba".split():
-        with wave.open(str(here / (name + ".wav")), "wb") as sound:
-            sound.setparams((2, 2, 44100, 0, "NONE", ""))
-            sound.writeframes(random_octets(40000))
-    (here / "names").write_text("Ada\nGrace\nBarbara\nKatherine\n")
-    (here / "old").write_text("one\ntwo\nthree\n")
-    (here / "new").write_text("one\nzwei\nthree\n")
-    (here / "big").write_text("a line of many that are the same\n" * 300000)
-    (here / "access.log").write_text(("GET /here 200 17\n" * 999 + "GET /there 500 17\n") * 1000)
-    (here / "photos").mkdir()
-    for number in 1, 2, 3:
-        (here / "photos" / ("%d.jpg" % number)).write_bytes(random_octets(1000))
-    (there / "render").write_text("#!/bin/sh\necho P3 1 1 255 \"$PEER_FRAME\" 0 0\n")
-    (there / "render").chmod(0o755)
-    shutil.copy(CEXEC, str(here))
-    shutil.copy(os.path.join(HERE, "cexec.1"), str(here))
-    subprocess.run("git init -q project && cd project && "
-                   "git -c user.name=a -c user.email=b commit -q --allow-empty -m c",
-                   shell=True, cwd=str(here), env=clean_environment({"HOME": here}), check=True)
-
-
-class ReadmeRoom:
-    """Folders for the submitter and the hosts, stubs of ssh and scp that go from one to the other, and a shell."""
-
-    def __init__(self, room, place, tools):
-        self.room, self.place = room, place
-        for name in "gamma", "alpha", "beta", "bin":
-            (place / name).mkdir()
-        for name, text in STUBS.items():
-            (place / "bin" / name).write_text(text)
-            (place / "bin" / name).chmod(0o755)
-        self.env = room.settings({
-            "HOME": place / "gamma", "ROOM_PLACE": place, "CONCURRENCY": 2, "PYTHONDONTWRITEBYTECODE": None,
-            "PATH": os.pathsep.join([str(tools), str(place / "bin"), search_path()])})
-        self.shell = None
-        make_readme_inputs(place)
-
-    def keys(self, text):
-        """The keys that the text speaks of and does not make."""
-        for name in set(re.findall(r"\b(\w+)\.pub\b", text)):
-            if not re.search(r"ckeygen.* %s\b" % name, text):
-                run("ckeygen", str(self.place / "gamma" / name))
-
-    def serve(self, host, line):
-        words = shlex.split(line.split(" #")[0])
-        for word in words:
-            path = self.place / "gamma" / word
-            if re.match(r"\w+$", word) and path.is_file() and not (self.place / host / word).exists():
-                shutil.copy2(str(path), str(self.place / host))
-        return self.room.start("bash", "-c", "exec " + line, env=self.env, cwd=str(self.place / host)).ready()
-
-    def run(self, text):
-        """(output, status) of these lines in the submitter's shell."""
-        if not self.shell:
-            reading, self.commands = os.pipe()
-            high = fcntl.fcntl(reading, fcntl.F_DUPFD, 100)
-            os.close(reading)
-            self.shell = self.room.start("bash", "-c", READ_EVAL, str(high), env=self.env, pass_fds=[high],
-                                         cwd=str(self.place / "gamma"), stdout=subprocess.PIPE,
-                                         stderr=subprocess.STDOUT)
-            os.close(high)
-        os.write(self.commands, os.fsencode(text) + b"\0")
-        parts = [b""]
-        while len(parts) < 3:
-            assert select.select([self.shell.stdout], [], [], 60)[0], "no end of: %s" % text
-            data = os.read(self.shell.stdout.fileno(), 1 << 16)
-            assert data, "the shell ended in: %s" % text
-            parts = (b"\0".join(parts) + data).split(b"\0")
-        return parts[0].decode(), int(parts[1])
-
-    def end(self):
-        if self.shell:
-            os.close(self.commands)
-        for process in reversed(self.room.processes):
-            process.end()
-        for pid in self.room.left():        # what the text has put in the background
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-
-
-@pytest.fixture
-def readme_room(room, tmp_path, tools):
-    document("README.md")
-    need(*README_NEEDS)
-    readme = ReadmeRoom(room, tmp_path, tools)
-    yield readme
-    readme.end()
-
-
-def console_steps(text):
-    """[(host or "", command, [lines of output])] of a console's text."""
-    steps = []
-    for line in text.splitlines():
-        prompt = re.match(r"(\w*)\$ (.*)", line)
-        if prompt:
-            steps.append((prompt[1], [prompt[2]], []))
-        elif line[:2] == "> " and not steps[-1][2]:
-            steps[-1][1].append(line[2:])
-        else:
-            steps[-1][2].append(line)
-    return [(host, "\n".join(command), output) for host, command, output in steps]
-
-
-@pytest.mark.parametrize("title, text", [pytest.param(*block, id="readme-%d" % number)
-                                         for number, block in enumerate(readme_blocks("console"), 1)])
-def test_what_the_readme_shows_on_a_console_is_what_happens(readme_room, title, text):
-    readme_room.keys(text)
-    for host, command, shown in console_steps(text.replace("8080", str(free_port(socket.SOCK_STREAM)))):
-        if host and "cservice" in command:
-            worker = readme_room.serve(host, command)
-            told = "\n".join(worker.log.lines)
-        else:
-            told, status = readme_room.run(command if not host else "(cd ../%s; %s)" % (host, command))
-            # 124: timeout, a command of coreutils
-            assert status in (0, 124), "%s: %d\n%s" % (command, status, told)
-        assert "Traceback" not in told and "internal error" not in told, told
-        if shown:
-            assert re.search(shown_pattern(shown), told), "%s: %s\n%s\n%s" % (title, command, told, shown)
-
-
-def test_the_quick_start_works_when_pasted(readme_room):
-    (_, install), (title, text) = readme_blocks("sh")[:2]
-    assert title == "Quick start" and len(text.splitlines()) <= 12
-    readme_room.env["PATH"] = os.pathsep.join([str(readme_room.place / "bin"), search_path()])     # no tools yet
-    told, status = readme_room.run(install + text)
-    assert status == 0, told
-    sounds = list((readme_room.place / "gamma").glob("*.wav"))
-    assert len(sounds) == 9
-    for sound in sounds:
-        assert sound.with_suffix(".ogg").read_bytes().startswith(b"OggS"), sound
-
-
-def test_the_readmes_programs_run(readme_room):
-    readme_room.keys("app.pub py.pub")
-    readme_room.serve("alpha", "cservice app gzip")
-    readme_room.serve("alpha", "cservice --python py %s" % sys.executable)
-    here = readme_room.place / "gamma"
-    (here / "sounds").mkdir()
-    for number in range(5):
-        (here / "sounds" / ("%d.wav" % number)).write_bytes(random_octets(100000))
-    (here / "model.py").write_text("def simulate(seed):\n    return seed * seed\n")
-    said = ""
-    for _, text in readme_blocks("python"):
-        (here / "program.py").write_text(text)
-        told, status = readme_room.run("%s program.py" % sys.executable)
-        assert status == 0 and "Traceback" not in told and "Warning" not in told, told
-        said += told
-    assert len(list((here / "sounds").glob("*.gz"))) == 5
-    assert "7 49\n" in said and "[0.0, 1.0, 1.4142" in said and "362880]" in said, said
-
-
-def test_the_unit_in_the_manual_is_one(tmp_path):
-    text = document("cexec.1").partition("cservice-app.service\n")[2].partition(".Ed")[0]
-    for words in "NoNewPrivileges=yes", "ProtectSystem=", "PrivateTmp=yes", "User=", "KillMode=mixed":
-        assert words in text
-    if not shutil.which("systemd-analyze"):
-        return
-    unit = tmp_path / "cexec-test.service"
-    unit.write_text(re.sub(r"ExecStart=\S+", "ExecStart=/bin/true", text))
-    done = run_command("systemd-analyze", "verify", unit)
-    assert done.returncode == 0 and b"cexec-test" not in done.stderr, done.stderr.decode()
-
-
-def test_the_readmes_check_sum_is_that_of_the_file():
-    with open(CEXEC, "rb") as file:
-        line = hashlib.sha256(file.read()).hexdigest() + "  cexec.py"
-    assert "echo '%s' | sha256sum -c" % line in document("README.md"), "the line in README.md should have: " + line
-
-
-def test_the_readme_is_read_in_ten_minutes():
-    assert len(document("README.md").splitlines()) <= 400
-
-
-def test_the_map_names_every_section_in_order():
-    sections = [name for name, _ in itertools.groupby(
-        re.findall(r"(?m)^# -{60,} ([^:\n]+)", document("cexec.py")))]
-    rows = re.findall(r"(?m)^    (\S.*?)(?:  |$)", cexec.__doc__.partition("The map, in the order")[2])
-    assert [name for row in rows if row[:3] != "---" for name in row.split(", ")] == sections
-
-
-def test_no_definition_of_the_tests_is_replaced_by_another():
-    """A second test of the same name would leave the first one out."""
-    defined = collections.Counter(node.name for node in ast.parse(document("test_cexec.py")).body
-                                  if isinstance(node, (ast.FunctionDef, ast.ClassDef)))
-    assert [name for name, count in defined.items() if count > 1] == []
-
-
-def test_the_licence_is_named():
-    assert "SPDX-License-Identifier: MIT" in document("cexec.py") and "MIT License" in document("LICENSE")
-
-
-# ---------------------------------------------------------------- terminals: helpers
-
-ON_TERMINAL = """
-import fcntl, os, sys, termios
-number, places = int(sys.argv[1]), sys.argv[2]
-os.setsid()
-fcntl.ioctl(number, termios.TIOCSCTTY, 0)
-os.close(number)
-for place in places.split():
-    os.dup2(*map(int, place.split("=")), inheritable=True)
-os.execv(sys.argv[3], sys.argv[3:])
-"""
-BASH = "bash", "--norc", "--noprofile", "-i"
-PLAIN = {"HISTFILE": "", "INPUTRC": "/dev/null", "TERM": "dumb"}    # bash without a trace and without decoration
-
-
-class Terminal:
-    """A terminal and the user at it.  A thread collects what appears; wait() goes through it from top to bottom."""
-
-    def __init__(self, room, rows=24, columns=300):
-        self.room, self.shown, self.seen, self.more = room, bytearray(), 0, threading.Condition()
-        self.master, self.slave = os.openpty()
-        self.name, self.over = os.ttyname(self.slave), False
-        self.resize(rows, columns)
-        self.thread = threading.Thread(target=self._read, daemon=True)
-        self.thread.start()
-
-    def _read(self):
-        while not self.over:
-            if select.select([self.master], [], [], 0.05)[0]:
-                data = os.read(self.master, 1 << 16)
-                with self.more:
-                    self.shown += data
-                    self.more.notify_all()
-
-    def start(self, *argv, env=None, stdin=None, stdout=None, stderr=None, controlling=True, places=None):
-        """Starts a command as the leader of a session on this terminal; streams may lead elsewhere.
-
-        places: {descriptor here: descriptor there} of what it gets besides."""
-        stdin, stdout, stderr = (self.slave if each is None else each for each in (stdin, stdout, stderr))
-        places = places or {}
-        words = " ".join("%d=%d" % place for place in places.items())
-        leader = [sys.executable, "-ISc", ON_TERMINAL, self.slave, words] if controlling else []
-        return self.room.start(*leader, *argv, env=self.room.settings(dict(PLAIN, **(env or {}))), stdin=stdin,
-                               stdout=stdout, stderr=stderr, pass_fds=(self.slave, *places) if controlling else (),
-                               start_new_session=not controlling)
-
-    def cexec(self, *options, group=None, env=None, **more):
-        """Starts cexec here, with -t unless options are given."""
-        env = dict({"GROUP": group or self.room.group}, **(env or {}))
-        return self.start(*program(), "cexec", *(options or ["-t"]), self.room.pub, env=env, **more)
-
-    def bash(self, **env):
-        """Starts a shell with job control here, which prompts with "here> "."""
-        need("bash")
-        shell = self.start(shutil.which("bash"), *BASH[1:], env=dict({"PS1": "here> "}, **env))
-        self.wait("here> ")
-        return shell
-
-    def line(self, *options):
-        """The shell's command for cexec, -t unless options are given."""
-        return " ".join(map(shlex.quote, [*program(), "cexec", *(options or ["-t"]), self.room.pub]))
-
-    def type(self, text):
-        data = text if isinstance(text, bytes) else text.encode()
-        while data:
-            data = data[os.write(self.master, data):]
-
-    def wait(self, text, seconds=PATIENCE):
-        """Waits until text has appeared behind what was waited for before; returns what came up to it."""
-        wanted = text if isinstance(text, bytes) else text.encode()
-
-        def found():
-            return self.shown.find(wanted, self.seen)
-
-        with self.more:
-            self.more.wait_for(lambda: found() >= 0, seconds)
-            at = found()
-            assert at >= 0, "%r did not appear in %r" % (text, bytes(self.shown[self.seen:][-3000:]))
-            before, self.seen = bytes(self.shown[self.seen:at]), at + len(wanted)
-        return before.decode("utf-8", "backslashreplace")
-
-    def ask(self, command, prompt="there> "):
-        """Types a command to a shell; what it shows up to the next prompt, the echo left out, lines joined by \\n."""
-        self.type(command + "\r")
-        self.wait(command)
-        return self.wait(prompt).replace("\r\n", "\n").strip("\n")
-
-    def resize(self, rows, columns):
-        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-
-    def modes(self):
-        return termios.tcgetattr(self.slave)
-
-    def set_modes(self, modes):
-        termios.tcsetattr(self.slave, termios.TCSANOW, modes)
-
-    def is_raw(self):
-        return not self.modes()[3] & (termios.ICANON | termios.ISIG | termios.ECHO)
-
-    def wait_raw(self, raw=True):
-        def holds():
-            assert self.is_raw() is raw
-        wait_until(holds, PATIENCE)
-
-    def hang_up(self):
-        """The window is closed, the modem loses its carrier."""
-        if not self.over:
-            self.over = True
-            self.thread.join()
-            os.close(self.master)
-
-    def close(self):
-        self.hang_up()
-        os.close(self.slave)
-
-
-@pytest.fixture
-def terminal(room):
-    """A Terminal, hung up at the end of the test."""
-    terminal = Terminal(room)
-    yield terminal
-    terminal.close()
-
-
-def serve_bash(room, **env):
-    """A worker whose job is a shell with job control, which prompts with "there> "."""
-    need("bash")
-    return room.serve(*BASH, PS1="there> ", **dict(PLAIN, **env))
-
-
-def serve_sh(room, script, **env):
-    return room.serve("sh", "-c", script, **env)
-
-
-def wait_gone(*pids):
-    def holds():
-        left = {pid: command_line(pid) for pid in pids if stat_fields(pid)[:1] not in ([], ["Z"], ["X"])}
-        assert not left, left
-    wait_until(holds, PATIENCE)
-
-
-def wait_stopped(pid):
-    """Waits until every thread is stopped: one that is not yet may still take a key, though no user types so fast."""
-    def holds():
-        threads = os.listdir("/proc/%d/task" % pid)
-        states = {proc(pid, "task/%s/stat" % thread).rpartition(") ")[2][:1] for thread in threads}
-        assert states == {"T"}, states
-    wait_until(holds, PATIENCE)
-
-
-def cexecs_of(shell):
-    """The pids of the cexecs that a shell runs now."""
-    return [pid for pid in children(shell.pid) if " cexec " in command_line(pid)]
-
-
-def the_cexec_of(shell):
-    """The pid of the one cexec that a shell runs."""
-    def holds():
-        found = cexecs_of(shell)
-        assert len(found) == 1, found
-        return found[0]
-    return wait_until(holds, PATIENCE)
-
-
-def handler_pid(worker):
-    """The pid of the process that a worker has for its one job."""
-    def holds():
-        found = children(worker.pid)
-        assert len(found) == 1, found
-        return found[0]
-    return wait_until(holds, PATIENCE)
-
-
-def typed(data, character=b"~", cut=None):
-    """(what a job gets, commands) of typed bytes, given to Escapes in pieces of `cut`."""
-    escapes, result, commands = cexec.EscapeFilter(character), b"", []
-    cut = cut or len(data)
-    for at in range(0, len(data), cut):
-        part, more = escapes.filter(data[at:at + cut])
-        result, commands = result + part, commands + more
-    return result, commands
-
-
-# ---------------------------------------------------------------- terminals: what is typed
-
-@pytest.mark.parametrize("cut", [1, 2, 3, None])
-@pytest.mark.parametrize("data, result, commands", [
-    (b"~.", b"", ["end"]),
-    (b"ls\r~.", b"ls\r", ["end"]),
-    (b"ls\n~.", b"ls\n", ["end"]),
-    (b"a~.", b"a~.", []),
-    (b"~~.", b"~.", []),
-    (b"\r~~~.", b"\r~~.", []),
-    (b"~x", b"~x", []),
-    (b"~\r~.", b"~\r", ["end"]),
-    (b"~\x1als\r~.", b"ls\r", ["suspend", "end"]),
-    (b"\x03~.", b"\x03~.", []),
-    (b"\xc3\xa9\r\x00\xff", b"\xc3\xa9\r\x00\xff", []),
-])
-def test_the_escape_character_counts_at_the_beginning_of_a_line(data, result, commands, cut):
-    assert typed(data, cut=cut) == (result, commands)
-    assert typed(data.replace(b"~", b"%"), b"%", cut) == (result.replace(b"~", b"%"), commands)
-    assert typed(data, b"", cut) == (data, [])
-    assert typed(data, b"^", cut) == (data, [])
-
-
-def test_what_is_typed_is_the_jobs_but_for_the_escape(room, terminal):
-    serve_sh(room, "stty -echo; echo ready; exec cat")
-    cexec = terminal.cexec()
-    terminal.wait("ready\r\n")
-    terminal.type("mid~.dle\r")
-    terminal.wait("mid~.dle\r\n")
-    terminal.type("~~one\r")
-    assert terminal.wait("one\r\n") == "~"
-    terminal.type("~")
-    terminal.type(".")
-    assert cexec.wait(PATIENCE) == 111
-    assert terminal.wait("sequence\r\n") == "cexec: the job: ended by the escape "
-
-
-@pytest.mark.parametrize("setting, tilde", [("none", "none"), ("%", "%")])
-def test_the_escape_character_can_be_another_or_none(room, terminal, setting, tilde):
-    serve_sh(room, "stty -echo; echo ready; cat; exit 3")
-    cexec = terminal.cexec("-t", "--escape", setting)
-    terminal.wait("ready\r\n")
-    terminal.type("~.\r")
-    terminal.wait("~.\r\n")
-    if setting == "%":
-        terminal.type("%.")
-        assert cexec.wait(PATIENCE) == 111
-    else:
-        terminal.type("\x04")
-        assert cexec.wait(PATIENCE) == 3
-
-
-# ---------------------------------------------------------------- terminals: what the job finds
-
-def odd_modes(terminal):
-    """Makes the terminal unlike any default, as its user may have it; returns the modes."""
-    modes = terminal.modes()
-    modes[0] |= termios.IXANY
-    modes[0] &= ~termios.IXON
-    modes[3] &= ~termios.ECHOE
-    modes[6][termios.VERASE], modes[6][termios.VINTR] = b"\x08", b"\x07"
-    terminal.set_modes(modes)
-    return terminal.modes()
-
-
-def test_the_job_has_a_terminal_like_the_users(room, terminal):
-    serve_sh(room, "tty; tty <&1; tty <&2; stty size </dev/tty; echo $TERM.$LINES.$COLUMNS; stty -a; exit 7",
-             TERM="vt52", LINES="5", COLUMNS="6")     # the worker's own, which are not the job's
-    modes = odd_modes(terminal)
-    terminal.resize(33, 77)
-    cexec = terminal.cexec(env={"TERM": "xterm-odd"})
-    assert cexec.wait(PATIENCE) == 7
-    assert terminal.modes() == modes
-    names = [terminal.wait("\r\n") for _ in range(3)]
-    assert len(set(names)) == 1 and names[0].startswith("/dev/pts/") and names[0] != terminal.name
-    assert [terminal.wait("\r\n") for _ in range(2)] == ["33 77", "xterm-odd.."]
-    described = terminal.wait("echoke").split()
-    for word in "-ixon", "ixany", "-echoe", "icanon", "isig", "echo", "opost":
-        assert word in described
-    assert "erase = ^H;" in " ".join(described) and "intr = ^G;" in " ".join(described)
-
-
-def test_the_jobs_terminal_has_the_size_of_the_users_at_any_time(room, terminal):
-    terminal.resize(20, 70)
-    cexec = terminal.cexec()
-    time.sleep(0.01)        # wherever its start stands by then, no change is lost
-    terminal.resize(21, 71)
-    serve_sh(room, 'trap "stty size" WINCH; trap "exit 9" INT; stty size; while :; do sleep 0.05; done')
-    terminal.wait("21 71\r\n")
-    for rows in 50, 51, 52:
-        terminal.resize(rows, 100)
-    terminal.wait("52 100\r\n")
-    terminal.type("\x03")
-    assert cexec.wait(PATIENCE) == 9
-
-
-def test_a_signal_key_acts_on_what_runs_in_the_jobs_shell(room, terminal):
-    worker = serve_bash(room)
-    modes = terminal.modes()
-    cexec = terminal.cexec()
-    terminal.wait("there> ")
-    for key, status in ("\x03", 130), ("\x1c", 131):
-        terminal.type("sh -c 'echo $((40+2)); exec sleep 99'\r")
-        terminal.wait("42\r\n")
-        terminal.type(key)
-        terminal.wait("there> ")
-        assert terminal.ask("echo $?") == str(status)
-    terminal.type("sh -c 'echo $((40+2)); exec sleep 99'\r")
-    terminal.wait("42\r\n")
-    terminal.type("\x1a")
-    terminal.wait("Stopped")
-    terminal.wait("there> ")
-    assert "sleep 99" in terminal.ask("jobs")
-    terminal.type("fg\r")
-    terminal.wait("sleep 99'")
-
-    def goes_on():
-        """It has the terminal, which the shell gives it behind the words and before it lets it go on."""
-        (shell,), = [children(handler) for handler in children(worker.pid)]
-        stopped, = children(shell)
-        return stat_fields(stopped)[0] != "T"
-    wait_until(lambda: must(goes_on()))
-    terminal.type("\x03")
-    terminal.wait("there> ")
-    assert terminal.ask("sleep 0 & wait; jobs; echo $?")[-1] == "0"
-    terminal.type("exit 5\r")
-    assert cexec.wait(PATIENCE) == 5
-    assert terminal.modes() == modes
-
-
-def test_a_job_may_close_its_terminal_and_open_it_again(room, terminal):
-    serve_sh(room, "exec <&- >&- 2>&-; sleep 0.2; echo late >/dev/tty; read x </dev/tty; echo got $x >/dev/tty; exit 6")
-    cexec = terminal.cexec()
-    terminal.wait("late\r\n")
-    terminal.type("it\r")
-    terminal.wait("got it\r\n")
-    assert cexec.wait(PATIENCE) == 6
-
-
-def test_who_left_the_session_does_not_keep_the_terminal(room, terminal, tmp_path):
-    need("setsid")
-    serve_sh(room, "cd %s; { setsid sh -c 'echo $$ >pid; exec sleep 60' & }; "
-             "while ! test -s pid; do sleep 0.05; done; echo last; exit 8" % quoted(tmp_path))
-    cexec = terminal.cexec()
-    try:
-        assert cexec.wait(PATIENCE) == 8
-        terminal.wait("last\r\n")
-    finally:
-        with contextlib.suppress(ProcessLookupError):       # on Linux it has ended with its job
-            os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
-
-
-# ---------------------------------------------------------------- terminals: beside them
-
-def test_other_streams_are_carried_beside_the_terminal(room, terminal, tmp_path):
-    serve_sh(room, "tty; tty <&1; tty <&5; test -t 2 || echo err >&2; printf 'three\\n' >&3; cat <&4")
-    reading, writing = os.pipe()
-    four, source = os.pipe()
-    os.write(source, b"four\n")
-    os.close(source)
-    with open(str(tmp_path / "errors"), "wb") as errors:
-        five = os.dup(terminal.slave)
-        cexec = terminal.cexec(stderr=errors, places={writing: 3, four: 4, five: 5})
-        for each in writing, four, five:
-            os.close(each)
-    assert cexec.wait(PATIENCE) == 0
-    assert len({terminal.wait("\r\n") for _ in range(3)}) == 1
-    terminal.wait("four\r\n")
-    assert (tmp_path / "errors").read_bytes() == b"err\n"
-    with open(reading, "rb") as three:
-        assert three.read() == b"three\n"
-
-
-def test_standard_input_may_lead_elsewhere(room, terminal, tmp_path):
-    serve_sh(room, "cat; test -t 0 || echo no; tty <&1; exit 2")
-    (tmp_path / "in").write_bytes(b"from the file\n")
-    modes = terminal.modes()
-    with open(str(tmp_path / "in"), "rb") as stdin:
-        cexec = terminal.cexec(stdin=stdin)
-    assert cexec.wait(PATIENCE) == 2
-    assert terminal.wait("/dev/pts/").split() == ["from", "the", "file", "no"]
-    assert terminal.modes() == modes
-
-
-def test_standard_output_may_lead_elsewhere_and_is_exact_there(room, terminal, tmp_path):
-    serve_sh(room, "tty; read x; echo $x; printf 'a\\nb\\r\\n'; exit 3")
-    with open(str(tmp_path / "out"), "wb") as stdout:
-        cexec = terminal.cexec(stdout=stdout)
-    terminal.wait_raw()
-    terminal.type("hello\r")
-    assert cexec.wait(PATIENCE) == 3
-    name, rest = (tmp_path / "out").read_bytes().split(b"\n", 1)
-    assert name.startswith(b"/dev/pts/") and rest == b"hello\na\nb\r\n"
-    terminal.wait("hello\r\n")      # the echo
-
-
-def test_without_t_a_terminal_changes_nothing(room, terminal, tmp_path):
-    serve_sh(room, "test -t 0 || test -t 1 || test -t 2 || cat")
-    data = bytes(range(256)) * 300 + b"\r\n\n\r\x04\x03~.\n~."
-    (tmp_path / "in").write_bytes(data)
-    modes = terminal.modes()
-    with open(str(tmp_path / "in"), "rb") as stdin, open(str(tmp_path / "out"), "wb") as stdout:
-        assert terminal.cexec("--", stdin=stdin, stdout=stdout).wait(PATIENCE) == 0
-    assert (tmp_path / "out").read_bytes() == data and not terminal.shown and terminal.modes() == modes
-
-
-def test_t_without_a_terminal_is_refused(room):
-    done = run("cexec", "-t", room.pub, env=room.settings({}))
-    assert (done.returncode, done.stdout) == (2, b"")
-    assert done.stderr == (b"cexec: -t: none of standard input, output and error is a terminal\n"
-                           b"  -tt gives the job a terminal all the same\n")
-
-
-@pytest.mark.parametrize("data", [b"", b"hello\n", b"hello", b"~.\n~.\n"])
-def test_tt_forces_a_terminal_and_ends_its_input_as_a_user_would(room, data):
-    serve_sh(room, "tty; tty <&1; stty size; cat; echo end; exit 6")
-    done = run("cexec", "-tt", room.pub, env=room.settings({}), input=data)
-    assert (done.returncode, done.stderr) == (6, b"")
-    lines = done.stdout.replace(b"\r\n", b"\n").split(b"\n")
-    names = [line for line in lines if b"/dev/pts/" in line]
-    assert len(names) == 2 and b"24 80" in done.stdout and done.stdout.endswith(b"end\r\n")
-    assert done.stdout.count(data.rstrip(b"\n").replace(b"\n", b"\r\n")) >= (2 if data else 1)  # echo and cat
-
-
-@pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
-def test_tt_hangs_up_when_the_connection_that_it_writes_to_ends(room, reset):
-    serve_sh(room, "trap 'exit 6' PIPE; while echo much; do :; done; exit 7")
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        near = socket.create_connection(listening.getsockname())
-        far = listening.accept()[0]
-    job = room.start(*program(), "cexec", "-tt", room.pub, env=room.settings({}), stdin=subprocess.PIPE, stdout=near)
-    near.close()
-    assert far.recv(4) == b"much"
-    if reset:
-        far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    far.close()
-    assert (job.complete(), str(job.log)) == (-signal.SIGHUP, "")
-    wait_until(lambda: no_job_left(room))
-
-
-# ---------------------------------------------------------------- terminals: much
-
-def test_ten_megabytes_arrive_complete(room, terminal):
-    lines = 1300000
-    serve_sh(room, "seq %d; exit 3" % lines)
-    cexec = terminal.cexec()
-    assert cexec.wait(60) == 3
-    expected = b"".join(b"%d\r\n" % number for number in range(1, lines + 1))
-    assert len(expected) > 10 << 20
-
-    def holds():
-        assert len(terminal.shown) >= len(expected)
-    wait_until(holds, PATIENCE)
-    assert terminal.shown == expected
-
-
-def test_the_last_words_arrive_however_late_the_user_reads(room, terminal, tmp_path):
-    """They wait in the job's terminal, beyond all credit, when the job has long ended."""
-    size = cexec.WINDOW_START + 2000
-    serve_sh(room, "stty -onlcr; echo $$; while ! test -e %s/go; do sleep 0.05; done;"
-             "head -c %d /dev/zero | tr '\\0' x; exit 3" % (quoted(tmp_path), size))
-    slow = terminal.cexec()
-    pid = int(terminal.wait("\n"))
-    slow.signal(signal.SIGSTOP)
-    (tmp_path / "go").write_text("")
-    wait_gone(pid)
-    slow.signal(signal.SIGCONT)
-    assert slow.wait(PATIENCE) == 3
-
-    def holds():
-        assert terminal.shown.count(b"x") == size
-    wait_until(holds, PATIENCE)
-
-
-def test_an_interrupt_acts_in_the_middle_of_a_flood(room, terminal):
-    serve_bash(room)
-    cexec = terminal.cexec()
-    terminal.wait("there> ")
-    terminal.type("yes 0123456789\r")
-
-    def flooded():
-        assert len(terminal.shown) > 3 << 20
-    wait_until(flooded, PATIENCE)
-    shown = len(terminal.shown)
-    terminal.type("\x03")
-    terminal.wait("there> ")
-    assert len(terminal.shown) - shown < 32 << 20       # a second of it
-    assert terminal.ask("echo $((40+2))") == "42"
-    terminal.type("exit 3\r")
-    assert cexec.wait(PATIENCE) == 3
-
-
-def test_a_long_paste_arrives_complete_in_raw_mode(room, terminal):
-    serve_sh(room, "stty raw -echo; echo ready; head -c 200000 | cksum")
-    data = b"~pasted\r" * 25000
-    cexec = terminal.cexec()
-    terminal.wait("ready\n")
-    terminal.type(data)
-    assert cexec.wait(PATIENCE) == 0
-    terminal.wait(run_command("cksum", input=data).stdout.split(b" ")[0] + b" 200000")
-
-
-# ---------------------------------------------------------------- terminals: modes come back
-
-def lost_worker(room, terminal, worker, cexec, relay):
-    worker.kill()
-
-
-def lost_handler(room, terminal, worker, cexec, relay):
-    os.kill(handler_pid(worker), signal.SIGKILL)
-
-
-def lost_connection(room, terminal, worker, cexec, relay):
-    relay.close()
-
-
-def escape(room, terminal, worker, cexec, relay):
-    terminal.type("\r~.")
-
-
-@pytest.mark.parametrize("end, status", [
-    (lambda room, terminal, worker, cexec, relay: terminal.type("status 7\r"), 7),
-    (lambda room, terminal, worker, cexec, relay: terminal.type("\x07"), 128 + signal.SIGINT),
-    (lambda room, terminal, worker, cexec, relay: cexec.signal(signal.SIGTERM), -signal.SIGTERM),
-    (lambda room, terminal, worker, cexec, relay: cexec.signal(signal.SIGHUP), -signal.SIGHUP),
-    (lambda room, terminal, worker, cexec, relay: cexec.signal(signal.SIGINT), -signal.SIGINT),
-    (lost_worker, 111), (lost_handler, 111), (lost_connection, 111), (escape, 111),
-], ids="exit interrupt TERM HUP INT worker handler connection escape".split())
-def test_the_local_modes_come_back_exactly(room, terminal, end, status):
-    worker = serve_sh(room, "echo $$; read word number; exit $number")
-    relay, modes = room.relay(), odd_modes(terminal)
-    cexec = terminal.cexec(group=relay.group)
-    pid = int(terminal.wait("\r\n"))
-    assert terminal.is_raw()
-    end(room, terminal, worker, cexec, relay)
-    assert cexec.wait(PATIENCE) == status
-    assert terminal.modes() == modes
-    wait_gone(pid)
-
-
-def test_the_modes_come_back_after_a_second_signal(room, terminal):
-    serve_sh(room, "trap 'echo caught' TERM; echo ready; while :; do sleep 0.05; done")
-    modes = odd_modes(terminal)
-    cexec = terminal.cexec()
-    terminal.wait("ready\r\n")
-    cexec.signal(signal.SIGTERM)
-    terminal.wait("caught\r\n")
-    cexec.signal(signal.SIGTERM)
-    assert cexec.wait(PATIENCE) == -signal.SIGTERM
-    assert terminal.modes() == modes
-
-
-def test_nothing_is_changed_while_nobody_answers(room, terminal):
-    modes = odd_modes(terminal)
-    cexec = terminal.cexec(env={"CEXEC_TIMEOUT_ACCEPT": "0.2"})
-    assert cexec.wait(PATIENCE) == 111
-    assert terminal.modes() == modes
-    terminal.wait("cexec: no worker: nobody answered within 0.2 s")
-
-
-def test_modes_come_back_on_another_terminal_too(room, terminal):
-    """As under programs that make a terminal for another one and no session."""
-    serve_sh(room, "echo ready; read x; exit 3")
-    modes = odd_modes(terminal)
-    cexec = terminal.cexec(controlling=False)
-    terminal.wait("ready\r\n")
-    assert terminal.is_raw()
-    terminal.type("\r")
-    assert cexec.wait(PATIENCE) == 3
-    assert terminal.modes() == modes
-
-
-def test_while_a_worker_is_looked_for_keys_are_the_users(room, terminal):
-    first, modes = serve_sh(room, "exec sleep 60"), odd_modes(terminal)
-    cexec = terminal.cexec(env={"CEXEC_TIMEOUT_ACCEPT": "0"})
-    terminal.wait_raw()
-    first.kill()
-    terminal.wait_raw(False)
-    assert terminal.modes() == modes
-    terminal.type("\x07")
-    assert cexec.wait(PATIENCE) == -signal.SIGINT
-    assert terminal.modes() == modes
-
-
-def test_another_workers_job_finds_the_same_terminal(room, terminal):
-    first, modes = serve_sh(room, "exec sleep 60"), odd_modes(terminal)
-    cexec = terminal.cexec()
-    terminal.wait_raw()
-    first.kill()
-    serve_sh(room, "stty size; stty -a; read x; exit 4")
-    terminal.wait("24 300\r\n")
-    described = terminal.wait("echoke").split()
-    for word in "-ixon", "icanon", "isig", "echo", "opost", "icrnl":
-        assert word in described
-    terminal.wait_raw()
-    terminal.type("\r")
-    assert cexec.wait(PATIENCE) == 4
-    assert terminal.modes() == modes
-
-
-def test_what_was_typed_cannot_be_given_to_another_worker(room, terminal, tmp_path):
-    """R3: a job of -t that has been typed to is not started again, even if nothing of it was seen yet."""
-    first = serve_sh(room, "cd %s; stty -echo; >ready; read x; >heard; exec sleep 60" % quoted(tmp_path))
-    cexec = terminal.cexec()
-    terminal.wait_raw()
-    wait_until(lambda: must((tmp_path / "ready").exists()), PATIENCE)
-    terminal.type("secret\r")
-    wait_until(lambda: must((tmp_path / "heard").exists()), PATIENCE)
-    serve_sh(room, "exit 0")
-    first.kill()
-    assert cexec.wait(PATIENCE) == 111
-    terminal.wait("run it again")
-
-
-# ---------------------------------------------------------------- terminals: hung sessions, hang-ups
-
-@pytest.mark.parametrize("lie", ["stop", "emptied"])
-def test_a_worker_cannot_let_go_of_a_terminal_that_nobody_types_at(room, terminal, lie):
-    """S9: standard input is a pipe, so the terminal is only written to, whatever the worker says of it."""
-    def lies(session):
-        session.accept(0)
-        number = max(session.receiving)
-        session.outbox += cexec.frame(cexec.STOP, number, bytes(8)) if lie == "stop" else cexec.frame(
-            cexec.EMPTIED, number)
-        for number in session.sending:
-            session.end(number)
-        session.exit(cexec.ExitReport(False, True, 7, 0, "", "", {}))
-
-    with Rogue(room, lies):
-        run = terminal.cexec(stdin=subprocess.DEVNULL)
-        assert run.wait(PATIENCE) == 7, bytes(terminal.shown)
-    assert b"Traceback" not in terminal.shown
-
-
-def test_the_escape_ends_a_hung_session(room, terminal):
-    relay = room.relay()
-    serve_sh(room, "echo $$; exec cat")
-    modes = terminal.modes()
-    cexec = terminal.cexec(group=relay.group, env={"CEXEC_TIMEOUT_PINGPONG": "4"})
-    pid = int(terminal.wait("\r\n"))
-    relay.towards, relay.at, relay.fault = "worker", relay.carried["worker"][-1], "stall"
-    terminal.type("lost\r")
-    terminal.type("~.")
-    terminal.wait("by the escape sequence")
-    assert cexec.wait(PATIENCE) == 111
-    assert terminal.modes() == modes
-    wait_gone(pid)          # once the silence is noticed there
-
-
-def background_jobs(terminal, first=""):
-    """Starts, in the job's shell, jobs of every kind that a terminal's end must reach; their pids.
-
-    first: what one of them does before it sleeps."""
-    for ask in "sleep 61 & sleep 62 | sleep 63 &", "nohup sleep 64 >/dev/null 2>&1 &", "(%s exec sleep 65) &" % first:
-        terminal.ask(ask)
-    terminal.type("sh -c 'echo $((40+2)); exec sleep 66'\r")
-    terminal.wait("42\r\n")
-    terminal.type("\x1a")
-    terminal.wait("Stopped")
-    terminal.wait("there> ")
-    pids = terminal.ask("echo $$ $(jobs -p)")
-    leaders = [int(word) for word in pids.split()]
-    assert len(leaders) == 6, pids
-    terminal.type("sh -c 'echo $((40+2)); exec sleep 67'\r")
-    terminal.wait("42\r\n")
-    everyone = [pid for pid in all_pids() if stat_fields(pid)[3:4] == [str(leaders[0])]]
-    assert len(everyone) >= 8, everyone
-    return everyone
-
-
-def test_a_hang_up_here_ends_the_jobs_session(room, terminal):
-    serve_bash(room)
-    cexec = terminal.cexec()
-    terminal.wait("there> ")
-    pids = background_jobs(terminal)
-    terminal.hang_up()
-    assert cexec.wait(PATIENCE) == -signal.SIGHUP
-    wait_gone(*pids)
-
-
-def test_when_cexec_is_killed_the_jobs_whole_session_ends(room, terminal):
-    """R9: the other groups of its session too."""
-    serve_bash(room)
-    cexec = terminal.cexec()
-    terminal.wait("there> ")
-    pids = background_jobs(terminal, "trap '' HUP TERM;")
-    cexec.kill()
-    wait_gone(*pids)
-
-
-def test_when_the_handler_is_killed_the_jobs_whole_session_ends(room, terminal):
-    worker = serve_bash(room)
-    modes = terminal.modes()
-    cexec = terminal.cexec()
-    terminal.wait("there> ")
-    pids = background_jobs(terminal)
-    os.kill(handler_pid(worker), signal.SIGKILL)
-    wait_gone(*pids)
-    assert cexec.wait(PATIENCE) == 111
-    assert terminal.modes() == modes
-    again = terminal.cexec()
-    terminal.wait("there> ")
-    terminal.type("exit 3\r")
-    assert again.wait(PATIENCE) == 3
-
-
-def test_a_job_that_ends_takes_its_session_with_it(room, terminal):
-    serve_bash(room)
-    cexec = terminal.cexec()
-    terminal.wait("there> ")
-    pids = background_jobs(terminal)
-    terminal.type("\x03")
-    terminal.wait("there> ")
-    terminal.type("exec sh -c 'exit 3'\r")
-    assert cexec.wait(PATIENCE) == 3
-    wait_gone(*pids)
-
-
-def test_whoever_ignores_the_hang_up_goes_on(room, terminal, tmp_path):
-    """nohup cexec KEY: neither it nor its job ends with the terminal."""
-    serve_sh(room, "trap 'echo hung up; exit 1' HUP; echo begun; cat; echo end")
-    reading, writing = os.pipe()
-    with open(str(tmp_path / "out"), "wb") as out:
-        started = terminal.start(shutil.which("sh"), "-c", "trap '' HUP; exec \"$@\"", "sh", *program(), "cexec",
-                                 room.pub,
-                                 stdin=reading, stdout=out, stderr=out)
-    os.close(reading)
-
-    def begun():
-        assert (tmp_path / "out").read_bytes() == b"begun\n"
-    wait_until(begun, PATIENCE)
-    started.signal(signal.SIGHUP)
-    terminal.hang_up()
-    os.write(writing, b"still here\n")
-    os.close(writing)
-    assert started.wait(PATIENCE) == 0
-    assert (tmp_path / "out").read_bytes() == b"begun\nstill here\nend\n"
-
-
-# ---------------------------------------------------------------- terminals: under a shell with job control
-
-def test_cexec_is_suspended_and_goes_on(room, terminal, tmp_path):
-    """R8: for longer than the silence that means a lost worker."""
-    serve_bash(room)
-    shell = terminal.bash(CEXEC_TIMEOUT_PINGPONG="1")
-    modes = terminal.ask("stty -g", "here> ")
-    terminal.type(terminal.line() + "\r")
-    terminal.wait("there> ")
-    counter = tmp_path / "count"
-    terminal.ask("while echo >>%s; do sleep 0.1; done &" % quoted(counter))
-    assert terminal.is_raw()
-    terminal.type("~\x1a")
-    terminal.wait("Stopped")
-    terminal.wait("here> ")
-    assert terminal.ask("stty -g", "here> ") == modes
-    modes = terminal.ask("stty erase ^H -ixon; stty -g", "here> ")      # a change that must last
-    wait_stopped(the_cexec_of(shell))
-    start = counter.stat().st_size
-    terminal.resize(41, 101)
-
-    def goes_on():
-        assert counter.stat().st_size > start + 16      # longer than the silence that means a lost worker
-    wait_until(goes_on, PATIENCE)
-    terminal.type("fg\r")
-    terminal.wait(room.pub)
-    terminal.wait_raw()
-    terminal.type("\r")
-    terminal.wait("there> ")
-    assert terminal.ask("stty size") == "41 101"
-    assert "Running" in terminal.ask("jobs")
-    terminal.type("exit 3\r")
-    terminal.wait("here> ")
-    assert terminal.ask("echo status $?", "here> ") == "status 3"
-    assert terminal.ask("stty -g", "here> ") == modes
-
-
-def test_a_suspended_script_is_suspended_as_a_whole(room, terminal):
-    serve_bash(room)
-    shell = terminal.bash()
-    modes = terminal.ask("stty -g", "here> ")
-    terminal.type("sh -c %s\r" % quoted(terminal.line() + "; echo after $?"))
-    terminal.wait("there> ")
-    script, = children(shell.pid)
-    pid, = children(script)
-    terminal.type("~\x1a")
-    terminal.wait("Stopped")
-    terminal.wait("here> ")
-    wait_stopped(pid)
-    assert terminal.ask("stty -g", "here> ") == modes
-    terminal.type("fg\r")
-    terminal.wait(room.pub)
-    terminal.wait_raw()
-    terminal.type("exit 3\r")
-    terminal.wait("after 3\r\n")
-
-
-def test_where_nobody_could_continue_it_nothing_is_suspended(room, terminal):
-    """The kernel stops no process group that has no shell to continue it; the session must stay usable."""
-    serve_bash(room)
-    modes = terminal.modes()
-    cexec = terminal.cexec()
-    terminal.wait("there> ")
-    terminal.type("~\x1a")
-    assert terminal.ask("echo $((40+2))").endswith("42")
-    assert terminal.is_raw()
-    terminal.type("sh -c 'echo $((40+2)); exec sleep 99'\r")
-    terminal.wait("42\r\n")
-    terminal.type("\x03")
-    terminal.wait("there> ")
-    terminal.type("exit 3\r")
-    assert cexec.wait(PATIENCE) == 3
-    assert terminal.modes() == modes
-
-
-def test_a_signal_while_modes_are_set_changes_no_terminal(monkeypatch):
-    """termios.tcsetattr() is not called again by itself; the terminal would stay as it was before."""
-    calls, real, (master, slave) = [], termios.tcsetattr, os.openpty()
-
-    def interrupted(*words):
-        calls.append(words)
-        if len(calls) % 2:
-            raise termios.error(errno.EINTR, os.strerror(errno.EINTR))
-        real(*words)
-    for module in termios, tty:
-        monkeypatch.setattr(module, "tcsetattr", interrupted)
-    terminal = cexec.LocalTerminal(types.SimpleNamespace(terminal=2), {})
-    terminal.tty = terminal.reading = slave
-    modes = termios.tcgetattr(slave)
-    terminal.raw()
-    assert not termios.tcgetattr(slave)[3] & (termios.ICANON | termios.ISIG | termios.ECHO)
-    terminal.restore()
-    assert termios.tcgetattr(slave) == modes and len(calls) == 4
-    os.close(master)
-    os.close(slave)
-
-
-def test_who_reads_a_terminal_of_t_from_the_background_stops(room, terminal):
-    serve_sh(room, "read x; echo got $x; exit 3")
-    shell = terminal.bash()
-    modes = terminal.ask("stty -g", "here> ")
-    for _ in range(2):
-        terminal.ask(terminal.line() + " &", "here> ")
-        pid = the_cexec_of(shell)
-        wait_stopped(pid)
-        assert sum(map(int, stat_fields(pid)[11:13])) < 2 * os.sysconf("SC_CLK_TCK")     # CPU time: it did not spin
-        terminal.type("fg\r")
-        terminal.wait(room.pub)
-        terminal.wait_raw()
-        terminal.type("it\r")
-        terminal.wait("got it\r\n")
-        terminal.wait("here> ")
-        assert terminal.ask("echo status $?", "here> ").endswith("status 3")
-        assert terminal.ask("stty -g", "here> ") == modes
-
-
-def test_in_the_background_the_terminal_is_left_alone(room, terminal):
-    """None of three is stopped; each that is brought to the front reads what is typed from then on."""
-    worker = serve_sh(room, "read x; echo got $x; exit 3", CONCURRENCY=3)
-    shell = terminal.bash()
-    for _ in range(3):
-        terminal.ask(terminal.line("--") + " &", "here> ")
-    worker.log.wait(": start from ", count=3)
-    for _ in range(2):      # one line for the shell each time, which they must not take
-        assert terminal.ask("sleep 0.6; echo $((40+2))", "here> ").endswith("42")
-    assert [stat_fields(pid)[0] for pid in cexecs_of(shell)] == ["S"] * 3
-    assert "Stopped" not in terminal.ask("jobs", "here> ")
-    for number in 1, 2, 3:
-        terminal.type("fg %%%d\r" % number)
-        terminal.wait(room.pub)
-        terminal.type("it\r")
-        terminal.wait("got it\r\n")
-        terminal.wait("here> ")
-        assert terminal.ask("echo status $?", "here> ").endswith("status 3")
-
-
-def test_an_unread_terminal_in_the_background_costs_nothing(room, terminal):
-    worker = serve_sh(room, "exit 4")
-    terminal.bash()
-    terminal.ask(terminal.line("--") + "; echo status $?", "here> ")
-    terminal.type("(%s; echo back $?) &\r" % terminal.line("--"))
-    terminal.wait("back 4")
-    worker.log.wait("end, status 4", count=2)
-
-
-@pytest.mark.parametrize("kind", ["-n", "-tn"])
-def test_an_empty_standard_input_leaves_what_is_there(shell, kind):
-    reading, writing = os.pipe()
-    os.write(writing, b"kept")
-    done = run("cexec", *kind.replace("tn", "tt -n").split(), shell.pub, "RUN=cat; echo end", env=shell.settings({}),
-               stdin=reading)
-    assert (done.returncode, done.stderr) == (0, b"") and done.stdout.strip() == b"end"
-    assert os.read(reading, 10) == b"kept"
-    os.close(reading)
-    os.close(writing)
-
-
-def test_in_the_background_it_touches_no_terminal_of_others(room, terminal):
-    """C19."""
-    serve_bash(room)
-    shell = terminal.bash()
-    modes = terminal.ask("stty -g", "here> ")
-    terminal.type(terminal.line() + "\r")
-    terminal.wait("there> ")
-    terminal.type("~\x1a")
-    terminal.wait("here> ")
-    pid = the_cexec_of(shell)
-    for _ in range(2):
-        wait_stopped(pid)
-        terminal.ask("bg", "here> ")
-        wait_stopped(pid)
-        assert terminal.ask("stty -g", "here> ").startswith(modes)      # what follows tells of the stop
-    terminal.ask("kill -HUP %1; fg", "here> ")
-    wait_gone(pid)
-    assert terminal.ask("stty -g", "here> ") == modes
-
-
-def test_without_a_terminal_of_its_own_the_job_stops_with_cexec(room, terminal):
-    """R8: and goes on with it."""
-    serve_sh(room, "echo $$; exec sleep 60")
-    shell = terminal.bash()
-    terminal.type(terminal.line("--") + " </dev/null\r")
-    terminal.wait(room.pub)
-    terminal.wait("\r\n")
-    job = int(terminal.wait("\r\n"))
-    terminal.type("\x1a")
-    terminal.wait("Stopped")
-    terminal.wait("here> ")
-    wait_stopped(the_cexec_of(shell))
-    wait_stopped(job)
-    terminal.type("fg\r")
-
-    def holds():
-        assert stat_fields(job)[:1] == ["S"]
-    wait_until(holds, PATIENCE)
-    terminal.type("\x03")
-    terminal.wait("here> ")
-    assert terminal.ask("echo status $?", "here> ") == "status 130"
-    wait_gone(job)
-
-
-# ---------------------------------------------------------------- faults: helpers
-#
-# Everything that can die, lie or run out, at each moment of a job, with the promised result for the one who submitted
-# it, for the worker, and for the log.  The worker's command is a shell that runs what the test sends as PEER_DO.
-
-DOER = "sh", "-c", 'eval "$PEER_DO"'
-TROUBLE = r"cexec: worker %s: %s\n  (run it again|its output had begun, .*)\n\Z"  # address, words: all of stderr
-MOVED = r"cexec: worker %s: %s after \d+\.\d s; the job may have run there in part; it starts again elsewhere\n"
-
-class Octets:
-    """What a pipe delivers, read by a thread, from the moment it is made."""
-
-    def __init__(self):
-        self.data, self.ended = b"", False
-        self.reading, self.writing = os.pipe()
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self):
-        with open(self.reading, "rb", 0) as file:
-            while True:
-                part = file.read(1 << 16)
-                if not part:
-                    break
-                self.data += part
-        self.ended = True
-
-    def wait(self, size, seconds=PATIENCE):
-        wait_until(lambda: self._long(size), seconds)
-
-    def wait_end(self, seconds=PATIENCE):
-        wait_until(self._at_end, seconds)
-        return self.data
-
-    def _long(self, size):
-        assert len(self.data) >= size
-
-    def _at_end(self):
-        assert self.ended
-
-
-class Forker:
-    """Forks runs of the program with their descriptors given one by one; where: namespaces and neighbour of Forked."""
-
-    def __init__(self, **where):
-        self.where, self.started = where, []
-
-    def start(self, *argv, env=None, fds=None, **options):
-        """fds: {number there: descriptor here}.  Other options as for Forked."""
-        run = Run([*program(), *map(str, argv)], clean_environment(env), fds=fds or {}, start_new_session=True,
-                  **self.where, **options)
-        self.started.append(run)
-        return run
-
-    def end(self):
-        """Kills what a failed test has left running."""
-        for run in self.started:
-            if run.alive():
-                run.kill()
-                run.wait()
-
-    def run(self, *argv, input=b"", seconds=PATIENCE, **options):
-        """(status, output, errors) of one run from file to file."""
-        with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
-            given.write(input)
-            given.seek(0)
-            fds = {0: given.fileno(), 1: out.fileno(), 2: errors.fileno()}
-            status = self.start(*argv, fds=fds, **options).wait(seconds)
-            out.seek(0)
-            errors.seek(0)
-            return status, out.read(), errors.read().decode()
-
-    def submit(self, *argv, input=b"", **options):
-        """Starts a run with pipes all around; a Run with .out and .errors.  input fits into a pipe."""
-        reading, writing = os.pipe()
-        os.write(writing, input)
-        os.close(writing)
-        out, errors = Octets(), Octets()
-        run = self.start(*argv, fds={0: reading, 1: out.writing, 2: errors.writing}, **options)
-        for fd in reading, out.writing, errors.writing:
-            os.close(fd)
-        run.out, run.errors = out, errors
-        return run
-
-
-class Run(Forked):
-    """One run of a Forker."""
-    out = errors = None
-
-    signal = Forked.send_signal
-
-    def alive(self):
-        return self.poll() is None
-
-    def wait(self, timeout=PATIENCE):
-        """The exit status, -n for death by signal n."""
-        try:
-            return super().wait(timeout)
-        except subprocess.TimeoutExpired as error:
-            raise AssertionError("%s\n%s" % (error, self.errors and self.errors.data)) from None
-
-    def result(self, seconds=PATIENCE):
-        """(status, output, errors)."""
-        return self.wait(seconds), self.out.wait_end(), self.errors.wait_end().decode()
-
-
-@pytest.fixture
-def forker(room):
-    forker = Forker()
-    yield forker
-    forker.end()
-
-
-def forked_worker(forker, room, *words, key=None, limits=None, user=None, patch=None, fault=None, **env):
-    """A worker, ready, run by the forker: a Forked whose .errors has the log."""
-    worker = forker.submit("cservice", *words, key or room.key, *DOER, env=room.settings(env), limits=limits,
-                           user=user, patch=patch, fault=fault)
-    wait_until(lambda: assert_contains(worker.errors, b"ready"))
-    return worker
-
-
-def assert_contains(data, words, count=1):
-    assert data.data.count(words) >= count
-
-
-def drained(worker):
-    """It ends as it should, and has never been surprised; its log is complete then."""
-    worker.signal(signal.SIGTERM)
-    assert worker.wait() == 0
-    log = worker.errors.wait_end()
-    assert b"Traceback" not in log and b"handler:" not in log
-
-
-def quick(forker, room, *pairs, env=None, key=None, group=None, **options):
-    """One job in the room by way of the forker: (status, output, errors)."""
-    return forker.run("cexec", key or room.pub, *pairs, env=room.settings(env, group), **options)
-
-
-def assert_serving(forker, room, **env):
-    assert quick(forker, room, "DO=cat", input=b"still here", env=env) == (0, b"still here", "")
-
-
-def assert_gone(*pids, seconds=PATIENCE):
-    def look():
-        assert not [pid for pid in pids if stat_fields(pid)[:1] not in ([], ["Z"])]
-    wait_until(look, seconds)
-
-
-def assert_no_handlers(worker):
-    def look():
-        assert children(worker.pid) == [] and zombies(worker.pid) == []
-    wait_until(look)
-
-
-def pids_in(path):
-    """The pids that jobs have written to a file, each on a line."""
-    return [int(line) for line in path.read_text().split()] if path.exists() else []
-
-
-def wait_for_lines(path, count=1):
-    def look():
-        assert len(pids_in(path)) >= count
-        return pids_in(path)
-    return wait_until(look)
-
-
-def encode_answer(key, nonce, cost=0.0):
-    """The preamble of a worker with a free slot."""
-    return cexec.encode_preamble(key.udp, cexec.Answer(nonce, cost, 0.0, 0.001, False), os.urandom(8))
-
-
-def receive_exactly(connection, size):
-    """So many bytes of a connection; ConnectionError when it has ended before."""
-    data = b""
-    while len(data) < size:
-        part = connection.recv(size - len(data))
-        if not part:
-            raise ConnectionError("ended after %d of %d bytes" % (len(data), size))
-        data += part
-    return data
-
-
-class Impostor:
-    """A submitter or worker out of the program's own parts, to misbehave in ways that the program never would.
-
-    It holds the key of the room, or another one; each step is a method."""
-
-    def __init__(self, room, key=None):
-        self.room, self.connections = room, []
-        self.public = cexec.load_key(key or room.pub, "public")[0]
-        self.udp = self._hold(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
-        self.udp.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
-        self.udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.listener = self._hold(socket.socket())
-        self.listener.bind(("127.0.0.1", 0))
-        self.listener.listen(512)
-        self.listener.settimeout(PATIENCE)
-        self.port, self.nonce = self.listener.getsockname()[1], None
-
-    def _hold(self, made):
-        self.connections.append(made)
-        return made
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        for each in self.connections:
-            each.close()
-
-    # -- as a submitter
-    def send(self, data):
-        self.udp.sendto(data, ("127.255.255.255", self.room.port))
-
-    def announce(self, port=None):
-        self.nonce = os.urandom(8)
-        body = cexec.encode_announcement(cexec.Announcement(0, 0, 4.0, 0, os.urandom(8), 1))
-        data = cexec.encode_datagram(self.public.udp, cexec.ANNOUNCE, self.public.id, self.nonce, 1, body,
-                                     port or self.port)
-        self.send(data)
-        return data
-
-    def accept(self, seconds=PATIENCE):
-        """(a worker that has answered, past its preamble; the word that lets it go on)."""
-        self.listener.settimeout(seconds)
-        connection = self._hold(self.listener.accept()[0])
-        connection.settimeout(PATIENCE)
-        data = receive_exactly(connection, cexec.PREAMBLE_SIZE)
-        cexec.parse_preamble(self.public.udp, self.nonce, data)
-        return connection, cexec.encode_go(self.public.udp, data)
-
-    def secure(self, connection, key, server):
-        """The connection in TLS, with the key that is given."""
-        secured = cexec.tls_context(key, server).wrap_socket(connection, server_side=server)
-        return self._hold(secured)
-
-    def employ(self):
-        """Announces until a worker is connected in TLS."""
-        self.announce()
-        connection, go = self.accept()
-        connection.sendall(go)
-        return self.secure(connection, self.public, True)
-
-    # -- as a worker
-    def hear(self):
-        """(address, port, nonce) of the next announcement in the room."""
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as ear:
-            ear.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            ear.bind(("", self.room.port))
-            ear.settimeout(PATIENCE)
-            while True:
-                data, source = ear.recvfrom(2048)
-                with contextlib.suppress(cexec.ProtocolError):
-                    heard = cexec.parse_datagram(data)
-                    if heard.kind == cexec.ANNOUNCE and heard.authentic(self.public.udp):
-                        return source[0], heard.port, heard.nonce
-
-    def answer(self, heard, preamble=None):
-        """Connects to a submitter and says the preamble of an idle worker."""
-        connection = self._hold(socket.create_connection(heard[:2], 10))
-        connection.sendall(preamble or self.preamble(heard))
-        return connection
-
-    def preamble(self, heard, cost=-3.0, key=None):
-        return encode_answer(key or self.public, heard[2], cost)
-
-    def wait_for_go(self, connection, preamble):
-        """ConnectionError when the submitter does not want this worker."""
-        if receive_exactly(connection, cexec.GO_SIZE) != cexec.encode_go(self.public.udp, preamble):
-            raise ConnectionError
-
-    def apply(self, heard, key):
-        """Answers, and goes through the handshake with this key; OSError when it is not wanted."""
-        preamble = self.preamble(heard)
-        connection = self.answer(heard, preamble)
-        self.wait_for_go(connection, preamble)
-        return self.secure(connection, key, False)
-
-
-def drain(connection):
-    """Reads what the peer says until it closes."""
-    data = b""
-    try:
-        while True:
-            part = connection.recv(1 << 16)
-            if not part:
-                return data
-            data += part
-    except OSError:
-        return data
-
-
-def submit_and_hear(forker, room, impostor, *pairs, env=None, **options):
-    """(the cexec, what it announced)."""
-    heard = []
-    ear = threading.Thread(target=lambda: heard.append(impostor.hear()))
-    ear.start()
-    job = forker.submit("cexec", room.pub, *pairs, env=room.settings(env), **options)
-    ear.join()
-    return job, heard[0]
-
-
-# ---------------------------------------------------------------- pool: who dies or lies, and when
-
-@pytest.fixture(scope="module")
-def network(namespaces):
-    """Three hosts that the matrix shares: sub, one, two."""
-    net = Net()
-    try:
-        for number, name in enumerate(("sub", "one", "two")):
-            net.host(name, "10.99.0.%d/24" % (number + 1))
-        net.forker = Forker(**net.place("sub"))
-        yield net
-    finally:
-        net.end()
-
-
-WAIT = 'while [ ! -e "$PEER_GO" ]; do sleep 0.05; done'
-INPUT = b"first\n" + bytes(range(256)) * 100
-
-# What a job does up to each moment, what of it is visible then, and the status it would end with.  Where nothing is
-# visible yet a second start goes through at once.
-MOMENTS = {
-    "before output": ('echo $$ >>"$PEER_PIDS"; [ $(wc -l <"$PEER_PIDS") -gt 1 ] || { %s; }; cat' % WAIT, b"", 0),
-    "mid-stream": ('echo $$ >>"$PEER_PIDS"; read line; echo "$line"; %s; cat' % WAIT, b"first\n", 0),
-    "after the end of data": ('echo $$ >>"$PEER_PIDS"; cat; exec >&-; %s; exit 7' % WAIT, INPUT, 7),
-}
-
-
-class Case:
-    """One job of the matrix, run up to its moment."""
-
-    def __init__(self, cluster, moment, place):
-        self.cluster, self.moment = cluster, moment
-        self.script, self.visible, self.status = MOMENTS[moment]
-        self.pids, self.go = place / ("pids " + moment), place / ("go " + moment)
-        self.cexec = cluster.submit("DO=" + self.script, "PIDS=%s" % self.pids, "GO=%s" % self.go, input=INPUT)
-
-    def arrive(self):
-        self.job, = wait_for_lines(self.pids)
-        self.id = re.search("CEXEC_JOB=([0-9a-f]{16})", proc(self.job, "environ")).group(1)
-        self.cexec.out.wait(len(self.visible))
-        if self.moment == "after the end of data":
-            self.cexec.out.wait_end()
-        self.handler = int(stat_fields(self.job)[1])
-
-    def victim(self, who):
-        return {"handler": self.handler, "cexec": self.cexec.pid, "job": self.job}[who]
-
-    def told(self, first, verdict):
-        """What crat has of this job: whether its first worker was ratted out, and how the last one completed it."""
-        if first:
-            self.cluster.crat.out.wait("10.99.0.1 rats out 10.99.0.2 for app.pub job %s" % self.id)
-        if verdict is not None:
-            self.cluster.crat.out.wait("for app.pub exit code %d job %s" % (verdict, self.id))
-        expected = bool(first) + (verdict is not None)
-        assert len(self.cluster.crat.out.having(self.id)) == expected, str(self.cluster.crat.out)
-
-    # -- the promised results
-    def goes_on(self, words=None):
-        """The fault is no fault: once the job is let go it ends as it would have."""
-        assert self.cexec.alive()
-        self.go.touch()
-        assert self.cexec.result() == (self.status, INPUT, ""), self.moment
-        assert len(pids_in(self.pids)) == 1
-        self.told(False, self.status)
-
-    def is_replaced(self, words):
-        """Started again with the same input, and one line says so."""
-        status, output, errors = self.cexec.result()
-        assert (status, output) == (self.status, INPUT), (self.moment, errors)
-        assert re.match(MOVED % (r"10\.99\.0\.2", words) + r"\Z", errors), errors
-        assert len(pids_in(self.pids)) == 2
-        self.told(True, self.status)
-
-    def is_lost(self, words):
-        """One line and a hint, a temporary failure, what was shown stays shown once, and no second start."""
-        status, output, errors = self.cexec.result()
-        assert (status, output) == (111, self.visible), (self.moment, errors)
-        assert re.match(TROUBLE % (r"10\.99\.0\.2", words), errors), errors
-        assert len(pids_in(self.pids)) == 1
-        self.told(True, None)
-
-    def is_killed(self, words=None):
-        """As a local program that died of SIGKILL."""
-        assert self.cexec.result() == (128 + signal.SIGKILL, self.visible, ""), self.moment
-        assert len(pids_in(self.pids)) == 1
-        self.told(False, 128 + signal.SIGKILL)
-
-    def is_silent(self, words=None):
-        """cexec itself was killed."""
-        assert self.cexec.wait() == -signal.SIGKILL
-        self.told(False, None)
-
-
-class Cluster:
-    """Worker one has as many slots as the matrix has moments; two comes when the jobs are there."""
-    ADDRESS = {"one": "10.99.0.2", "two": "10.99.0.3"}
-
-    def __init__(self, network, key):
-        self.network, self.key, self.workers = network, key, {}
-        self.crat = network.tool("sub", "crat", "app.pub", cwd=os.path.dirname(key), stdout=LINES)
-        self.serve("one")
-
-    def serve(self, host):
-        worker = self.network.tool(host, "cservice", self.key, *DOER, env={"CONCURRENCY": len(MOMENTS)})
-        self.workers[host] = worker
-        return worker.ready()
-
-    def submit(self, *pairs, **options):
-        env = {"CEXEC_TIMEOUT_PINGPONG": 1, "CEXEC_TIMEOUT_ACCEPT": 15, MARK: self.network.mark}
-        env.update(options.pop("env", {}))
-        return self.network.forker.submit("cexec", self.key + ".pub", *pairs, env=env, **options)
-
-    def serves_in_all_slots(self, host, path):
-        """As many jobs as there are slots, each of which ends when all have started."""
-        script = 'echo $$ >>"$PEER_PIDS"; until [ $(wc -l <"$PEER_PIDS") -ge %d ]; do sleep 0.02; done' % len(MOMENTS)
-        jobs = [self.submit("DO=" + script, "PIDS=%s" % path, env={"CEXEC_ACCEPT_SERVER": self.ADDRESS[host]})
-                for _ in MOMENTS]
-        assert [job.result() for job in jobs] == [(0, b"", "")] * len(MOMENTS)
-
-    def end(self):
-        for process in [self.crat, *self.workers.values()]:
-            process.end()
-
-
-@pytest.fixture
-def cluster(network, key):
-    cluster = Cluster(network, key)
-    yield cluster
-    cluster.end()
-
-
-RESETS = b"""table inet faulty {
-    chain input { type filter hook input priority 0; meta l4proto tcp reject with tcp reset; }
-}"""
-
-
-CLOSED = r"(the connection was closed|the connection broke: .*|the channel broke: .*)"
-SILENT = "silent for 1 seconds"
-NOTICED = 5                 # seconds from a peer's silence to the job's end, with that timeout, on a slow machine
-AGAIN, LOST, ON, DEAD, SILENCE = Case.is_replaced, Case.is_lost, Case.goes_on, Case.is_killed, Case.is_silent
-
-# (who, what): results before output, mid-stream, after the end of data; why cexec says it lost the worker; whether the
-# job is killed at once by its worker; the worker's words about each job, None when the daemon itself is the victim.
-MATRIX = {
-    ("handler", "KILL"): (AGAIN, LOST, LOST, CLOSED, "its handler was killed; the job ends"),
-    ("handler", "STOP"): (AGAIN, LOST, LOST, CLOSED, "its handler was killed; the job ends"),
-    ("daemon", "KILL"): (AGAIN, LOST, LOST, "gave the job up: the worker was killed", None),
-    ("daemon", "STOP"): (ON, ON, ON, None, "end, status"),
-    ("cexec", "KILL"): (SILENCE, SILENCE, SILENCE, None, "submitter lost: .*; the job ends"),
-    ("cexec", "STOP"): (AGAIN, LOST, LOST, CLOSED, "submitter lost: silent for 1 seconds; the job ends"),
-    ("job", "KILL"): (DEAD, DEAD, DEAD, None, "end, signal 9"),
-    ("job", "STOP"): (ON, ON, ON, None, "end, status"),
-    ("link", "down"): (AGAIN, LOST, LOST, SILENT, "submitter lost: silent for 1 seconds; the job ends"),
-    ("link", "reset"): (AGAIN, LOST, LOST, CLOSED, "submitter lost: .*; the job ends"),
-}
-
-
-def strike(cluster, cases, who, what):
-    """Does the harm, and what follows until its effect is there."""
-    network, one = cluster.network, cluster.workers["one"]
-    if what == "down":
-        network.unplug("sub")
-    elif what == "reset":
-        need("nft")
-        network.run("one", "nft", "-f", "-", input=RESETS)
-    else:
-        pids = [one.pid] if who == "daemon" else [case.victim(who) for case in cases]
-        for pid in pids:
-            os.kill(pid, getattr(signal, "SIG" + what))
-
-
-def mend(cluster, cases, who, what):
-    """Undoes what can be undone, after the worker or cexec has seen it."""
-    network, one = cluster.network, cluster.workers["one"]
-    if what == "down":
-        assert_gone(*[case.job for case in cases], seconds=NOTICED)
-        for case in cases[1:]:
-            case.cexec.wait()
-        network.plug("sub")
-    elif what == "reset":
-        assert_gone(*[case.job for case in cases], seconds=NOTICED)
-        network.run("one", "nft", "delete table inet faulty")
-    elif (who, what) == ("cexec", "STOP"):
-        assert_gone(*[case.job for case in cases], seconds=NOTICED)
-        for case in cases:
-            case.cexec.signal(signal.SIGCONT)
-    elif what == "STOP" and who != "handler":       # which its daemon does not leave stopped
-        longer_than_the_timeout()
-        for pid in [one.pid] if who == "daemon" else [case.job for case in cases]:
-            os.kill(pid, signal.SIGCONT)
-
-
-def longer_than_the_timeout():
-    """That silence which is none costs nothing shows only after the time has passed."""
-    time.sleep(1.5)
+def test_a_slot_does_not_wait_for_ever_for_a_folder_to_go(room, tmp_path):
+    """What takes too long is told, and goes on, also when its handler has gone and nobody waits for it any more."""
+    worker = impatient(room, {"Scratch.WAIT": 0.0, "KILL_GRACE": 0.0}, "--scratch", room.key, *RUN_SHELL,
+                       TMPDIR=tmp_path)
+    assert room.cexec("RUN=mkdir $(seq 9000)").returncode == 0
+    worker.log.wait("is not removed after 0 s; the next start tries again")
+    wait_until(lambda: must(os.listdir(str(tmp_path)) == []))
 
 
 @LINUX_ONLY
-@pytest.mark.parametrize("who, what", MATRIX)
-def test_fault_matrix(cluster, who, what, tmp_path):
-    """R1, R2, R4, R7, R9, R10, R11: each fault at each moment, with what is promised for it."""
-    *results, words, logged = MATRIX[who, what]
-    one = cluster.workers["one"]
-    cases = [Case(cluster, moment, tmp_path) for moment in MOMENTS]
-    for case in cases:
-        case.arrive()
-    cluster.serve("two")
-    strike(cluster, cases, who, what)
-    mend(cluster, cases, who, what)
-    for case, result in zip(cases, results):
-        result(case, words)
-    assert_gone(*[case.job for case in cases])
-    if (who, what) == ("daemon", "KILL"):
-        one.wait()
-        assert_gone(*[case.handler for case in cases])
-        one = cluster.serve("one")
-    assert_no_handlers(one)
-    cluster.serves_in_all_slots("one", tmp_path / "all")
-    if logged:
-        pattern = re.compile(r"job [0-9a-f]{16}: %s" % logged)
-        wait_until(lambda: must(sum(bool(pattern.search(line)) for line in list(one.log.lines)) >= len(cases)))
-    assert "Traceback" not in str(one.log) and "Error" not in str(one.log)
-
-
-# ---------------------------------------------------------------- pool: the connection is there, the job is not
-
-# A worker's time limits that no setting changes, shortened.
-HURRY = {"SubmitterConnection.GO": 1.0, "Handler.PATIENCE": 1.0}
-
-
-def stalled_before_welcome(forker, room):
-    """(worker, submitter, relay, handler): the worker has got the word to go on, and nothing more."""
-    worker = forked_worker(forker, room, patch=HURRY, CONCURRENCY=1)
-    relay = room.relay(fault="stall", at=cexec.GO_SIZE, towards="worker", connections=1)
-    job = forker.submit("cexec", room.pub, "DO=cat", input=b"data", env=room.settings({}, relay.group))
-
-    def handler():
-        assert len(children(worker.pid)) == 1 and relay.carried["worker"][:1] == [cexec.GO_SIZE]
-        return children(worker.pid)[0]
-    return worker, job, relay, wait_until(handler)
+def test_a_handler_that_is_killed_leaves_no_folder(room, tmp_path):
+    worker = scratch_worker(room, tmp_path)
+    job = room.submit("RUN=touch x; echo ready; exec sleep 1000", stdout=LINES)
+    job.out.wait("ready")
+    os.kill(only_handler(worker), signal.SIGKILL)
+    job.wait()
+    wait_until(lambda: must(os.listdir(str(tmp_path)) == []))
 
 
 @LINUX_ONLY
-@pytest.mark.parametrize("who, what", [("handler", "KILL"), ("handler", "STOP"), ("daemon", "KILL"), ("daemon", "STOP"),
-                                       ("cexec", "KILL"), ("cexec", "STOP"), ("link", "down")])
-def test_fault_before_the_welcome(room, forker, who, what):
-    worker, cexec, relay, handler = stalled_before_welcome(forker, room)
-    if who != "link":
-        victim = {"handler": handler, "daemon": worker.pid, "cexec": cexec.pid}[who]
-        os.kill(victim, getattr(signal, "SIG" + what))
-    if what == "STOP" and who != "cexec" or who == "daemon":
-        second = room.serve(*DOER)
-    if who == "cexec" and what == "STOP":
-        assert_gone(handler)
-        cexec.signal(signal.SIGCONT)
-    if who == "cexec" and what == "KILL":
-        assert cexec.wait() == -signal.SIGKILL
-    else:
-        assert cexec.result() == (0, b"data", "")
-    if what == "STOP" and who != "cexec":
-        with contextlib.suppress(ProcessLookupError):       # a stopped handler is killed
-            os.kill(victim, signal.SIGCONT)
-        second.stop()
-    assert_gone(handler)
-    if (who, what) != ("daemon", "KILL"):
-        assert_serving(forker, room)
-        drained(worker)
+def test_the_next_start_removes_what_a_killed_daemon_has_left(room, tmp_path):
+    """And no folder that somebody holds, or that is another user's, a file, a link or of another key."""
+    first = scratch_worker(room, tmp_path)
+    job = room.submit("RUN=touch x; echo ready; exec sleep 1000", stdout=LINES)
+    job.out.wait("ready")
+    handler = only_handler(first)
+    os.kill(first.pid, signal.SIGSTOP)      # whichever is killed first, the other one would clean up
+    for pid in handler, first.pid:
+        os.kill(pid, signal.SIGKILL)
+    job.wait()
+    for pid, line in room.left().items():       # nobody is there any more to end it
+        if line == "sleep 1000":
+            os.kill(pid, signal.SIGKILL)
+    left, = tmp_path.iterdir()
+    start = left.name[:-16]
+    (tmp_path / (start + "file")).touch()
+    (tmp_path / (start + "link")).symlink_to(tmp_path)
+    (tmp_path / "cexec-job-00000000-x").mkdir()
+    running = scratch_worker(room, tmp_path)
+    second = room.submit("RUN=echo $PWD; exec sleep 1000", stdout=LINES)
+    held = second.out.wait("cexec-job")
+    scratch_worker(room, tmp_path)
+    wait_until(lambda: must(not left.exists()))
+    assert sorted(str(path) for path in tmp_path.iterdir()) == sorted(
+        [held] + [str(tmp_path / name) for name in (start + "file", start + "link", "cexec-job-00000000-x")])
+    assert running.alive()
 
 
-# ---------------------------------------------------------------- pool: a network that changes or cuts the stream
-
-class Sweep:
-    """Jobs through a relay, each with the fault at another place; several at once."""
-    LANES, BOUND = 4, 15        # jobs at once; seconds, of which a stalled stream takes up a few
-    ENDED = re.compile(TROUBLE % (r"127\.0\.0\.1", ".+"))
-
-    def __init__(self, room, forker, fault):
-        self.room, self.forker, self.fault, self.trouble, self.statuses = room, forker, fault, [], []
-        self.input = bytes(range(256)) * 8
-
-    def job(self, relay):
-        env = {"CEXEC_RETRIES": 0, "CEXEC_TIMEOUT_PINGPONG": 1}
-        return quick(self.forker, self.room, "DO=cat", input=self.input, env=env, group=relay.group)
-
-    def length(self):
-        """Bytes that an undisturbed job moves towards each side."""
-        relay = self.room.relay()
-        assert self.job(relay) == (0, self.input, "")
-        return {towards: max(relay.carried[towards]) for towards in relay.carried}
-
-    def places(self, count):
-        """(towards, byte, bit), evenly spread over both streams."""
-        found = []
-        for towards, length in self.length().items():
-            found += [(towards, length * i // (count // 2), i % 8) for i in range(count // 2)]
-        return found
-
-    def run(self, count):
-        places = self.places(count)
-        lanes = [threading.Thread(target=self._lane, args=(places[i::self.LANES],)) for i in range(self.LANES)]
-        for lane in lanes:
-            lane.start()
-        for lane in lanes:
-            lane.join()
-        assert len(self.statuses) == len(places) or self.trouble
-        assert not self.trouble, "\n".join(self.trouble[:10])
-
-    def _lane(self, places):
-        for towards, at, bit in places:
-            relay = Relay(free_port(), self.room.port, fault=self.fault, towards=towards, at=at, bit=bit, connections=1)
-            began = time.monotonic()
-            try:
-                self._judge(*self.job(relay))
-                assert time.monotonic() - began < self.BOUND
-            except Exception as error:
-                self.trouble.append("%s at byte %d bit %d towards the %s, after %.1f s: %s: %s" % (
-                    self.fault, at, bit, towards, time.monotonic() - began, type(error).__name__, error))
-            finally:
-                relay.close()
-
-    def _judge(self, status, output, errors):
-        """All of it and no word, or a beginning of it, the temporary failure and its line."""
-        self.statuses.append(status)
-        if status == 0:
-            assert (output, errors) == (self.input, "")
-        else:
-            assert status == 111 and self.input.startswith(output) and self.ENDED.match(errors), (status, errors)
+def test_a_folder_that_cannot_be_made_is_found_at_the_start(room, tmp_path):
+    done = run("cservice", "--scratch", room.key, "cat", env=room.settings({"TMPDIR": tmp_path / "none"}))
+    assert done.returncode == 2 and b"cservice: --scratch: jobs cannot have a folder in " in done.stderr
+    if os.geteuid() == 0:
+        tmp_path.chmod(0o700)
+        done = run("cservice", "--scratch", "--user", "nobody", room.key, "cat",
+                   env=room.settings({"TMPDIR": tmp_path}))
+        assert done.returncode == 2 and b"TMPDIR names another place" in done.stderr
 
 
-PLACES = int(os.environ.get("CEXEC_TEST_PLACES", 60))       # where a stream is harmed
+def test_a_folder_that_cannot_be_made_sends_jobs_elsewhere(room, tmp_path):
+    """It is a refusal that is not final."""
+    place = tmp_path / "place"
+    place.mkdir()
+    worker = scratch_worker(room, place, "--boost", "0")
+    place.rmdir()
+    room.serve("sh", "-c", "echo elsewhere", BOOST=400000)
+    done = room.cexec()
+    assert done.stdout == b"elsewhere\n" and worker.log.wait("refused to") and b"place" in done.stderr, done.stderr
+
+
+def test_an_argument_relative_to_the_folder_is_warned_about(room, tmp_path):
+    (tmp_path / "job.sh").write_text("echo here")
+    for argument, warned in ("job.sh", True), ("--file=job.sh", True), (tmp_path / "job.sh", False), ("none", False):
+        worker = room.tool("cservice", "--scratch", room.key, "sh", argument, cwd=str(tmp_path)).ready()
+        worker.stop()
+        assert len(worker.log.having("warning: %s is in this folder, and jobs" % "job.sh")) == warned, str(worker.log)
+
+
+def test_depth_and_number_cost_the_removal_nothing(tmp_path):
+    """Neither the stack nor descriptors: it is flat."""
+    top = tmp_path / "top"
+    code = ("import os\nfor number in range(3000):\n    os.mkdir('x' * 200)\n    os.chdir('x' * 200)\n"
+            "open('deep', 'w').close()\nos.chmod('.', 0)\n")
+    top.mkdir()
+    for number in range(500):
+        (top / ("f%d" % number)).touch()
+        (top / ("d%d" % number)).mkdir()
+    subprocess.run([sys.executable, "-c", code], cwd=str(top), check=True)
+    fd = os.open(str(top), os.O_RDONLY)
+    assert cexec.remove_folder(str(top), fd) is None and not top.exists()
+    os.close(fd)
 
 
 @LINUX_ONLY
-@pytest.mark.parametrize("fault", ["flip", "cut", "reset"])
-def test_a_stream_harmed_at_many_places(room, forker, fault):
-    """S10, R1: the output is whole, or it is a beginning of it and the status is 111."""
-    workers = [room.serve(*DOER, CONCURRENCY=16) for _ in range(3)]
-    sweep = Sweep(room, forker, fault)
-    sweep.run(PLACES)
-    # Up to the job's start another connection takes over; after it nothing can be saved; the last bytes do not matter.
-    assert {0, 111} == set(sweep.statuses)
-    assert_serving(forker, room)
-    for worker in workers:
-        assert "Traceback" not in str(worker.log) and "handler:" not in str(worker.log), str(worker.log)
+def test_what_is_mounted_in_a_folder_is_not_entered(tmp_path, as_root):
+    need("unshare", "mount")
+    top, precious = tmp_path / "top", tmp_path / "precious"
+    for folder in top / "deep" / "mount", precious:
+        folder.mkdir(parents=True)
+    (precious / "file").touch()
+    code = ("import sys, os; sys.path.insert(0, %r); import cexec; os.chdir(sys.argv[1])\n"
+            "print(cexec.remove_folder('top', os.open('top', os.O_RDONLY)))" % HERE)
+    done = run_command("unshare", "-m", "sh", "-c", 'mount --bind precious top/deep/mount && exec "$@"', "sh",
+                       sys.executable, "-c", code, tmp_path, cwd=str(tmp_path))
+    if b"unshare" in done.stderr or b"mount" in done.stderr:
+        skip("no mounts here")
+    assert b"busy" in done.stdout and (precious / "file").exists()
 
 
-# ---------------------------------------------------------------- pool: lost jobs start again
+# ---------------------------------------------------------------- cservice: the parameters that it takes
 
-REPLACED = 'echo $$ >>"$PEER_PIDS"; if [ $(wc -l <"$PEER_PIDS") = 1 ]; then %s; kill -9 $PPID; sleep 60; fi; cat'
-
-
-def lose_the_first(cluster, path, before, given, **env):
-    """(status, output, errors) of a job that kills its first handler after `before`.  given: input or stdin."""
-    cluster.serve("two")
-    command = [*cluster.network.inside("sub"), *program(), "cexec", cluster.key + ".pub", "DO=" + REPLACED % before]
-    env = {"CEXEC_TIMEOUT_ACCEPT": 15, MARK: cluster.network.mark, **env}
-    done = run_command(*command, "PIDS=%s" % path, env=env, **given)
-    assert_gone(*pids_in(path))
-    return done.returncode, done.stdout, done.stderr.decode()
-
-
-BIG = bytes(range(256)) * 12288      # 3 MiB: more than the handler's pipe takes
-NEAR_ALL = "head -c 2500000 >/dev/null"
-READ_ONE = "head -c 1 >/dev/null"    # whoever has got a byte is known to the daemon by its group
+@pytest.mark.parametrize("names, words", [
+    ("", ""), ("N=3", ""), ("N=xy", ""), ("N=3 W=any*[thing]", ""), ("W=", ""), ("N=34", "N=34 is not allowed here"),
+    ("N=X", "N=X is not allowed here, only N=[0-9] or N=x?"), ("N=3 N=3", "the parameter N was given twice"),
+    ("M=3", "the parameter M is not allowed here, only N, W"), ("n=3", "the parameter n is not allowed here")])
+def test_parameters_that_are_not_allowed(names, words):
+    """The pattern is for the whole value, in which case counts; several for a NAME are alternatives."""
+    allowed = cexec.parse_allowed("N=[0-9]\nN=x?\nW=*")
+    pairs = [tuple(word.encode().split(b"=")) for word in names.split()]
+    assert cexec.refusal_of(pairs, allowed).startswith(words) and bool(words) == bool(cexec.refusal_of(pairs, allowed))
+    assert cexec.refusal_of([(b"W", b"a/b\n\xff")], allowed) == ""
+    assert cexec.refusal_of([(b"N", b"3\n")], allowed) != ""
 
 
-@LINUX_ONLY
-@pytest.mark.parametrize("kind, env", [
-    ("file", {}), ("file", {"CEXEC_REPLAY": "0"}), ("file at an offset", {}), ("pipe", {}),
-    ("pipe", {"CEXEC_REPLAY": "3"})])
-def test_the_input_of_a_lost_job_is_given_again(cluster, tmp_path, kind, env):
-    """R3: a file by seeking, a pipe from what was kept."""
-    (tmp_path / "big").write_bytes(BIG)
-    with open(str(tmp_path / "big"), "rb", 0) as file:
-        file.seek(1000 if kind == "file at an offset" else 0)
-        given = dict(input=BIG) if kind == "pipe" else dict(stdin=file)
-        result = lose_the_first(cluster, tmp_path / "pids", NEAR_ALL, given, **env)
-    assert result[:2] == (0, BIG[1000:] if kind == "file at an offset" else BIG), result[2]
-    assert re.match(MOVED % (r"10\.99\.0\.\d", CLOSED) + r"\Z", result[2]), result[2]
-    assert len(pids_in(tmp_path / "pids")) == 2
+def test_a_parameter_that_is_not_allowed_starts_no_command(room, tmp_path):
+    """C9."""
+    worker = room.tool("cservice", "--allow", "RUN=touch [a-z]*", "--allow=N=[0-9]", room.key, "sh", "-c",
+                       'cd "$1" && eval "$PEER_RUN"', "sh", tmp_path).ready()
+    assert room.cexec("RUN=touch it", "N=3").returncode == 0
+    done = room.cexec("RUN=ls", "N=3", env={"CEXEC_TIMEOUT_ACCEPT": 3})
+    assert done.returncode in (2, 111) and b"RUN=ls is not allowed here, only RUN=touch [a-z]*" in done.stderr
+    assert os.listdir(str(tmp_path)) == ["it"] and worker.log.wait("refused to 127.0.0.1: RUN=ls is not allowed")
 
 
-@LINUX_ONLY
-@pytest.mark.parametrize("before, env, output", [
-    (NEAR_ALL, {"CEXEC_REPLAY": "1"}, b""),             # more than may be remembered
-    (READ_ONE, {"CEXEC_RETRIES": "0"}, b""),
-    ("printf x; sleep 0.3", {}, b"x"),                  # somebody may have read it
-    ("exec >&-; sleep 0.3", {}, b""),                   # an end counts as much as an byte
-    ("exec <&-; sleep 0.3", {}, b""),                   # and so does an input that nobody reads any more
-], ids=["the input is too long", "turned off", "after an byte", "after a close", "after an input's close"])
-def test_a_job_that_may_not_start_again_is_lost(cluster, tmp_path, before, env, output):
-    """R3, R4, R5: too much input, none of the retries, or something to be seen already."""
-    status, out, errors = lose_the_first(cluster, tmp_path / "pids", before, dict(input=BIG), **env)
-    assert (status, out) == (111, output)
-    assert re.match(TROUBLE % (r"10\.99\.0\.\d", CLOSED), errors), errors
-    assert len(pids_in(tmp_path / "pids")) == 1
+@pytest.mark.parametrize("value", ["x\nLEAVE", "x\nSTAY\nLINE forged", "x\nGROUP 7 forged", "x\n\n\xff\nBOGUS"])
+def test_a_refused_value_with_line_ends_is_one_line_of_the_log(room, value):
+    """S11, S14: a handler tells its daemon what a submitter sent, and none of that is taken for an event."""
+    worker = room.tool("cservice", "--allow", "RUN=a*", room.key, "true").ready()
+    assert room.cexec("RUN=" + value).returncode == 2
+    assert room.cexec("RUN=a").returncode == 0
+    assert worker.stop() == 0
+    lines = str(worker.log).splitlines()
+    assert not [line for line in lines if "internal error" in line]
+    assert len([line for line in lines if "refused to 127.0.0.1: RUN=x\\n" in line]) == 1
 
 
-@LINUX_ONLY
-def test_a_job_that_loses_every_worker_ends(cluster, tmp_path):
-    """R2: CEXEC_RETRIES of them."""
-    cluster.serve("two")
-    job = cluster.submit('DO=echo $$ >>"$PEER_PIDS"; read line; kill -9 $PPID; sleep 60',
-                         "PIDS=%s" % (tmp_path / "pids"), env={"CEXEC_RETRIES": 1})
-    status, output, errors = job.result()
-    lost = r"10\.99\.0\.\d", CLOSED
-    assert (status, output) == (111, b"") and re.match(MOVED % lost + TROUBLE % lost, errors), errors
-    assert len(pids_in(tmp_path / "pids")) == 2
-
-
-def test_a_lone_worker_gets_its_job_again_soon(room, forker, tmp_path):
-    """Another worker is preferred, but where there is none the same one will do."""
-    room.serve(*DOER)
-    began = time.monotonic()
-    result = quick(forker, room, "DO=" + REPLACED % READ_ONE, "PIDS=%s" % (tmp_path / "pids"), input=b"data")
-    assert result[:2] == (0, b"data") and re.match(MOVED % (r"127\.0\.0\.1", CLOSED) + r"\Z", result[2]), result[2]
-    assert time.monotonic() - began < 10
+def test_an_option_that_is_a_list_may_be_given_several_times():
+    """The second one adds to the first: a restriction must not be silently void."""
+    assert settings_of("cexec", "--reject-server", "10.0.0.1", "--reject-servers=10.0.0.2").reject_servers == (
+        "10.0.0.1", "10.0.0.2")
+    assert settings_of("cexec", "--accept-server=::1", "--accept-server", "10.0.0.1").accept_server == (
+        "::1", "10.0.0.1")
+    assert settings_of("cservice", "--limit", "wall=3", "--limit=cpu=5").limits == [("wall", 3), ("cpu", 5)]
+    assert settings_of("cexec", "--listen-ports", "4000", "--listen-port=4002").listen_ports == [
+        (4000, 4000), (4002, 4002)]
+    assert settings_of("cservice", "--allow", "A=1", "--allow", "B=*", "--allow", "A=2").allow == {
+        "A": ["1", "2"], "B": ["*"]}
 
 
 # ---------------------------------------------------------------- cservice: no job outlives whom it was for
@@ -17533,11 +15500,139 @@ def test_a_worker_of_root_says_so_and_user_gives_up_everything(room, forker, as_
     assert "jobs run as nobody" in str(worker.log) and "jobs run as root" not in str(worker.log)
 
 
+# ---------------------------------------------------------------- limits, and other users
+
+def end_of(worker):
+    """What the log says of the end of the last job."""
+    return re.sub(r", [\d.]+ s, .*", "", worker.log.wait(": end, ").partition(": end, ")[2])
+
+
+@pytest.mark.parametrize("limit, text, status, end", [
+    ("wall=1", "exec sleep 60", 143, "signal 15 (its limit of wall)"),
+    ("wall=1", "trap '' TERM HUP; while :; do sleep 0.1; done", 137, "signal 9 (its limit of wall)"),
+    ("cpu=1", "ulimit -c 0; while :; do :; done", 152, "signal 24 (its limit of cpu)"),
+    ("file=8k", "ulimit -c 0; exec head -c 100000 /dev/zero >\"$PEER_FILE\"", 153, "signal 25 (its limit of file)"),
+    ("memory=400M", "exec '%s' -ISc 'bytearray(1 << 29)' 2>/dev/null" % sys.executable, 1, "status 1"),
+], ids=["wall", "wall, ignored", "cpu", "file", "memory"])
+def test_a_limit_ends_a_job_and_the_log_names_it(room, tmp_path, limit, text, status, end):
+    worker = room.tool("cservice", "--limit", limit, room.key, *RUN_SHELL, env={"CONCURRENCY": 1}).ready()
+    done = room.cexec("RUN=" + text, "FILE=%s" % (tmp_path / "file"))
+    assert (done.returncode, done.stdout) == (status, b"")
+    told = "cexec: job \\w+ on 127.0.0.1 was ended by its limit of %s\n" % limit.split("=")[0] if "limit" in end else ""
+    assert re.fullmatch(told, done.stderr.decode()), done.stderr
+    assert end_of(worker) == end
+    if limit == "file=8k":
+        assert (tmp_path / "file").stat().st_size == 8192
+    assert room.cexec("RUN=cat", input=b"next").stdout == b"next"       # the limits are each job's own
+    assert worker.stop() == 0
+
+
+@pytest.mark.parametrize("text", ["echo begun; exec sleep 60", "echo begun; sleep 60 & wait"])
+def test_a_limit_of_time_ends_a_job_with_a_terminal(room, text):
+    worker = room.tool("cservice", "--limit", "wall=1", room.key, *RUN_SHELL).ready()
+    done = run("cexec", "-tt", room.pub, "RUN=" + text, env=room.settings({}))
+    assert (done.returncode, done.stdout) == (143, b"begun\r\n")
+    assert end_of(worker) == "signal 15 (its limit of wall)"
+    assert worker.stop() == 0
+
+
+def test_a_limit_of_processes_holds_for_the_jobs_user(room, as_root):
+    """Root's processes know no such limit."""
+    room.tool("cservice", "--limit=processes=1", "--user=nobody", room.key, *RUN_SHELL, cwd="/").ready()
+    done = room.cexec("RUN=echo before; sleep 0; echo behind")
+    assert done.stdout == b"before\n" and done.returncode and b"fork" in done.stderr.lower()
+
+
+@LINUX_ONLY
+def test_a_limit_of_time_frees_a_slot_with_open_outputs(room):
+    """R11: the first process has ended; another one, in a session of its own, has its output."""
+    need("setsid")
+    worker = room.tool("cservice", "--limit", "wall=1", room.key, *RUN_SHELL, env={"CONCURRENCY": 1}).ready()
+    done = room.cexec("RUN=echo begun; setsid sh -c 'trap \"\" TERM HUP; sleep 60' & exit 3")
+    assert (done.returncode, done.stdout) == (3, b"begun\n")
+    assert end_of(worker) == "status 3 (its limit of wall)"
+    assert room.cexec("RUN=echo next").stdout == b"next\n"
+    assert worker.stop() == 0
+
+
+@LINUX_ONLY
+def test_several_limits_at_once_leave_a_job_its_results(room):
+    limits = "wall=30,cpu=20,memory=1G,file=1M,processes=1000"
+    room.tool("cservice", "--limit", limits, room.key, *RUN_SHELL).ready()
+    done = room.cexec("RUN=cat /proc/self/limits -", input=b"data")
+    found = {line[:26].strip(): line[26:].split()[:2] for line in done.stdout.decode().splitlines()}
+    assert (done.returncode, done.stderr, done.stdout[-4:]) == (0, b"", b"data")
+    assert [found["Max " + name] for name in ("cpu time", "address space", "file size", "processes")] == [
+        ["20", "21"], ["1073741824"] * 2, ["1048576"] * 2, ["1000"] * 2]
+
+
+def test_a_users_jobs_find_that_users_places(room, as_root):
+    import pwd
+    nobody = pwd.getpwnam("nobody")
+    room.tool("cservice", "--user", "nobody", room.key, *RUN_SHELL, cwd="/",
+              env={"HOME": "/root", "USER": "root", "LOGNAME": "root", "SHELL": "/bin/rootsh", "MAIL": "kept"}).ready()
+    done = room.cexec('RUN=printf "%s\\n" "$HOME" "$USER" "$LOGNAME" "$SHELL" "$PATH" "$MAIL"')
+    assert done.stdout.decode().split("\n") == [
+        nobody.pw_dir, "nobody", "nobody", nobody.pw_shell or "/bin/sh", "/usr/local/bin:/usr/bin:/bin", "kept", ""]
+
+
+@pytest.mark.parametrize("words", [["--user", ""], ["--user="]])
+def test_an_empty_user_is_not_root(room, words):
+    done = run("cservice", *words, room.key, "true", env=room.settings({}))
+    assert done.returncode == 2 and done.stdout == b""
+    assert done.stderr.startswith(b"cservice: --user=: not accepted\n") and done.stderr.count(b"\n") == 2, done.stderr
+
+
+@pytest.mark.parametrize("how", ["end", "cexec", "handler"])
+def test_a_jobs_number_is_its_own_until_its_group_ended(room, how):
+    """S21: its leader has ended, a child in another session keeps an output open: the leader is not waited for."""
+    worker = room.serve(*RUN_SHELL)
+    need("setsid")
+    job = room.submit("RUN=setsid sleep 1000 & echo $$; exit 0", stdout=LINES)
+    job.out.wait("")
+    leader = int(wait_until(lambda: must(job.out.lines) or job.out.lines[0]))
+    wait_until(lambda: must(stat_fields(leader)[:1] == ["Z"]))
+    handler = only_handler(worker)
+    sleeping = job_process(room, "sleep")
+    assert stat_fields(leader)[1] == str(handler) and job.alive()
+    if how == "end":
+        os.kill(sleeping, signal.SIGKILL)
+        assert job.complete() == 0
+    else:
+        os.kill(job.pid if how == "cexec" else handler, signal.SIGKILL)
+        job.wait()
+        assert_gone(sleeping)
+    wait_until(lambda: nothing_below(worker))
+    assert room.cexec("RUN=echo next").stdout == b"next\n"
+
+
+@LINUX_ONLY
+@pytest.mark.parametrize("user", [None, "nobody"])
+def test_the_job_of_a_killed_handler_ends_everywhere(room, user, request):
+    """S21, R10: in its group, in a session of its own, and nobody else does."""
+    if user:
+        request.getfixturevalue("as_root")
+    bystander = room.start("sleep", "1000", start_new_session=True)
+    words = ["--user", user] if user else []
+    worker = room.tool("cservice", *words, room.key, *RUN_SHELL, cwd="/", env={"CONCURRENCY": 1}).ready()
+    need("setsid")
+    job = room.submit("RUN=setsid sleep 1001 & setsid sh -c 'sleep 1002 & exit' & echo ready; exec sleep 1003",
+                      env={"CEXEC_RETRIES": 0}, stdout=LINES)
+    job.out.wait("ready")
+    if user:
+        import pwd
+        for line in proc(only_handler(worker), "status").splitlines():
+            if line.startswith(("Uid:", "Gid:")):
+                nobody = pwd.getpwnam("nobody")
+                assert set(line.split()[1:]) == {str(nobody.pw_uid if line[0] == "U" else nobody.pw_gid)}
+    os.kill(only_handler(worker), signal.SIGKILL)
+    assert job.complete() == 111
+    wait_until(lambda: must(not [words for words in room.left().values() if re.match(r"sleep 100[123]$", words)]))
+    assert bystander.alive()
+    assert room.cexec("RUN=echo next").stdout == b"next\n"
+
+
 # ---------------------------------------------------------------- peers that break the protocol
-
-def message(name, number=0, body=b""):
-    return cexec.frame(vars(cexec)[name], number, body)
-
 
 OWN_HELLO = message("HELLO", 0, cexec.encode_hello("127.0.0.1", "0123456789abcdef", True))
 OWN_WELCOME = message("WELCOME", 0, cexec.encode_greeting("127.0.0.1"))
@@ -17790,175 +15885,6 @@ def assert_logged(worker, seen, words, lie):
 
 def assert_tidy(worker, fds):
     assert children(worker.pid) == [] and zombies(worker.pid) == [] and len(open_fds(worker.pid)) <= fds
-
-
-# ---------------------------------------------------------------- cservice: a fault of the daemon's own
-
-DAEMON = ("Daemon", "SubmitterConnection", "Offers", "Link", "Children", "HandlerProcess", "Handlers", "Orphans",
-          "Receiver", "AlertJudge", "RollCalls", "CommandWatch", "Veto", "Drain")     # whose objects its loop calls
-
-
-NOT_HERE = {"Veto._ended"}      # with --if
-
-
-def daemon_callbacks():
-    """"Class.method" of every method of the daemon that is called from outside its class: given away as a value or in
-    a lambda, in a table, or told by its name to be some object's owner's."""
-    with open(CEXEC, encoding="utf-8") as file:     # to parse all of it would take a fifth of the start of the tests
-        texts = re.findall(r"(?m)^class (?:%s)\b.*\n(?:(?: .*)?\n)+" % "|".join(DAEMON), file.read())
-    owners = {node.name: node for text in texts for node in ast.parse(text).body}
-    methods = {name: {node.name for node in owner.body if isinstance(node, ast.FunctionDef)}
-               for name, owner in owners.items()}
-
-    def given(owner):
-        for node in ast.walk(owner):
-            if isinstance(node, ast.Call):
-                for value in node.args + [named.value for named in node.keywords if named.arg != "on_error"]:
-                    if isinstance(value, ast.Lambda):
-                        yield from (each.func for each in ast.walk(value.body) if isinstance(each, ast.Call))
-                    yield value
-            elif isinstance(node, ast.Dict):
-                yield from node.values
-            elif isinstance(node, ast.FunctionDef) and node.name.startswith("on_"):
-                yield ast.Name(node.name)
-
-    found = set()
-    for name, owner in owners.items():
-        for value in given(owner):
-            if isinstance(value, ast.Name) and value.id in methods[name]:
-                found.add((name, value.id))
-            elif isinstance(value, ast.Attribute):
-                own = names_self(value.value) and value.attr in methods[name]
-                found |= {(each, value.attr) for each in ([name] if own else methods) if value.attr in methods[each]}
-    return sorted({"%s.%s" % each for each in found} - NOT_HERE)
-
-
-class Stimuli:
-    """Whatever may make a daemon of one slot call something; each costs it a job at most."""
-
-    def __init__(self, forker, room, worker, impostor):
-        self.forker, self.room, self.worker, self.impostor = forker, room, worker, impostor
-        self.all = [self.job, self.silent_submitter, self.refusing_submitter, self.roll_call, self.killed_handler,
-                    self.refused_job, self.lost_submitter, self.waiting_submitter]
-
-    def job(self):
-        """With all its datagrams, up to the alert."""
-        quick(self.forker, self.room, "DO=cat", input=b"data", env={"CEXEC_TIMEOUT_ACCEPT": 5})
-
-    def silent_submitter(self):
-        """Is called and hangs up."""
-        self.impostor.announce()
-        with contextlib.suppress(OSError):
-            self.impostor.accept(3)[0].close()
-        self.say(cexec.TAKEN, cexec.encode_taken(None))
-
-    def refusing_submitter(self):
-        """Wants to be called where nobody listens."""
-        with socket.socket() as closed:
-            closed.bind(("127.0.0.1", 0))
-            self.impostor.announce(closed.getsockname()[1])
-
-    def roll_call(self):
-        for flags in 0, cexec.CONNECT:
-            self.impostor.nonce = os.urandom(8)
-            self.say(cexec.ASK, cexec.encode_ask(0, flags))
-
-    def killed_handler(self):
-        """In the middle of its job, while another submitter waits and says hold."""
-        job = self.forker.submit("cexec", self.room.pub, "DO=echo ready; exec sleep 60",
-                                 env=self.room.settings({"CEXEC_RETRIES": 0, "CEXEC_TIMEOUT_ACCEPT": 5}))
-        with contextlib.suppress(AssertionError):
-            job.out.wait(6, 5)
-            self.impostor.announce()
-            self.say(cexec.HOLD, cexec.encode_hold(0.1))
-            self.say(cexec.TAKEN, cexec.encode_taken(None))
-            for pid in children(self.worker.pid):
-                os.kill(pid, signal.SIGKILL)
-        job.wait()
-
-    def employed(self):
-        """The connection to the worker, though it may also answer what was announced before."""
-        self.impostor.announce()
-        while True:
-            with contextlib.suppress(cexec.ProtocolError):
-                connection, go = self.impostor.accept(3)
-                connection.sendall(go)
-                return self.impostor.secure(connection, self.impostor.public, True)
-
-    def refused_job(self):
-        """With a descriptor that the worker cannot give it."""
-        with contextlib.suppress(OSError):
-            self.employed().sendall(a_job({30000: cexec.IN}))
-
-    def lost_submitter(self):
-        """In the middle of its job."""
-        with contextlib.suppress(OSError):
-            peer = self.employed()
-            peer.sendall(a_job({}, do="exec sleep 60"))
-            time.sleep(0.2)
-            peer.close()
-
-    def waiting_submitter(self):
-        """Who waits for half a second, and then no more, while a job runs."""
-        with contextlib.suppress(OSError):
-            peer = self.employed()
-            peer.sendall(a_job({}, do="exec sleep 3"))
-            self.impostor.announce()
-            time.sleep(1.2)
-            self.say(cexec.TAKEN, cexec.encode_taken(None))
-            time.sleep(0.6)
-            peer.close()
-
-    def nothing(self):
-        """Time for what came late."""
-
-    def stop(self):
-        self.worker.signal(signal.SIGTERM)
-
-    def told_to_stop(self):
-        for connection in cexec.controls(cexec.load_key(self.room.key)[0]):
-            peer = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
-            if peer == self.worker.pid:
-                connection.sendall(b"stop\n")
-            connection.close()
-
-    def say(self, kind, body):
-        public = self.impostor.public
-        self.impostor.send(cexec.encode_datagram(public.udp, kind, public.id, self.impostor.nonce, 1, body,
-                                                 self.impostor.port if kind == cexec.ASK else 0))
-
-    def until(self, words, stimuli):
-        """Gives one after the other until the worker's log has these words; the one that brought them."""
-        for give in stimuli:
-            give()
-            with contextlib.suppress(AssertionError):
-                wait_until(lambda: assert_contains(self.worker.errors, words), 1)
-                return give
-        pytest.fail("%r is not in the log:\n%s" % (words, self.worker.errors.data.decode()))
-
-
-@LINUX_ONLY
-@pytest.mark.parametrize("callback", daemon_callbacks())
-def test_a_fault_in_a_daemons_callback_costs_one_job(room, forker, callback):
-    """The log has the traceback, the only slot is free for the next job, and the callback is called again."""
-    worker = forked_worker(forker, room, fault=callback, CONCURRENCY=1)
-    with Impostor(room) as impostor:
-        stimuli = Stimuli(forker, room, worker, impostor)
-        brought = stimuli.until(b"fault: call 1", stimuli.all + [stimuli.nothing] * 3
-                                + [stimuli.told_to_stop] * (callback != "Drain.on_signal") + [stimuli.stop])
-        wait_until(lambda: assert_contains(worker.errors, b"RuntimeError: injected"))
-        assert b"Traceback (most recent call last)" in worker.errors.data
-        assert_serving(forker, room)
-        if brought == stimuli.told_to_stop:
-            stimuli.until(b"fault: call 2", [brought])
-        elif brought != stimuli.stop:
-            stimuli.until(b"fault: call 2", [brought] + stimuli.all)
-            assert_serving(forker, room)
-    with contextlib.suppress(ProcessLookupError):       # told to stop twice, it may have gone
-        worker.signal(signal.SIGTERM)
-    assert worker.wait() == 0
-    assert worker.errors.wait_end().count(b"internal error, the daemon goes on") == 1, worker.errors.data.decode()
-    assert b"fault: call 2" in worker.errors.data
 
 
 # ---------------------------------------------------------------- strangers
@@ -18252,175 +16178,173 @@ def test_an_interrupt_before_a_refusal_starts_nothing_else(room, forker, private
     assert b": start from " not in other.errors.data
 
 
-# ---------------------------------------------------------------- pool: workers that fail, refuse and dawdle
+# ---------------------------------------------------------------- cservice: a fault of the daemon's own
 
-@LINUX_ONLY
-def test_a_chosen_worker_that_does_not_start_the_job_is_replaced(shared_room, private_key):
-    """R18: after a second; here after a part of it."""
-    room, forker = shared_room
-    assert cexec.START_PATIENCE == 1.0
-    with Impostor(room) as impostor:
-        job, heard = submit_and_hear(forker, room, impostor, "DO=cat", input=b"data",
-                                     patch={"START_PATIENCE": 0.2})
-        idle = impostor.apply(heard, private_key)
-        idle.sendall(OWN_HELLO)
-        assert idle.recv(1 << 16)
-        worker = forked_worker(forker, room)
-        status, output, errors = job.result()
-        assert (status, output) == (0, b"data")
-        assert re.match(MOVED % (r"127\.0\.0\.1", "did not start the job") + r"\Z", errors), errors
-        worker.signal(signal.SIGTERM)
-        assert worker.wait() == 0
+DAEMON = ("Daemon", "SubmitterConnection", "Offers", "Link", "Children", "HandlerProcess", "Handlers", "Orphans",
+          "Receiver", "AlertJudge", "RollCalls", "CommandWatch", "Veto", "Drain")     # whose objects its loop calls
 
 
-@LINUX_ONLY
-@pytest.mark.parametrize("said, gaps", [(message("REFUSED", 0, b"no"), (0.25, 0.5)), (b"", (0.25, 0.5))],
-                         ids=["refuses", "fails"])
-def test_a_worker_is_passed_over_for_a_while(shared_room, private_key, said, gaps):
-    """R18: a quarter of a second, which doubles each time."""
-    room, forker = shared_room
-    with Impostor(room) as impostor:
-        job, heard = submit_and_hear(forker, room, impostor)
-        offered = []
-        while len(offered) < 3:
-            with contextlib.suppress(OSError):
-                worker = impostor.apply(heard, private_key)
-                worker.sendall(OWN_HELLO)
-                if worker.recv(1 << 16):
-                    offered.append(time.monotonic())
-                    worker.sendall(said)
-                worker.close()
-            heard = impostor.hear() if len(offered) < 3 else None
-        job.signal(signal.SIGKILL)
+NOT_HERE = {"Veto._ended"}      # with --if
+
+
+def daemon_callbacks():
+    """"Class.method" of every method of the daemon that is called from outside its class: given away as a value or in
+    a lambda, in a table, or told by its name to be some object's owner's."""
+    with open(CEXEC, encoding="utf-8") as file:     # to parse all of it would take a fifth of the start of the tests
+        texts = re.findall(r"(?m)^class (?:%s)\b.*\n(?:(?: .*)?\n)+" % "|".join(DAEMON), file.read())
+    owners = {node.name: node for text in texts for node in ast.parse(text).body}
+    methods = {name: {node.name for node in owner.body if isinstance(node, ast.FunctionDef)}
+               for name, owner in owners.items()}
+
+    def given(owner):
+        for node in ast.walk(owner):
+            if isinstance(node, ast.Call):
+                for value in node.args + [named.value for named in node.keywords if named.arg != "on_error"]:
+                    if isinstance(value, ast.Lambda):
+                        yield from (each.func for each in ast.walk(value.body) if isinstance(each, ast.Call))
+                    yield value
+            elif isinstance(node, ast.Dict):
+                yield from node.values
+            elif isinstance(node, ast.FunctionDef) and node.name.startswith("on_"):
+                yield ast.Name(node.name)
+
+    found = set()
+    for name, owner in owners.items():
+        for value in given(owner):
+            if isinstance(value, ast.Name) and value.id in methods[name]:
+                found.add((name, value.id))
+            elif isinstance(value, ast.Attribute):
+                own = names_self(value.value) and value.attr in methods[name]
+                found |= {(each, value.attr) for each in ([name] if own else methods) if value.attr in methods[each]}
+    return sorted({"%s.%s" % each for each in found} - NOT_HERE)
+
+
+class Stimuli:
+    """Whatever may make a daemon of one slot call something; each costs it a job at most."""
+
+    def __init__(self, forker, room, worker, impostor):
+        self.forker, self.room, self.worker, self.impostor = forker, room, worker, impostor
+        self.all = [self.job, self.silent_submitter, self.refusing_submitter, self.roll_call, self.killed_handler,
+                    self.refused_job, self.lost_submitter, self.waiting_submitter]
+
+    def job(self):
+        """With all its datagrams, up to the alert."""
+        quick(self.forker, self.room, "DO=cat", input=b"data", env={"CEXEC_TIMEOUT_ACCEPT": 5})
+
+    def silent_submitter(self):
+        """Is called and hangs up."""
+        self.impostor.announce()
+        with contextlib.suppress(OSError):
+            self.impostor.accept(3)[0].close()
+        self.say(cexec.TAKEN, cexec.encode_taken(None))
+
+    def refusing_submitter(self):
+        """Wants to be called where nobody listens."""
+        with socket.socket() as closed:
+            closed.bind(("127.0.0.1", 0))
+            self.impostor.announce(closed.getsockname()[1])
+
+    def roll_call(self):
+        for flags in 0, cexec.CONNECT:
+            self.impostor.nonce = os.urandom(8)
+            self.say(cexec.ASK, cexec.encode_ask(0, flags))
+
+    def killed_handler(self):
+        """In the middle of its job, while another submitter waits and says hold."""
+        job = self.forker.submit("cexec", self.room.pub, "DO=echo ready; exec sleep 60",
+                                 env=self.room.settings({"CEXEC_RETRIES": 0, "CEXEC_TIMEOUT_ACCEPT": 5}))
+        with contextlib.suppress(AssertionError):
+            job.out.wait(6, 5)
+            self.impostor.announce()
+            self.say(cexec.HOLD, cexec.encode_hold(0.1))
+            self.say(cexec.TAKEN, cexec.encode_taken(None))
+            for pid in children(self.worker.pid):
+                os.kill(pid, signal.SIGKILL)
         job.wait()
-    for one, two, gap in zip(offered, offered[1:], gaps):
-        assert gap <= two - one < gap + 1
+
+    def employed(self):
+        """The connection to the worker, though it may also answer what was announced before."""
+        self.impostor.announce()
+        while True:
+            with contextlib.suppress(cexec.ProtocolError):
+                connection, go = self.impostor.accept(3)
+                connection.sendall(go)
+                return self.impostor.secure(connection, self.impostor.public, True)
+
+    def refused_job(self):
+        """With a descriptor that the worker cannot give it."""
+        with contextlib.suppress(OSError):
+            self.employed().sendall(a_job({30000: cexec.IN}))
+
+    def lost_submitter(self):
+        """In the middle of its job."""
+        with contextlib.suppress(OSError):
+            peer = self.employed()
+            peer.sendall(a_job({}, do="exec sleep 60"))
+            time.sleep(0.2)
+            peer.close()
+
+    def waiting_submitter(self):
+        """Who waits for half a second, and then no more, while a job runs."""
+        with contextlib.suppress(OSError):
+            peer = self.employed()
+            peer.sendall(a_job({}, do="exec sleep 3"))
+            self.impostor.announce()
+            time.sleep(1.2)
+            self.say(cexec.TAKEN, cexec.encode_taken(None))
+            time.sleep(0.6)
+            peer.close()
+
+    def nothing(self):
+        """Time for what came late."""
+
+    def stop(self):
+        self.worker.signal(signal.SIGTERM)
+
+    def told_to_stop(self):
+        for connection in cexec.controls(cexec.load_key(self.room.key)[0]):
+            peer = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+            if peer == self.worker.pid:
+                connection.sendall(b"stop\n")
+            connection.close()
+
+    def say(self, kind, body):
+        public = self.impostor.public
+        self.impostor.send(cexec.encode_datagram(public.udp, kind, public.id, self.impostor.nonce, 1, body,
+                                                 self.impostor.port if kind == cexec.ASK else 0))
+
+    def until(self, words, stimuli):
+        """Gives one after the other until the worker's log has these words; the one that brought them."""
+        for give in stimuli:
+            give()
+            with contextlib.suppress(AssertionError):
+                wait_until(lambda: assert_contains(self.worker.errors, words), 1)
+                return give
+        pytest.fail("%r is not in the log:\n%s" % (words, self.worker.errors.data.decode()))
 
 
 @LINUX_ONLY
-def test_a_worker_stopped_before_its_first_job_is_not_lost(shared_room, private_key):
-    room, forker = shared_room
+@pytest.mark.parametrize("callback", daemon_callbacks())
+def test_a_fault_in_a_daemons_callback_costs_one_job(room, forker, callback):
+    """The log has the traceback, the only slot is free for the next job, and the callback is called again."""
+    worker = forked_worker(forker, room, fault=callback, CONCURRENCY=1)
     with Impostor(room) as impostor:
-        job, heard = submit_and_hear(forker, room, impostor, "DO=cat", input=b"data")
-        leaving = impostor.apply(heard, private_key)
-        leaving.sendall(OWN_HELLO + message("ABORT", 0, b"told to stop"))
-        assert leaving.recv(1 << 16) == b""
-        worker = forked_worker(forker, room)
-        assert job.result() == (0, b"data", "")
-        drained(worker)
-
-
-@contextlib.contextmanager
-def lone_handler(*command):
-    """(a Handler without a network, the daemon's end of its link), its first job on its way."""
-    settings = types.SimpleNamespace(user=None, limits=[], allow=[], python=False)
-    daemon = types.SimpleNamespace(settings=settings, log=Listed(), path=command[0], command=command, environment={},
-                                   scratch=None, folder=None, program=None)
-    link, far = socket.socketpair()
-    slot = cexec.Slot(None, None, cexec.Origin(("127.0.0.1", 3010), 5000), 0.0)
-    slot.state = cexec.SlotState.HANDSHAKE
-    handler = cexec.Handler(daemon, None, link, slot)
-    handler.local, handler.remote = ("127.0.0.1", 5000), "127.0.0.1"
-    session = cexec.Session(cexec.WORKER, 60.0, 0.0)
-    session.phase = cexec.CHOSEN
-    handler.channel = types.SimpleNamespace(session=session, tick=int, flush=int, reset_streams=int, closed=False,
-                                            consumed=int, source_ready=int)
-    try:
-        yield handler, far
-    finally:
-        handler.loop.close()
-        handler.link.close()
-        far.close()
-
-
-def test_a_handler_told_to_leave_says_so_before_its_job():
-    with lone_handler("/bin/true") as (handler, far):
-        far.sendall(b"LEAVE\n")
-        handler.link.read()
-        session = handler.channel.session
-        assert session.phase is cexec.OVER and session.outbox == message("ABORT", 0, b"no more jobs here")
-        assert far.recv(99) == b"LEAVE\n" and handler.slot.state is cexec.SlotState.FREE
-        assert handler.timer.when <= time.monotonic() + handler.LINGER
-
-
-@pytest.mark.parametrize("call", ["socketpair", "pipe", "dup", "set_terminal", "spawn"])
-def test_whatever_may_fail_does_so_before_the_command_is_started(monkeypatch, call):
-    """R5, R6: then the job is refused, and nothing of it is left; once there is a process there is no refusal."""
-    def fails(*arguments, **named):
-        raise OSError(errno.EMFILE, "Too many open files")
-    with lone_handler("/bin/sleep", "600") as (handler, far):
-        monkeypatch.setattr({"socketpair": socket, "pipe": os, "dup": os}.get(call, cexec), call, fails)
-        before, had = len(os.listdir("/dev/fd")), set(children(os.getpid()))
-        kinds = {0: cexec.IN, 1: cexec.OUT, 3: cexec.BOTH, 4: cexec.TTY}
-        handler._start(cexec.Job("0123456789abcdef", kinds, [], 60.0, (24, 80, b"dumb", {})))
-        session = handler.channel.session
-        assert session.phase is cexec.OVER and b"Too many open files" in session.outbox
-        assert [line.split()[0] for line in far.recv(999).splitlines()] == [b"JOB", b"LINE", b"FAILED", b"LEAVE"]
-        assert len(os.listdir("/dev/fd")) == before
-        assert set(children(os.getpid())) <= had
-
-
-@LINUX_ONLY
-@pytest.mark.parametrize("count, most", [(3, 1 << 20), (200, 1 << 17), (1000, 1 << 14)])
-def test_what_the_system_holds_for_a_job_is_bounded_however_many_descriptors_it_has(count, most):
-    """S23: 16 MiB in pipes and sockets, and no more than 1024 of them."""
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if limit[1] < 8192:
-        skip("too few descriptors")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (8192, limit[1]))
-    try:
-        with lone_handler("/bin/true") as (handler, far):
-            kinds = {number: (cexec.IN, cexec.OUT, cexec.BOTH)[number % 3] for number in range(count)}
-            ends = cexec.JobEnds(handler.loop, handler.channel, job_of(kinds))
-            sizes = [fcntl.fcntl(end, cexec.F_GETPIPE_SZ) for fd, end in ends.ends.items() if kinds[fd] != cexec.BOTH]
-            assert sizes and max(sizes) <= most
-            for each in (*ends.sinks.values(), *ends.sources.values()):
-                assert count < 32 or each.enlarged, "it will not grow"
-            ends.close()
-            with pytest.raises(OSError, match="more than the 1024 that a job may have"):
-                cexec.JobEnds(handler.loop, handler.channel, job_of(dict.fromkeys(range(1025), cexec.OUT)))
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
-
-
-def test_a_handlers_lines_are_the_daemons_as_long_as_there_is_one():
-    """So the limit of the log is one for all of them."""
-    with lone_handler("/bin/true") as (handler, far):
-        handler.log("a line of words")
-        assert far.recv(99) == b"LINE a line of words\n" and handler.daemon.log == []
-        handler.link.close()
-        handler.log("last words")
-        assert handler.daemon.log == ["last words"]
-
-
-def test_a_link_carries_whole_messages_and_keeps_what_is_not_taken(loop):
-    one, two = socket.socketpair()
-    heard, count = [], 10000
-    near, far = cexec.Link(loop, one, lambda *words: heard.append(words)), cexec.Link(loop, two, print)
-    for number in range(count):         # more than the system takes at once
-        far.send("LINE", "number %d" % number)
-    assert far.unsent
-
-    def look():
-        if len(heard) == count:
-            far.close()
-        if heard[-1:] == [("END", "")]:
-            return loop.stop()
-        loop.call_later(0.002, look)
-    look()
-    run_loop(loop)
-    assert heard == [("LINE", "number %d" % number) for number in range(count)] + [("END", "")]
-    near.send("EXIT")                   # to nobody
-    assert not near.open
-
-
-def test_what_a_peer_said_is_no_message_of_a_link(loop):
-    one, two = socket.socketpair()
-    heard = []
-    near, far = cexec.Link(loop, one, lambda *words: heard.append(words)), cexec.Link(loop, two, print)
-    far.send("LINE", "a\nLEAVE \x1b[2J\udcff")
-    near.read()
-    assert heard == [("LINE", "a\\nLEAVE \\x1b[2J\\udcff")]
+        stimuli = Stimuli(forker, room, worker, impostor)
+        brought = stimuli.until(b"fault: call 1", stimuli.all + [stimuli.nothing] * 3
+                                + [stimuli.told_to_stop] * (callback != "Drain.on_signal") + [stimuli.stop])
+        wait_until(lambda: assert_contains(worker.errors, b"RuntimeError: injected"))
+        assert b"Traceback (most recent call last)" in worker.errors.data
+        assert_serving(forker, room)
+        if brought == stimuli.told_to_stop:
+            stimuli.until(b"fault: call 2", [brought])
+        elif brought != stimuli.stop:
+            stimuli.until(b"fault: call 2", [brought] + stimuli.all)
+            assert_serving(forker, room)
+    with contextlib.suppress(ProcessLookupError):       # told to stop twice, it may have gone
+        worker.signal(signal.SIGTERM)
+    assert worker.wait() == 0
+    assert worker.errors.wait_end().count(b"internal error, the daemon goes on") == 1, worker.errors.data.decode()
+    assert b"fault: call 2" in worker.errors.data
 
 
 # ---------------------------------------------------------------- cservice: a daemon without a network
@@ -18743,8 +16667,7 @@ def test_a_roll_call_that_asks_for_jobs_is_told_them(room, forker):
         job, = ask(cexec.ASK_JOBS).jobs
         assert job[1:] == ("0123456789abcdef", "127.0.0.1", "anna@desk") and job.seconds < 60
         peer.sendall(message("END", 0))
-        wait_until(lambda: assert_contains(worker.errors, b"end, status 0"))
-        assert ask(cexec.ASK_JOBS).jobs == ()
+        wait_until(lambda: must(ask(cexec.ASK_JOBS).jobs == ()))
     drained(worker)
 
 
@@ -18772,7 +16695,7 @@ def test_without_enough_descriptors_no_job_starts(room, forker, tmp_path, text):
 
 
 @LINUX_ONLY
-def test_a_submitters_flood_of_new_keys_keeps_no_job_beyond_its_limit(room, forker):
+def test_a_flood_of_new_keys_keeps_no_job_beyond_its_limit(room, forker):
     """R18, R9: nor does it keep a slot."""
     worker = forked_worker(forker, room, "--limit", "wall=1", CONCURRENCY=1)
     with Impostor(room) as impostor:
@@ -18791,7 +16714,7 @@ def test_a_submitters_flood_of_new_keys_keeps_no_job_beyond_its_limit(room, fork
 
 
 @LINUX_ONLY
-def test_a_flood_of_searches_that_never_say_go_keeps_no_job_waiting(room, forker):
+def test_a_flood_of_idle_searches_keeps_no_job_waiting(room, forker):
     """S4, R16: three hundred a second from the submitter's own address, all of them older by what they claim."""
     worker, over = forked_worker(forker, room, CONCURRENCY=1), threading.Event()
     with Impostor(room) as impostor:
@@ -18905,655 +16828,6 @@ def test_silent_submitters_take_no_slot_from_who_waits(room, forker):
 
 def assert_one_handler(worker):
     assert len(children(worker.pid)) == 1
-
-
-# ---------------------------------------------------------------- limits, and other users
-
-def end_of(worker):
-    """What the log says of the end of the last job."""
-    return re.sub(r", [\d.]+ s, .*", "", worker.log.wait(": end, ").partition(": end, ")[2])
-
-
-@pytest.mark.parametrize("limit, text, status, end", [
-    ("wall=1", "exec sleep 60", 143, "signal 15 (its limit of wall)"),
-    ("wall=1", "trap '' TERM HUP; while :; do sleep 0.1; done", 137, "signal 9 (its limit of wall)"),
-    ("cpu=1", "ulimit -c 0; while :; do :; done", 152, "signal 24 (its limit of cpu)"),
-    ("file=8k", "ulimit -c 0; exec head -c 100000 /dev/zero >\"$PEER_FILE\"", 153, "signal 25 (its limit of file)"),
-    ("memory=400M", "exec '%s' -ISc 'bytearray(1 << 29)' 2>/dev/null" % sys.executable, 1, "status 1"),
-], ids=["wall", "wall, ignored", "cpu", "file", "memory"])
-def test_a_limit_ends_a_job_and_the_log_names_it(room, tmp_path, limit, text, status, end):
-    worker = room.tool("cservice", "--limit", limit, room.key, *RUN_SHELL, env={"CONCURRENCY": 1}).ready()
-    done = room.cexec("RUN=" + text, "FILE=%s" % (tmp_path / "file"))
-    assert (done.returncode, done.stdout) == (status, b"")
-    told = "cexec: job \\w+ on 127.0.0.1 was ended by its limit of %s\n" % limit.split("=")[0] if "limit" in end else ""
-    assert re.fullmatch(told, done.stderr.decode()), done.stderr
-    assert end_of(worker) == end
-    if limit == "file=8k":
-        assert (tmp_path / "file").stat().st_size == 8192
-    assert room.cexec("RUN=cat", input=b"next").stdout == b"next"       # the limits are each job's own
-    assert worker.stop() == 0
-
-
-@pytest.mark.parametrize("text", ["echo begun; exec sleep 60", "echo begun; sleep 60 & wait"])
-def test_a_limit_of_time_ends_a_job_with_a_terminal(room, text):
-    worker = room.tool("cservice", "--limit", "wall=1", room.key, *RUN_SHELL).ready()
-    done = run("cexec", "-tt", room.pub, "RUN=" + text, env=room.settings({}))
-    assert (done.returncode, done.stdout) == (143, b"begun\r\n")
-    assert end_of(worker) == "signal 15 (its limit of wall)"
-    assert worker.stop() == 0
-
-
-def test_a_limit_of_processes_holds_for_the_jobs_user(room, as_root):
-    """Root's processes know no such limit."""
-    room.tool("cservice", "--limit=processes=1", "--user=nobody", room.key, *RUN_SHELL, cwd="/").ready()
-    done = room.cexec("RUN=echo before; sleep 0; echo behind")
-    assert done.stdout == b"before\n" and done.returncode and b"fork" in done.stderr.lower()
-
-
-@LINUX_ONLY
-def test_a_limit_of_time_frees_a_slot_with_open_outputs(room):
-    """R11: the first process has ended; another one, in a session of its own, has its output."""
-    need("setsid")
-    worker = room.tool("cservice", "--limit", "wall=1", room.key, *RUN_SHELL, env={"CONCURRENCY": 1}).ready()
-    done = room.cexec("RUN=echo begun; setsid sh -c 'trap \"\" TERM HUP; sleep 60' & exit 3")
-    assert (done.returncode, done.stdout) == (3, b"begun\n")
-    assert end_of(worker) == "status 3 (its limit of wall)"
-    assert room.cexec("RUN=echo next").stdout == b"next\n"
-    assert worker.stop() == 0
-
-
-@LINUX_ONLY
-def test_several_limits_at_once_leave_a_job_its_results(room):
-    limits = "wall=30,cpu=20,memory=1G,file=1M,processes=1000"
-    room.tool("cservice", "--limit", limits, room.key, *RUN_SHELL).ready()
-    done = room.cexec("RUN=cat /proc/self/limits -", input=b"data")
-    found = {line[:26].strip(): line[26:].split()[:2] for line in done.stdout.decode().splitlines()}
-    assert (done.returncode, done.stderr, done.stdout[-4:]) == (0, b"", b"data")
-    assert [found["Max " + name] for name in ("cpu time", "address space", "file size", "processes")] == [
-        ["20", "21"], ["1073741824"] * 2, ["1048576"] * 2, ["1000"] * 2]
-
-
-def test_a_users_jobs_find_that_users_places(room, as_root):
-    import pwd
-    nobody = pwd.getpwnam("nobody")
-    room.tool("cservice", "--user", "nobody", room.key, *RUN_SHELL, cwd="/",
-              env={"HOME": "/root", "USER": "root", "LOGNAME": "root", "SHELL": "/bin/rootsh", "MAIL": "kept"}).ready()
-    done = room.cexec('RUN=printf "%s\\n" "$HOME" "$USER" "$LOGNAME" "$SHELL" "$PATH" "$MAIL"')
-    assert done.stdout.decode().split("\n") == [
-        nobody.pw_dir, "nobody", "nobody", nobody.pw_shell or "/bin/sh", "/usr/local/bin:/usr/bin:/bin", "kept", ""]
-
-
-@pytest.mark.parametrize("words", [["--user", ""], ["--user="]])
-def test_an_empty_user_is_not_root(room, words):
-    done = run("cservice", *words, room.key, "true", env=room.settings({}))
-    assert done.returncode == 2 and done.stdout == b""
-    assert done.stderr.startswith(b"cservice: --user=: not accepted\n") and done.stderr.count(b"\n") == 2, done.stderr
-
-
-@pytest.mark.parametrize("how", ["end", "cexec", "handler"])
-def test_a_jobs_number_is_its_own_until_its_group_ended(room, how):
-    """S21: its leader has ended, a child in another session keeps an output open: the leader is not waited for."""
-    worker = room.serve(*RUN_SHELL)
-    need("setsid")
-    job = room.submit("RUN=setsid sleep 1000 & echo $$; exit 0", stdout=LINES)
-    job.out.wait("")
-    leader = int(wait_until(lambda: must(job.out.lines) or job.out.lines[0]))
-    wait_until(lambda: must(stat_fields(leader)[:1] == ["Z"]))
-    handler = only_handler(worker)
-    sleeping = job_process(room, "sleep")
-    assert stat_fields(leader)[1] == str(handler) and job.alive()
-    if how == "end":
-        os.kill(sleeping, signal.SIGKILL)
-        assert job.complete() == 0
-    else:
-        os.kill(job.pid if how == "cexec" else handler, signal.SIGKILL)
-        job.wait()
-        assert_gone(sleeping)
-    wait_until(lambda: nothing_below(worker))
-    assert room.cexec("RUN=echo next").stdout == b"next\n"
-
-
-@LINUX_ONLY
-@pytest.mark.parametrize("user", [None, "nobody"])
-def test_the_job_of_a_killed_handler_ends_everywhere(room, user, request):
-    """S21, R10: in its group, in a session of its own, and nobody else does."""
-    if user:
-        request.getfixturevalue("as_root")
-    bystander = room.start("sleep", "1000", start_new_session=True)
-    words = ["--user", user] if user else []
-    worker = room.tool("cservice", *words, room.key, *RUN_SHELL, cwd="/", env={"CONCURRENCY": 1}).ready()
-    need("setsid")
-    job = room.submit("RUN=setsid sleep 1001 & setsid sh -c 'sleep 1002 & exit' & echo ready; exec sleep 1003",
-                      env={"CEXEC_RETRIES": 0}, stdout=LINES)
-    job.out.wait("ready")
-    if user:
-        import pwd
-        for line in proc(only_handler(worker), "status").splitlines():
-            if line.startswith(("Uid:", "Gid:")):
-                nobody = pwd.getpwnam("nobody")
-                assert set(line.split()[1:]) == {str(nobody.pw_uid if line[0] == "U" else nobody.pw_gid)}
-    os.kill(only_handler(worker), signal.SIGKILL)
-    assert job.complete() == 111
-    wait_until(lambda: must(not [words for words in room.left().values() if re.match(r"sleep 100[123]$", words)]))
-    assert bystander.alive()
-    assert room.cexec("RUN=echo next").stdout == b"next\n"
-
-
-# ---------------------------------------------------------------- many jobs on one connection
-
-class Wide(cexec.HeldStreams):
-    """What a job reads on 0, 3 and 5 and writes on 1, 2, 4 and 5, held here."""
-
-    def __init__(self, inputs):
-        super().__init__(cexec.HeldInput(inputs[0]))
-        self.more = {number: cexec.Spool(self.budget) for number in (4, 5)}
-        self.descriptors = {0: cexec.IN, 1: cexec.OUT, 2: cexec.OUT, 3: cexec.IN, 4: cexec.OUT, 5: cexec.BOTH}
-        self.sources.update({number: cexec.HeldInput(inputs[number]) for number in (3, 5)})
-        self.sinks.update({number: cexec.HeldOutput(self, number, spool) for number, spool in self.more.items()})
-
-    def outputs(self):
-        return {1: bytes(self.output), 2: bytes(self.errors), 4: bytes(self.more[4]), 5: bytes(self.more[5])}
-
-    def close(self):
-        super().close()
-        for spool in getattr(self, "more", {}).values():
-            spool.clear()
-
-
-class InTurn:
-    """Jobs that a Pool of this process runs one after another, on connections that it keeps.
-
-    ended: [(status or Failure, outputs, ExitReport or None)].  steps: what the Pool traces.
-    at: {number of a job: what to call when it has started}.
-    """
-
-    def __init__(self, room, retries=3):
-        self.room, self.retries, self.ended, self.steps, self.at = room, retries, [], [], {}
-
-    def run(self, jobs, done=None):
-        """jobs: (shell text, inputs or None, signal or None) of each.  done(): called behind each; may add to jobs."""
-        with room_here(self.room, keep=True, trace=self.steps.append) as (loop, pool):
-            def submit():
-                number = len(self.ended)
-                text, inputs, name = jobs[number]
-                streams = Wide(inputs) if inputs else cexec.HeldStreams(cexec.HeldInput(b"data"))
-
-                def event(words, always=False):
-                    if "started on" in words and number in self.at:
-                        self.at.pop(number)()
-                    if "started on" in words and name:
-                        loop.call_soon_threadsafe(lambda: pool.signal(submission, name))
-                submission = cexec.Submission(streams, [(b"DO", text.encode())], self.retries, over, event)
-                pool.submit(submission)
-
-            def over(status, failure, submission):
-                streams = submission.streams
-                outputs = streams.outputs() if isinstance(streams, Wide) else {1: bytes(streams.output)}
-                streams.close()
-                self.ended.append((failure or status, outputs, submission.report))
-                if done:
-                    done()
-                if len(self.ended) == len(jobs):
-                    loop.stop()
-                else:
-                    loop.call_soon_threadsafe(submit)
-            submit()
-            loop.run()
-
-    def connections(self):
-        return len([step for step in self.steps if " was chosen: " in step])
-
-
-ECHO = "cat; cat <&3 >&4; cat <&5 >&5; echo $CEXEC_JOB >&2; exit %d"
-
-
-def test_two_hundred_jobs_over_one_connection(room, forker):
-    """Every byte of every descriptor, every status, and signals between them."""
-    worker, random_bytes = forked_worker(forker, room, CONCURRENCY=1), random.Random(10)
-    jobs = []
-    for number in range(200):
-        if number % 10 == 9:
-            jobs.append(("exec sleep 60", None, ("INT", "TERM", "HUP", "USR1")[number // 10 % 4]))
-        else:
-            sizes = {0: number * 97, 3: number % 7, 5: number * 31}
-            inputs = {at: bytes(random_bytes.getrandbits(8) for _ in range(size)) for at, size in sizes.items()}
-            jobs.append((ECHO % number, inputs, None))
-    jobs[150][1][0] = jobs[151][1][5] = random_octets(3 * MB)
-    turn = InTurn(room)
-    turn.run(jobs)
-    names = set()
-    for number, ((text, inputs, name), (status, outputs, report)) in enumerate(zip(jobs, turn.ended)):
-        if name:
-            assert (status, report.name) == (128 + getattr(signal, "SIG" + name), name), number
-        else:
-            names.add(outputs.pop(2))
-            assert status == number and outputs == {1: inputs[0], 4: inputs[3], 5: inputs[5]}, number
-    assert len(names) == 180 and turn.connections() == 1
-    drained(worker)
-
-
-HELD_UP = 'until [ -e %s ]; do sleep 0.01; done'
-
-
-def hold_up(worker, path, words, act):
-    """What is called when a job that waits for path has started: acts, and lets it go once the log has the words."""
-    def go():
-        act()
-        wait_until(lambda: assert_contains(worker.errors, words))
-        path.touch()
-    return go
-
-
-@pytest.mark.parametrize("status", [0, 1])
-def test_the_vetos_first_word_is_told_where_it_counts(room, forker, status):
-    worker = forked_worker(forker, room, "--if", "exit %d" % status, CONCURRENCY=1)
-    if status:
-        wait_until(lambda: assert_contains(worker.errors, b"--if: no new jobs for the time being"))
-    else:
-        assert_serving(forker, room)
-    drained(worker)
-    assert b"takes jobs again" not in worker.errors.data and (b"--if" in worker.errors.data) == bool(status)
-
-
-@pytest.mark.parametrize("how", ["drain", "veto"])
-def test_a_drain_and_a_veto_end_a_connection_behind_its_job(room, forker, how, tmp_path):
-    veto, go, turn = tmp_path / "veto", tmp_path / "go", InTurn(room)
-    options = ("--if", "test ! -e %s" % quoted(veto)) if how == "veto" else ()
-    worker = forked_worker(forker, room, *options, CONCURRENCY=1, patch={"Veto.EVERY": 0.0, "Daemon.LOOK": 0.05})
-    others = []
-
-    def next_worker():
-        """Behind the third job there is somebody again who takes the fourth."""
-        if len(turn.ended) == 3:
-            if how == "veto":
-                veto.unlink()
-            else:
-                assert worker.wait() == 0
-                others.append(forked_worker(forker, room, CONCURRENCY=1))
-    if how == "veto":
-        turn.at[2] = hold_up(worker, go, b"--if: no new jobs for the time being", veto.touch)
-    else:
-        turn.at[2] = hold_up(worker, go, b"no new jobs, 1 running", lambda: worker.signal(signal.SIGTERM))
-    cat = [("cat", None, None)] * 2
-    turn.run(cat + [(HELD_UP % quoted(go) + "; cat", None, None)] + cat, next_worker)
-    assert [(status, outputs[1]) for status, outputs, _ in turn.ended] == [(0, b"data")] * 5
-    assert turn.connections() == 2
-    drained((others or [worker])[0])
-    log = worker.errors.wait_end()
-    if how == "veto":
-        assert b"--if: takes jobs again" in log
-    assert (log.count(b": start from "), len(others)) == ((5, 0) if how == "veto" else (3, 1))
-
-
-def test_a_drain_ends_an_idle_connection_at_once(room, forker):
-    """The worker goes, though its submitter might have had more jobs, and though it does nothing itself."""
-    worker = forked_worker(forker, room, patch={"Handler.IDLE": 60.0})
-    with Impostor(room) as impostor:
-        peer = impostor.employ()
-        peer.sendall(a_job({}, timeout=60.0))
-        wait_until(lambda: assert_contains(worker.errors, b"end, status 0"))
-        worker.signal(signal.SIGTERM)
-        said = b""
-        while message("ABORT", 0, b"no more jobs here") not in said:
-            said += peer.recv(1 << 16)
-        peer.close()
-        assert worker.wait() == 0       # long before the time that it leaves a slow submitter for the last words
-
-
-def test_who_waits_gets_the_slot_behind_the_job_in_hand(room, forker):
-    """Half a second, as long as others wait, is what one submitter keeps a slot for."""
-    worker, turn, others = forked_worker(forker, room, CONCURRENCY=1), InTurn(room), []
-    turn.at[2] = lambda: others.append(forker.submit("cexec", room.pub, "DO=cat", input=b"other",
-                                                     env=room.settings({})))
-    jobs = [("cat; sleep 0.05", None, None)] * 5
-
-    def more():
-        if others and others[0].alive():
-            jobs.append(jobs[0])
-    turn.run(jobs, more)
-    assert others[0].result() == (0, b"other", "")
-    assert {(status, outputs[1]) for status, outputs, _ in turn.ended} == {(0, b"data")}
-    assert turn.connections() == 2 and len([1 for _, _, report in turn.ended if report.last]) <= 1
-    drained(worker)
-
-
-@pytest.mark.parametrize("retries", [0, 3])
-def test_a_connection_that_breaks_loses_one_job_only(room, forker, tmp_path, retries):
-    worker, turn = forked_worker(forker, room, CONCURRENCY=1), InTurn(room, retries)
-    breaks = '[ -e %s ] || { >%s; printf half; head -c 1 >/dev/null; kill -9 $PPID; sleep 60; }; cat' % (
-        quoted(tmp_path / "once"), quoted(tmp_path / "once"))
-    turn.run([(breaks if number == 9 else "cat", None, None) for number in range(15)])
-    results = [(status, outputs[1]) for status, outputs, _ in turn.ended]
-    broken = results[9]
-    del results[9]
-    assert results == [(0, b"data")] * 14
-    if retries:
-        assert broken == (0, b"data")
-    else:
-        assert isinstance(broken[0], cexec.Failure) and broken[0].what == "worker 127.0.0.1"
-    assert turn.connections() == 2
-    drained(worker)
-
-
-# ---------------------------------------------------------------- unread input
-
-LOOPS = {0: 'while read -r line; do echo "<$line>"; %s; done <list',
-         3: 'while read -r line <&3; do echo "<$line>"; %s; done 3<list'}
-READS = {"nothing": ":", "four bytes": "dd bs=1 count=4 status=none%s; echo", "all": "cat%s"}
-
-
-@pytest.mark.parametrize("number", LOOPS)
-@pytest.mark.parametrize("what", READS)
-def test_a_loop_over_a_file_is_as_with_a_local_command(shell, tmp_path, number, what):
-    """C12: A4: what the job has not read stays there, on every descriptor."""
-    (tmp_path / "list").write_bytes(b"".join(b"line %d of some length\n" % count for count in range(5)))
-    text = READS[what].replace("%s", " <&3" if number else "")
-    words = " ".join(map(shlex.quote, [*program(), "cexec", shell.pub, "RUN=" + text]))
-    local, there = (run_command("sh", "-c", LOOPS[number] % job, env=shell.settings({}), cwd=str(tmp_path))
-                    for job in ("sh -c " + shlex.quote(text), words))
-    assert (there.returncode, there.stdout, there.stderr) == (local.returncode, local.stdout, b"")
-    assert local.stdout.count(b"<") == {"nothing": 5, "four bytes": 5, "all": 1}[what]
-
-
-@pytest.mark.parametrize("end, status, offset", [
-    ("exit 3", 3, 14), ("kill -9 $$", 137, 14), ("kill -INT $$", 130, 14), ("kill -9 $PPID; sleep 60", 111, 10)])
-@pytest.mark.parametrize("size", [1 << 12, 1000192, 1 << 22])
-@pytest.mark.parametrize("number", [0, 3])
-def test_the_offset_of_a_file_after_every_end_of_a_job(shell, tmp_path, number, size, end, status, offset):
-    """A4: behind what the job has read; after a lost worker where it was.  Sizes: what the job's pipe takes, what is
-    sent and not written to the pipe when the job ends, more than is ever sent."""
-    path = tmp_path / "file"
-    path.write_bytes(bytes(range(256)) * (size >> 8))
-    fd = os.open(str(path), os.O_RDONLY)
-    os.lseek(fd, 10, os.SEEK_SET)
-    with open(os.devnull, "rb") as null:
-        text = "dd bs=1 count=4 status=none <&%d; %s %s" % (number, "sleep 0.3;" * (size == 1000192), end)
-        argv, pass_fds = placed({0: fd if number == 0 else null.fileno(), **({3: fd} if number else {})}, *program(),
-                                "cexec", shell.pub, "RUN=" + text)
-        done = run_command(*argv, stdin=null, pass_fds=pass_fds, env=shell.settings({"CEXEC_RETRIES": 0}))
-    assert done.returncode == status and (status == 111 or done.stdout == bytes(range(10, 14))), done.stderr
-    assert os.lseek(fd, 0, os.SEEK_CUR) == offset
-    os.close(fd)
-
-
-def test_a_second_start_reads_the_file_from_where_it_was(shell, tmp_path):
-    """A4, R3: nothing that the lost worker read counts."""
-    path = tmp_path / "file"
-    path.write_bytes(bytes(range(256)) * 16)
-    once = tmp_path / "once"
-    text = "[ -e {0} ] || {{ >{0}; head -c 1000 >/dev/null; kill -9 $PPID; sleep 60; }}; dd bs=1 count=4 status=none"
-    with open(str(path), "rb", 0) as file:
-        file.seek(100)
-        done = shell.cexec("RUN=" + text.format(quoted(once)), stdin=file)
-        assert (done.returncode, done.stdout) == (0, bytes(range(100, 104))), done.stderr
-        assert os.lseek(file.fileno(), 0, os.SEEK_CUR) == 104
-    assert b"; it starts again elsewhere\n" in done.stderr
-
-
-LISTS = {
-    "pipe": "printf 'a\\nb\\nc\\n' | while read -r x; do echo $x; %s; done",
-    "process substitution": "exec 3< <(printf 'a\\nb\\nc\\n'); while read -r x <&3; do echo $x; %s; done",
-    "file": "while read -r x; do echo $x; %s; done < list",
-    "file on 3": "while read -r x <&3; do echo $x; %s; done 3< list",
-    "file opened both ways": "exec 3<> list; while read -r x <&3; do echo $x; %s; done",
-    "fifo opened both ways": "mkfifo f; exec 3<> f; cat list >&3; "
-                             "for n in 1 2 3; do read -r x <&3; echo $x; %s; done",
-    "inherited twice": "printf 'a\\nb\\nc\\n' | while read -r x; do echo $x; %s 5<&0 6<&0; done",
-    "both": "while read -r x; do echo $x; while read -r y <&3; do echo $y; %s; done 3< <(echo 1; echo 2); done"
-            " < <(printf 'a\\nb\\nc\\n')",
-}
-
-
-def in_bash(shell, tmp_path, script, env=None, command="CEXEC", **popen):
-    """Runs a script in bash, in the test's folder, with $C for cexec and its key."""
-    need("bash")
-    (tmp_path / "list").write_bytes(b"a\nb\nc\n")
-    env = dict(shell.settings(env), C=" ".join(map(shlex.quote, [*program(), "cexec", shell.pub])))
-    return run_command("bash", "-c", script.replace("%s", "eval \"$C\" $WORDS"), env=env, cwd=str(tmp_path), **popen)
-
-
-@needs_linux
-@pytest.mark.parametrize("kind, job", [
-    *itertools.product(sorted(LISTS), ["true", "exec <&-; sleep 0.05"]),
-    *itertools.product(["file", "pipe"], ["sleep 0.05", "exit 3"])])
-def test_a_loop_loses_nothing_to_jobs_that_read_nothing(shell, tmp_path, kind, job):
-    """C13."""
-    done = in_bash(shell, tmp_path, LISTS[kind], env={"WORDS": shlex.quote("RUN=" + job)})
-    assert done.stdout.split() == (list(b"a 1 2 b 1 2 c 1 2".split()) if kind == "both" else b"a b c".split())
-    assert done.stderr == b""
-
-
-@needs_linux
-@pytest.mark.parametrize("read, rest", [("read -r x; echo $x", b"a\nb\nc\n"), ("head -c 3; echo", b"a\nb\n\nc\n"),
-                                        ("cat", b"a\nb\nc\n"), ("sleep 0.2; read -r x; echo $x", b"a\nb\nc\n"),
-                                        ("exec 7<&0; (read -r x <&7; echo $x) & wait", b"a\nb\nc\n"),
-                                        ("exec 7<&0 </dev/null; read -r x <&7; echo $x", b"a\nb\nc\n")])
-@pytest.mark.parametrize("kind", ["pipe", "file"])
-def test_what_follows_the_bytes_that_a_job_has_read_stays(shell, tmp_path, kind, read, rest):
-    where = {"pipe": "cat list | { %s; cat; }", "file": "{ %s; cat; } < list"}[kind]
-    done = in_bash(shell, tmp_path, where, env={"WORDS": shlex.quote("RUN=" + read)})
-    assert (done.stdout, done.stderr) == (rest, b"")
-
-
-@needs_linux
-@pytest.mark.parametrize("job, there", [
-    ("for n in 1 2 3; do read -r x <&3; done; echo d >&3", b"a\nb\nc\nd\n"),
-    ("head -c 6 <&3; echo d >&3", b"a\nb\nc\nd\n"),
-    ("echo d >&3", b"d\nb\nc\n"),
-    ("for n in 1 2 3; do read -r x <&3; done; echo d >&3; read -r x <&3", b"a\nb\nc\nd\n")])
-def test_a_file_open_both_ways_is_written_behind_what_was_read(shell, tmp_path, job, there):
-    """C12: as locally, also at once after the last byte of what it was given."""
-    done = in_bash(shell, tmp_path, "exec 3<> list; %s >&2; cat list", env={"WORDS": shlex.quote("RUN=" + job)})
-    assert done.stdout == there, done.stderr
-
-
-@needs_linux
-@pytest.mark.parametrize("job", ["read -r x <&3; echo d >&3", "echo d >&3; read -r x <&3"])
-def test_a_job_that_writes_amid_its_input_is_told(shell, tmp_path, job):
-    """Where its reading had come, or was to begin, is not known then."""
-    done = in_bash(shell, tmp_path, "exec 3<> list; %s; echo $?", env={"WORDS": shlex.quote("RUN=" + job)})
-    assert done.stdout == b"111\n" and b"descriptor 3: the job has read and written it by turns" in done.stderr
-
-
-@needs_linux
-def test_a_shared_socket_is_not_shut_down_by_a_job(shell):
-    """Nor by one that ends: the next job may still write there."""
-    near, far = socket.socketpair()
-    high = fcntl.fcntl(far.fileno(), fcntl.F_DUPFD, 100)
-    for script in ":", "exec 3>&-; sleep 0.1", "echo answer >&3":
-        assert start_placed(shell, {3: high}, "RUN=" + script).complete() == 0
-    assert near.recv(100) == b"answer\n"
-    for side in near, far:
-        side.close()
-    os.close(high)
-
-
-@needs_linux
-def test_two_that_read_one_pipe_are_told(shell, tmp_path):
-    """The manual says that they need -n, or a pipe each."""
-    done = in_bash(shell, tmp_path, "cat list - | { %s & job=$!; until [ -e on ]; do sleep 0.02; done; sleep 0.5; "
-                   "head -c 6 >/dev/null; >go; wait $job; echo $?; }",
-                   env={"WORDS": shlex.quote("RUN=cd %s; >on; while [ ! -e go ]; do sleep 0.02; done; read x" %
-                                             quoted(tmp_path))}, stdin=subprocess.PIPE, input=None)
-    assert done.stdout == b"111\n" and b"another program reads it too" in done.stderr
-
-
-@needs_linux
-def test_an_open_file_that_the_job_does_not_read_costs_a_page(room, tmp_path):
-    """A 10 MB file that some program has leaked cost 1 MB with each job."""
-    worker = room.serve("true")
-    (tmp_path / "big").write_bytes(bytes(10 * MB))
-    with open(str(tmp_path / "big"), "rb") as big, open("/dev/zero", "rb") as zero:
-        assert start_placed(room, {5: big.fileno(), 6: zero.fileno()}).complete() == 0
-    worker.log.wait(" end, status 0")
-    sizes = [int(size) for size in re.findall(r" (\d+) bytes in", str(worker.log))]
-    assert sizes[0] <= 8192
-
-
-@needs_linux
-def test_an_open_file_that_the_job_reads_late_arrives_whole(shell, tmp_path, hundred):
-    with open(str(hundred[0]), "rb") as big:
-        job = start_placed(shell, {5: big.fileno()}, "RUN=sleep 0.3; sha256sum <&5", stdout=LINES)
-        assert job.complete(60) == 0
-    assert str(job.out).split()[0] == hashlib.sha256(hundred[1]).hexdigest()
-
-
-# ---------------------------------------------------------------- any descriptor, any job
-
-DESCRIPTOR_SECONDS = float(os.environ.get("CEXEC_TEST_DESCRIPTORS", 4))     # how long cases are made up
-
-
-class AnyInput:
-    """A descriptor of some kind with so much in it: what jobs do with it, here or elsewhere, leaves `state()`."""
-    KINDS = ["pipe", "live pipe", "shared flags", "large pipe", "fifo", "fifo both ways", "socket", "live socket",
-             "file", "file both ways", "null"]
-    ENDLESS = ["live pipe", "live socket", "fifo both ways"]        # a job must not wait for their end
-
-    def __init__(self, kind, now, later, place):
-        self.kind, self.peer, self.path = kind, None, place / "any" / "file"
-        self.path.parent.mkdir(exist_ok=True)
-        if kind == "null":
-            self.fd = os.open(os.devnull, os.O_RDONLY)
-        elif kind.startswith("file"):
-            self.path.write_bytes(b"skipped" + now + later)
-            self.fd = os.open(str(self.path), os.O_RDWR if "both" in kind else os.O_RDONLY)
-            os.lseek(self.fd, 7, os.SEEK_SET)
-        elif "socket" in kind:
-            (self.fd, self.peer) = (side.detach() for side in socket.socketpair())
-        elif kind == "fifo both ways":
-            os.mkfifo(str(self.path))
-            self.fd = self.peer = os.open(str(self.path), os.O_RDWR)
-        else:
-            self.fd, self.peer = ends_of("fifo" if kind == "fifo" else "pipe", self.path.parent)
-            os.set_blocking(self.fd, kind != "shared flags")
-            if kind == "large pipe":
-                fcntl.fcntl(self.fd, cexec.F_SETPIPE_SZ, 1 << 20)
-        self.feeder = threading.Thread(target=self._feed, args=(now, later), daemon=True)
-        self.feeder.start()
-        if not later:
-            self.feeder.join(PATIENCE)
-
-    def _feed(self, now, later):
-        if self.peer is not None:
-            write_all(self.peer, now)
-            time.sleep(0.05 if later else 0)
-            write_all(self.peer, later)
-            if self.kind == "socket":
-                with socket.socket(fileno=os.dup(self.peer)) as side:
-                    side.shutdown(socket.SHUT_WR)
-            elif self.kind not in self.ENDLESS:
-                os.close(self.peer)
-
-    def state(self):
-        """(what is left to be read, what the jobs wrote); closes it."""
-        self.feeder.join(PATIENCE)
-        os.set_blocking(self.fd, False)
-        left, written = b"", b""
-        with contextlib.suppress(BlockingIOError):
-            while not left or part:
-                part = os.read(self.fd, 1 << 16)
-                left += part
-                if not part:
-                    break
-        if "socket" in self.kind:
-            os.set_blocking(self.peer, False)
-            with contextlib.suppress(BlockingIOError, ConnectionResetError):
-                written = os.read(self.peer, 1 << 16)
-        if "file" in self.kind:
-            written = self.path.read_bytes()
-        if self.kind in self.ENDLESS and self.peer != self.fd or self.kind == "socket":
-            os.close(self.peer)
-        os.close(self.fd)
-        for path in self.path.parent.iterdir():
-            path.unlink()
-        return left, written
-
-
-def made_up(chance):
-    """A case: (kind, bytes there, bytes that come later, number, [job's script], whether a worker is lost, retries)."""
-    kind = chance.choice(AnyInput.KINDS)
-    most = 200000 if kind == "large pipe" else 60000
-    size = chance.choice([0, 1, 10, 4095, 4096, 4097, 30000, most])
-    data = b"".join(b"line %d\n" % number for number in range(size // 6 + 1))[:size]
-    at = chance.choice([size, size, size, chance.randrange(size + 1)]) if kind not in (
-        "file", "null", "shared flags") else size
-    number, jobs, place = chance.choice([0, 3, 7]), [], 0
-    for _ in range(chance.choice([1, 1, 2, 3])):
-        rest = size - place
-        # Who has read all of a copy gets more, and what is on its way then is gone.
-        part = rest if kind in ("file", "null") else min(cexec.COPY_MAX, at - place if at > place else rest)
-        line = data[place:].find(b"\n") + 1
-        ways = ["nothing", "nothing", "close", "bytes", "half"] + ["line"] * (0 < line < part) + (
-            ["all"] if kind not in AnyInput.ENDLESS else []) + ["write"] * (kind in ("socket", "file both ways"))
-        way = chance.choice(ways)
-        taken = {"bytes": chance.randrange(max(1, min(part, 50))), "half": part // 2, "all": rest, "line": line}.get(
-            way, 0) if kind != "null" else 0
-        script = {"nothing": ":", "close": "exec %d<&-", "all": "cat <&%d", "line": 'read -r x <&%d; echo "$x"',
-                  "write": "echo answer >&%d"}.get(way, "head -c %s <&%%d" % taken)
-        fd, before = number, ""
-        if chance.random() < 0.2:
-            fd, before = 8, "exec 8<&%d %d<&-; " % (number, number) if way != "write" else "exec 8>&%d; " % number
-        script = before + script.replace("%d", str(fd))
-        script = chance.choice(["%s", "%s", "%s", "sleep 0.05; %s", "(exec 9<&%d; (%%s) & wait)" % number,
-                                "%s; sleep 0.05", "%s; exit 3"]) % script
-        jobs.append(script)
-        place += taken if way != "write" or kind == "socket" else rest + 7
-        if way == "write" and kind != "socket":
-            break
-    lost = chance.random() < 0.15 and "write" not in jobs[0]
-    return kind, data[:at], data[at:], number, jobs, lost, chance.choice([0, 3]) if lost else 3
-
-
-def carried_out(case, place, command, env=None):
-    """What a case comes to, each job run as the command of its script: ([(status, output) of each job], what is left,
-    what was written)."""
-    kind, now, later, number, jobs = case[:5]
-    given, results = AnyInput(kind, now, later, place), []
-    for job in jobs:
-        high = fcntl.fcntl(given.fd, fcntl.F_DUPFD, 100)        # where it will not be inherited a second time
-        argv, pass_fds = placed({number: high}, *command(job))
-        with open(os.devnull, "rb") as null:
-            done = run_command(*argv, pass_fds=pass_fds, stdin=null, env=env)
-        os.close(high)
-        results.append((done.returncode, done.stdout, done.stderr))
-    return [results, *given.state()]
-
-
-def shown_short(result):
-    """The results of carried_out(), long bytes as their number and a hash."""
-    def short(data):
-        return "%d bytes %s" % (len(data), hashlib.md5(data).hexdigest()[:4]) if len(data) > 300 else data
-    return [[(status, *map(short, outputs)) for status, *outputs in result[0]], *map(short, result[1:])]
-
-
-@heavy
-@needs_linux
-def test_any_job_uses_any_descriptor_as_a_local_command(shell, tmp_path):
-    """Cases are made up from a seed for a while; each must come to the same here and through the room."""
-    began, count = time.monotonic(), 0
-    need("sh")
-    signal.alarm(math.ceil(DEADLINE + DESCRIPTOR_SECONDS))
-    while count < 3 or time.monotonic() - began < DESCRIPTOR_SECONDS:
-        seed = "%s descriptors %d" % (SEED, count)
-        case = made_up(random.Random(seed))
-        lost, retries = case[5:]
-        local = carried_out(case, tmp_path, lambda job: [shutil.which("sh"), "-c", job])
-        trouble = "[ -e %s ] || { >%s; kill -9 $PPID; sleep 9; }; " % ((quoted(tmp_path / "lost"),) * 2) if lost else ""
-        (tmp_path / "lost").exists() and (tmp_path / "lost").unlink()
-        found = carried_out(case, tmp_path, lambda job: [
-            *program(), "cexec", shell.pub, "RUN=" + trouble + job], shell.settings({"CEXEC_RETRIES": retries}))
-        if lost:        # which is told
-            assert "the job may have run there in part" in found[0][0][2].decode() or retries == 0, (seed, found[0])
-            found[0][0] = found[0][0][:2] + (b"",)
-        if retries == 0:
-            assert found[0][0][0] == 111, (seed, case, found)
-            case = case[:4] + (case[4][1:],) + case[5:]
-            local = carried_out(case, tmp_path, lambda job: [shutil.which("sh"), "-c", job])
-            local[0].insert(0, found[0][0])
-        assert found == local, "%s: %s, %d bytes and %d, as descriptor %d, jobs %s, lost %s, retries %d\n%s\n%s" % (
-            (seed, case[0], len(case[1]), len(case[2])) + case[3:] + (shown_short(found), shown_short(local)))
-        count += 1
-    print("%d cases" % count)
 
 
 # ---------------------------------------------------------------- cwho: the roll call
@@ -22243,6 +19517,2731 @@ def test_a_restarted_crat_is_not_told_the_past(net, key, tmp_path):
     assert net.run_tool("s", "cexec", key + ".pub").returncode == 0
     crat.out.wait("completed")
     assert len(str(crat.out).splitlines()) == 1
+
+
+# ---------------------------------------------------------------- key files
+
+def test_loading_finds_the_half_that_is_wanted(tmp_path):
+    private, public = map(str, key_files(tmp_path))
+    for want, path in ("private", private), ("public", public), (None, private):
+        key, warning = cexec.load_key(private, want)
+        assert (key.path, key.name, warning) == (path, private, None)
+    key, _ = cexec.load_key(public, "public")
+    assert key.path == key.name == public
+    os.unlink(private)
+    assert cexec.load_key(private)[0].path == public
+
+
+@pytest.mark.parametrize("half, want, what", [
+    ("k.pub", "private", "k.pub is a submitting half: serving needs the private key"),
+    ("none", "private", "no key none: there is no such file"),
+    ("none", None, "no key none: there is no such file"),
+    ("k/below", "public", "no key k/below: there is no such file"),
+    (".", "private", "cannot read the key .: not a regular file"),
+    ("fifo", None, "cannot read the key fifo: not a regular file"),
+    ("junk", None, "junk is not a key: it holds no key at all"),
+    ("huge", None, "huge is not a key: it is too large"),
+])
+def test_what_cannot_be_loaded_says_why(tmp_path, monkeypatch, half, want, what):
+    private, public = key_files(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("fifo")
+    (tmp_path / "junk").write_bytes(b"\x00\xff" * 50)
+    with open("huge", "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(cexec.Failure) as caught:
+        cexec.load_key(half, want)
+    assert str(caught.value) == what and caught.value.status == cexec.EXIT_USAGE
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_a_private_half_alone_submits_too(tmp_path, monkeypatch, memory):
+    """Issue 22, 5: whoever has APP can submit, and the files of this machine stay as they are."""
+    private, public = key_files(tmp_path)
+    public.unlink()
+    if not memory:
+        monkeypatch.delattr(os, "memfd_create", raising=False)
+        monkeypatch.setenv("TMPDIR", str(tmp_path))
+    key, warning = cexec.load_key(str(private), "public")
+    assert (key.private, key.name, warning) == (False, str(private), None)
+    half = cexec.parse_key(PUBLIC, "")
+    assert (key.fingerprint, key.own_der) == (half.fingerprint, half.own_der)
+    cexec.tls_context(key, True)
+    assert files_below(tmp_path) == ["k"]
+
+
+def test_a_job_runs_with_the_private_half_alone(room, tmp_path):
+    room.serve("cat")
+    shutil.copy(room.key, tmp_path / "app")
+    done = room.cexec(key=tmp_path / "app", input=b"x")
+    assert (done.returncode, done.stdout) == (0, b"x"), done.stderr
+    assert files_below(tmp_path) == ["app"]
+
+
+def test_a_key_of_another_user_is_warned_about(tmp_path):
+    if os.geteuid():
+        skip("only root can give a file away")
+    private, _ = key_files(tmp_path)
+    os.chown(private, 12345, 12345)
+    assert "the key %s belongs to another user (12345)" % private in cexec.load_key(str(private), "private")[1]
+
+
+def test_a_key_open_to_others_is_warned_about(tmp_path):
+    private, _ = key_files(tmp_path)
+    for mode in 0o640, 0o604, 0o620:
+        private.chmod(mode)
+        warning = cexec.load_key(str(private), "private")[1]
+        assert "mode %04o" % mode in warning and "chmod 600 %s" % private in warning
+
+
+def test_a_key_is_the_users_alone_whatever_the_umask(tmp_path):
+    done = run_command("sh", "-c", 'umask 0777; exec "$@"', "sh", *program(), "ckeygen", tmp_path / "app")
+    assert done.returncode == 0 and [mode_of(tmp_path / name) for name in ("app", "app.pub")] == [0o600, 0o600]
+
+
+# ---------------------------------------------------------------- ckeygen
+
+def files_below(directory):
+    return sorted(os.listdir(str(directory)))
+
+
+def mode_of(path):
+    return stat.S_IMODE(os.stat(str(path)).st_mode)
+
+
+def test_ckeygen_makes_both_halves_and_tells(tmp_path):
+    """S18: with mode 0600."""
+    done = run("ckeygen", "app", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, b"")
+    private, public = (tmp_path / "app").read_bytes(), (tmp_path / "app.pub").read_bytes()
+    key = cexec.parse_key(private, "app")
+    assert done.stderr.decode() == (
+        "ckeygen: made app and app.pub, key %s\n"
+        "ckeygen: both are secret: copy app to the machines that serve (it can submit as well), "
+        "app.pub to those that only submit\n" % key.fingerprint)
+    assert cexec.public_half(private) == public
+    assert mode_of(tmp_path / "app") == mode_of(tmp_path / "app.pub") == 0o600
+    assert files_below(tmp_path) == ["app", "app.pub"]
+
+
+def test_two_keys_differ(tmp_path):
+    assert run("ckeygen", "a", cwd=tmp_path).returncode == run("ckeygen", "b", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "a").read_bytes() != (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize("before", [None, PUBLIC])
+def test_ckeygen_makes_the_public_half_again(tmp_path, before):
+    """C3."""
+    private, public = key_files(tmp_path)
+    private.chmod(0o644)
+    public.unlink()
+    if before is not None:
+        public.write_bytes(before)
+    done = run("ckeygen", "k", cwd=tmp_path)
+    assert done.returncode == 0 and b"others can use the key k (mode 0644)" in done.stderr
+    assert (private.read_bytes(), public.read_bytes()) == (PRIVATE, PUBLIC)
+    assert mode_of(public) == 0o600 and files_below(tmp_path) == ["k", "k.pub"]
+
+
+@pytest.mark.parametrize("key", ["k", "new"])
+def test_a_planted_link_is_replaced_and_not_written_through(tmp_path, key):
+    """S18: in a folder like /tmp, where somebody put the name there first."""
+    key_files(tmp_path)
+    shared, mine = tmp_path / "shared", tmp_path / "mine.pub"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    mine.write_bytes(PUBLIC if key == "k" else b"")
+    (shared / "app.pub").symlink_to(mine if key == "k" else tmp_path / "nowhere")
+    if os.geteuid() == 0:
+        os.lchown(str(shared / "app.pub"), 12345, 12345)
+    assert run("ckeygen", key, str(shared / "app.pub"), cwd=tmp_path).returncode == 0
+    assert mine.read_bytes() == (PUBLIC if key == "k" else b"") and not (tmp_path / "nowhere").exists()
+    assert not (shared / "app.pub").is_symlink() and mode_of(shared / "app.pub") == 0o600
+    assert cexec.public_half((tmp_path / key).read_bytes()) == (shared / "app.pub").read_bytes()
+    assert files_below(shared) == ["app.pub"]
+
+
+def test_both_files_have_their_mode_whatever_the_umask(tmp_path):
+    """S18."""
+    done = run_command("sh", "-c", 'umask 0777; exec "$0" "$@"', *program(), "ckeygen", str(tmp_path / "app"))
+    assert done.returncode == 0, done.stderr
+    assert mode_of(tmp_path / "app") == mode_of(tmp_path / "app.pub") == 0o600
+
+
+def test_ckeygen_tells_which_half_a_file_is_and_the_fingerprint(tmp_path):
+    key_files(tmp_path)
+    (tmp_path / "other").write_bytes(OTHER_PRIVATE)
+    (tmp_path / "other").chmod(0o640)
+    (tmp_path / "crlf").write_bytes(PUBLIC.replace(b"\n", b"\r\n"))
+    mine, other = cexec.parse_key(PUBLIC, "").fingerprint, cexec.parse_key(OTHER_PUBLIC, "").fingerprint
+    done = run("ckeygen", "-l", "k", "k.pub", "other", cwd=tmp_path)
+    assert (done.returncode, done.stdout.decode()) == (0, (
+        "%s private    k\n%s submitting k.pub\n%s private    other\n" % (mine, mine, other)))
+    assert done.stderr.startswith(b"ckeygen: warning: others can use the key other (mode 0640)")
+    done = run("ckeygen", "-l", "crlf", "none", "k", cwd=tmp_path)      # what can be told is told
+    assert (done.returncode, done.stdout.decode()) == (2, "%s private    k\n" % mine)
+    lines = done.stderr.decode().splitlines()
+    assert lines[0].startswith("ckeygen: crlf is not a key: its lines end in CR LF")
+    assert lines[2].startswith("ckeygen: no key none: ") and len(lines) == 4
+    if os.path.exists("/dev/full"):
+        with open("/dev/full", "wb") as full:
+            assert subprocess.run(program() + ["ckeygen", "-l", "k"], cwd=str(tmp_path), stdout=full).returncode == 255
+
+
+def test_ckeygen_makes_the_same_key_of_the_same_text(tmp_path):
+    """C4."""
+    need_scrypt()
+    for arguments in ["-stdin", "a"], ["--stdin", "b", "b.pub"], ["-stdin", "--", "a"]:
+        assert run("ckeygen", *arguments, input=PHRASE, cwd=tmp_path).returncode == 0
+    made, _ = cexec.make_keypair(cexec.master_from_pieces([PHRASE]))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == made
+    done = run("ckeygen", "-stdin", "a", input=PHRASE[:-1], cwd=tmp_path)
+    assert done.returncode == 104 and (tmp_path / "a").read_bytes() == made
+    assert b"a exists and is another key" in done.stderr
+
+
+@pytest.mark.parametrize("arguments, status, words", [
+    (["junk"], 101, b"cannot use junk as a private key: it holds no key at all"),
+    (["k.pub"], 101, b"cannot use k.pub as a private key: it is a submitting half"),
+    (["directory"], 101, b"not a regular file"),
+    (["fifo"], 101, b"not a regular file"),
+    (["damaged"], 101, b"cannot use damaged as a private key: it is damaged: its checksum does not fit"),
+    (["-stdin", "new.pub"], 2, b"new.pub: that is the name of a submitting half"),
+    (["new.pub"], 2, b"  say: ckeygen new\n"),
+    (["k", "none/k.pub"], 102, b"cannot write none/k.pub: No such file"),
+    (["new", "none/k.pub"], 102, b"cannot write none/k.pub: No such file"),
+    (["k", "junk"], 102, b"cannot replace junk: it holds no key at all"),
+    (["new", "junk"], 102, b"cannot replace junk: it holds no key at all"),
+    (["new", "k"], 102, b"cannot replace k: it is a private half"),
+    (["k", "other.pub"], 102, b"cannot replace other.pub: it is half of another key"),
+    (["new", "other.pub"], 102, b"cannot replace other.pub: it is half of another key"),
+    (["k", "directory"], 102, b"not a regular file"),
+    (["k", "/dev/null"], 102, b"not a regular file"),
+    (["k", "n" * 300], 102, b"File name too long"),
+    (["none/new"], 103, b"cannot write none/new: No such file"),
+    (["k/new"], 103, b"cannot write k/new: Not a directory"),
+    (["n" * 300, "new.pub"], 103, b"File name too long"),
+    (["dangling"], 103, b"cannot write dangling: File exists"),
+    (["-stdin", "new"], 2, b"too easy to guess"),
+    ([], 2, b"usage: ckeygen"),
+    (["a", "b", "c"], 2, b"usage: ckeygen"),
+    ([""], 2, b"usage: ckeygen"),
+    (["-x", "new"], 2, b"-x: unknown option"),
+    (["-l"], 2, b"usage: ckeygen"),
+    (["-l", "-stdin", "k"], 2, b"usage: ckeygen"),
+    (["new", "./new"], 2, b"the same file"),
+])
+def test_ckeygen_refuses_and_leaves_everything_as_it_was(tmp_path, arguments, status, words):
+    """C3."""
+    key_files(tmp_path)
+    (tmp_path / "junk").write_bytes(b"dear diary\n")
+    (tmp_path / "damaged").write_bytes(PRIVATE[:-40])
+    (tmp_path / "other.pub").write_bytes(OTHER_PUBLIC)
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "dangling").symlink_to("nowhere")
+    os.mkfifo(str(tmp_path / "fifo"))
+    content = lambda: {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    names, before = files_below(tmp_path), content()
+    done = run("ckeygen", *arguments, input=b"short\n", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (status, b"")
+    assert words in done.stderr and done.stderr.startswith(b"ckeygen: ") and b"Traceback" not in done.stderr
+    assert (files_below(tmp_path), content()) == (names, before)
+
+
+def test_ckeygen_says_that_standard_input_is_closed(tmp_path):
+    done = subprocess.run(["sh", "-c", 'exec "$0" "$@" <&-', sys.executable, os.path.abspath(cexec.__file__),
+                           "ckeygen", "-stdin", "k"], cwd=str(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert done.returncode == 111 and b"standard input is closed" in done.stderr
+    assert files_below(tmp_path) == []
+
+
+def test_a_new_key_does_not_replace_the_public_half_of_another(tmp_path):
+    """On a machine that only submits, `ckeygen app` by mistake."""
+    assert run("ckeygen", "app", cwd=str(tmp_path)).returncode == 0
+    (tmp_path / "app").unlink()
+    before = (tmp_path / "app.pub").read_bytes()
+    done = run("ckeygen", "app", cwd=str(tmp_path))
+    assert done.returncode == 102 and b"cannot replace app.pub: it is half of another key" in done.stderr
+    assert (tmp_path / "app.pub").read_bytes() == before and files_below(tmp_path) == ["app.pub"]
+
+
+def test_a_key_is_made_once_however_many_try(tmp_path):
+    command = [sys.executable, os.path.abspath(cexec.__file__), "ckeygen", "app"]
+    tries = [subprocess.Popen(command, cwd=str(tmp_path), stderr=subprocess.PIPE) for _ in range(8)]
+    told = [one.communicate(timeout=60)[1] for one in tries]
+    assert set(one.returncode for one in tries) <= {0, 103}, told
+    assert sum(b"made app and app.pub" in text for text in told) == 1
+    assert cexec.public_half((tmp_path / "app").read_bytes()) == (tmp_path / "app.pub").read_bytes()
+    assert files_below(tmp_path) == ["app", "app.pub"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_name_taken_in_the_meantime_is_kept(tmp_path, monkeypatch, links):
+    """S18: a private key is never overwritten, whenever it came."""
+    def link(source, target):
+        raise PermissionError(1, "no links here")
+    if not links:
+        monkeypatch.setattr(os, "link", link)
+    private, public = str(tmp_path / "k"), str(tmp_path / "k.pub")
+    cexec.write_halves(private, public, PRIVATE, True)
+    assert files_below(tmp_path) == ["k", "k.pub"] and mode_of(private) == 0o600
+    with pytest.raises(cexec.Failure) as caught:
+        cexec.write_halves(private, public, OTHER_PRIVATE, True)
+    assert caught.value.status == 103
+    assert (tmp_path / "k").read_bytes() == PRIVATE and (tmp_path / "k.pub").read_bytes() == PUBLIC
+    assert files_below(tmp_path) == ["k", "k.pub"]
+
+
+@pytest.mark.parametrize("number, status", [(28, 103), (24, 111)])       # no space left; too many open files
+@pytest.mark.parametrize("call", ["fsync", "open", "link"])
+def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch, call, number, status):
+    """R23, C3: whichever step it was."""
+    def fail(*arguments):
+        raise OSError(number, "made to fail")
+    monkeypatch.setattr(os, call, fail)
+    if call == "link":
+        monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(cexec.Failure) as caught:
+        cexec.write_halves(str(tmp_path / "k"), str(tmp_path / "k.pub"), PRIVATE, True)
+    assert (caught.value.status, files_below(tmp_path)) == (status, [])
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
+    """R23: no part of a file."""
+    def interrupt(*arguments):
+        raise KeyboardInterrupt()
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        cexec.write_halves(str(tmp_path / "k"), str(tmp_path / "k.pub"), PRIVATE, True)
+    assert files_below(tmp_path) == []
+
+
+# ---------------------------------------------------------------- the Python API
+
+@pytest.fixture
+def api(shell):
+    """A cexec.Room for the worker of `shell`; nothing of it may be left at the end."""
+    before = threading.active_count()
+    with cexec.Room(shell.pub, group=shell.group, timeout_accept=20) as made:
+        yield made
+    wait_until(lambda: equal(threading.active_count(), before))
+
+
+def equal(one, two):
+    assert one == two
+
+
+def nap(number):
+    """(names of a job that says `ready` and sleeps, what wait_until takes to see that all of those have ended)"""
+    mark = "%d.%d" % (os.getpid(), number)
+    return {"RUN": "echo ready; exec sleep 1000", "NAP": mark}, lambda: equal(marked("PEER_NAP=" + mark), [])
+
+
+@pytest.mark.parametrize("text", [
+    "exit 0", "exit 1", "exit 255", "kill -TERM $$", "kill -KILL $$", "kill -USR1 $$", "echo out; echo err >&2; exit 3",
+    "cat; cat >&2", "wc -c", "exec <&-; exit 4", "exec >&- 2>&-; exit 5"])
+def test_run_is_as_subprocess_runs_it(api, text):
+    """C36."""
+    local = subprocess.run(["sh", "-c", text], input=b"some\n" * 100, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    found = api.run(b"some\n" * 100, {"RUN": text})
+    assert found[:3] == (local.returncode, local.stdout, local.stderr)
+    assert found.worker == "127.0.0.1" and 0 < found.seconds < 60
+
+
+def test_check_and_timeout_are_those_of_subprocess(api):
+    """C36."""
+    assert api.run(names={"RUN": "exit 0"}, check=True).status == 0
+    with pytest.raises(cexec.JobError, match="^the job ended with status 7 on 127.0.0.1$") as caught:
+        api.run(names={"RUN": "echo out; exit 7"}, check=True)
+    assert caught.value.result[:2] == (7, b"out\n")
+    names, all_ended = nap(1)
+    with pytest.raises(subprocess.TimeoutExpired) as caught:
+        api.run(names=names, timeout=2)
+    assert caught.value.output in (b"ready\n", b"") and caught.value.timeout == 2
+    wait_until(all_ended)
+    assert api.run(b"x", {"RUN": "cat"}, timeout=60).stdout == b"x"
+
+
+def test_a_room_takes_every_kind_of_input(api, tmp_path):
+    path = tmp_path / "input"
+    path.write_bytes(b"0123456789")
+    reading, writing = os.pipe()
+    os.write(writing, b"piped")
+    os.close(writing)
+    near, far = socket.socketpair()
+    far.send(b"sent")
+    far.close()
+    cat = {"RUN": "cat"}
+    with open(str(path), "rb", buffering=0) as file, open(reading, "rb") as pipe, near:
+        file.seek(4)
+        inputs = [b"", b"bytes", bytearray(b"array"), memoryview(b"view"), path, str(path), file, pipe, near]
+        found = [result.stdout for result in api.map(inputs, cat)]
+        assert found == [b"", b"bytes", b"array", b"view", b"0123456789", b"0123456789", b"456789", b"piped", b"sent"]
+        assert file.tell() == 4
+        future = api.submit(file, {"RUN": "sleep 0.2; cat"})
+    assert future.result().stdout == b"456789"      # it was closed here meanwhile
+    for wrong, error in [(5, TypeError), (None, TypeError), ([1], TypeError), (tmp_path / "none", FileNotFoundError),
+                         (tmp_path, cexec.Failure)]:
+        with pytest.raises(error):
+            api.run(wrong, cat)
+    for names in {"A B": 1}, {"": 1}, {"A": "x\0"}:
+        with pytest.raises(ValueError, match="environment variable"):
+            api.run(names=names)
+    with pytest.raises(cexec.Failure, match="^NAME=VALUE: "):
+        api.run(path, {"A": "x" * 70000})
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGHUP, signal.SIGUSR1])
+def test_signals_to_a_process_are_as_those_to_a_local_one(api, number):
+    names, all_ended = nap(2)
+    local = subprocess.Popen(["sh", "-c", names["RUN"]], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE)
+    with local, api.popen(names) as process:
+        found = []
+        for each in local, process:
+            assert each.stdout.readline() == b"ready\n" and each.poll() is None
+            with pytest.raises(subprocess.TimeoutExpired):
+                each.wait(0.05)
+            each.send_signal(number)
+            found += [each.wait(), each.poll()]
+            each.send_signal(number)        # it has ended: nothing happens
+    assert found == [-number] * 4 and process.status == -number
+    wait_until(all_ended)
+    with pytest.raises(ValueError, match="signal SEGV cannot be sent"):
+        process.send_signal(signal.SIGSEGV)
+
+
+def both(api, text):
+    """The same job here and there."""
+    return (subprocess.Popen(["sh", "-c", text], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE),
+            api.popen({"RUN": text}))
+
+
+def status_of(process):
+    return process.status if isinstance(process, cexec.Process) else process.returncode
+
+
+@pytest.mark.parametrize("text", ["cat; head -c 1000000 /dev/zero >&2", "exit 3", "exec <&-; sleep 0.1; echo late",
+                                  "head -c 10", "exec >&-; cat >&2"])
+def test_communicate_with_much_data_and_closed_pipes(api, text):
+    data, found = random_octets(5 * MB), []
+    for process in both(api, text):
+        with process:
+            outputs = process.communicate(data)
+        found.append((status_of(process), *outputs))
+    assert found[0] == found[1]
+
+
+def test_communicate_loses_nothing_to_its_timeout(api, tmp_path):
+    go, data = tmp_path / "go", random_octets(3 * MB)
+    with api.popen({"RUN": "until [ -e '%s' ]; do sleep 0.02; done; cat; echo end >&2" % go}) as process:
+        process.stdin.write(b"first ")
+        for _ in range(2):
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.communicate(data, timeout=0.1)
+        go.touch()
+        assert process.communicate(timeout=60) == (b"first " + data, b"end\n")
+        assert process.communicate() == (b"first " + data, b"end\n")
+
+
+def test_a_reader_that_goes_ends_the_job_and_its_writer(api):
+    found = []
+    for process in both(api, "exec yes"):
+        with process:
+            assert process.stdout.readline() == b"y\n"
+        found.append(status_of(process))
+    assert found == [-signal.SIGPIPE] * 2
+    for process in both(api, "exec sleep 1000"):
+        with pytest.raises(ZeroDivisionError), process:
+            if isinstance(process, subprocess.Popen):
+                process.kill()      # for which `with` there would wait
+            1 / 0
+        assert status_of(process) == -signal.SIGKILL
+
+
+def test_map_takes_its_inputs_lazily_and_yields_in_order(room):
+    """C37."""
+    jobs, slots, taken, most = 1500, 4, 0, 0
+    room.serve("cat", CONCURRENCY=slots)
+
+    def inputs():
+        nonlocal taken
+        for taken in range(1, jobs + 1):
+            yield b"%d" % taken
+    with cexec.Room(room.pub, group=room.group) as api:
+        for number, result in enumerate(api.map(inputs()), 1):
+            assert result.stdout == b"%d" % number
+            most = max(most, taken - number)
+    assert number == jobs and most <= slots + 2 * cexec.AHEAD
+
+
+def test_map_yields_what_is_ready_however_slowly_inputs_come(api):
+    """C37: The first result of an iterator that has no second input yet; what an iterator raises, at once."""
+    more = threading.Event()
+
+    def inputs():
+        yield b"1"
+        assert more.wait(PATIENCE), "the second input is asked for, and nobody waits for it"
+        raise ValueError("no second")
+    results = api.map(inputs(), {"RUN": "cat"})
+    assert next(results).stdout == b"1"
+    more.set()
+    with pytest.raises(ValueError, match="no second"):
+        next(results)
+    more.clear()
+    blocked = api.map(inputs(), {"RUN": "cat"})
+    assert next(blocked).stdout == b"1"
+    blocked.close()
+    more.set()
+
+
+def test_results_have_the_names_of_subprocess(api):
+    with pytest.raises(cexec.JobError) as caught:
+        api.run(b"in", {"RUN": "cat; echo err >&2; exit 3"}, check=True)
+    error = caught.value
+    assert (error.returncode, error.stdout, error.stderr) == (3, b"in", b"err\n") and error.result.returncode == 3
+    with api.popen({"RUN": "exit 4"}) as process:
+        assert process.returncode is None
+        process.communicate()
+    assert process.returncode == process.status == 4
+
+
+def test_map_takes_inputs_while_its_first_job_runs(api, tmp_path):
+    """All the others wait for the last one."""
+    text = 'read x; cd %s; [ "$x" = wait ] || touch go; until [ -e go ]; do sleep 0.05; done' % quoted(tmp_path)
+    assert [result.status for result in api.map([b"wait\n"] * 19 + [b"go\n"], {"RUN": text})] == [0] * 20
+
+
+def test_a_map_that_is_dropped_or_fails_ends_its_jobs(api):
+    names, all_ended = nap(3)
+    names["RUN"] = 'read x; [ "$x" = sleep ] || exit "$x"; ' + names["RUN"]
+    inputs = [b"0\n"] + [b"sleep\n"] * 9
+    results = api.map(inputs, names)
+    assert next(results).status == 0
+    results.close()
+    wait_until(all_ended)
+    results = api.map([b"3\n"] + inputs, names, check=True)
+    with pytest.raises(cexec.JobError):
+        next(results)
+    wait_until(all_ended)
+    results = api.map(iter([b"0\n", b"sleep\n", None]), names)
+    with pytest.raises(TypeError):
+        list(results)
+    wait_until(all_ended)
+    assert list(api.map([])) == []
+
+
+def test_cancelled_futures_end_their_jobs(api):
+    names, all_ended = nap(4)
+    running = [api.submit(names=names) for _ in range(4)]
+    wait_until(lambda: equal(len(marked("PEER_NAP=" + names["NAP"])), 4))
+    assert [future.cancel() for future in running] == [True] * 4 and all(future.cancelled() for future in running)
+    wait_until(all_ended)
+    future = api.submit(b"x", {"RUN": "cat"})
+    assert future.result().stdout == b"x" and not future.cancel()
+
+
+def test_many_threads_use_one_room_while_a_worker_is_killed(room):
+    """2,000 jobs in eight threads; half of the way one of two workers is gone, and the results are the same."""
+    script = 'read x; echo "$x" "$PEER_T"'
+    lost, _ = [room.serve("sh", "-c", script, CONCURRENCY=8) for _ in range(2)]
+    failed, half = [], threading.Event()
+
+    def thread(number):
+        try:
+            inputs = (b"%d\n" % each for each in range(250))
+            for each, result in enumerate(api.map(inputs, {"T": number})):
+                assert result[:3] == (0, b"%d %d\n" % (each, number), b"")
+                if each == 125:
+                    half.set()
+        except BaseException as error:
+            failed.append(error)
+            raise
+    with cexec.Room(room.pub, group=room.group) as api:
+        threads = [threading.Thread(target=thread, args=(number,)) for number in range(8)]
+        for each in threads:
+            each.start()
+        assert half.wait(DEADLINE)
+        lost.kill()
+        for each in threads:
+            each.join()
+    assert failed == []
+
+
+def test_rooms_that_are_closed_leave_nothing(shell):
+    def left():
+        gc.collect()
+        return len(open_fds(os.getpid())), threading.active_count(), len(gc.get_objects())
+
+    def use():
+        with cexec.Room(shell.pub, group=shell.group) as api:
+            assert api.run(b"x", {"RUN": "cat"}).stdout == b"x"
+    for _ in range(3):
+        use()
+    before = left()
+    for _ in range(97):
+        use()
+    after = left()
+    assert after[:2] == before[:2] and after[2] < before[2] + 97
+
+
+def test_a_room_that_is_closed_ends_its_jobs_and_takes_no_more(shell):
+    names, all_ended = nap(5)
+    api = cexec.Room(shell.pub, group=shell.group)
+    future, process = api.submit(names=names), api.popen(names)
+    assert process.stdout.readline() == b"ready\n"
+    api.close()
+    api.close()
+    for call in future.result, process.wait, process.poll:
+        with pytest.raises(cexec.Failure, match="^the job: its Room was closed$"):
+            call()
+    assert process.stdout.read() == b""
+    process.kill()
+    with process:
+        pass
+    for call in api.run, api.submit, api.popen, lambda: next(api.map([b""])):
+        with pytest.raises(cexec.Failure, match="^this Room: it is closed$"):
+            call()
+    wait_until(all_ended)
+    with cexec.Room(shell.pub, group=shell.group) as api:       # closed in its own thread
+        future = api.submit(names={"RUN": "exit 0"})
+        future.add_done_callback(lambda future: api.close())
+        assert future.result().status == 0
+    with cexec.Room(shell.pub):
+        pass            # never used: no thread
+
+
+def test_an_error_in_a_rooms_thread_ends_jobs_only(api):
+    names, all_ended = nap(6)
+    future, process = api.submit(names=names), api.popen(names)
+    assert process.stdout.readline() == b"ready\n"
+    api._thread.call(lambda: {}["missing"])
+    with pytest.raises(cexec.Failure, match="^internal error: KeyError: 'missing'$") as caught:
+        future.result()
+    assert isinstance(caught.value.__cause__, KeyError)
+    with pytest.raises(cexec.Failure, match="^internal error"), process:
+        process.wait()
+    wait_until(all_ended)
+    assert api.run(b"x", {"RUN": "cat"}).stdout == b"x"
+
+
+def test_a_room_without_workers_fails_in_time(key):
+    with cexec.Room(key, group="127.255.255.255:%d" % free_port(), timeout_accept=1) as api:
+        began = time.monotonic()
+        futures = [api.submit() for _ in range(3)]
+        with api.popen() as process, pytest.raises(cexec.Failure, match="^no worker: nobody answered within 1 s"):
+            process.communicate(b"x")
+        for future in futures:
+            with pytest.raises(cexec.Failure, match="^no worker: nobody answered within 1 s"):
+                future.result()
+        with pytest.raises(cexec.Failure, match="^no worker"):
+            list(api.map([b""] * 100))
+        assert time.monotonic() - began >= 2
+    with cexec.Room(key, group="nodevice0:224.0.1.87") as api, pytest.raises(cexec.Failure, match="nodevice0"):
+        api.run()
+
+
+def test_the_settings_of_a_room(key, monkeypatch):
+    monkeypatch.setenv("GROUP", "10.1.2.3")
+    given = cexec.room_settings({"group": None, "reject_servers": ["10.0.0.1", "10.0.0.2"], "retries": 5})
+    assert (given.group.address, given.retries) == ("10.1.2.3", 5)
+    assert sorted(given.reject_servers) == ["10.0.0.1", "10.0.0.2"]
+    assert cexec.room_settings({"group": "10.1.2.4:99"}).group.port == 99
+    for name in "concurrency", "groups", "self":
+        with pytest.raises(TypeError, match="a Room has no setting '%s'; it has: .*timeout_accept" % name):
+            cexec.room_settings({name: 1})
+    with pytest.raises(cexec.Failure, match="^CEXEC_TIMEOUT_ACCEPT=soon: not accepted"):
+        cexec.Room(key, timeout_accept="soon")
+    with pytest.raises(cexec.Failure, match="no key /nowhere"):
+        cexec.Room("/nowhere")
+
+
+def run_script(room, text, *arguments, python=sys.executable, options=()):
+    """Runs a program that imports cexec and has the path of the key; it must say nothing on standard error."""
+    place = os.path.dirname(compiled_for(python)[-1])       # where its bytecode is
+    text = "import sys; sys.path.insert(0, %r)\n" % place + text
+    done = run_command(python, "-IS", *options, "-c", text, room.pub, *arguments, env=room.settings({}))
+    assert (done.returncode, done.stderr) == (0, b""), done.stderr.decode()
+    return done.stdout.decode()
+
+
+def test_the_import_alone_does_nothing(room):
+    """C35."""
+    found = run_script(room, """
+import gc, os, signal, threading
+def state():
+    return ([signal.getsignal(number) for number in range(1, signal.NSIG)], signal.set_wakeup_fd(-1), gc.isenabled(),
+            threading.active_count(), os.listdir("/dev/fd"), sys.path[:], sys.flags, sys.excepthook, os.umask(0o22),
+            dict(os.environ), sys.dont_write_bytecode)
+os.umask(0o22)
+before = state()
+import cexec
+print(before == state(), sorted(cexec.__all__))
+print([name for name in ("ssl", "threading", "subprocess", "concurrent", "asyncio") if name in sys.modules])
+""")
+    assert found == "True %r\n['threading']\n" % sorted(cexec.__all__)
+
+
+EVERYTHING = """
+import gc, subprocess, cexec
+with cexec.Room(sys.argv[1]) as room:
+    assert room.run(b"x", {"RUN": "cat"}).stdout == b"x"
+    assert [each.status for each in room.map([b""] * 20, {"RUN": "exit 2"})] == [2] * 20
+    dropped = room.map([b""] * 20, {"RUN": "exit 0"})
+    next(dropped)
+    del dropped
+    room.submit(names={"RUN": "sleep 1000"}).cancel()
+    with room.popen({"RUN": "cat; echo err >&2"}) as process:
+        assert process.communicate(b"data") == (b"data", b"err\\n")
+    for call, error in [(lambda: room.run(sys.executable, {"RUN": "exit 1"}, check=True), cexec.JobError),
+                        (lambda: room.run(names={"RUN": "sleep 1000"}, timeout=0.5), subprocess.TimeoutExpired),
+                        (lambda: room.run("/nowhere"), FileNotFoundError)]:
+        try:
+            call()
+        except error:
+            pass
+    with room.popen({"RUN": "sleep 1000"}) as process:
+        process.kill()
+    left = room.submit(names={"RUN": "sleep 1000"})
+assert isinstance(left.exception(), cexec.Failure)
+del room, process, left
+gc.collect()
+import os, threading
+print(threading.active_count(), len(os.listdir("/dev/fd")))
+"""
+
+
+def test_nothing_is_left_for_python_to_warn_of(shell):
+    """By every Python that is here."""
+    for version, python in interpreters().items():
+        found = run_script(shell, EVERYTHING, python=python, options=("-X", "dev", "-W", "error"))
+        assert found == "1 4\n", version
+
+
+def test_a_room_that_is_dropped_is_warned_of_and_closed(shell):
+    api = cexec.Room(shell.pub, group=shell.group)
+    future = api.submit(names={"RUN": "sleep 1000"})
+    with pytest.warns(ResourceWarning, match="unclosed <cexec.Room"):
+        del api
+    with pytest.raises(cexec.Failure, match="closed"):
+        future.result()
+
+
+def test_a_forked_child_makes_a_room_of_its_own(shell):
+    found = run_script(shell, """
+import os, warnings, cexec
+warnings.simplefilter("ignore", DeprecationWarning)
+with cexec.Room(sys.argv[1]) as room:
+    room.run(names={"RUN": "exit 0"})
+    child = os.fork()
+    if not child:
+        try:
+            room.run()
+        except cexec.Failure as failure:
+            print(failure)
+        room.close()
+        with cexec.Room(sys.argv[1]) as own:
+            print(own.run(b"of its own", {"RUN": "cat"}).stdout)
+        sys.stdout.flush()
+        os._exit(0)
+    os.waitpid(child, 0)
+    print(room.run(b"of the parent", {"RUN": "cat"}).stdout)
+""")
+    assert found == "this Room: it belongs to another process\nb'of its own'\nb'of the parent'\n"
+
+
+def test_asyncio_awaits_its_jobs(shell):
+    found = run_script(shell, """
+import asyncio, cexec
+async def main():
+    asyncio.get_running_loop().slow_callback_duration = 60     # a busy machine is nothing to warn of
+    with cexec.Room(sys.argv[1]) as room:
+        jobs = [asyncio.wrap_future(room.submit(b"%d" % number, {"RUN": "cat"})) for number in range(20)]
+        print(b" ".join(result.stdout for result in await asyncio.gather(*jobs)))
+        try:
+            await asyncio.wait_for(asyncio.wrap_future(room.submit(names={"RUN": "sleep 1000"})), 0.5)
+        except asyncio.TimeoutError:
+            print("timeout")
+asyncio.run(main())
+""", options=("-X", "dev", "-W", "error"))
+    assert found == "%r\ntimeout\n" % b" ".join(b"%d" % number for number in range(20))
+
+
+def test_the_api_is_documented(tmp_path):
+    for name in cexec.__all__:
+        public = getattr(cexec, name)
+        assert public.__doc__, name
+        for method in vars(cexec.CallExecutor if name == "Executor" else public).values():
+            if isinstance(method, types.FunctionType) and not method.__name__.startswith("_") and name != "Result":
+                assert method.__doc__, (name, method.__name__)
+    done = run_command(sys.executable, "-m", "pydoc", CEXEC, cwd=str(tmp_path))
+    text = done.stdout.decode()
+    assert "class Room(" in text and "class PoolThread" not in text and "popen(self" in text
+    manual = document("cexec.1").replace("\\-", "-")
+    assert ".Sh PYTHON" in manual
+    for name in ("Room", "Result", "JobError", "Failure", "run", "submit", "map", "popen", "communicate", "Executor",
+                 "InterpreterDied"):
+        assert re.search(r"\b%s\b" % name, manual[manual.index(".Sh PYTHON"):]), name
+
+
+def test_the_example_of_a_room_runs_as_it_stands(room, tmp_path):
+    room.serve("tr", "a-z", "A-Z")
+    shutil.copy(room.pub, str(tmp_path / "app.pub"))
+    text = "".join(re.findall("^    .*\n", inspect.getdoc(cexec.Room), re.M))
+    done = run_command(sys.executable, "-c", "import cexec\n" + textwrap.dedent(text), cwd=str(tmp_path),
+                       env=room.settings({"PYTHONPATH": os.path.dirname(compiled_for(sys.executable)[-1])}))
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"b'HELLO'\n", b"")
+
+
+# ---------------------------------------------------------------- Executor: the contract, beside ProcessPoolExecutor
+
+def test_calls_return_what_they_return(either, probe):
+    """C38."""
+    with either() as pool:
+        assert pool.submit(pow, 2, exp=5).result(30) == 32 if sys.version_info >= (3, 8) else True
+        assert [future.result(30) for future in [pool.submit(probe.square, n) for n in range(300)]] == [
+            n * n for n in range(300)]
+
+
+def test_map_gives_results_in_order(either, probe):
+    with either() as pool:
+        assert list(pool.map(probe.square, range(500))) == [n * n for n in range(500)]
+        assert list(pool.map(pow, [1, 2, 3], [4, 5, 6], chunksize=7)) == [1, 32, 729]
+        assert list(pool.map(pow, [1], [])) == []
+        with pytest.raises(ValueError):
+            pool.map(probe.square, [1], chunksize=0)
+        with pytest.raises(concurrent.futures.TimeoutError):
+            list(pool.map(probe.sleep, [1.5], timeout=0.1))
+
+
+def test_map_raises_what_a_call_raised_in_its_turn(either, probe):
+    with either() as pool:
+        results = pool.map(int, ["1", "two", "3"])
+        assert next(results) == 1
+        with pytest.raises(ValueError, match="two"):
+            next(results)
+
+
+@pytest.mark.parametrize("error", [ValueError("plain"), OSError(2, "words"), SystemExit(3), KeyboardInterrupt("five"),
+                                   StopIteration(4), UnicodeDecodeError("utf-8", b"x", 0, 1, "why")],
+                         ids=lambda error: type(error).__name__)
+def test_what_a_call_raises_is_its_futures_exception(either, probe, error):
+    """C38."""
+    with either() as pool:
+        future = pool.submit(probe.raise_it, error)
+        found = future.exception(30)
+        assert type(found) is type(error) and found.args == error.args
+        assert type(found).__name__ in str(found.__cause__) and "raise_it" in str(found.__cause__)
+        assert pool.submit(probe.square, 3).result(30) == 9
+
+
+def test_an_exception_keeps_chain_notes_and_attributes(either, probe):
+    with either() as pool:
+        error = pool.submit(probe.chain, False).exception(30)
+        assert (type(error), error.args, error.code) == (ValueError, ("outer",), 7)
+        assert all(text in str(error.__cause__) for text in ("KeyError: 'inner'", "ValueError: outer", '{}["inner"]'))
+        assert getattr(error, "__notes__", ["a note"]) == ["a note"]
+
+
+def test_what_cannot_be_pickled_fails_its_own_call(either, probe):
+    """At each of the four moments."""
+    with either() as pool:
+        before = [pool.submit(probe.same, n) for n in range(5)]
+        bad = [pool.submit(probe.same, (n for n in [1])), pool.submit(probe.local)]
+        if not isinstance(pool, concurrent.futures.ProcessPoolExecutor):      # which an answer like this breaks
+            bad += [pool.submit(probe.same, probe.Argument()), pool.submit(probe.answer), pool.submit(probe.raise_odd),
+                    pool.submit(probe.chain, True), pool.submit(probe.deep)]
+        after = [pool.submit(probe.same, n) for n in range(5)]
+        words = [repr(future.exception(30)) + str(future.exception().__cause__) for future in bad]
+        assert all(isinstance(future.exception(), Exception) for future in bad)
+        for text, word in zip(words[2:], ["cannot be made there", "cannot be made here", "E42 at step five", "outer"]):
+            assert word in text
+        assert [future.result(30) for future in before + after] == [*range(5)] * 2
+
+
+def test_a_call_that_waits_can_be_cancelled(either, probe, tmp_path):
+    with either(1) as pool:
+        first = pool.submit(probe.sleep, 0.5)
+        futures = [pool.submit(probe.touch, str(tmp_path / "no")) for _ in range(20)]
+        assert all(future.cancel() for future in futures[5:])
+        assert all(future.cancelled() for future in futures[5:])
+        assert first.result(30) is None and [future.result(30) for future in futures[:5]] == [None] * 5
+        assert (tmp_path / "no").read_text() == "x" * 5
+
+
+def test_after_shutdown_nothing_new_begins(either, probe):
+    pool = either()
+    futures = [pool.submit(probe.square, n) for n in range(20)]
+    pool.shutdown(wait=True)
+    assert all(future.done() for future in futures)
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        pool.submit(probe.square, 1)
+    pool.shutdown()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 9), reason="ProcessPoolExecutor has it from 3.9 on")
+def test_shutdown_cancels_what_has_not_begun(either, probe):
+    pool = either(1)
+    futures = [pool.submit(probe.sleep, 0.3) for _ in range(20)]
+    wait_until_running(futures[0])
+    pool.shutdown(wait=True, cancel_futures=True)
+    assert futures[0].result() is None and futures[-1].cancelled()
+
+
+def wait_until_running(future):
+    def running():
+        assert future.running() or future.done()
+    wait_until(running)
+
+
+def test_an_initializer_runs_once_in_each_interpreter(either, probe):
+    with either(2, initializer=probe.setup, initargs=("made",)) as pool:
+        found = {future.result(30) for future in [pool.submit(probe.state) for _ in range(50)]}
+    assert {value for value, _ in found} == {"made"} and len(found) <= 2
+
+
+def test_callbacks_may_use_the_pool(either, probe):
+    """They submit, raise, and shut it down."""
+    pool, seen, over = either(), [], threading.Event()
+
+    def again(future):
+        seen.append(future.result())
+        if len(seen) < 20:
+            pool.submit(probe.same, len(seen)).add_done_callback(again)
+        else:
+            over.set()
+            pool.shutdown(wait=False)
+    pool.submit(probe.same, 0).add_done_callback(again)
+    assert over.wait(PATIENCE) and seen == [*range(20)]
+
+
+# ---------------------------------------------------------------- Executor: what is its own
+
+def test_the_example_of_an_executor_runs_as_it_stands(calls, tmp_path):
+    text = "".join(re.findall("^    .*\n", inspect.getdoc(cexec.Executor).partition("key:")[0], re.M))
+    assert run_program(calls, tmp_path, "import cexec, math\n" + textwrap.dedent(text)).split() == [
+        str(math.sqrt(n)) for n in range(5)]
+
+
+def test_an_executor_says_what_it_cannot_take(calls, probe):
+    for named, error in (({"mp_context": None}, TypeError), ({"max_workers": 0}, ValueError),
+                         ({"max_tasks_per_child": 0}, ValueError), ({"initializer": 3}, TypeError),
+                         ({"nonsense": 3}, TypeError)):
+        with pytest.raises(error):
+            executor(calls, **named)
+    assert executor(calls)._max_workers == 256 and executor(calls, 3)._max_workers == 3
+    assert isinstance(executor(calls), concurrent.futures.Executor)
+
+
+def test_what_is_changed_after_submit_is_not_what_runs(pool, probe):
+    data, futures = [0], []
+    for number in range(100):
+        data[0] = number
+        futures.append(pool.submit(sum, data))
+    assert [future.result(30) for future in futures] == [*range(100)]
+
+
+def test_a_call_that_raises_stop_iteration_ends_no_map(pool, probe):
+    """It would look as if all was done."""
+    results = pool.map(probe.raise_it, [StopIteration("early")] * 3)
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        next(results)
+
+
+def test_arrays_are_writable_there_and_here(pool, probe):
+    """Whatever their size; what could not be written stays so."""
+    for size in (10, 70000, 200000, 1 << 20, 5 << 20):
+        array = pool.submit(probe.poke, probe.Array(bytearray(size))).result(30)
+        view = memoryview(array.data)
+        assert not view.readonly and view[0] == 7 and len(view) == size
+        assert memoryview(pool.submit(probe.same, probe.Array(bytes(size))).result(30).data).readonly
+
+
+def test_map_takes_inputs_as_results_are_taken(pool, probe):
+    taken = []
+
+    def source():
+        for number in itertools.count():
+            taken.append(number)
+            yield number
+    results = pool.map(probe.square, source(), buffersize=8)
+    assert [next(results) for _ in range(20)] == [n * n for n in range(20)] and 20 <= len(taken) <= 29
+    results.close()
+    count = len(taken)
+    assert pool.submit(probe.square, 3).result(30) == 9 and len(taken) == count
+
+
+def test_a_callback_that_would_wait_for_ever_is_told_so(pool, probe):
+    """All results come by the thread that it runs in."""
+    told, over = [], threading.Event()
+
+    def wait(future):
+        for ask in (lambda: pool.submit(probe.square, 2).result(), lambda: pool.submit(probe.square, 2).exception(),
+                    lambda: list(pool.map(probe.square, range(3)))):
+            try:
+                ask()
+            except cexec.Failure as error:
+                told.append(error)
+        told.append(future.result())
+        over.set()
+    pool.submit(probe.sleep, 0.2, "its own").add_done_callback(wait)
+    assert over.wait(30) and told[3] == "its own"
+    assert all("cannot wait for a call" in str(error) and error.hint for error in told[:3])
+
+
+def test_threads_may_share_the_results_of_a_map(pool, probe):
+    """Each result goes to one of them; who waits when it is closed hears of the end."""
+    results, found = pool.map(probe.same, range(2000)), [[], [], []]
+    threads = [threading.Thread(target=each.extend, args=(results,)) for each in found]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join(60)
+    assert sorted(sum(found, [])) == [*range(2000)]
+    results = pool.map(probe.sleep, [1] * 20)
+    waiting = threading.Thread(target=list, args=(results,))
+    waiting.start()
+    time.sleep(0.1)
+    results.close()
+    waiting.join(30)
+    assert not waiting.is_alive()
+
+
+def test_map_takes_few_of_large_inputs(pool, probe, monkeypatch):
+    """All of them together need no more memory than so many bytes, and one for each slot."""
+    monkeypatch.setattr(cexec, "MAP_BYTES", 1 << 20)
+    taken = []
+    for number, result in zip(range(60), pool.map(len, (taken.append(n) or bytes(1 << 18) for n in itertools.count()))):
+        assert result == 1 << 18 and len(taken) - number < 20
+    assert len(taken) >= 60
+
+
+def test_a_map_from_which_nobody_takes_is_completed(calls, probe, tmp_path):
+    with executor(calls) as pool:
+        pool.map(probe.touch, [str(tmp_path / "all")] * 40, buffersize=3)
+        kept = pool.map(probe.square, range(40), buffersize=3)
+        large = pool.map(len, (bytes(1 << 22) for _ in range(40)))
+    assert list(large) == [1 << 22] * 40
+    assert (tmp_path / "all").read_text() == "x" * 40
+    assert list(kept) == [n * n for n in range(40)]
+
+
+def test_a_shutdown_that_cancels_ends_maps_too(calls, probe):
+    pool = executor(calls, 1)
+    results = pool.map(probe.sleep, [0.2] * 50)
+    next(results)
+    pool.shutdown(wait=True, cancel_futures=True)
+    with pytest.raises(concurrent.futures.CancelledError):
+        list(results)
+
+
+def test_a_call_that_cannot_come_back_or_be_run_says_why(pool, probe):
+    error = pool.submit(probe.raise_odd).exception(30)
+    assert "Odd: E42 at step five" in str(error) and "raise_odd" in str(error.__cause__)
+
+
+def test_calls_and_commands_that_meet_say_what_serves_there(calls, room):
+    """A worker of calls refuses a command for good, so nobody waits; one of commands ends before it takes a call."""
+    done = calls.cexec()
+    assert done.returncode == 2 and b"cservice --python serves here: calls of cexec.Executor" in done.stderr
+    room.serve("false")
+    with executor(room) as made:
+        error = made.submit(abs, -1).exception(60)
+    assert isinstance(error, cexec.InterpreterDied) and "is it cservice --python that serves there?" in str(error)
+
+
+def test_a_call_for_which_nobody_answers_fails_as_a_job_does(room):
+    with executor(room, timeout_accept=0.3) as made:
+        error = made.submit(abs, -1).exception(30)
+    assert isinstance(error, cexec.NoWorker) and "nobody answered within 0.3 s" in str(error) and error.hint
+
+
+@pytest.mark.parametrize("how,words", [("exit", "status 37"), (signal.SIGKILL, "signal 9 (KILL)"),
+                                       (signal.SIGSEGV, "signal 11 (SEGV)"), ("abort", "(ABRT)")])
+def test_a_call_whose_interpreter_dies_fails_alone(pool, probe, how, words):
+    """C40."""
+    futures = [pool.submit(probe.end if n == 7 else probe.same, how) for n in range(30)]
+    errors = [future.exception(60) for future in futures]
+    assert [n for n, error in enumerate(errors) if error] == [7]
+    assert isinstance(errors[7], cexec.InterpreterDied) and words in str(errors[7]) and "127.0.0.1" in str(errors[7])
+
+
+def test_an_initializer_that_fails_tells_each_call_why(calls, probe):
+    with executor(calls, initializer=probe.fail_setup) as pool:
+        errors = [future.exception(60) for future in [pool.submit(probe.square, n) for n in range(5)]]
+    assert len(set(map(id, errors))) == 5
+    for error in errors:
+        assert "no licence here" in str(error) and "127.0.0.1" in str(error) and "fail_setup" in str(error.__cause__)
+
+
+def test_interpreters_are_replaced_after_so_many_calls(calls, probe):
+    with executor(calls, 1, max_tasks_per_child=3) as pool:
+        pids = [future.result(60) for future in [pool.submit(probe.where) for _ in range(7)]]
+    assert [len(list(group)) for _, group in itertools.groupby(pids)] == [3, 3, 1]
+
+
+def test_idle_interpreters_serve_again(pool, probe):
+    first = pool.submit(probe.where).result(30)
+    time.sleep(1.3)         # a connection without a job would have ended
+    assert pool.submit(probe.where).result(30) == first
+
+
+def test_a_call_sent_ahead_goes_to_a_slot_that_is_free(calls, probe):
+    """A long call keeps none of the many that were sent behind it."""
+    with executor(calls, 2) as pool:
+        assert list(pool.map(probe.square, range(2000)))[-1] == 1999 ** 2
+        long = pool.submit(probe.sleep, 1.5, "long")
+        short = [pool.submit(probe.square, n) for n in range(500)]
+        assert [future.result(60) for future in short] == [n * n for n in range(500)]
+        assert not long.done() and long.result(30) == "long"
+
+
+def test_a_call_behind_a_long_one_gets_an_interpreter_of_its_own(calls, probe):
+    """Also where there is none yet beside the busy one."""
+    with executor(calls, 2) as pool:
+        for number in range(20):        # one interpreter, which is known for quick calls
+            assert pool.submit(probe.square, number).result(30) == number ** 2
+        long, short = pool.submit(probe.sleep, 10, "long"), pool.submit(probe.square, 3)
+        assert short.result(30) == 9 and not long.done()
+
+
+def test_large_arguments_and_results_pass_whole(pool, probe):
+    data = random_octets(3 << 20)
+    assert pool.submit(probe.same, data).result(60) == data
+    assert pool.submit(probe.same, {"a": bytearray(data), "b": [data, data[:70000]]}).result(60)["a"] == data
+    view = pickle_buffer(bytearray(data))
+    assert bytes(pool.submit(bytes, view).result(60)) == data
+
+
+def pickle_buffer(data):
+    import pickle
+    return pickle.PickleBuffer(data)
+
+
+def test_a_pool_belongs_to_the_process_that_made_it(calls, tmp_path):
+    told = run_program(calls, tmp_path, """
+import cexec, gc, os, sys, time, warnings
+warnings.simplefilter("ignore")
+def work(number):
+    time.sleep(0.01)
+    return number
+if __name__ == "__main__":
+    with cexec.Executor("py.pub", max_workers=2) as pool:
+        futures = [pool.submit(work, number) for number in range(60)]
+        futures[0].result(30)
+        for way in range(3):
+            child = os.fork()
+            if not child:
+                try:
+                    pool.submit(work, 1)
+                except RuntimeError as error:
+                    assert "another process" in str(error), error
+                sys.stdout = open(os.devnull, "w")
+                gc.collect()
+                sys.exit(0) if way else os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+        print([future.result(30) for future in futures] == list(range(60)))
+""")
+    assert told == "True\n"
+
+
+@pytest.mark.parametrize("end", ["del pool", "pool.shutdown(wait=False)", "pass"])
+def test_a_pool_that_is_dropped_completes_its_calls(calls, tmp_path, end):
+    told = run_program(calls, tmp_path, """
+import cexec, sys
+def work(number):
+    print("done", number)
+if __name__ == "__main__":
+    pool = cexec.Executor("py.pub")
+    for number in range(5): pool.submit(work, number)
+    %s
+""" % end)
+    assert sorted(told.split("\n")) == ["", *("done %d" % number for number in range(5))]
+
+
+@pytest.mark.parametrize("text", ["list(pool.map(time.sleep, [30] * 500))",
+                                  "futures = [pool.submit(time.sleep, 30) for _ in range(9)]; futures[0].result()",
+                                  """import asyncio
+    async def main():
+        with pool: await asyncio.get_running_loop().run_in_executor(pool, time.sleep, 30)
+    asyncio.run(main())"""], ids=["map", "futures", "coroutine"])
+def test_ctrl_c_ends_a_program_with_many_calls(calls, tmp_path, text):
+    (tmp_path / "script.py").write_text("""
+import cexec, sys, time
+if __name__ == "__main__":
+    pool = cexec.Executor(sys.argv[1], max_workers=2)
+    pool.submit(abs, -1).result()
+    print("ready", file=sys.stderr, flush=True)
+    %s
+""" % text)
+    process = calls.start(sys.executable, str(tmp_path / "script.py"), calls.pub, preexec_fn=lambda: signal.signal(
+        signal.SIGINT, signal.default_int_handler),
+        env=calls.settings({"PYTHONPATH": os.path.dirname(compiled_for(sys.executable)[-1])})).ready()
+    time.sleep(0.3)
+    process.signal(signal.SIGINT)
+    status = process.complete()
+    assert status in (-signal.SIGINT, 130, 1) and "KeyboardInterrupt" in str(process.log)
+    calls.processes.remove(process)
+
+
+def test_nobody_answers_and_each_call_says_so(key, probe):
+    with cexec.Executor(key + ".pub", group="127.255.255.255:%d" % free_port(), timeout_accept=0.5) as pool:
+        futures = [pool.submit(probe.square, number) for number in range(3)]
+        for future in futures:
+            assert isinstance(future.exception(30), cexec.Failure) and "nobody answered" in str(future.exception())
+
+
+def test_asyncio_and_executor(pool, probe):
+    import asyncio
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        return await asyncio.gather(*(loop.run_in_executor(pool, probe.square, n) for n in range(20)))
+    assert asyncio.run(main()) == [n * n for n in range(20)]
+
+
+# ---------------------------------------------------------------- Executor: what calls do to their process
+
+def test_what_calls_print_comes_in_lines_before_the_result(calls, tmp_path):
+    """C41."""
+    told = run_program(calls, tmp_path, """
+import cexec, os, subprocess, sys
+def talk(number):
+    print("a print", number)
+    os.write(1, b"descriptor 1\\n")
+    sys.stderr.write("an error\\n")
+    subprocess.run(["echo", "a child"])
+    print("no end", end="")
+    return number
+if __name__ == "__main__":
+    sys.stderr = sys.stdout
+    with cexec.Executor("py.pub") as pool:
+        for number in range(3):
+            pool.submit(talk, number).result(30)
+            print("; result", number)
+""")
+    for number in range(3):
+        part, _, told = told.partition("; result %d\n" % number)
+        assert sorted(part.split("\n")) == sorted(["a print %d" % number, "descriptor 1", "an error", "a child",
+                                                   "no end"])
+
+
+def test_an_interpreter_gives_back_calls_behind_a_long_one():
+    """The submitter may have given it to others: else it could run twice."""
+    import pickle
+    ends = [move_high(end) for end in (*os.pipe(), *os.pipe())]
+    setup = {"main": None, "argv": None, "shadowed": [], "python": (3, 8), "initializer": None, "buffers": []}
+    tasks = [(abs, (-1,), {}), (time.sleep, (0.3,), {}), (abs, (-2,), {}), (abs, (-3,), {})]
+    messages = [cexec.encode_call(cexec.SETUP, 0, pickle.dumps(setup)),
+                *(cexec.encode_call(cexec.CALL, number, pickle.dumps(task)) for number, task in enumerate(tasks, 1))]
+
+    def place():
+        os.dup2(ends[0], cexec.CALLS)
+        os.dup2(ends[3], cexec.ANSWERS)
+    interpreter = subprocess.Popen([sys.executable, "-c", "import cexec; cexec.serve_calls()"], preexec_fn=place,
+                                   close_fds=False, stdin=subprocess.DEVNULL,
+                                   env=dict(os.environ, PYTHONPATH=os.path.dirname(CEXEC)))
+    try:
+        os.write(ends[1], b"".join(part for message in messages for part in message))
+        reader, answers = cexec.CallReader(), []
+        while len(answers) < 5:
+            answers += [(kind, number) for kind, number, *_ in reader.read(os.read(ends[2], 1 << 16))]
+        assert answers == [(cexec.READY, 0), (cexec.RETURNED, 1), (cexec.DROPPED, 4), (cexec.DROPPED, 3),
+                           (cexec.RETURNED, 2)]
+    finally:
+        interpreter.kill()
+        interpreter.wait()
+        for end in ends:
+            os.close(end)
+
+
+def move_high(fd):
+    return cexec.move_descriptor(fd, 20)
+
+
+def test_calls_behind_longer_ones_run_once(calls, probe, tmp_path):
+    """They are given to others just when the longer one may end."""
+    with executor(calls, 2) as pool:
+        list(pool.map(probe.square, range(1000)))
+        futures = [pool.submit(probe.touch, str(tmp_path / "once"), 0 if number % 10 else 0.1 + number % 7 / 100)
+                   for number in range(400)]
+        for future in futures:
+            future.result(60)
+    assert len((tmp_path / "once").read_text()) == 400
+
+
+def test_a_call_behind_one_that_prints_much_runs_once(calls, tmp_path):
+    """What was printed is on its way for long, and then the submitter does not know yet that the next one has begun."""
+    assert run_program(calls, tmp_path, """
+import cexec, sys, time
+def talk():
+    for _ in range(300): print("x" * 99999)
+def begin(number):
+    print("begun", number)
+    time.sleep(0.1)
+class Slow:
+    text = ""
+    def write(self, text):
+        time.sleep(0.001)
+        self.text += text.replace("x", "")
+    def flush(self): pass
+if __name__ == "__main__":
+    said, sys.stdout = sys.stdout, Slow()
+    with cexec.Executor("py.pub", max_workers=2) as pool:
+        list(pool.map(abs, range(1000)))
+        futures = [pool.submit(talk), *(pool.submit(begin, number) for number in range(20))]
+        for future in futures: future.result(60)
+    print(sys.stdout.text.count("begun"), file=said, flush=True)
+""") == "20\n"
+
+
+def test_results_do_not_wait_for_those_who_print_on(calls, tmp_path):
+    """Quick calls that all print, and a thread that one has left behind; each print is there before its result."""
+    assert run_program(calls, tmp_path, """
+import cexec, io, sys, threading, time
+def talk(number):
+    print("call", number)
+    return number
+def chatter():
+    while True:
+        print("more", flush=True)
+        time.sleep(0.0005)
+def leave(): threading.Thread(target=chatter, daemon=True).start()
+if __name__ == "__main__":
+    said, sys.stdout = sys.stdout, io.StringIO()
+    with cexec.Executor("py.pub", max_workers=1) as pool:
+        began = time.monotonic()
+        for number in pool.map(talk, range(2000)):
+            if number % 100 == 0: assert "call %d\\n" % number in sys.stdout.getvalue()
+        pool.submit(leave).result(30)
+        for number in range(20): assert pool.submit(talk, number).result(30) == number
+        print(time.monotonic() - began < 40, file=said, flush=True)
+""") == "True\n"
+
+
+def test_megabytes_of_print_pass_and_wait_for_who_reads(calls, tmp_path):
+    told = run_program(calls, tmp_path, """
+import cexec, sys
+def talk():
+    for _ in range(200): print("x" * 20000)
+    print("y" * 200000)
+    return "result"
+if __name__ == "__main__":
+    with cexec.Executor("py.pub") as pool: print(pool.submit(talk).result(60))
+""")
+    assert told == ("x" * 20000 + "\n") * 200 + "y" * 200000 + "\nresult\n"
+
+
+def test_standard_input_is_empty_and_may_be_closed(calls, tmp_path):
+    told = run_program(calls, tmp_path, """
+import cexec, os, subprocess, sys
+def ask(): return input()
+def rest(): return sys.stdin.read()
+def child(): return subprocess.run(["cat"], stdout=subprocess.PIPE).stdout
+def close(number): os.close(number); open(os.devnull)
+def close_files(): sys.stdout.close(); sys.stdin.close(); sys.stderr.close()
+def write_to_0():
+    try: os.write(0, b"rubbish")
+    except OSError: pass
+def say(text): print(text)
+if __name__ == "__main__":
+    with cexec.Executor("py.pub", max_workers=1) as pool:
+        print(type(pool.submit(ask).exception(30)).__name__, [pool.submit(each).result(30) for each in (rest, child)])
+        for number in range(3): pool.submit(close, number).result(30)
+        pool.submit(write_to_0).result(30)
+        pool.submit(close_files).result(30)
+        pool.submit(say, "still here").result(30)
+        print(pool.submit(rest).result(30) == "", pool.submit(child).result(30))
+""")
+    assert told == "EOFError ['', b'']\nstill here\nTrue b''\n"
+
+
+def test_a_script_may_replace_standard_output(calls, tmp_path):
+    """As those do that copy what is printed into a log: an object that can write and flush, and nothing else."""
+    assert run_program(calls, tmp_path, """
+import cexec, sys
+class Tee(list):
+    def __init__(self, file): self.file = file
+    def write(self, text): return self.file.write(text)
+    def flush(self): self.file.flush()
+sys.stdout = Tee(sys.stdout)
+def say(text): print(text)
+if __name__ == "__main__":
+    with cexec.Executor("py.pub", max_workers=1) as pool:
+        for text in "first", "second": pool.submit(say, text).result(30)
+""") == "first\nsecond\n"
+
+
+def test_a_timer_that_a_call_has_left_behind_ends_no_interpreter(calls, tmp_path):
+    assert run_program(calls, tmp_path, """
+import cexec, os, signal, sys, time
+def late(*_):
+    print("late")
+    raise TimeoutError("late")
+def leave():
+    signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    return os.getpid()
+class Printed:
+    text = ""
+    def write(self, text): self.text += text
+    def flush(self): pass
+if __name__ == "__main__":
+    said, sys.stdout, sys.stderr = sys.stdout, Printed(), Printed()
+    with cexec.Executor("py.pub", max_workers=1) as pool:
+        first = pool.submit(leave).result(30)
+        until = time.monotonic() + 30
+        while "late" not in sys.stdout.text and time.monotonic() < until: time.sleep(0.02)
+        print(pool.submit(os.getpid).result(30) == first, file=said, flush=True)
+""") == "True\n"
+
+
+def test_what_calls_leave_behind_holds_nobody_up(calls, tmp_path):
+    """Children with the inherited descriptors, forks that come back, threads, a daemon."""
+    told = run_program(calls, tmp_path, """
+import cexec, os, subprocess, threading, time, warnings
+warnings.simplefilter("ignore")
+def child(): return subprocess.Popen(["sleep", "40"]).pid > 1
+def come_back(): return os.fork() > 0
+def thread(): threading.Thread(target=time.sleep, args=(0.5,)).start(); return True
+def daemonise():
+    if os.fork() == 0:
+        os.setsid()
+        os.closerange(0, 5000)
+        if os.fork(): os._exit(0)
+        time.sleep(40)
+    return True
+if __name__ == "__main__":
+    began = time.time()
+    with cexec.Executor("py.pub", max_workers=2) as pool:
+        for each in (child, come_back, thread, daemonise) * 2: assert pool.submit(each).result(30) is True
+        assert list(pool.map(abs, range(100))) == list(range(100))
+    print(time.time() - began < 20)
+""")
+    assert told == "True\n"
+
+
+def test_calls_use_pools_of_their_own(calls, tmp_path):
+    run_program(calls, tmp_path, """
+import concurrent.futures, math, multiprocessing, warnings
+import cexec
+warnings.simplefilter("ignore")
+def two(number): return 2 * number
+def inner(count):
+    with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
+        assert list(pool.map(two, range(count))) == [2 * n for n in range(count)]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool: return list(pool.map(math.sqrt, range(count)))[1]
+if __name__ == "__main__":
+    with cexec.Executor("py.pub", max_workers=2) as pool: assert list(pool.map(inner, [4, 5])) == [1.0, 1.0]
+""")
+
+
+def test_threads_of_a_call_import_at_once_and_after_it(calls, tmp_path):
+    run_program(calls, tmp_path, """
+import cexec, os, sys, threading, time
+def load():
+    found = []
+    def load_one(name): found.append(__import__(name))
+    threads = [threading.Thread(target=load_one, args=(name,)) for name in "one two three one".split()]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    return len(found)
+def later(path):
+    def work():
+        time.sleep(0.2)
+        import four
+        with open(path, "w") as file: file.write(four.V)
+    threading.Thread(target=work).start()
+if __name__ == "__main__":
+    with cexec.Executor("py.pub", max_workers=1) as pool:
+        assert pool.submit(load).result(30) == 4
+        pool.submit(later, os.path.abspath("made")).result(30)
+        while not os.path.exists("made"): pool.submit(time.sleep, 0.05).result(30)
+""", files={"one.py": "import time; time.sleep(0.1); import two", "three.py": "",
+            "two.py": "import time; time.sleep(0.1); import three", "four.py": "V = 'four'"})
+
+
+def test_random_numbers_differ_between_interpreters(calls, tmp_path):
+    told = run_program(calls, tmp_path, """
+import cexec, os, random, time, uuid
+def draw(_): time.sleep(0.02); return os.getpid(), random.random(), uuid.uuid4().hex
+if __name__ == "__main__":
+    with cexec.Executor("py.pub") as pool: found = list(pool.map(draw, range(60)))
+    print(len({number for _, number, _ in found}), len({name for *_, name in found}))
+""")
+    assert told == "60 60\n"
+
+
+# ---------------------------------------------------------------- Executor: code goes along
+
+SCRIPT = """
+import cexec, os, sys
+import helper
+CACHE = {}
+def work(number):
+    CACHE[number] = 1
+    return helper.double(number) + 1, len(CACHE), __name__, os.path.basename(__file__), sys.argv[1:]
+class Thing:
+    def __init__(self, value): self.value = value
+    def __eq__(self, other): return type(self) is type(other) and self.value == other.value
+def wrap(thing): return Thing(thing.value + 1)
+if __name__ == "__main__":
+    with cexec.Executor("py.pub", max_workers=1) as pool:
+        found = [future.result(30) for future in [pool.submit(work, number) for number in range(20)]]
+        assert found == [(2 * n + 1, n + 1, "__mp_main__", "script.py", ["an", "argument"]) for n in range(20)], found
+        assert pool.submit(wrap, Thing(4)).result(30) == Thing(5)
+    assert CACHE == {}
+    print("OK")
+"""
+HELPER = {"helper.py": "def double(number):\n    return 2 * number  # the line in question\n"}
+
+
+def test_the_script_is_run_once_in_each_interpreter(calls, tmp_path):
+    """With its arguments and globals; its classes come back as its own."""
+    assert run_program(calls, tmp_path, SCRIPT, "script.py", "an", "argument", files=HELPER) == "OK\n"
+
+
+def test_python_dash_m_and_relative_imports(calls, tmp_path):
+    assert run_program(calls, tmp_path, "", "-m", "pack.run", files={
+        "pack/__init__.py": "", "pack/other.py": "def double(n): return 2 * n\n", "pack/sub/__init__.py": "",
+        "pack/sub/deep.py": "from .. import other\ndef one(): return other.double(1) - 1\n",
+        "pack/run.py": """
+from . import other
+from .sub.deep import one
+import cexec
+def work(n): return other.double(n) + one()
+if __name__ == "__main__":
+    with cexec.Executor("py.pub") as pool: print(list(pool.map(work, range(3))), pool.submit(other.double, 4).result())
+"""}) == "[1, 3, 5] 8\n"
+
+
+def test_a_zip_file_as_a_program(calls, tmp_path):
+    import zipfile
+    with zipfile.ZipFile(str(tmp_path / "app.pyz"), "w") as file:
+        file.writestr("__main__.py", "import start\ndef own(n): return n + 100\n"
+                                     "if __name__ == '__main__': start.main(own)\n")
+        file.writestr("part/__init__.py", "")
+        file.writestr("part/inner.py", "def double(n):\n    return 2 * n + 0  # a line in a zip\n")
+        file.writestr("start.py", """
+import cexec
+from part import inner
+def main(own):
+    with cexec.Executor("py.pub") as pool:
+        print(list(pool.map(inner.double, range(3))), pool.submit(own, 1).result(30))
+        print("a line in a zip" in str(pool.submit(inner.double, None).exception(30).__cause__))
+""")
+    assert run_program(calls, tmp_path, "", "app.pyz") == "[0, 2, 4] 101\nTrue\n"
+
+
+@pytest.mark.parametrize("argv", [["-c", None], ["-"], ["-i", "-"]],
+                         ids=lambda argv: argv[0])
+def test_a_main_without_source_is_named_and_the_rest_works(calls, tmp_path, argv):
+    text = """
+import cexec, math
+def f(n): return n + 1
+
+pool = cexec.Executor("py.pub")
+print(pool.submit(math.factorial, 5).result(30), repr(pool.submit(f, 1).exception(30)))
+pool.shutdown()
+"""
+    options = {} if argv == ["-c", None] else {"input": text.encode()}
+    told = run_program(calls, tmp_path, "", *(word or text for word in argv), **options,
+                       files={"cloudpickle.py": "raise ImportError('not here')"})
+    assert "120 " in told and "__main__" in told and "cloudpickle" in told
+
+
+CLOUDPICKLE = '''"""A stand-in for cloudpickle: functions by their code."""
+import marshal, pickle, types, io
+SPACE = {"__builtins__": __builtins__, "__name__": "__main__"}
+def make(code, name): return types.FunctionType(marshal.loads(code), SPACE, name)
+class Pickler(pickle.Pickler):
+    def reducer_override(self, value):
+        if isinstance(value, types.FunctionType) and value.__module__ == "__main__":
+            return make, (marshal.dumps(value.__code__), value.__name__)
+        return NotImplemented
+def dumps(value, protocol=None, buffer_callback=None):
+    file = io.BytesIO()
+    Pickler(file, protocol, buffer_callback=buffer_callback).dump(value)
+    return file.getvalue()
+'''
+BY_VALUE = """
+import cexec
+f = lambda n: n + 1
+pool = cexec.Executor("py.pub")
+print(*[repr(future.exception(30) or future.result()) for future in [pool.submit(f, 1)]])
+pool.shutdown()
+"""
+
+
+def test_cloudpickle_takes_what_has_no_source(calls, tmp_path):
+    assert run_program(calls, tmp_path, "", "-c", BY_VALUE, files={"cloudpickle.py": CLOUDPICKLE}) == "2\n"
+
+
+def test_what_code_by_value_gives_and_raises_goes_back_so(calls, tmp_path):
+    """Prompts and notebooks define classes and functions that are in no module of the worker."""
+    assert run_program(calls, tmp_path, "", "-c", """
+import cexec
+def give(): return lambda n: n + 1
+def fail(): raise ValueError(lambda n: n + 2)
+with cexec.Executor("py.pub") as pool:
+    print(pool.submit(give).result(30)(1), pool.submit(fail).exception(30).args[0](1))
+""", files={"cloudpickle.py": CLOUDPICKLE}) == "2 3\n"
+
+
+def test_all_of_a_script_shares_one_state(calls, tmp_path):
+    """Lambdas and closures too, which cloudpickle would give a copy of its variables; classes stay the same ones."""
+    assert run_program(calls, tmp_path, """
+import cexec, enum, sys
+class Color(enum.Enum): RED = 1
+COUNT = [0]
+def count():
+    COUNT[0] += 1
+    return COUNT[0]
+def adder(step):
+    def add(): return step + count()
+    return add
+if __name__ == "__main__":
+    with cexec.Executor("py.pub", max_workers=1) as pool:
+        print(*[pool.submit(each).result(30) for each in (count, lambda: count(), adder(100), lambda: COUNT[0])], COUNT)
+        print(pool.submit(lambda color: (color is Color.RED, Color.RED), Color.RED).result(30)[1] is Color.RED,
+              pool.submit(lambda: lambda: count()).result(30)())
+""", files={"cloudpickle.py": CLOUDPICKLE}) == "1 2 103 3 [0]\nTrue 1\n"
+
+
+def test_what_is_behind_the_guard_goes_along_by_value(calls, tmp_path):
+    """Each call finds the variables as they were when it was submitted; a function may call itself."""
+    assert run_program(calls, tmp_path, """
+import cexec
+if __name__ == "__main__":
+    def fall(number): return fall(number - 1) + step if number else 0
+    with cexec.Executor("py.pub", max_workers=1) as pool:
+        futures = []
+        for step in range(3): futures.append(pool.submit(lambda: (step, fall(2))))
+        print(*[future.result(30) for future in futures])
+""", files={"cloudpickle.py": CLOUDPICKLE}) == "(0, 0) (1, 2) (2, 4)\n"
+
+
+def test_a_function_behind_the_guard_is_told_apart(calls, tmp_path):
+    told = run_program(calls, tmp_path, """
+import cexec
+def same(value): return value
+if __name__ == "__main__":
+    def hidden(): pass
+    class Hidden: pass
+    with cexec.Executor("py.pub") as pool:
+        for future in pool.submit(hidden), pool.submit(same, Hidden()):
+            assert isinstance(future.exception(30), AttributeError)
+            print(future.exception())
+""")
+    assert told.count('must not be defined behind: if __name__ == "__main__":') == 2
+    assert "'hidden'" in told and "'Hidden'" in told
+
+
+def test_a_module_that_looks_at_main_finds_the_script(calls, tmp_path):
+    """It is run when something of it is first wanted, by whatever way."""
+    assert run_program(calls, tmp_path, """
+import cexec, looks
+MARK = "of the script"
+if __name__ == "__main__":
+    with cexec.Executor("py.pub") as pool: print(pool.submit(looks.mark).result(30))
+""", files={"looks.py": "import __main__\ndef mark(): return getattr(__main__, 'MARK', None)\n"}) == "of the script\n"
+
+
+def test_processes_that_a_call_starts_do_not_look_for_the_script(calls, tmp_path):
+    """multiprocessing's spawn would run it, and it is not on the worker."""
+    assert run_program(calls, tmp_path, """
+import concurrent.futures, math, multiprocessing, os
+import cexec
+def roots():
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(math.sqrt, [4]))
+if __name__ == "__main__":
+    with cexec.Executor("py.pub") as pool:
+        os.unlink(__file__)
+        print(pool.submit(roots).result(60))
+""") == "[2.0]\n"
+
+
+def test_what_is_only_compiled_says_so(calls, tmp_path):
+    """A module without source that the script imports, and a script that is such itself."""
+    program = """
+import cexec, bare
+def work(): return bare.work()
+if __name__ == "__main__":
+    with cexec.Executor("py.pub") as pool: print(pool.submit(work).exception(30), pool.submit(abs, -1).result(30))
+"""
+    import py_compile
+    for name, text in ("bare", "def work(): return 1"), ("whole", program):
+        (tmp_path / (name + ".py")).write_text(text)
+        py_compile.compile(str(tmp_path / (name + ".py")), str(tmp_path / (name + ".pyc")))
+        (tmp_path / (name + ".py")).unlink()
+    told = run_program(calls, tmp_path, program)
+    assert "'bare' on worker 127.0.0.1: it is compiled, or has no source" in told and told.endswith(" 1\n")
+    told = run_program(calls, tmp_path, program, "whole.pyc", files={"cloudpickle.py": "raise ImportError('not here')"})
+    assert "no source" in told and told.endswith(" 1\n")
+
+
+def test_code_by_value_crosses_no_minor_version(calls, tmp_path):
+    mine = "%d.%d" % sys.version_info[:2]
+    others = [version for version in interpreters() if version != mine]
+    if not others:
+        skip("one version of Python only")
+    told = run_program(calls, tmp_path, "", "-c", BY_VALUE, files={"cloudpickle.py": CLOUDPICKLE},
+                       python=interpreters()[others[0]])
+    assert "Python " + mine in told and "Python " + others[0] in told
+
+
+def test_other_versions_of_python_at_the_submitter(calls, tmp_path):
+    """The oldest and the newest, beside the one that runs the worker."""
+    known = sorted(interpreters(), key=lambda version: int(version.partition(".")[2]))
+    for version in {known[0], known[-1]}:
+        (tmp_path / version).mkdir()
+        assert run_program(calls, tmp_path / version, SCRIPT, "script.py", "an", "argument", files=HELPER,
+                           python=interpreters()[version]) == "OK\n"
+
+
+def test_a_call_that_broke_importing_fails_alone(calls, tmp_path):
+    assert run_program(calls, tmp_path, """
+import cexec, sys, threading, time
+def spoil():
+    threading.Thread(target=time.sleep, args=(300,)).start()
+    sys.path.clear(), sys.meta_path.clear()
+    raise ValueError("spoilt")
+if __name__ == "__main__":
+    with cexec.Executor("py.pub", max_workers=1) as pool:
+        print(repr(pool.submit(spoil).exception(30)), pool.submit(abs, -1).result(30))
+""") == "ValueError('spoilt') 1\n"
+
+
+def test_the_modules_of_a_package_that_was_sent_can_be_listed(calls, tmp_path):
+    """Packages find their plugins so."""
+    files = {"plugs/__init__.py": "import pkgutil\ndef names(): return NAMES\n"
+                                  "NAMES = [each.name for each in pkgutil.walk_packages(__path__, 'plugs.')]\n",
+             "plugs/one.py": "", "plugs/data/x.py": "", "plugs/two/__init__.py": "",
+             "plugs/two/three.py": "", "plugs/text": ""}
+    assert run_program(calls, tmp_path, """
+import cexec, plugs
+if __name__ == "__main__":
+    with cexec.Executor("py.pub") as pool: print(pool.submit(plugs.names).result(30) == plugs.names(), *plugs.NAMES)
+""", files=files) == "True plugs.one plugs.two plugs.two.three\n"
+
+
+def test_a_missing_guard_is_named(calls, tmp_path):
+    told = run_program(calls, tmp_path, """
+import cexec
+def f(n): return 2 * n
+with cexec.Executor("py.pub") as pool: print("result", list(pool.map(f, range(4))))
+""", status=1)
+    assert 'if __name__ == "__main__"' in told and told.count("result [") == 0
+
+
+def test_a_script_that_fails_there_tells_each_call_that_needs_it(calls, tmp_path):
+    told = run_program(calls, tmp_path, """
+import cexec
+if __name__ == "__mp_main__": raise RuntimeError("no data.csv on this machine")
+def f(n): return n
+if __name__ == "__main__":
+    with cexec.Executor("py.pub") as pool:
+        errors = [future.exception(30) for future in [pool.submit(f, n) for n in range(5)]]
+        print(sum("no data.csv on this machine" in repr(error) for error in errors), pool.submit(abs, -3).result(30))
+""")
+    assert told == "5 3\n"
+
+
+def test_a_pool_in_the_body_of_a_module_that_is_being_imported(calls, tmp_path):
+    """Also where results are objects of that very module."""
+    assert run_program(calls, tmp_path, "import body; print([each.n for each in body.R])", files={"body.py": """
+import cexec, os
+class Number:
+    def __init__(self, n): self.n = n
+def square(n): return Number(n * n)
+if "CEXEC_JOB" not in os.environ:
+    with cexec.Executor("py.pub") as pool:
+        R = [future.result(25) for future in [pool.submit(square, n) for n in range(4)]]
+"""}) == "[0, 1, 4, 9]\n"
+
+
+MODULES = {
+    "space/inner/mod.py": "from ..other import two\ndef f(n): return n * two()\n",
+    "space/other.py": "def two(): return 2\n",
+    "virtual.py": "import sys, types\nmoves = types.ModuleType('virtual.moves'); moves.one = 1\n"
+                  "sys.modules['virtual.moves'] = moves\n__path__ = []\n",
+    "user.py": "from virtual.moves import one\nimport space.inner.mod as m\ndef f(n): return m.f(n) + one\n",
+    "latin.py": "# -*- coding: latin-1 -*-\nW = 'gr\u00fc\u00df'\ndef f(n): return W\n".encode("latin-1"),
+    "bom.py": b"\xef\xbb\xbfW = 'gr\xc3\xbc\xc3\x9f'\ndef f(n): return W\n",
+    "crlf.py": b"W = '''a\r\nb'''\r\ndef f(n): return W\r\n", "feed.py": b"\x0cW = 1\n\x0c\ndef f(n): return W\n",
+    "no_end.py": b"def f(n):\n    return 5\n# no line end",
+    "broken.py": "def f(n): return 1\nimport os\n"
+                 "if 'CEXEC_JOB' in os.environ: raise ValueError('fails while imported')\n",
+    "speedy/__init__.py": "try: from ._fast import f\nexcept ImportError: from ._slow import f\n"
+                          "try: import no_such_module_anywhere\nexcept ModuleNotFoundError: pass\n"
+                          "import importlib.util\nHAVE = [importlib.util.find_spec(n) is not None for n in "
+                          "('no_such_module_anywhere', 'speedy._slow', 'speedy.absent')]\n"
+                          "def have(n): return HAVE\n",
+    "speedy/_slow.py": "def f(n): return 'slow', n\n",
+    "speedy/_fast" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so"): b"\x7fELF not really",
+    "colorsys.py": "def f(n): return 'my own colours'\n",
+    "data/__init__.py": "import pkgutil\ndef f(n): return pkgutil.get_data('data', 'words.txt')\n"
+                        "def r(n):\n    import importlib.resources as r\n"
+                        "    if not hasattr(r, 'files'): return 'a'\n"
+                        "    return r.files('data').joinpath('more', 'a.txt').read_text()\n",
+    "data/words.txt": "words", "data/more/a.txt": "a",
+    "itself.py": "import sys\nclass Lazy:\n    def f(self, n): return n + 1\nsys.modules[__name__] = Lazy()\n",
+    "uses.py": "import itself\ndef f(n): return itself.f(n)\n",
+    "round/__init__.py": "from . import one\nf = one.f\n",
+    "round/one.py": "from . import two\ndef f(n): return two.g(n)\n",
+    "round/two.py": "from . import one\ndef g(n): return n - 1\n",
+    "line.py": "def f(n):\n    return n / 0  # the line that failed\n"}
+
+
+def test_modules_of_every_kind_come_from_the_submitter(calls, tmp_path):
+    """C39."""
+    told = run_program(calls, tmp_path, """
+import sys
+import cexec
+import bom, crlf, data, feed, latin, line, no_end, round, space.inner.mod, speedy, user, uses, os
+import colorsys
+def absent(n):
+    try: import no_such_package.sub
+    except ModuleNotFoundError as error: return error.name
+def compiled(n):
+    import speedy._fast
+if __name__ == "__main__":
+    import broken
+    with cexec.Executor("py.pub", max_workers=1) as pool:
+        for module in bom, crlf, data, feed, latin, no_end, round, space.inner.mod, speedy, user, uses:
+            assert pool.submit(module.f, 3).result(30) == module.f(3), module
+        assert pool.submit(speedy.have, 0).result(30) == speedy.HAVE == [False, True, False]
+        assert sys.version_info[:2] == (3, 9) or pool.submit(data.r, 0).result(30) == "a"
+        assert pool.submit(absent, 0).result(30) == "no_such_package"
+        error = pool.submit(compiled, 0).exception(30)
+        assert isinstance(error, ModuleNotFoundError) and "127.0.0.1" in str(error) and "compiled" in str(error), error
+        assert "fails while imported" in repr(pool.submit(broken.f, 0).exception(30))
+        assert "the line that failed" in str(pool.submit(line.f, 1).exception(30).__cause__)
+        assert pool.submit(colorsys.f, 0).result(30) == "my own colours"
+    print("OK")
+""", files=MODULES)
+    assert told == "OK\n", told
+
+
+def test_a_package_brings_along_what_has_been_imported_of_it(calls, tmp_path):
+    """At a distance one question for each module takes long."""
+    files = {"many/m%d.py" % number: "from .m%d import f\n" % (number + 1) for number in range(30)}
+    files.update({"many/__init__.py": "def asked(): import cexec; return cexec.CallLoop.current.asked\n",
+                  "many/m30.py": "def f(): return 'the last'\n", "many/late.py": "V = 'late'\n"})
+    assert run_program(calls, tmp_path, """
+import cexec, many.m0
+def late():
+    import many.late
+    return many.late.V
+if __name__ == "__main__":
+    with cexec.Executor("py.pub", max_workers=1) as pool:
+        print(pool.submit(many.m0.f).result(30), pool.submit(many.asked).result(30), pool.submit(late).result(30),
+              pool.submit(many.asked).result(30))
+""", files=files) == "the last 1 late 2\n"
+
+
+def test_the_code_of_today_runs_and_no_stale_namesake(key, tmp_path):
+    """A module that is edited between two pools; an old one of its name in the worker's folder and on its path."""
+    room = Room(key)
+    (tmp_path / "worker").mkdir()
+    (tmp_path / "worker" / "edited.py").write_text("def f(): return 'stale'\n")
+    room.tool("cservice", "--python", room.key, cwd=str(tmp_path / "worker"),
+              env={"PYTHONPATH": str(tmp_path / "worker")}).ready()
+    try:
+        told = run_program(room, tmp_path, """
+import cexec, importlib, sys
+sys.dont_write_bytecode = True
+if __name__ == "__main__":
+    for number in (1, 22, 333):
+        with open("edited.py", "w") as file: file.write("def f(): return %d\\n" % number)
+        importlib.invalidate_caches()
+        import edited
+        importlib.reload(edited)
+        with cexec.Executor("py.pub", max_workers=2) as pool:
+            print(*[pool.submit(edited.f).result(30) for _ in range(3)])
+""")
+        assert told == "1 1 1\n22 22 22\n333 333 333\n"
+    finally:
+        room.end()
+
+
+# ---------------------------------------------------------------- Executor: what a worker may ask for
+
+def test_a_worker_gets_the_sources_it_may_and_nothing_else(tmp_path, monkeypatch):
+    """C39: Paths, links, parents, files beside and above, endless requests."""
+    import pickle
+    for name, text in {"pack/__init__.py": "", "pack/a.txt": "data", "pack/sub/b.txt": "more", "secret.txt": "secret",
+                       "pack2/__init__.py": "", "pack2/a.txt": "other", "loose.py": "x = 1"}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "pack" / "link").symlink_to(tmp_path / "secret.txt")
+    (tmp_path / "pack" / "up").symlink_to(tmp_path)
+    (tmp_path / "linked.py").symlink_to("/etc/hostname")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    library = cexec.SourceLibrary(None)
+
+    def ask(kind, name, more=""):
+        return pickle.loads(library.answer(kind, name, more))
+    assert ask("data", "pack", "a.txt") is None                # not sent yet
+    before = set(sys.modules)
+    assert ask("module", "pack")[0] == cexec.THERE_SIDE and ask("module", "pack")[5] == {}
+    assert ask("module", "loose")[3] == b"x = 1"
+    assert set(sys.modules) == before
+    assert ask("data", "pack", "a.txt") == b"data" and ask("data", "pack", "sub/b.txt") == b"more"
+    assert ask("folder", "pack") == {"__init__.py": False, "a.txt": False, "sub": True, "link": False, "up": False}
+    for more in ("../secret.txt", "/etc/passwd", "link", "up/secret.txt", "sub/../../secret.txt", "./a.txt", "a.txt/",
+                 "sub//b.txt", "..", "a.txt\0", "sub", ""):
+        assert ask("data", "pack", more) is None, more
+    for more in ("..", "up", "/", "sub/.."):
+        assert ask("folder", "pack", more) is None, more
+    assert ask("data", "pack2", "a.txt") is None and ask("data", "loose", "a.txt") is None
+    for name in ("../secret", "/etc/passwd", "pack/a.txt", "pack..a", "", ".", "pack.", "secret.txt", "etc.passwd",
+                 "pack.link", "pack.up.loose", "__main__", "a" * 5000):
+        assert ask("module", name)[0] == cexec.MISSING, name
+    assert ask("nonsense", "pack") is None
+    monkeypatch.setattr(cexec, "SENT_MAX", library.bytes_sent + 10)
+    assert ask("data", "pack", "a.txt") == b"data" and ask("module", "pack2")[0] == cexec.THERE_SIDE
+    assert [ask("data", "pack", "a.txt") for _ in range(3)] == [b"data", None, None]
+    monkeypatch.setattr(cexec, "QUESTIONS_MAX", library.questions)
+    assert ask("module", "pack")[0] == cexec.MISSING
+
+
+READY = cexec.encode_ready((3, 11))
+BROKEN_INTERPRETERS = {     # [(kind, number, body)] that an interpreter says, and what is said of it
+    "ready with nothing": ([(cexec.READY, 0, b"")], "another version"),
+    "ready with one text": ([(cexec.READY, 0, READY[:5])], "does not say what it is"),
+    "ready with three texts": ([(cexec.READY, 0, READY + cexec.pack_texts([b"x"]))], "does not say what it is"),
+    "ready without numbers": ([(cexec.READY, 0, cexec.pack_texts([b"1", b"three.x"]))], "does not say what it is"),
+    "ready with one number": ([(cexec.READY, 0, cexec.pack_texts([b"1", b"3"]))], "does not say what it is"),
+    "ready cut short": ([(cexec.READY, 0, READY[:-1])], "a list cut short"),
+    "ready twice": ([(cexec.READY, 0, READY)] * 2, "out of place"),
+    "a result too early": ([(cexec.RETURNED, 1, b"")], "out of place"),
+    "a question of two texts": ([(cexec.WANTED, 1, cexec.pack_texts([b"module", b"x"]))], "cut short"),
+    "a question of noise": ([(cexec.WANTED, 1, b"\xff" * 9)], "a list cut short"),
+    "questions without end": ([(cexec.WANTED, n, cexec.encode_question("module", "json", "")) for n in range(9999)],
+                              "out of place"),
+    "an answer to no call": ([(cexec.READY, 0, READY), (cexec.RETURNED, 99, b"")], "no call"),
+    "a call left out": ([(cexec.READY, 0, READY), (cexec.DROPPED, 1, b"")], "no call"),
+    "a kind of the other side": ([(cexec.CALL, 0, b"")], "out of place"),
+    "an unknown kind": ([(99, 0, b"")], "no Executor sends"),
+}
+
+
+def breaks(messages):
+    """What a Rogue does that speaks as this interpreter."""
+    def treat(session):
+        said = b"".join(b"".join(cexec.encode_call(kind, number, body)) for kind, number, body in messages)
+        session.accept(0)
+        session.outbox += cexec.frame(cexec.CREDIT, cexec.CALLS, struct.pack(">I", 3 << 20))    # scripts are long
+        session.tls.sendall(session.outbox)
+        session.outbox.clear()
+        session.tls.settimeout(10)
+        with contextlib.suppress(OSError):
+            heard, part = b"", b"-"
+            while part and cexec.CALL_HEAD.pack(cexec.CALL, 0, 1, 0, 0)[:8] not in heard:   # it has been given a call
+                part = session.tls.recv(1 << 16)
+                heard += part
+            session.tls.sendall(cexec.frame(cexec.DATA, cexec.ANSWERS, said))
+            while session.tls.recv(1 << 16):
+                pass
+    return treat
+
+
+@pytest.mark.parametrize("lie", BROKEN_INTERPRETERS)
+def test_an_interpreter_that_makes_no_sense_is_a_clear_error(room, lie):
+    """And the threads of the pool live on."""
+    messages, words = BROKEN_INTERPRETERS[lie]
+    with Rogue(room, breaks(messages), ["%016x" % n for n in range(999)]), executor(room, retries=1) as pool:
+        for _ in range(2):
+            error = pool.submit(abs, -1).exception(60)
+            assert isinstance(error, cexec.Failure) and error.what == "interpreter on 127.0.0.1", error
+            assert words in error.why
+
+
+@pytest.mark.parametrize("lie", ["ready with one text", "a question of two texts", "a call left out"])
+def test_calls_of_an_interpreter_that_breaks_run_elsewhere(room, probe, lie):
+    serve_python(room, CONCURRENCY=2, BOOST=100000)
+    with Rogue(room, breaks(BROKEN_INTERPRETERS[lie][0])) as rogue, executor(room) as pool:
+        assert [future.result(60) for future in [pool.submit(probe.square, n) for n in range(40)]] == [
+            n * n for n in range(40)]
+    assert rogue.asked
+
+
+# ---------------------------------------------------------------- Executor: workers
+
+def test_a_call_that_ends_its_worker_fails_after_its_retries(key, tmp_path):
+    """Those sent behind it are not to blame."""
+    room = Room(key)
+    serve_python(room, CONCURRENCY=2)
+    try:
+        told = run_program(room, tmp_path, """
+import cexec, os, signal, time
+def poison():
+    time.sleep(0.2)
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(60)
+def f(n):
+    time.sleep(0.001)
+    return n
+if __name__ == "__main__":
+    with cexec.Executor("py.pub", max_workers=2, retries=1) as pool:
+        list(pool.map(f, range(300)))
+        bad, good = pool.submit(poison), [pool.submit(f, n) for n in range(200)]
+        print(type(bad.exception(60)).__name__, [future.result(60) for future in good] == list(range(200)))
+""")
+        assert told == "Failure True\n"
+    finally:
+        room.end()
+
+
+def test_a_worker_for_commands_and_one_for_calls_say_so(room, probe, calls):
+    room.serve("cat")
+    with executor(room, timeout_accept=3) as pool:
+        error = pool.submit(probe.square, 2).exception(60)
+        assert isinstance(error, (cexec.CallError, cexec.Failure)), error
+    done = calls.cexec(timeout=30, env={"CEXEC_TIMEOUT_ACCEPT": "1"})
+    assert done.returncode in (2, 111) and b"serves here: calls of cexec.Executor" in done.stderr
+
+
+def test_a_python_that_cannot_serve_is_told_at_the_start(key):
+    for python, words in (("/bin/true", "true"), ("no-such-python", "command not found")):
+        done = run("cservice", "--python", key, python, env={"GROUP": "127.255.255.255:%d" % free_port()})
+        assert done.returncode == 2 and words in done.stderr.decode(), done.stderr
+
+
+@heavy
+def test_a_worker_runs_from_a_zip_or_compiled(key, tmp_path):
+    """Its interpreters are the same program; one of another version cannot run what is compiled, and says so."""
+    import py_compile, zipfile
+    py_compile.compile(CEXEC, str(tmp_path / "cexec.pyc"))
+    with zipfile.ZipFile(str(tmp_path / "cexec.zip"), "w") as file:
+        file.write(CEXEC, "__main__.py")
+    for name in "cexec.zip", "cexec.pyc":
+        room = Room(key)
+        room.start(sys.executable, str(tmp_path / name), "cservice", "--python", key, env=room.settings({})).ready(30)
+        try:
+            with executor(room) as pool:
+                assert pool.submit(abs, -1).result(60) == 1
+        finally:
+            room.end()
+    for version in set(interpreters()) - {"%d.%d" % sys.version_info[:2]}:
+        done = run_command(sys.executable, str(tmp_path / "cexec.pyc"), "cservice", "--python", key,
+                           interpreters()[version])
+        assert done.returncode == 2 and b"Python %s, " % version.encode() in done.stderr
+        assert b"compiled for another one" in done.stderr
+
+
+@pytest.mark.parametrize("limit,text,words", [
+    ("wall=1", "time.sleep(30)", "its limit of wall"),
+    ("cpu=2", "[0 for _ in iter(int, 1)]", "XCPU")])
+def test_a_limit_ends_the_call_and_not_the_pool(key, tmp_path, limit, text, words):
+    """wall counts from the call's start: an idle interpreter lives on."""
+    room = Room(key)
+    serve_python(room, CSERVICE_LIMIT=limit, CONCURRENCY=1)
+    try:
+        told = run_program(room, tmp_path, """
+import cexec, os, time
+def bad(): %s
+if __name__ == "__main__":
+    with cexec.Executor("py.pub") as pool:
+        first = pool.submit(os.getpid).result(30)
+        time.sleep(1.3)
+        print(pool.submit(os.getpid).result(30) == first, pool.submit(bad).exception(60),
+              pool.submit(abs, -2).result(30))
+""" % text)
+        assert told.startswith("True ") and words in told and told.endswith(" 2\n"), told
+    finally:
+        room.end()
+
+
+def test_calls_run_as_another_user(key, tmp_path):
+    """Who cannot read the key; where calls can, `ready` warns."""
+    python = "/usr/bin/python3"
+    if os.geteuid() or not os.path.exists(python):
+        skip("another user takes root, and a Python that all can read")
+    room = Room(key)
+    worker = room.start(sys.executable, CEXEC, "cservice", "--python", "--user", "nobody", room.key, python,
+                        env=room.settings({})).ready()        # as source, which a Python of any version reads
+    warned = serve_python(room, GROUP="127.255.255.255:%d" % free_port())
+    try:
+        assert run_program(room, tmp_path, """
+import cexec, os, sys
+if __name__ == "__main__":
+    with cexec.Executor("py.pub") as pool:
+        print(pool.submit(os.getuid).result(30) != 0, pool.submit(os.access, sys.argv[1], os.R_OK).result(30))
+""", "script.py", room.key) == "True False\n"
+        assert warned.log.wait("calls can read") and not worker.log.having("calls can read")
+    finally:
+        room.end()
+
+
+def test_an_interpreter_is_replaced_at_half_of_its_cpu(key, tmp_path):
+    room = Room(key)
+    serve_python(room, CSERVICE_LIMIT="cpu=2", CONCURRENCY=1)
+    try:
+        told = run_program(room, tmp_path, """
+import cexec, os, time
+def burn():
+    end = time.process_time() + 0.4
+    while time.process_time() < end: pass
+    return os.getpid()
+if __name__ == "__main__":
+    with cexec.Executor("py.pub") as pool:
+        print(len({future.result(60) for future in [pool.submit(burn) for _ in range(6)]}))
+""")
+        assert int(told) >= 2
+    finally:
+        room.end()
+
+
+def test_one_bad_machine_does_not_break_the_room(key, probe):
+    """Its initializer fails, or its interpreter dies at the start: calls run on the others."""
+    for bad in {"PROBE_BAD": "raise"}, {"PROBE_BAD": "exit"}:
+        room = Room(key)
+        serve_python(room, CONCURRENCY=1, **bad)
+        serve_python(room, CONCURRENCY=1)
+        try:
+            with executor(room, 2, initializer=probe.setup_or_fail) as pool:
+                assert [future.result(60) for future in [pool.submit(probe.square, n) for n in range(40)]] == [
+                    n * n for n in range(40)]
+        finally:
+            room.end()
+
+
+def test_executors_share_a_room(key, probe):
+    """The second one starts within the length of a call and half a second, and no interpreter is started in vain."""
+    room = Room(key)
+    worker = serve_python(room, CONCURRENCY=2)
+    try:
+        with executor(room) as one, executor(room) as other:
+            first = one.map(probe.sleep, [0.2] * 40)
+            next(first)
+            began = time.monotonic()
+            assert other.submit(probe.square, 3).result(30) == 9
+            assert time.monotonic() - began < 10
+            assert len(list(other.map(probe.sleep, [0.05] * 20))) == 20 and len(list(first)) == 39
+        assert jobs_in_all(worker)[0] < 12
+    finally:
+        room.end()
+
+
+def test_a_drain_ends_interpreters_after_the_call_in_hand(key, probe):
+    """Nothing is killed; what was sent ahead runs elsewhere."""
+    room = Room(key)
+    worker = serve_python(room, CONCURRENCY=2)
+    try:
+        with executor(room, retries=0) as pool:
+            results = pool.map(probe.sleep, [0.02] * 200, range(200))
+            found = [next(results) for _ in range(30)]
+            serve_python(room, CONCURRENCY=2)
+            worker.signal(signal.SIGTERM)
+            found += results
+        assert found == list(range(200)) and worker.complete() == 0
+        assert not worker.log.having("killed") and not worker.log.having("lost")
+    finally:
+        room.end()
+
+
+def test_an_idle_interpreter_counts_as_a_free_slot(key, probe):
+    """cwho shows it so, and who else comes gets it."""
+    room = Room(key)
+    serve_python(room, CONCURRENCY=1)
+
+    def shown(running, state):
+        row = json.loads(run("cwho", "--json", room.pub, env=room.settings({})).stdout)
+        assert (row["running"], row["free"], row["state"]) == (running, 1 - running, state)
+    try:
+        with executor(room) as pool, executor(room) as other:
+            assert pool.submit(probe.square, 2).result(30) == 4
+            wait_until(lambda: shown(0, "free"))
+            busy = pool.submit(probe.sleep, 3)
+            wait_until(lambda: shown(1, "busy"))
+            assert other.submit(probe.square, 4).result(30) == 16 and busy.result(30) is None
+    finally:
+        room.end()
+
+
+def test_chaos_costs_time_and_no_result(key, probe, tmp_path):
+    """C40: Workers are killed, frozen, drained and started again while calls run: every result once, and right."""
+    room, seed = Room(key), int(os.environ.get("CEXEC_TEST_SEED", "1"))
+    print("CEXEC_TEST_SEED=%d" % seed)
+    chance, count = random.Random(seed), int(os.environ.get("CEXEC_TEST_CALLS", "2000"))
+    workers = [serve_python(room, CONCURRENCY=1) for _ in range(3)]
+    try:
+        with executor(room, retries=50, timeout_pingpong=2) as pool:
+            results = pool.map(probe.sleep, [0.001] * count, range(count))
+            found = []
+            for number, result in enumerate(results):
+                found.append(result)
+                if number % (count // 6) == count // 12:
+                    how, victim = chance.choice(["kill", "stop", "freeze"]), workers.pop(0)
+                    if how == "freeze":
+                        for pid in [victim.pid, *room.left()]:
+                            if command_line(pid).startswith(command_line(victim.pid)[:20]) and pid == victim.pid:
+                                os.kill(pid, signal.SIGSTOP)
+                    elif how == "kill":
+                        victim.signal(signal.SIGKILL)
+                    else:
+                        victim.signal(signal.SIGTERM)
+                    workers.append(serve_python(room, CONCURRENCY=1))
+            assert found == list(range(count))
+    finally:
+        room.end()
+
+
+# ---------------------------------------------------------------- demo
+
+class Stage:
+    """A directory that holds only cexec.py, beside one for temporary files."""
+
+    def __init__(self, tmp_path):
+        self.place, self.temporary = tmp_path / "place", tmp_path / "tmp"
+        self.place.mkdir()
+        self.temporary.mkdir()
+        shutil.copy(CEXEC, str(self.place))
+        self.mark = "demo.%s" % tmp_path
+        self.options = {"cwd": str(self.place), "env": {"TMPDIR": self.temporary, "STAGE": self.mark}}
+
+    def demo(self, *command, **options):
+        return run_command(sys.executable, "cexec.py", "demo", *command, **dict(self.options, **options))
+
+    def clean(self):
+        assert sorted(os.listdir(str(self.place))) == ["cexec.py"]
+        assert os.listdir(str(self.temporary)) == []
+        wait_until(self._nobody)
+
+    def _nobody(self):
+        assert [command_line(pid) for pid in marked("STAGE=" + self.mark)] == []
+
+
+@pytest.fixture
+def stage(tmp_path):
+    return Stage(tmp_path)
+
+
+def test_the_demo_in_an_empty_directory(stage, tmp_path):
+    """C24."""
+    data = random_octets(4000000)
+    (tmp_path / "in").write_bytes(data)
+    with open(str(tmp_path / "in"), "rb") as source:
+        done = stage.demo("tr", "a-z", "A-Z", stdin=source)
+    upper = bytes(byte - 32 if 97 <= byte <= 122 else byte for byte in range(256))
+    assert done.returncode == 0 and done.stdout == data.translate(upper)
+    stage.clean()
+    told = done.stderr.decode()
+    assert all(line.startswith("demo: ") for line in told.splitlines()) and "Traceback" not in told
+    for words in ("$ ckeygen app", "$ cservice app tr a-z A-Z", "$ crat app.pub", "$ cexec app.pub",
+                  "completed by 127.0.0.1 for app.pub exit code 0"):
+        assert words in told
+
+
+def test_the_demo_ends_as_its_job_did(stage):
+    """C24."""
+    done = stage.demo("sh", "-c", "exit 37")
+    assert (done.returncode, done.stdout) == (37, b"")
+    stage.clean()
+
+
+@heavy
+def test_the_demo_has_a_text_and_a_command_of_its_own(stage):
+    leader, follower = pty.openpty()
+    done = stage.demo(stdin=follower)
+    os.close(follower)
+    os.close(leader)
+    assert (done.returncode, done.stdout) == (0, cexec.DEMO_TEXT.upper())
+    told = done.stderr.decode()
+    assert "| cmap --lines app.pub\ndemo: %s\n" % b" ".join(cexec.Demo.INPUTS).decode().upper() in told
+    assert re.search(r"\ndemo: ==> 8 jobs of half a second each took [0-9.]+ s: [0-9.]+ times as fast", told)
+    assert len(told.splitlines()) + len(done.stdout.splitlines()) <= 25, "or its results drown"
+    stage.clean()
+
+
+@pytest.mark.parametrize("kind, given", [
+    *itertools.product(["pipe", "file"], [b"", b"a", b"ab\n" * 100000]), ("/dev/null", b""), ("closed", b"")])
+def test_the_demos_job_reads_standard_input_or_the_text(stage, tmp_path, kind, given):
+    (tmp_path / "in").write_bytes(b"skipped" + given)
+    command = [*program(), "demo"]
+    with open("/dev/null" if kind == "/dev/null" else str(tmp_path / "in"), "rb") as file:
+        file.seek(7)
+        options = {"input": given} if kind == "pipe" else {"stdin": file}
+        if kind == "closed":
+            command = ["sh", "-c", 'exec "$@" <&-', "sh"] + command
+        done = run_command(*command, **dict(stage.options, **options))
+    assert (done.returncode, done.stdout) == (0, given.upper() or cexec.DEMO_TEXT.upper())
+    stage.clean()
+
+
+@pytest.mark.parametrize("way", ["standard input", "zip", "no umask", "64 descriptors", "strict"])
+def test_the_demo_runs_wherever_the_program_comes_from(stage, tmp_path, way):
+    argv, before = [sys.executable, "cexec.py"], ""
+    if way == "zip":
+        subprocess.run([sys.executable, "-c", "import sys, zipfile; zipfile.ZipFile(sys.argv[2], 'w').write("
+                        "sys.argv[1], '__main__.py')", CEXEC, str(tmp_path / "cexec.pyz")], check=True)
+        argv = [sys.executable, str(tmp_path / "cexec.pyz")]
+    elif way == "standard input":
+        argv, before = [sys.executable, "-"], "exec < cexec.py; "
+    elif way == "no umask":
+        before = "umask 0777; "
+    elif way == "64 descriptors":
+        before = "ulimit -n 64; "
+    else:
+        argv[1:1] = ["-bb", "-X", "dev", "-W", "error::BytesWarning"]
+    done = run_command("sh", "-c", before + 'exec "$@"', "sh", *argv, "demo", **stage.options)
+    assert (done.returncode, done.stdout) == (0, cexec.DEMO_TEXT.upper()), done.stderr.decode()
+    assert b"Traceback" not in done.stderr
+    if way != "standard input":
+        assert b"BytesWarning" not in done.stderr
+    stage.clean()
+
+
+def test_a_tool_of_the_demo_that_ends_at_once_is_named(stage):
+    (stage.temporary / "openssl.cnf").write_text(POLICY % "MaxProtocol = TLSv1.2")
+    env = dict(stage.options["env"], OPENSSL_CONF=stage.temporary / "openssl.cnf")
+    done = stage.demo(env=env)
+    assert done.returncode == 111
+    assert b"demo: worker 1: cservice: no encrypted channel" in done.stderr
+    assert b"demo: worker 1 did not get ready: it ended with status 2\n" in done.stderr
+    (stage.temporary / "openssl.cnf").unlink()
+    stage.clean()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_demo_that_is_interrupted_leaves_nothing(stage, number):
+    demo = Process([sys.executable, "cexec.py", "demo", "sleep", "100"], **stage.options)
+    demo.log.wait("$ cexec app.pub")
+    wait_until(lambda: must("sleep 100" in map(command_line, marked("STAGE=" + stage.mark))))
+    demo.signal(number)
+    assert demo.complete() == 128 + number and "Traceback" not in str(demo.log)
+    stage.clean()
+
+
+def test_the_demo_reads_a_relative_command_where_the_user_stands(stage):
+    (stage.place / "own").write_text("#!/bin/sh\necho own\n")
+    (stage.place / "own").chmod(0o755)
+    assert stage.demo("./own").stdout == b"own\n"
+    (stage.place / "own").unlink()
+    stage.clean()
+
+
+# ---------------------------------------------------------------- the tools by every name
+
+NAMES = "ckeygen", "cexec", "cmap", "cservice", "cwho", "crat", "cproxy", "demo", "completion"
+VERSION_LINE = "%s (cexec) " + cexec.VERSION + "\n"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tool_is_its_name_or_the_first_argument(tmp_path, tools, name):
+    """C1."""
+    expected = (VERSION_LINE % name).encode()
+    for link in name, name + ".py":
+        if link != "cexec.py":
+            (tmp_path / link).symlink_to(tools / "cexec.py")
+            assert run_command(sys.executable, tmp_path / link, "--version").stdout == expected
+            assert run_command(tmp_path / link, "--version").stdout == expected, "run by itself, through sh"
+    assert run(name, "--version").stdout == expected
+    assert run_command(tools / "cexec.py", name, "--version").stdout == expected
+
+
+@pytest.mark.parametrize("argv, words", [
+    ((), ""), (("-x",), "cexec.py: -x: unknown option\n"),
+    (("", "cexec"), "cexec.py: an empty word: no such tool\n"),
+    (("unknown",), "cexec.py: unknown: no such tool\n"),
+    (("cmpa", "app.pub"), "cexec.py: cmpa: no such tool; did you mean cmap?\n")])
+def test_no_tool_is_wrong_usage(argv, words):
+    """C1."""
+    done = run(*argv)
+    assert (done.returncode, done.stdout, done.stderr.decode()) == (2, b"", words + cexec.overview())
+    assert len(done.stderr.splitlines()) < 20 and all(name in done.stderr.decode() for name in NAMES)
+
+
+def test_help_is_a_word_too(tmp_path, tools):
+    """Unless a key is called so."""
+    for argv, text in (("help",), cexec.overview()), (("help", "cmap"), cexec.usage("cmap")), (
+            ("cwho", "help"), cexec.usage("cwho")):
+        done = run(*argv)
+        assert (done.returncode, done.stdout.decode(), done.stderr) == (0, text, b"")
+    (tmp_path / "help.pub").touch()
+    assert b"help" in run("cwho", "help", cwd=str(tmp_path)).stderr
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_for_all(option):
+    done = run(option)
+    assert (done.returncode, done.stdout.decode(), done.stderr) == (0, cexec.overview(), b"")
+    for name in NAMES:
+        done = run(name, option)
+        assert (done.returncode, done.stdout.decode(), done.stderr) == (0, cexec.usage(name), b"")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_names_every_setting_and_fits_a_terminal(name):
+    text = cexec.usage(name)
+    assert re.match(r"usage: (cexec\.py )?%s " % name, text)
+    assert re.search(r"\nExit status:\n(  .*\n)+\nExample:\n(  .*\n)+\Z", text)
+    assert re.search(r"\n  \$ (.*[ (])?%s " % name, text.partition("\nExample:")[2])
+    for setting in cexec.SETTINGS:
+        if name in setting.tools:
+            assert setting.option in text and all(variable in text for variable in setting.names)
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_help_shows_what_matters_first():
+    for name, tool in cexec.TOOLS.items():
+        options = [option for option, *_ in cexec.options_of(name)]
+        first = [option for option in tool.first if option in options]
+        assert options[:len(first)] == first and sorted(options) == sorted(set(options))
+        assert set(tool.first) - set(options) <= {"-n", "--jobs"}, "of options that come"
+
+
+def test_help_that_cannot_be_printed():
+    for name in NAMES:
+        with open("/dev/full", "wb") as full:
+            assert run(name, "--help", stdout=full).returncode == 255
+        argv, _ = placed({1: None}, *program(), name, "--help")
+        assert run_command(*argv).returncode == 255
+
+
+def test_the_version():
+    done = run("--version")
+    assert (done.returncode, done.stdout.decode(), done.stderr) == (0, "cexec %s\n" % cexec.VERSION, b"")
+
+
+# ---------------------------------------------------------------- completion by the shells
+
+COMPLETED = [
+    ("cexec --timeout-a", "--timeout-accept"), ("cmap --cut l", "lines"), ("cexec.py cma", "cmap"),
+    ("cexec.py cservice --scr", "--scratch"), ("ckeygen -std", "-stdin"), ("cexec.py completion zs", "zsh")]
+
+
+@pytest.mark.parametrize("typed, found", COMPLETED)
+def test_bash_completes(tools, typed, found):
+    need("bash")
+    script = ('eval "$("$0" completion bash)"; COMP_WORDS=(%s); COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); _cexec; '
+              'echo "${COMPREPLY[*]}"; complete -p cmap >&2' % typed)
+    done = run_command("bash", "--norc", "-c", script, tools / "cexec.py")
+    assert done.stdout.decode() == found + "\n" and b"_cexec cmap" in done.stderr
+
+
+@pytest.mark.parametrize("typed, found", [("cmap --cut = b", "bytes"), ("cexec --group ", ""), ("cmap --log ", "")])
+def test_bash_knows_what_a_value_is(tools, typed, found):
+    need("bash")
+    script = ('eval "$("$0" completion bash)"; COMP_WORDS=(%s); COMP_CWORD=${#COMP_WORDS[@]}; '
+              '[ "%s" ] && COMP_CWORD=$((COMP_CWORD - 1)); _cexec; echo "${COMPREPLY[*]}"' % (typed, found))
+    assert run_command("bash", "--norc", "-c", script, tools / "cexec.py").stdout.decode() == found + "\n"
+
+
+@pytest.mark.parametrize("typed, found", COMPLETED[:-1])
+def test_fish_completes(tools, tmp_path, typed, found):
+    need("fish")
+    script = "%s completion fish | source; complete -C %r" % (quoted(tools / "cexec.py"), typed)
+    done = run_command("fish", "--no-config", "-c", script, env={"HOME": tmp_path})
+    assert [line.split("\t")[0] for line in done.stdout.decode().splitlines()] == [found], done.stderr
+
+
+@pytest.mark.parametrize("typed, found", COMPLETED + [("cmap --cut=b", "--cut=bytes")])
+def test_zsh_completes(tools, tmp_path, typed, found):
+    need("zsh")
+    leader, follower = pty.openpty()
+    shell = Process(["zsh", "-f", "-i"], env={"HOME": tmp_path, "TERM": "dumb"}, stdin=follower, stdout=follower,
+                    stderr=follower, start_new_session=True)
+    os.close(follower)
+    told = b""
+    os.write(leader, b"autoload -Uz compinit; compinit -D -u; bindkey '^I' complete-word; PS1=; "
+             b"eval \"$(%s completion zsh)\"; echo RE''ADY\n" % quoted(tools / "cexec.py").encode())
+    try:
+        while b"READY\r\n" not in told:
+            told += os.read(leader, 4096)
+        os.write(leader, typed.encode() + b"\t")
+        while found.encode() not in told.rpartition(b"READY\r\n")[2]:
+            told += os.read(leader, 4096)
+    finally:
+        shell.kill()
+        os.close(leader)
+
+
+def test_completion_of_another_shell_is_wrong_usage():
+    for argv in (), ("tcsh",), ("bash", "zsh"):
+        done = run("completion", *argv)
+        assert (done.returncode, done.stdout) == (2, b"") and b"completion bash|zsh|fish" in done.stderr
+
+
+# ---------------------------------------------------------------- documents agree with the code
+
+def document(name):
+    path = os.path.join(HERE, name)
+    if not os.path.exists(path):
+        skip("%s is not beside the tests" % name)
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
+def test_the_man_page_names_every_tool_setting_and_option():
+    text = document("cexec.1").replace("\\-", "-").replace("\\&", "")
+    for name in cexec.TOOLS:
+        assert re.search(r"\b%s\b" % name, text), name
+    for setting in cexec.SETTINGS:
+        for name in setting.names:
+            assert re.search(r"\b%s\b" % name, text), name
+        assert re.search(r"\bFl %s\b" % setting.option[1:], text), setting.option
+    for option in list(cexec.FLAGS) + ["-stdin", "--help", "--version"]:
+        assert re.search(r"\bFl %s\b" % option[1:], text), option
+    statuses = text[text.index(".Sh EXIT STATUS"):text.index(".Sh OUTPUT FORMATS")]
+    for status in 0, 1, 2, 101, 102, 103, 104, 111, 126, 127, 255:
+        assert re.search(r"\b%d\b" % status, statuses), status
+
+
+def test_the_man_page_is_clean():
+    need("mandoc")
+    document("cexec.1")
+    done = run_command("mandoc", "-T", "lint", "-W", "warning", os.path.join(HERE, "cexec.1"))
+    assert (done.returncode, done.stdout) == (0, b"")
+
+
+def test_every_numbered_claim_has_a_test_that_names_it():
+    """PROMISES, SECURITY and RELIABILITY in the man page: each, as .It S1, stands in the docstring of a test."""
+    claims = re.findall(r"(?m)^\.It ([SRC][0-9]+)$", document("cexec.1"))
+    named = {name for node in ast.walk(ast.parse(document("test_cexec.py")))
+             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+             for name in re.findall(r"\b[SRC][0-9]+\b", ast.get_docstring(node) or "")}
+    assert claims and len(set(claims)) == len(claims)
+    assert set(claims) ^ named == set()
+
+
+def test_the_readme_has_the_two_commands_and_the_example():
+    text = document("README.md")
+    for words in ("python3 cexec.py demo", "python3 test_cexec.py", "ckeygen distributed_ogg",
+                  "cservice distributed_ogg oggenc -o- -", "cexec distributed_ogg.pub < input.wav > output.ogg"):
+        assert words in text, words
+
+
+# What stands in README.md for a console is run as it stands: `$` is a submitter's prompt, `alpha$` a worker's.
+
+CONSOLES = re.compile(r"^(?:#+ (?P<head>[^\n]*)|\*\*(?P<bold>[^*]+)\*\*[^\n]*|"
+                      r"```(?P<kind>console|sh|ini|python)\n(?P<text>.*?)^```)$", re.M | re.S)
+README_NEEDS = "rsync", "git", "sftp", "tar", "parallel", "xargs", "make", "socat", "gzip", "xz", "oggenc", "rrsync"
+STUBS = {
+    "ssh": '#!/bin/sh\n[ "$1" != -n ] || shift\ncd "$ROOM_PLACE/$1" && shift && exec sh -c "$*"\n',
+    "scp": '#!/bin/bash\nexec cp "${@:1:$#-1}" "$ROOM_PLACE/${!#%%:*}/${!##*:}"\n',
+}
+READ_EVAL = 'while IFS= read -r -d "" -u "$0" text; do eval "$text"; printf "\\0%d\\0" "$?"; done'
+
+
+def readme_blocks(*kinds):
+    """[(title, text)] of the blocks of these kinds, each under the nearest heading or bold words before it."""
+    found, title = [], ""
+    for match in CONSOLES.finditer(document("README.md")) if os.path.exists(os.path.join(HERE, "README.md")) else ():
+        title = match["head"] or match["bold"] or title
+        if match["kind"] in kinds:
+            found.append((title.strip(". "), match["text"]))
+    return found
+
+
+def shown_pattern(lines):
+    """A pattern for output as the README shows it: what holds a digit, but for a status, the hosts' names and
+    spaces may differ, and `...` stands for any lines."""
+    text = re.escape("\n".join(lines)).replace("\\\n", "\n")
+    text = re.sub(r"(?m)^\\\.\\\.\\\.$", "(?s:.*)", text)
+    text = re.sub(r"(?:\\ )+", " +", text)
+    text = re.sub(r"(status \+)?[0-9a-f]*(?:\\[.:-])?[0-9](?:[0-9a-f:T]|\\[.:-])*",
+                  lambda found: found[0] if found[1] else "[0-9a-f.:T-]+", text)
+    text = re.sub(r"\b(alpha|beta|gamma)\b", r"\\S+", text).replace(" +on +eth[0-9a-f.:T-]+", "(?: on [^,]*)?")
+    return re.sub(r"\b(worker|slot|job)s?\b", r"\1s?", text)
+
+
+def make_readme_inputs(place):
+    """The files that the README speaks of, for the submitter and in alpha's folder."""
+    import wave
+    here, there = place / "gamma", place / "alpha"
+    for name in "input bell choir drum flute harp organ rain tuba".split():
+        with wave.open(str(here / (name + ".wav")), "wb") as sound:
+            sound.setparams((2, 2, 44100, 0, "NONE", ""))
+            sound.writeframes(random_octets(40000))
+    (here / "names").write_text("Ada\nGrace\nBarbara\nKatherine\n")
+    (here / "old").write_text("one\ntwo\nthree\n")
+    (here / "new").write_text("one\nzwei\nthree\n")
+    (here / "big").write_text("a line of many that are the same\n" * 300000)
+    (here / "access.log").write_text(("GET /here 200 17\n" * 999 + "GET /there 500 17\n") * 1000)
+    (here / "photos").mkdir()
+    for number in 1, 2, 3:
+        (here / "photos" / ("%d.jpg" % number)).write_bytes(random_octets(1000))
+    (there / "render").write_text("#!/bin/sh\necho P3 1 1 255 \"$PEER_FRAME\" 0 0\n")
+    (there / "render").chmod(0o755)
+    shutil.copy(CEXEC, str(here))
+    shutil.copy(os.path.join(HERE, "cexec.1"), str(here))
+    subprocess.run("git init -q project && cd project && "
+                   "git -c user.name=a -c user.email=b commit -q --allow-empty -m c",
+                   shell=True, cwd=str(here), env=clean_environment({"HOME": here}), check=True)
+
+
+class ReadmeRoom:
+    """Folders for the submitter and the hosts, stubs of ssh and scp that go from one to the other, and a shell."""
+
+    def __init__(self, room, place, tools):
+        self.room, self.place = room, place
+        for name in "gamma", "alpha", "beta", "bin":
+            (place / name).mkdir()
+        for name, text in STUBS.items():
+            (place / "bin" / name).write_text(text)
+            (place / "bin" / name).chmod(0o755)
+        self.env = room.settings({
+            "HOME": place / "gamma", "ROOM_PLACE": place, "CONCURRENCY": 2, "PYTHONDONTWRITEBYTECODE": None,
+            "PATH": os.pathsep.join([str(tools), str(place / "bin"), search_path()])})
+        self.shell = None
+        make_readme_inputs(place)
+
+    def keys(self, text):
+        """The keys that the text speaks of and does not make."""
+        for name in set(re.findall(r"\b(\w+)\.pub\b", text)):
+            if not re.search(r"ckeygen.* %s\b" % name, text):
+                run("ckeygen", str(self.place / "gamma" / name))
+
+    def serve(self, host, line):
+        words = shlex.split(line.split(" #")[0])
+        for word in words:
+            path = self.place / "gamma" / word
+            if re.match(r"\w+$", word) and path.is_file() and not (self.place / host / word).exists():
+                shutil.copy2(str(path), str(self.place / host))
+        return self.room.start("bash", "-c", "exec " + line, env=self.env, cwd=str(self.place / host)).ready()
+
+    def run(self, text):
+        """(output, status) of these lines in the submitter's shell."""
+        if not self.shell:
+            reading, self.commands = os.pipe()
+            high = fcntl.fcntl(reading, fcntl.F_DUPFD, 100)
+            os.close(reading)
+            self.shell = self.room.start("bash", "-c", READ_EVAL, str(high), env=self.env, pass_fds=[high],
+                                         cwd=str(self.place / "gamma"), stdout=subprocess.PIPE,
+                                         stderr=subprocess.STDOUT)
+            os.close(high)
+        os.write(self.commands, os.fsencode(text) + b"\0")
+        parts = [b""]
+        while len(parts) < 3:
+            assert select.select([self.shell.stdout], [], [], 60)[0], "no end of: %s" % text
+            data = os.read(self.shell.stdout.fileno(), 1 << 16)
+            assert data, "the shell ended in: %s" % text
+            parts = (b"\0".join(parts) + data).split(b"\0")
+        return parts[0].decode(), int(parts[1])
+
+    def end(self):
+        if self.shell:
+            os.close(self.commands)
+        for process in reversed(self.room.processes):
+            process.end()
+        for pid in self.room.left():        # what the text has put in the background
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def readme_room(room, tmp_path, tools):
+    document("README.md")
+    need(*README_NEEDS)
+    readme = ReadmeRoom(room, tmp_path, tools)
+    yield readme
+    readme.end()
+
+
+def console_steps(text):
+    """[(host or "", command, [lines of output])] of a console's text."""
+    steps = []
+    for line in text.splitlines():
+        prompt = re.match(r"(\w*)\$ (.*)", line)
+        if prompt:
+            steps.append((prompt[1], [prompt[2]], []))
+        elif line[:2] == "> " and not steps[-1][2]:
+            steps[-1][1].append(line[2:])
+        else:
+            steps[-1][2].append(line)
+    return [(host, "\n".join(command), output) for host, command, output in steps]
+
+
+@pytest.mark.parametrize("title, text", [pytest.param(*block, id="readme-%d" % number)
+                                         for number, block in enumerate(readme_blocks("console"), 1)])
+def test_what_the_readme_shows_on_a_console_is_what_happens(readme_room, title, text):
+    readme_room.keys(text)
+    for host, command, shown in console_steps(text.replace("8080", str(free_port(socket.SOCK_STREAM)))):
+        if host and "cservice" in command:
+            worker = readme_room.serve(host, command)
+            told = "\n".join(worker.log.lines)
+        else:
+            told, status = readme_room.run(command if not host else "(cd ../%s; %s)" % (host, command))
+            # 124: timeout, a command of coreutils
+            assert status in (0, 124), "%s: %d\n%s" % (command, status, told)
+        assert "Traceback" not in told and "internal error" not in told, told
+        if shown:
+            assert re.search(shown_pattern(shown), told), "%s: %s\n%s\n%s" % (title, command, told, shown)
+
+
+def test_the_quick_start_works_when_pasted(readme_room):
+    (_, install), (title, text) = readme_blocks("sh")[:2]
+    assert title == "Quick start" and len(text.splitlines()) <= 12
+    readme_room.env["PATH"] = os.pathsep.join([str(readme_room.place / "bin"), search_path()])     # no tools yet
+    told, status = readme_room.run(install + text)
+    assert status == 0, told
+    sounds = list((readme_room.place / "gamma").glob("*.wav"))
+    assert len(sounds) == 9
+    for sound in sounds:
+        assert sound.with_suffix(".ogg").read_bytes().startswith(b"OggS"), sound
+
+
+def test_the_readmes_programs_run(readme_room):
+    readme_room.keys("app.pub py.pub")
+    readme_room.serve("alpha", "cservice app gzip")
+    readme_room.serve("alpha", "cservice --python py %s" % sys.executable)
+    here = readme_room.place / "gamma"
+    (here / "sounds").mkdir()
+    for number in range(5):
+        (here / "sounds" / ("%d.wav" % number)).write_bytes(random_octets(100000))
+    (here / "model.py").write_text("def simulate(seed):\n    return seed * seed\n")
+    said = ""
+    for _, text in readme_blocks("python"):
+        (here / "program.py").write_text(text)
+        told, status = readme_room.run("%s program.py" % sys.executable)
+        assert status == 0 and "Traceback" not in told and "Warning" not in told, told
+        said += told
+    assert len(list((here / "sounds").glob("*.gz"))) == 5
+    assert "7 49\n" in said and "[0.0, 1.0, 1.4142" in said and "362880]" in said, said
+
+
+def test_the_unit_in_the_manual_is_one(tmp_path):
+    text = document("cexec.1").partition("cservice-app.service\n")[2].partition(".Ed")[0]
+    for words in "NoNewPrivileges=yes", "ProtectSystem=", "PrivateTmp=yes", "User=", "KillMode=mixed":
+        assert words in text
+    if not shutil.which("systemd-analyze"):
+        return
+    unit = tmp_path / "cexec-test.service"
+    unit.write_text(re.sub(r"ExecStart=\S+", "ExecStart=/bin/true", text))
+    done = run_command("systemd-analyze", "verify", unit)
+    assert done.returncode == 0 and b"cexec-test" not in done.stderr, done.stderr.decode()
+
+
+def test_the_readmes_check_sum_is_that_of_the_file():
+    with open(CEXEC, "rb") as file:
+        line = hashlib.sha256(file.read()).hexdigest() + "  cexec.py"
+    assert "echo '%s' | sha256sum -c" % line in document("README.md"), "the line in README.md should have: " + line
+
+
+def test_the_readme_is_read_in_ten_minutes():
+    assert len(document("README.md").splitlines()) <= 400
+
+
+def test_the_map_names_every_section_in_order():
+    sections = [name for name, _ in itertools.groupby(
+        re.findall(r"(?m)^# -{60,} ([^:\n]+)", document("cexec.py")))]
+    rows = re.findall(r"(?m)^    (\S.*?)(?:  |$)", cexec.__doc__.partition("The map, in the order")[2])
+    assert [name for row in rows if row[:3] != "---" for name in row.split(", ")] == sections
+
+
+def test_no_definition_of_the_tests_is_replaced_by_another():
+    """A second test of the same name would leave the first one out."""
+    defined = collections.Counter(node.name for node in ast.parse(document("test_cexec.py")).body
+                                  if isinstance(node, (ast.FunctionDef, ast.ClassDef)))
+    assert [name for name, count in defined.items() if count > 1] == []
+
+
+def test_the_licence_is_named():
+    assert "SPDX-License-Identifier: MIT" in document("cexec.py") and "MIT License" in document("LICENSE")
 
 
 # ---------------------------------------------------------------- the runner
