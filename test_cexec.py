@@ -884,7 +884,9 @@ def become(request, fds):
          *places[2:])
     for name, value in request["patch"].items():
         owner, _, name = name.rpartition(".")
-        setattr(getattr(cexec, owner) if owner else cexec, name, value)
+        owner = getattr(cexec, owner) if owner else cexec
+        assert hasattr(owner, name), name
+        setattr(owner, name, value)
     if request["fault"]:
         inject(*request["fault"].split("."))
 
@@ -9894,9 +9896,9 @@ def must(condition):
 
 
 def impatient(room, changes, *arguments, **env):
-    """A worker with other constants: {"Veto.EVERY": 0.3}."""
+    """A worker with other constants, which are there: {"Veto.EVERY": 0.3}."""
     code = "import sys; sys.path.insert(0, %r); import cexec\n" % HERE + "".join(
-        "cexec.%s = %r\n" % change for change in changes.items()
+        "cexec.{0}; cexec.{0} = {1!r}\n".format(*change) for change in changes.items()
     ) + "cexec.main(['cexec.py', 'cservice'] + sys.argv[1:])"
     return room.start(sys.executable, "-c", code, *arguments, env=room.settings(env)).ready()
 
@@ -10144,6 +10146,7 @@ def test_workers_that_are_not_there_keep_nobody_waiting_for_ever(room, monkeypat
     assert "can speak for workers that are not there" in failure.hint
 
 
+@slow("several of them are given up, one after the other")
 def test_workers_that_stop_behind_the_handshake_are_not_there(room, monkeypatch):
     """C18: they have the key, and neither take the job nor say that they are busy."""
     for name, value in ("NOBODY", 3.0), ("AGAIN_MOST", 300.0):
@@ -10976,6 +10979,7 @@ def test_who_is_turned_away_does_not_answer_again(room, setting, server):
     assert room.cexec("RUN=exit 3").returncode == 3
 
 
+@slow("two hundred jobs of a fifth of a second")
 def test_two_cmaps_and_a_cexec_share_a_room(room):
     """Nobody has to wait until another one has done all its work."""
     for _ in range(2):
@@ -13725,6 +13729,7 @@ def test_what_all_refuse_for_good_is_not_run_again(room):
     assert time.monotonic() - began < cexec.ELSEWHERE
 
 
+@slow("ten seconds would be the fault")
 @pytest.mark.parametrize("options, code, most", [
     (["--hedge"], "exit 1", 5), (["--hedge"], "sleep 0.3; exit 1", 5), (["--hedge", "--timeout=0.3"], "sleep 9", 5),
     (["--hedge", "--again=1"], "sleep 0.3; exit 1", cexec.ELSEWHERE + 3),
@@ -14968,10 +14973,10 @@ def test_a_group_of_another_machine_is_told(room, address, warned):
 
 
 def test_the_veto_says_how_its_command_ended(room):
-    worker = impatient(room, {"Daemon.VETO_EVERY": 0.3}, "--if", "no-such-command", room.key, "cat")
+    worker = impatient(room, {"Veto.EVERY": 0.3}, "--if", "no-such-command", room.key, "cat")
     worker.log.wait("--if: no new jobs for the time being (--if ended with 127)")
     assert objects(who(room, "--json"))[0]["error"] == "--if ended with 127"
-    hanging = impatient(room, {"Daemon.VETO_EVERY": 0.3}, "--if", "sleep 600", room.key, "cat")
+    hanging = impatient(room, {"Veto.EVERY": 0.3}, "--if", "sleep 600", room.key, "cat")
     hanging.log.wait("(--if ended by SIGKILL)")
 
 
@@ -17272,6 +17277,7 @@ def serve_on(net, host, key, *options, group="255.255.255.255", **env):
     return net.tool(host, "cservice", *options, key, "cat", env=env).ready()
 
 
+@slow("a check takes its seconds, twice")
 @pytest.mark.parametrize("rule, reason", [("meta l4proto tcp drop", "Connection timed out"),
                                           ("meta l4proto tcp reject with tcp reset", "Connection refused"),
                                           ("meta l4proto tcp reject with icmp admin-prohibited", "No route to host")])
@@ -17369,6 +17375,7 @@ DROPPING = "iif lo accept\nct state established,related accept\n" \
     "meta l4proto { tcp, udp } th dport 20000-20010 accept"
 
 
+@slow("jobs of three seconds, and a check")
 def test_one_rule_for_both_lets_all_answers_in(street, key):
     """C23: Issue 22, 1: a firewall that drops by default; established, lo, TCP and UDP of --listen-ports are let in."""
     guard(street, "anna", DROPPING, "drop")
@@ -17441,6 +17448,7 @@ def test_workers_that_the_lists_leave_out_are_named(street, key):
     assert checked(street, "anna", key, "--accept-server", "10.99.0.2")[0] == 0
 
 
+@slow("two checks of their seconds")
 def test_a_worker_of_another_version_answers_a_check(street, key, tmp_path):
     """It cannot read the question, and shows by its answer why: both the older and the newer."""
     with open(CEXEC, encoding="utf-8") as file:
@@ -19464,6 +19472,7 @@ while True:
 """
 
 
+@slow("the attack takes its time to build up")
 @pytest.mark.parametrize("way", ["direct", "proxy"])
 def test_a_job_under_attack_starts_within_two_seconds(joined, key, way):
     """S4, S16: old announcements, stalled copies of preambles, idle connections and copies of what is live, all at
@@ -20596,6 +20605,7 @@ def test_a_call_sent_ahead_goes_to_a_slot_that_is_free(calls, probe):
         assert not long.done() and long.result(30) == "long"
 
 
+@slow("the long call takes ten seconds")
 def test_a_call_behind_a_long_one_gets_an_interpreter_of_its_own(calls, probe):
     """Also where there is none yet beside the busy one."""
     with executor(calls, 2) as pool:
@@ -21609,6 +21619,7 @@ def test_one_bad_machine_does_not_break_the_room(key, probe):
             room.end()
 
 
+@slow("forty calls of a fifth of a second")
 def test_executors_share_a_room(key, probe):
     """The second one starts within the length of a call and half a second, and no interpreter is started in vain."""
     room = Room(key)
@@ -22173,6 +22184,7 @@ def test_what_the_readme_shows_on_a_console_is_what_happens(readme_room, title, 
             assert re.search(shown_pattern(shown), told), "%s: %s\n%s\n%s" % (title, command, told, shown)
 
 
+@slow("two machines start all that it says")
 def test_the_quick_start_works_when_pasted(readme_room):
     (_, install), (title, text) = readme_blocks("sh")[:2]
     assert title == "Quick start" and len(text.splitlines()) <= 12
@@ -22185,6 +22197,7 @@ def test_the_quick_start_works_when_pasted(readme_room):
         assert sound.with_suffix(".ogg").read_bytes().startswith(b"OggS"), sound
 
 
+@slow("interpreters start for each of the programs")
 def test_the_readmes_programs_run(readme_room):
     readme_room.keys("app.pub py.pub")
     readme_room.serve("alpha", "cservice app gzip")
@@ -23608,6 +23621,7 @@ def bench_command(*arguments):
     return [sys.executable, os.path.abspath(__file__), "bench", "--quick", *arguments]
 
 
+@slow("it measures in rounds")
 def test_the_benchmark_runs_its_parts(tmp_path, namespaces):
     done = run_command(*bench_command("--runs", "1", "--json", "--only", "import"), env={"TMPDIR": tmp_path},
                        timeout=DEADLINE)
@@ -23624,6 +23638,7 @@ def test_the_benchmark_refuses_what_it_does_not_know(wrong, capsys):
     assert caught.value.code == 2 and not capsys.readouterr().out
 
 
+@slow("the benchmark begins first")
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_benchmark_that_is_interrupted_leaves_nothing(tmp_path, namespaces, number, status):
     running = Process(bench_command("--only", "host"), {"TMPDIR": tmp_path}, start_new_session=True)
