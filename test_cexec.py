@@ -817,7 +817,7 @@ import os
 if os.fork():
     os._exit(0)     # what ends all children of a test's process must not find this one
 import array, contextlib, ctypes, gc, importlib.util, json, mmap, os, pty, pwd, resource, select, signal, socket, ssl
-import sys, tempfile, termios, traceback, tty       # much of it is what a job's user may not read later
+import encodings.ascii, sys, tempfile, termios, traceback, tty      # some of it a job's user may not read later
 spec = importlib.util.spec_from_file_location("cexec", sys.argv[1])
 cexec = sys.modules["cexec"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(cexec)
@@ -938,6 +938,7 @@ while True:
                 traceback.print_exc()
             finally:
                 sys.stdout.flush()
+                sys.stderr.flush()      # 3.8 writes a file's last lines only then
                 os._exit(status)
         for fd in fds[1:]:
             os.close(fd)
