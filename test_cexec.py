@@ -2256,7 +2256,8 @@ def serve_sh(room, script, **env):
 
 def wait_gone(*pids):
     def holds():
-        left = {pid: command_line(pid) for pid in pids if stat_fields(pid)[:1] not in ([], ["Z"], ["X"])}
+        left = {pid: (stat_fields(pid)[:1], proc(pid, "wchan"), command_line(pid)) for pid in pids
+                if stat_fields(pid)[:1] not in ([], ["Z"], ["X"])}
         assert not left, left
     wait_until(holds, PATIENCE)
 
