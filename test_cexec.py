@@ -9688,6 +9688,7 @@ def test_cexec_is_suspended_and_goes_on(room, terminal, tmp_path):
     terminal.wait("there> ")
     counter = tmp_path / "count"
     terminal.ask("while echo >>%s; do sleep 0.1; done &" % quoted(counter))
+    wait_until(lambda: must(counter.exists()))
     assert terminal.is_raw()
     terminal.type("~\x1a")
     terminal.wait("Stopped")
