@@ -2101,14 +2101,22 @@ def encode_call(kind, number=0, data=b"", buffers=(), microseconds=0):
     return [CALL_HEAD.pack(kind, len(buffers), number, min(microseconds, U32_MAX), size), *parts]
 
 
+def pack_strings(*texts):
+    return pack_texts([text.encode("utf-8", "replace") for text in texts])
+
+
+def unpack_strings(body):
+    return [text.decode("utf-8", "replace") for text in unpack_texts(body)]
+
+
 def encode_ready(python, failed=()):
     """python: (major, minor).  failed: the traceback and the words of what the initializer raised, if it did."""
-    return pack_texts([text.encode("utf-8", "replace") for text in (CALL_VERSION, "%d.%d" % python, *failed)])
+    return pack_strings(CALL_VERSION, "%d.%d" % python, *failed)
 
 
 def parse_ready(body):
     """(python, failed) of encode_ready()."""
-    texts = [text.decode("utf-8", "replace") for text in unpack_texts(body)]
+    texts = unpack_strings(body)
     if texts[:1] != [CALL_VERSION]:
         raise ProtocolError("a cservice of another version")
     numbers = "".join(texts[1:2]).split(".")
@@ -2118,12 +2126,12 @@ def parse_ready(body):
 
 
 def encode_question(kind, name, more):
-    return pack_texts([text.encode("utf-8", "replace") for text in (kind, name, more)])
+    return pack_strings(kind, name, more)
 
 
 def parse_question(body):
     """(kind, name, more) of encode_question()."""
-    texts = [text.decode("utf-8", "replace") for text in unpack_texts(body)]
+    texts = unpack_strings(body)
     if len(texts) != 3:
         raise ProtocolError("a question of an interpreter cut short")
     return texts
@@ -6341,8 +6349,8 @@ def errno_as(user, call):
 
 
 def can_read(path, user):
-    """Whether this user can read a file; None for this process's own."""
-    return not errno_as(user, lambda: open(path, "rb").close())
+    """Whether this user can read a file that this process has read; None for this process's own."""
+    return not (user and errno_as(user, lambda: open(path, "rb").close()))
 
 
 # ---------------------------------------------------------------- terminals
@@ -9905,13 +9913,11 @@ class Offers:
     def __init__(self, daemon):
         self.daemon, self.loop, self.responder, self.log = daemon, daemon.loop, daemon.responder, daemon.log
         self.connections = {}           # {Slot: SubmitterConnection}
-        self.timer = None
+        self.timer = NO_TIMER
 
     def consider(self):
         """Asks the rule what is due, does it, and comes back when it wants to be asked again."""
-        if self.timer:
-            self.timer.cancel()
-            self.timer = None
+        self.timer.cancel()
         for slot in self.responder.due(time.monotonic()):
             self._offer(slot)
         for slot in self.responder.surplus(time.monotonic()):
@@ -11534,7 +11540,7 @@ class RunningJob:
         self.began = time.monotonic()
         self.wall = dict(handler.settings.limits).get(WALL, math.inf)       # seconds
         self.limit_met = None
-        self.wall_timer = None
+        self.wall_timer = NO_TIMER
         self.cleared = False        # nothing of the process and what came of it is left
         self.gone = None            # what to call then, where its submitter has gone
         self.scratch = None         # the Scratch that it stands in
@@ -11674,8 +11680,7 @@ class RunningJob:
         self.handler.on_job_over(report)
 
     def _release(self):
-        if self.wall_timer:
-            self.wall_timer.cancel()
+        self.wall_timer.cancel()
         self.ends.close()
 
     def kill(self):
@@ -15269,7 +15274,7 @@ class Interpreter(JobStreams):
         self.submission = Submission(self, [], pool.settings.retries, pool.on_end)
         self.submission.accepts = pool.accepts
         self.instance = self.address = None     # of its worker
-        self.leave_timer = None
+        self.leave_timer = NO_TIMER
         self._reset()
 
     def _reset(self):
@@ -15905,8 +15910,7 @@ class CallPool:
         interpreter = submission.streams
         self.thread.submissions.discard(submission)
         self.interpreters.discard(interpreter)
-        if interpreter.leave_timer:
-            interpreter.leave_timer.cancel()
+        interpreter.leave_timer.cancel()
         begun = interpreter.lost_calls()
         if failure is None:
             self._ended(interpreter, submission, begun)
